@@ -1,0 +1,172 @@
+"""Errors (SP...) and remarks (SPR...): one class or one row each, with a stable code and a text that says what to do.
+
+An error stops the compile, with the same text on every rank. A remark tells what the compiler did where a user might
+have expected something else; under `strict=True` it becomes an error. docs/errors.md is generated from this file.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import torch.fx as fx
+
+
+@dataclass(frozen=True)
+class SourceLine:
+    """The user's line that made a node."""
+
+    file: str
+    line: int
+    function: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} in {self.function}\n      {self.text}"
+
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n(?:\s+(?P<text>.*))?')
+
+
+def source_of(node: fx.Node) -> SourceLine | None:
+    """The innermost user frame of the node's stack trace; None for placeholders and outputs."""
+    trace = node.meta.get("stack_trace")
+    frames = list(_FRAME.finditer(trace)) if isinstance(trace, str) else []
+    if not frames:
+        return None
+    last = frames[-1]
+    return SourceLine(last["file"], int(last["line"]), last["function"], (last["text"] or "").strip())
+
+
+class SpcompileError(Exception):
+    """Base of all errors a user can cause. `code` is stable; `legal` says what would have been accepted."""
+
+    code: ClassVar[str] = "SP000"
+    title: ClassVar[str] = "error"
+
+    def __init__(self, found: str, *, where: SourceLine | str | None = None, legal: str | None = None) -> None:
+        self.found, self.where, self.legal = found, where, legal
+        lines = [f"{self.code} {self.title}: {found}"]
+        if where is not None:
+            lines.append(f"  at {where}")
+        if legal is not None:
+            lines.append(f"  legal: {legal}")
+        super().__init__("\n".join(lines))
+
+
+class UnknownOption(SpcompileError, ValueError):
+    """An option that does not exist."""
+
+    code, title = "SP101", "unknown option"
+
+
+class IllegalOption(SpcompileError, ValueError):
+    """An option with a value it cannot have."""
+
+    code, title = "SP102", "illegal option value"
+
+
+class IllegalMesh(SpcompileError, ValueError):
+    """A mesh with unknown axis names, or one that does not fit the world."""
+
+    code, title = "SP103", "illegal mesh"
+
+
+class NoProcessGroup(SpcompileError, RuntimeError):
+    """More than one rank was launched but torch.distributed is not initialised."""
+
+    code, title = "SP104", "no process group"
+
+
+class RanksDisagree(SpcompileError, RuntimeError):
+    """Ranks called the compiled model with different shapes, dtypes, options or graphs."""
+
+    code, title = "SP201", "ranks disagree"
+
+
+class GraphBreak(SpcompileError, RuntimeError):
+    """Dynamo split the model into more than one graph; sharding decisions would be lost between the parts."""
+
+    code, title = "SP301", "the model is not one graph"
+
+
+class CaptureFailed(SpcompileError, RuntimeError):
+    """The graph has an operation that cannot be captured as a pure ATen graph."""
+
+    code, title = "SP302", "cannot capture"
+
+
+class StrictRemark(SpcompileError, RuntimeError):
+    """A remark, raised since `strict=True`."""
+
+    code, title = "SP401", "not allowed under strict"
+
+
+class NotComputed(SpcompileError, RuntimeError):
+    """An output was read that outputs="loss" does not compute."""
+
+    code, title = "SP402", "output not computed"
+
+
+class InvalidGraph(SpcompileError, AssertionError):
+    """The verifier found a graph that breaks a law: always a bug of spcompile or of a custom pass."""
+
+    code, title = "SP901", "invalid graph"
+
+
+REMARKS: dict[str, str] = {
+    "SPR101": "no attention was found, so there is no sequence to shard: the graph runs replicated",
+    "SPR102": "an op has no sharding rule: it is computed replicated on every rank",
+    "SPR103": "an op cannot be computed on a shard of the sequence: its input is gathered",
+    "SPR201": "a mask could not be read: it stays dense, sharded by query rows",
+    "SPR202": "an attention could not be recognised: its keys and values are gathered",
+    "SPR203": "attention strategy chosen",
+    "SPR204": "the attention strategy that was asked for does not fit, another was taken",
+    "SPR301": "query length 1 (decoding): the graph runs replicated",
+    "SPR302": "random numbers are drawn for the whole tensor on every rank, so that they equal one device's",
+    "SPR401": "world size 1: compiled without sharding",
+}
+
+
+@dataclass(frozen=True)
+class Remark:
+    """One decision worth knowing about. `strict_error` is False for pure information."""
+
+    code: str
+    text: str
+    where: SourceLine | None = None
+    strict_error: bool = True
+
+    def __post_init__(self) -> None:
+        assert self.code in REMARKS, self.code
+
+    def __str__(self) -> str:
+        place = f"\n  at {self.where}" if self.where else ""
+        return f"{self.code} {self.text}{place}"
+
+    def to_dict(self) -> dict[str, Any]:
+        where = self.where
+        source = {"file": where.file, "line": where.line, "text": where.text} if where else None
+        return {"code": self.code, "text": self.text, "source": source}
+
+
+@dataclass
+class Remarks:
+    """The remarks of one compile, in order, each once."""
+
+    strict: bool = False
+    rows: list[Remark] = field(default_factory=list)
+
+    def add(self, code: str, text: str, node: fx.Node | None = None, *, strict_error: bool = True) -> None:
+        """Record a remark about `node`.
+
+        Raises:
+            StrictRemark: if the compile is strict and the remark tells of a loss, not only of a choice.
+        """
+        remark = Remark(code, text, source_of(node) if node is not None else None, strict_error)
+        if self.strict and strict_error:
+            raise StrictRemark(f"{code} {text}", where=remark.where)
+        if remark not in self.rows:
+            self.rows.append(remark)

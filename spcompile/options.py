@@ -1,0 +1,83 @@
+"""The options of the backend: one frozen dataclass, checked before anything else happens."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from spcompile.diagnostics import IllegalOption, UnknownOption
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+ATTENTION = ("auto", "ring", "ulysses")
+BALANCE = ("zigzag", "contiguous")
+OUTPUTS = ("full", "sharded", "loss")
+COMPILER = ("inductor", "eager")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `torch.compile(model, backend="spcompile", options={...})` accepts.
+
+    mesh: a DeviceMesh with named axes; default: one `cp` axis over the whole world.
+    attention: how attention is parallelised: "auto" (by bytes and head counts), "ring", "ulysses".
+    balance: order of the sequence in causal rings: "zigzag" or "contiguous".
+    outputs: "full" (as the plain module), "sharded" (DTensor), "loss" (scalars only).
+    compiler: what runs the local graph: "inductor" or "eager".
+    passes: {pass name: False} switches a pass off, {pass name: {field: value}} sets its options.
+    dump: a folder for numbered text of the graph after every pass.
+    strict: turn every remark about lost parallelism into an error.
+    """
+
+    mesh: DeviceMesh | None = None
+    attention: str = "auto"
+    balance: str = "zigzag"
+    outputs: str = "full"
+    compiler: str = "inductor"
+    passes: Mapping[str, Any] = field(default_factory=dict)
+    dump: str | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("attention", self.attention, ATTENTION)
+        _one_of("balance", self.balance, BALANCE)
+        _one_of("outputs", self.outputs, OUTPUTS)
+        _one_of("compiler", self.compiler, COMPILER)
+        if not isinstance(self.strict, bool):
+            raise IllegalOption(f"strict={self.strict!r}", legal="True, False")
+        if self.dump is not None and not isinstance(self.dump, str):
+            raise IllegalOption(f"dump={self.dump!r}", legal="a folder's path")
+        if not isinstance(self.passes, Mapping):
+            raise IllegalOption(f"passes={self.passes!r}", legal="a dict from pass names to False or options")
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None) -> Options:
+        """From the dict a user gave.
+
+        Raises:
+            UnknownOption: a key that does not exist; the nearest legal one is named.
+            IllegalOption: a value that is not legal.
+        """
+        given = dict(options or {})
+        legal = [f.name for f in fields(cls)]
+        for key in given:
+            if key not in legal:
+                raise UnknownOption(f"{key!r}{_did_you_mean(key, legal)}", legal=", ".join(legal))
+        return cls(**given)
+
+    def fingerprint(self) -> str:
+        """Text that must be equal on all ranks (the mesh is compared on its own)."""
+        return " ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in ("mesh", "dump"))
+
+
+def _one_of(name: str, value: Any, legal: tuple[str, ...]) -> None:
+    if value not in legal:
+        raise IllegalOption(f"{name}={value!r}{_did_you_mean(value, legal)}", legal=", ".join(map(repr, legal)))
+
+
+def _did_you_mean(value: Any, legal: Any) -> str:
+    close = difflib.get_close_matches(str(value), list(legal), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

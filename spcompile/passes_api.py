@@ -1,0 +1,84 @@
+"""What a pass is. The only engine module that the author of a pass must read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import torch.fx as fx
+
+    from spcompile.diagnostics import Remarks
+    from spcompile.mesh import MeshShape
+    from spcompile.options import Options
+
+
+class Stage(Enum):
+    """Which graph a pass works on."""
+
+    GLOBAL = "global"  # the user's shapes, one device's meaning; runs as it stands
+    LOCAL = "local"  # one rank's shapes; communication is explicit spx collectives
+    SCHEDULE = "schedule"  # forward and backward graphs after AOTAutograd
+
+
+@dataclass
+class Context:
+    """What a pass may know: nothing in it differs between ranks."""
+
+    mesh: MeshShape
+    options: Options
+    remarks: Remarks
+
+
+@dataclass
+class PassReport:
+    """What a pass did. `rewrites == 0` promises that the graph's text is unchanged."""
+
+    rewrites: int = 0
+    ops: dict[str, tuple[int, int]] = field(default_factory=dict)  # op -> (count before, count after)
+    milliseconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Example:
+    """A program of a few lines on which a pass does its work; golden text, numerics and docs come from it.
+
+    function: plain tensor code; inputs: makes its float64/int inputs; mesh: axis sizes.
+    prerequisites: the passes that run before this one.
+    """
+
+    function: Callable[..., Any]
+    inputs: Callable[[], tuple[Any, ...]]
+    mesh: tuple[tuple[str, int], ...] = (("cp", 2),)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes: a frozen dataclass whose fields are the options.
+
+    run() changes the graph in place. Every single rewrite preserves meaning. It must be idempotent.
+    """
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage]
+    after: ClassVar[frozenset[str]] = frozenset()
+    summary: ClassVar[str] = ""
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        """Rewrite the graph; returns the number of rewrites."""
+        raise NotImplementedError
+
+
+def op_counts(graph: fx.Graph) -> Counter[str]:
+    """How often each op occurs."""
+    from spcompile.printer import op_name
+
+    return Counter(op_name(n) for n in graph.nodes if n.op == "call_function")
+
+
+def count_changes(before: Counter[str], after: Counter[str]) -> dict[str, tuple[int, int]]:
+    """The ops whose number changed."""
+    return {op: (before[op], after[op]) for op in sorted({*before, *after}) if before[op] != after[op]}

@@ -1,0 +1,136 @@
+"""What a sharding rule is: an op described once, as an einsum over named factors.
+
+    linear      "b s i, o i, o -> b s o | i: sum"
+    view        "b s (h d) -> b s h d"
+    softmax     "b s [k] -> b s [k]"
+
+A tensor dim is a product of factors, major first; a dim of size 1 has none and is written `1`. A factor that is only
+in operands is reduced: sharding it leaves partial results that the reduction named after `|` completes. A factor in
+brackets can not be sharded by this op (it mixes positions), but still names the same index space on both sides.
+The idea of factors and of compound factors is from openxla/shardy, docs/propagation.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch.fx as fx
+    from torch import Tensor
+
+Size = Any  # int or SymInt
+Dims = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class LocalCall:
+    """One op on one rank's shards.
+
+    args, kwargs: as in the global graph, with every tensor replaced by its local tensor (traced).
+    shapes: local shape of every result.
+    degree: how many ranks the chosen factor is split over.
+    factor: name of the chosen factor; global_size: its global size.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    shapes: tuple[tuple[Size, ...], ...]
+    factor: str
+    global_size: Size
+    degree: int
+
+
+@dataclass(frozen=True)
+class OpRule:
+    """The sharding rule of one call.
+
+    operands: for every tensor operand, in the order of `tensor_operands(node)`: its dims as tuples of factor names.
+    results: the same for every tensor result.
+    sizes: global size of each factor.
+    reductions: for each factor that is only in operands and may be sharded: "sum" (the only one that is differentiable
+        through a plain all-reduce).
+    replicated: factors that this op cannot compute on shards.
+    fills: for a reduction over a padded factor: {operand index: value the padding must have}. Default: 0 for operand 0.
+    paired: operand dims that are sharded together with a factor although they are another index space:
+        {factor: other factor} (attention's key length follows its query length).
+    local: runs the op on shards, where calling it with the global arguments would be wrong (shape arguments, means).
+    """
+
+    operands: tuple[Dims, ...]
+    results: tuple[Dims, ...]
+    sizes: Mapping[str, Size]
+    reductions: Mapping[str, str] = field(default_factory=dict)
+    replicated: frozenset[str] = frozenset()
+    fills: Mapping[int, float] = field(default_factory=lambda: {0: 0.0})
+    paired: Mapping[str, str] = field(default_factory=dict)
+    local: Callable[[LocalCall], Any] | None = None
+
+    def text(self) -> str:
+        """The rule as one line."""
+        left = ", ".join(self._tensor(dims) for dims in self.operands)
+        right = ", ".join(self._tensor(dims) for dims in self.results)
+        notes = [f"{factor}: {kind}" for factor, kind in self.reductions.items()]
+        return f"{left} -> {right}" + (f" | {', '.join(notes)}" if notes else "")
+
+    def _tensor(self, dims: Dims) -> str:
+        return " ".join(self._dim(dim) for dim in dims) if dims else "()"
+
+    def _dim(self, dim: tuple[str, ...]) -> str:
+        names = [f"[{f}]" if f in self.replicated else f for f in dim]
+        return "1" if not names else names[0] if len(names) == 1 else f"({' '.join(names)})"
+
+
+Rule = Callable[["fx.Node"], OpRule | None]
+_REGISTRY: dict[Any, Rule] = {}
+
+
+def register(*ops: Any) -> Callable[[Rule], Rule]:
+    """Declare the rule of some OpOverloads. Two rules for one op are an error."""
+
+    def add(rule: Rule) -> Rule:
+        for op in ops:
+            if op in _REGISTRY:
+                raise ValueError(f"{op} has a rule already: {_REGISTRY[op].__name__}")
+            _REGISTRY[op] = rule
+        return rule
+
+    return add
+
+
+def rule_of(node: fx.Node) -> OpRule | None:
+    """The rule of this call; None where there is none, or where this form of the call has none."""
+    rule = _REGISTRY.get(node.target)
+    return rule(node) if rule is not None else None
+
+
+def registered_ops() -> list[Any]:
+    """All ops that have a rule."""
+    return list(_REGISTRY)
+
+
+def tensor_operands(node: fx.Node) -> list[fx.Node]:
+    """The tensor operands of a call in argument order, lists flattened, SymInts and numbers left out."""
+    import torch
+    import torch.fx as fx
+
+    found: list[fx.Node] = []
+
+    def visit(arg: fx.Node) -> fx.Node:
+        if isinstance(arg.meta.get("val"), torch.Tensor):
+            found.append(arg)
+        return arg
+
+    fx.node.map_arg((node.args, node.kwargs), visit)
+    return found
+
+
+def tensor_results(node: fx.Node) -> list[Tensor]:
+    """The example values of the tensor results of a call (several for split, topk, attention)."""
+    import torch
+
+    val = node.meta.get("val")
+    if isinstance(val, torch.Tensor):
+        return [val]
+    return [v for v in val if isinstance(v, torch.Tensor)] if isinstance(val, Sequence) else []

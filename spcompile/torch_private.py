@@ -1,0 +1,16 @@
+"""Every use of a private name of torch, each with the version it was read from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from torch.distributed.distributed_c10d import _resolve_process_group  # torch 2.13
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.distributed_c10d import GroupName
+
+
+def resolve_process_group(name: str) -> ProcessGroup:
+    """The process group with this c10d name."""
+    return _resolve_process_group(cast("GroupName", name))

@@ -110,7 +110,7 @@ def _recognize(node: fx.Node, bias: fx.Node, ctx: Context) -> _Operands | None:
 def _split(parts: list[Part], reader: Reader, indices: Indices, sizes: tuple[Int, ...]) -> _Split:
     readings: dict[Part, Reading] = {}
     dense: list[tuple[Part, str, fx.Node]] = []
-    for part in dict.fromkeys(parts) if all(p.role is not Role.ADD for p in parts) else parts:
+    for part in parts:
         try:
             readings[part] = read_part(part, reader, indices)
         except Unreadable as stop:
@@ -131,7 +131,7 @@ def _split(parts: list[Part], reader: Reader, indices: Indices, sizes: tuple[Int
             why, where = "its fill is finite and some row may have no key", None
         for part in refused:
             del readings[part]
-            dense.append((part, why, where or part.node))
+            dense += [(part, why, where or part.node)] * parts.count(part)
 
 
 def _explain(clause: Boolean, reader: Reader) -> tuple[str, fx.Node | None]:

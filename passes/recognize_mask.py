@@ -12,7 +12,8 @@ provably has a key: then the filled keys get weight exp(-1e9) = 0 either way.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import sympy
@@ -21,9 +22,9 @@ import torch.fx as fx
 from sympy.logic.boolalg import Boolean
 
 from spcompile.graph import call, erase_dead, shape_of
-from spcompile.passes_api import Context, Example, Pass, Stage
+from spcompile.passes_api import Context, Pass, Stage
 from spcompile.symbolic_mask.match import B, H, K, Q, Structure, Unmatched, clauses, every_row_has_a_key, match
-from spcompile.symbolic_mask.parts import Part, Reading, Role, join, parts_of, read_part
+from spcompile.symbolic_mask.parts import Part, Reading, Role, full_bias, is_finite, join, parts_of, read_part
 from spcompile.symbolic_mask.reader import Reader
 from spcompile.symbolic_mask.values import Element, Int, Unreadable
 from spcompile.symbolic_mask.vectors import Unwritable, VectorWriter
@@ -125,7 +126,8 @@ def _split(parts: list[Part], reader: Reader, indices: Indices, sizes: tuple[Int
             why, where = _explain(stop.clause, reader)
         else:
             refused = [p for p, r in readings.items() if r.finite]
-            has_keys = all(p.role is Role.ADD for p, _, _ in dense) and every_row_has_a_key(total, sizes[2], sizes[3])
+            others_exclude_none = all(p.role is Role.ADD and is_finite(p.node) for p, _, _ in dense)
+            has_keys = others_exclude_none and every_row_has_a_key(total, sizes[2], sizes[3])
             if not refused or has_keys:
                 return _Split(structure, tuple(readings), tuple(dense))
             why, where = "its fill is finite and some row may have no key", None
@@ -150,6 +152,8 @@ def _remark(ctx: Context, part: Part, why: str, where: fx.Node) -> None:
 
 
 def _write(split: _Split, reader: Reader, node: fx.Node, bias: fx.Node) -> _Operands | None:
+    q: Any = node.args[Q_]
+    k: Any = node.args[K_]
     structure = split.structure
     try:
         key_valid = None
@@ -158,13 +162,17 @@ def _write(split: _Split, reader: Reader, node: fx.Node, bias: fx.Node) -> _Oper
         q_documents = k_documents = None
         if structure.mask.documents:
             k_documents = _writer(reader, node, bias, K_).document_id(structure.document_ids)
-            same = sizes_of(node.args[Q_])[2] == sizes_of(node.args[K_])[2]  # type: ignore[arg-type]
-            writer = _writer(reader, node, bias, Q_)
-            q_documents = k_documents if same else writer.document_id(structure.document_ids)
+            q_documents = k_documents
+            if sizes_of(q)[2] != sizes_of(k)[2]:
+                q_documents = _writer(reader, node, bias, Q_).document_id(structure.document_ids)
     except Unwritable:
         return None
-    rest = join([part for part, _, _ in split.dense], bias.meta["val"].dtype, bias, node)
-    return _Operands(str(structure.mask), q_documents, k_documents, key_valid, _four_dims(rest, bias, node))
+
+    def new(target: Callable[..., Any], *args: Any) -> fx.Node:
+        return call(node.graph, target, args, like=bias, before=node)
+
+    rest = join([part for part, _, _ in split.dense], new)
+    return _Operands(str(structure.mask), q_documents, k_documents, key_valid, full_bias(rest, q, k, new))
 
 
 def _writer(reader: Reader, node: fx.Node, bias: fx.Node, side: int) -> VectorWriter:
@@ -174,12 +182,6 @@ def _writer(reader: Reader, node: fx.Node, bias: fx.Node, side: int) -> VectorWr
     if not isinstance(length, int):
         length = call(node.graph, aten.sym_size.int, (operand, 2), like=bias, before=node)
     return VectorWriter(reader.leaves, sizes_of(operand)[0], length, value.device, bias, node)
-
-
-def _four_dims(rest: fx.Node | None, bias: fx.Node, node: fx.Node) -> fx.Node | None:
-    while rest is not None and len(shape_of(rest)) < 4:
-        rest = call(node.graph, aten.unsqueeze.default, (rest, 0), like=bias, before=node)
-    return rest
 
 
 def _is_mutated(bias: fx.Node) -> bool:

@@ -230,7 +230,7 @@ def _mask(
 ) -> AttentionMask:
     prefixes = [p for p in prefixes if ahead is None or ahead > p[0]]  # the others are implied
     window = behind + 1 if behind is not None else None
-    more = {"window": window, "chunk": chunk, "documents": documents, "key_padding": key_padding}
+    more: dict[str, Any] = {"window": window, "chunk": chunk, "documents": documents, "key_padding": key_padding}
     if prefixes:
         offset, prefix, clause = prefixes[0]
         if len(prefixes) > 1 or (ahead is not None and ahead < 0):

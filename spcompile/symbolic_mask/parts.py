@@ -1,10 +1,10 @@
 """An attention bias taken apart into terms that can be read, or kept, one by one.
 
-    a & b                         both must hold
-    ~(a | b)                      neither may hold
-    x + y                         two biases
-    where(a, x, -inf)             a must hold, and the bias x
-    x.masked_fill(a, -inf)        a must not hold, and the bias x
+a & b                         both must hold
+~(a | b)                      neither may hold
+x + y                         two biases
+where(a, x, -inf)             a must hold, and the bias x
+x.masked_fill(a, -inf)        a must not hold, and the bias x
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 import torch.fx as fx
 from sympy.logic.boolalg import Boolean
 
-from spcompile.graph import argument, call, is_tensor
+from spcompile.graph import argument, is_tensor, shape_of
 from spcompile.symbolic_mask.reader import Reader
 from spcompile.symbolic_mask.values import Select, Unreadable, Value, negate, to_condition
 from spcompile.symbolic_mask.views import Indices, sizes_of
@@ -57,7 +57,7 @@ _AND = {aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default}
 _OR = {aten.__or__.Tensor, aten.bitwise_or.Tensor, aten.logical_or.default}
 _NOT = {aten.bitwise_not.default, aten.logical_not.default}
 _SAME = {aten.expand.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.contiguous.default}
-_SAME |= {aten.alias.default, aten.clone.default, aten.detach.default}
+_SAME |= {aten.alias.default, aten.clone.default}
 
 
 def parts_of(node: fx.Node, role: Role | None = None) -> list[Part]:
@@ -95,9 +95,7 @@ def read_part(part: Part, reader: Reader, indices: Indices) -> Reading:
     Raises:
         Unreadable: it is not a mask, but numbers; or it has no symbolic form.
     """
-    sizes = sizes_of(part.node)
-    kept = indices[len(indices) - len(sizes) :]
-    value = reader.element(part.node, tuple(sympy.Integer(0) if s == 1 else i for s, i in zip(sizes, kept, strict=True)))
+    value = reader.operand(part.node, indices)
     if part.role is not Role.ADD:
         condition = to_condition(value)
         return Reading(condition if part.role is Role.KEEP else negate(condition), finite=False)
@@ -123,24 +121,60 @@ def _additive(value: Value, limit: float, node: fx.Node) -> Reading:
     raise Unreadable(node)
 
 
-def join(parts: list[Part], dtype: torch.dtype, like: fx.Node, before: fx.Node) -> fx.Node | None:
-    """The parts as one bias again; None for no parts.
+_FINITE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.neg.default, aten.embedding.default}
+_FINITE |= {aten.unsqueeze.default, aten.permute.default, aten.transpose.int, aten.view.default, aten.reshape.default}
+_FINITE |= {aten.slice.Tensor, aten.index.Tensor, aten.abs.default, aten.tanh.default, aten.sigmoid.default}
 
-    dtype: of the result where some part is added.
+
+def is_finite(node: fx.Node) -> bool:
+    """Whether a bias provably excludes no key: it is made of integers and parameters by ops that keep numbers finite.
+
+    Parameters (placeholders that require a gradient) are taken to be finite.
     """
+    value = node.meta["val"]
+    if not value.dtype.is_floating_point:
+        return True
+    if node.op == "placeholder":
+        return bool(value.requires_grad)
+    constants = [arg for arg in node.args if isinstance(arg, float)]
+    if node.target not in _FINITE | _SAME or any(abs(c) > -masked_below(value.dtype) for c in constants):
+        return False
+    return all(is_finite(operand) for operand in node.all_input_nodes if is_tensor(operand))
 
-    def new(target: Callable[..., Any], *args: Any) -> fx.Node:
-        return call(before.graph, target, args, like=like, before=before)
 
+def join(parts: list[Part], new: Callable[..., fx.Node]) -> fx.Node | None:
+    """The parts as one bias again, of the widest dtype among those that are added; None for no parts.
+
+    new: makes a call node from its target and arguments.
+    """
     conditions = [
         part.node if part.role is Role.KEEP else new(aten.logical_not.default, part.node)
         for part in parts
         if part.role is not Role.ADD
     ]
     numbers = [part.node for part in parts if part.role is Role.ADD]
+    dtype = reduce(torch.promote_types, (n.meta["val"].dtype for n in numbers), torch.bool)
     numbers = [n if n.meta["val"].dtype == dtype else new(aten.to.dtype, n, dtype) for n in numbers]
     keep = reduce(lambda a, b: new(aten.logical_and.default, a, b), conditions) if conditions else None
     total = reduce(lambda a, b: new(aten.add.Tensor, a, b), numbers) if numbers else None
     if keep is None or total is None:
         return keep if total is None else total
     return new(aten.where.ScalarOther, keep, total, -math.inf)
+
+
+def full_bias(bias: fx.Node | None, q: fx.Node, k: fx.Node, new: Callable[..., fx.Node]) -> fx.Node | None:
+    """The bias as a view [B or 1, N or 1, S, T], which is what spx.attention takes; q [B, N, S, H], k [B, G, T, H]."""
+    if bias is None:
+        return None
+    while len(shape_of(bias)) < 4:
+        bias = new(aten.unsqueeze.default, bias, 0)
+    sides = list(zip((q, k), sizes_of(bias)[2:], strict=True))
+    if all(size != 1 or sizes_of(side)[2] == 1 for side, size in sides):
+        return bias
+    sizes: list[Any] = [-1, -1]
+    for side, size in sides:
+        full = shape_of(side)[2]
+        if size != 1:
+            full = -1
+        sizes.append(full if isinstance(full, int) else new(aten.sym_size.int, side, 2))
+    return new(aten.expand.default, bias, sizes)

@@ -1,7 +1,7 @@
 """One element of a graph node as a symbolic value.
 
-Reading goes from the node towards the inputs. Where an op has no symbolic form, a bool or integer tensor becomes a leaf:
-Element(name, indices). A floating point tensor has no leaf; the first bool or integer node above it becomes one.
+Reading goes from the node towards the inputs. Where an op has no symbolic form, a bool or integer tensor becomes a
+leaf: Element(name, indices). A floating point tensor has no leaf; the first bool or integer node above it becomes one.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def _scalar_tensor(reader: Reader, node: fx.Node, indices: Indices) -> Value:
     return reader.operand(node.args[0], ())
 
 
-@reads("to", "_to_copy", "type_as")
+@reads("to", "_to_copy", "type_as", "detach")
 def _cast(reader: Reader, node: fx.Node, indices: Indices) -> Value:
     return reader.operand(node.args[0], indices)
 
@@ -383,10 +383,9 @@ def _at(indices: Indices, dim: int, new: Any, part: fx.Node | None = None) -> In
 
 @reads("diff.default")
 def _diff(reader: Reader, node: fx.Node, indices: Indices) -> Value:
-    x, n, dim, prepend, append = (
-        argument(node, i, name, default)
-        for i, (name, default) in enumerate((("self", None), ("n", 1), ("dim", -1), ("prepend", None), ("append", None)))
-    )
+    x: Any = node.args[0]
+    n, dim = argument(node, 1, "n", 1), argument(node, 2, "dim", -1)
+    prepend, append = argument(node, 3, "prepend"), argument(node, 4, "append")
     if n != 1 or node.meta["val"].dtype == torch.bool:
         raise Unreadable(node)
     dim %= len(indices)

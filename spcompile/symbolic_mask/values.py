@@ -14,13 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch.fx as fx
 from sympy.logic.boolalg import Boolean, BooleanAtom
 
-Int = sympy.Expr
+Int: TypeAlias = sympy.Expr
+Value: TypeAlias = Any  # Int, Boolean, float or Select; sympy has no types to say more
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,6 @@ class Select:
     condition: Boolean
     then: Any
     other: Any
-
-
-Value = sympy.Expr | Boolean | float | Select
 
 
 class Element(sympy.Function):
@@ -76,7 +74,7 @@ def is_int(value: Value) -> bool:
 
 
 def at_least_zero(e: Int) -> Boolean:
-    """e >= 0."""
+    """The condition e >= 0."""
     e = sympy.expand(e)
     if e.is_nonnegative:
         return sympy.true
@@ -93,7 +91,7 @@ def at_least_zero(e: Int) -> Boolean:
 
 
 def equal_zero(e: Int) -> Boolean:
-    """e == 0."""
+    """The condition e == 0."""
     e = sympy.expand(e)
     if e.is_zero:
         return sympy.true
@@ -165,7 +163,7 @@ def lift(function: Callable[..., Value], *operands: Value) -> Value:
 def to_condition(value: Value) -> Boolean:
     """The value converted to bool: different from zero."""
     if isinstance(value, Select):
-        return select(value.condition, to_condition(value.then), to_condition(value.other))  # type: ignore[return-value]
+        return select(value.condition, to_condition(value.then), to_condition(value.other))
     if isinstance(value, float):
         return sympy.true if value != 0 else sympy.false
     if is_bool(value):
@@ -194,7 +192,7 @@ def compare(name: str, left: Value, right: Value) -> Boolean:
     Raises:
         Unreadable: a float meets an integer that is not a constant.
     """
-    return lift(lambda a, b: _compare(name, a, b), to_number(left), to_number(right))  # type: ignore[return-value]
+    return lift(lambda a, b: _compare(name, a, b), to_number(left), to_number(right))
 
 
 def floor_div(numerator: Int, divisor: int, upper: Callable[[Int], Int | None]) -> Int:
@@ -208,7 +206,7 @@ def floor_div(numerator: Int, divisor: int, upper: Callable[[Int], Int | None]) 
 
 
 def modulo(numerator: Int, divisor: int, upper: Callable[[Int], Int | None]) -> Int:
-    """numerator - divisor * floor(numerator / divisor)."""
+    """The remainder numerator - divisor * floor(numerator / divisor)."""
     _, rest = _split_multiples(numerator, divisor)
     return sympy.expand(rest - divisor * floor_div(rest, divisor, upper))
 

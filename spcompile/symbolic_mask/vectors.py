@@ -45,7 +45,7 @@ class VectorWriter:
     before: fx.Node
 
     def condition(self, condition: Boolean) -> fx.Node:
-        """bool [B or 1, T]; K stands for the position.
+        """A bool [B or 1, T]. K stands for the position.
 
         Raises:
             Unwritable: see there.
@@ -53,7 +53,7 @@ class VectorWriter:
         return self._spread(self._condition(condition))
 
     def document_id(self, ids: tuple[Int, ...]) -> fx.Node:
-        """int [B or 1, T]: equal exactly where all `ids` are equal; K stands for the position.
+        """Integers [B or 1, T], equal exactly where all `ids` are equal; K stands for the position.
 
         Raises:
             Unwritable: see there.

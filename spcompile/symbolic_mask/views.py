@@ -1,14 +1,14 @@
-"""Ops that only move elements, each as a map from the indices of a result element to those of the operand element.
+"""Ops that only move elements (and gradients), each as a map from the indices of a result element to the operand's.
 
-    y = x.transpose(0, 1)          y[i, j]    = x[j, i]
-    y = x.reshape(B, G * R, S)     y[b, n, s] = x[b, n // R, n % R, s]    for x of shape [B, G, R, S]
+y = x.transpose(0, 1)          y[i, j]    = x[j, i]
+y = x.reshape(B, G * R, S)     y[b, n, s] = x[b, n // R, n % R, s]    for x of shape [B, G, R, S]
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -18,7 +18,7 @@ from spcompile.graph import argument, shape_of
 from spcompile.symbolic_mask.values import Int, Unreadable, floor_div, index, modulo
 
 aten = torch.ops.aten
-Indices = tuple[Int, ...]
+Indices: TypeAlias = tuple[Int, ...]
 
 
 def size_expr(size: Any) -> Int:
@@ -69,11 +69,11 @@ class IndexSpace:
         return total
 
     def div(self, e: Int, divisor: int) -> Int:
-        """floor(e / divisor), simplified by what the index symbols can reach."""
+        """The quotient floor(e / divisor), simplified by what the index symbols can reach."""
         return floor_div(e, divisor, self.upper)
 
     def mod(self, e: Int, divisor: int) -> Int:
-        """e modulo divisor, simplified by what the index symbols can reach."""
+        """The remainder of e / divisor, simplified by what the index symbols can reach."""
         return modulo(e, divisor, self.upper)
 
 
@@ -121,7 +121,7 @@ def _int(value: Any) -> int:
     raise Unreadable
 
 
-@_moves("alias", "contiguous", "clone", "detach", "lift_fresh_copy", "lift_fresh")
+@_moves("alias", "contiguous", "clone", "lift_fresh_copy", "lift_fresh")
 def _same(node: fx.Node, indices: Indices, space: IndexSpace) -> Indices:
     return indices
 

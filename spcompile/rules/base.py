@@ -55,6 +55,7 @@ class OpRule:
     fills: for a reduction over a padded factor: {operand index: value the padding must have}. Default: 0 for operand 0.
     paired: operand dims that are sharded together with a factor although they are another index space:
         {factor: other factor} (attention's key length follows its query length).
+    prefix_of: {result factor: operand factor} where the result is the beginning of the operand's dim (x[:, :n]).
     local: runs the op on shards, where calling it with the global arguments would be wrong (shape arguments, means).
     """
 
@@ -65,6 +66,7 @@ class OpRule:
     replicated: frozenset[str] = frozenset()
     fills: Mapping[int, float] = field(default_factory=lambda: {0: 0.0})
     paired: Mapping[str, str] = field(default_factory=dict)
+    prefix_of: Mapping[str, str] = field(default_factory=dict)
     local: Callable[[LocalCall], Any] | None = None
 
     def text(self) -> str:

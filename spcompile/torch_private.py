@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
+# Registers the Meta kernels of torch.ops._c10d_functional (torch 2.13, torch/distributed/_functional_collectives.py).
+import torch.distributed._functional_collectives  # noqa: F401
+
 # torch 2.13: torch/_functorch/aot_autograd.py, partitioners.py; torch/_dynamo/backends/common.py
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -16,6 +21,10 @@ from torch._subclasses.functional_tensor import (
     disable_functional_mode,
 )
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.distributed_c10d import GroupName
+
 __all__ = [
     "FunctionalTensor",
     "FunctionalTensorMode",
@@ -24,4 +33,12 @@ __all__ = [
     "detect_fake_mode",
     "disable_functional_mode",
     "min_cut_rematerialization_partition",
+    "process_group",
 ]
+
+
+def process_group(name: str) -> ProcessGroup:
+    """The process group that c10d registered under `name` (torch 2.13, torch/distributed/distributed_c10d.py)."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(cast("GroupName", name))

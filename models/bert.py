@@ -67,7 +67,7 @@ class Block(nn.Module):
 
 
 class Bert(nn.Module):
-    """forward(ids_BS) gives logits_BSV; with labels_BS (-100 everywhere but at the masked tokens) the mean loss of those.
+    """forward(ids_BS) gives logits_BSV; with labels_BS (-100 but at masked tokens) the mean loss of those.
 
     keep_BS: bool, True at real tokens and False at padding, which no token attends to.
     token_types_BS: which segment a token belongs to; default 0 everywhere.

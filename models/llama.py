@@ -110,7 +110,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """forward(ids_BS) gives logits_BSV; with labels_BS (equal to the ids, -100 where ignored) the mean next-token loss."""
+    """forward(ids_BS) gives logits_BSV; with labels_BS (the ids, -100 where ignored) the mean next-token loss."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()

@@ -56,6 +56,10 @@ class OpRule:
     paired: operand dims that are sharded together with a factor although they are another index space:
         {factor: other factor} (attention's key length follows its query length).
     local: runs the op on shards, where calling it with the global arguments would be wrong (shape arguments, means).
+    prefix_of: {result factor: operand factor} where a result dim is the first elements of an operand dim (slices that
+        start at 0): both are replicated for this op, but the engine may lay them out together.
+    unread: operands of which the op reads only the shape, dtype or device (zeros_like, type_as): they may be sharded in
+        any way, whatever their dims say.
     """
 
     operands: tuple[Dims, ...]
@@ -66,6 +70,8 @@ class OpRule:
     fills: Mapping[int, float] = field(default_factory=lambda: {0: 0.0})
     paired: Mapping[str, str] = field(default_factory=dict)
     local: Callable[[LocalCall], Any] | None = None
+    prefix_of: Mapping[str, str] = field(default_factory=dict)
+    unread: frozenset[int] = frozenset()
 
     def text(self) -> str:
         """The rule as one line."""

@@ -57,6 +57,10 @@ class OpRule:
         {factor: other factor} (attention's key length follows its query length).
     prefix_of: {result factor: operand factor} where the result is the beginning of the operand's dim (x[:, :n]).
     local: runs the op on shards, where calling it with the global arguments would be wrong (shape arguments, means).
+    prefix_of: {result factor: operand factor} where a result dim is the first elements of an operand dim (slices that
+        start at 0): both are replicated for this op, but the engine may lay them out together.
+    unread: operands of which the op reads only the shape, dtype or device (zeros_like, type_as): they may be sharded in
+        any way, whatever their dims say.
     """
 
     operands: tuple[Dims, ...]
@@ -68,6 +72,8 @@ class OpRule:
     paired: Mapping[str, str] = field(default_factory=dict)
     prefix_of: Mapping[str, str] = field(default_factory=dict)
     local: Callable[[LocalCall], Any] | None = None
+    prefix_of: Mapping[str, str] = field(default_factory=dict)
+    unread: frozenset[int] = frozenset()
 
     def text(self) -> str:
         """The rule as one line."""

@@ -11,6 +11,10 @@ import torch.distributed._functional_collectives  # noqa: F401
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
+# torch 2.13: torch/_inductor/compile_fx.py, custom_graph_pass.py
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
 # torch 2.13: torch/_guards.py. The context that Dynamo holds while a backend runs.
 from torch._guards import TracingContext, detect_fake_mode
 
@@ -26,10 +30,13 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import GroupName
 
 __all__ = [
+    "CustomGraphPass",
     "FunctionalTensor",
     "FunctionalTensorMode",
     "TracingContext",
     "aot_autograd",
+    "compile_fx",
+    "compile_fx_inner",
     "detect_fake_mode",
     "disable_functional_mode",
     "min_cut_rematerialization_partition",

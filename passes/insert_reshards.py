@@ -143,6 +143,7 @@ def _reshard(value: fx.Node, axis: str, src: str, dst: str, made: dict, first: f
     place = Place(*map(int, (dst[2:-1].split(".") + ["0"])[:2])) if dst.startswith("S") else None
     node.meta = {k: value.meta[k] for k in ("val", "stack_trace", "nn_module_stack") if k in value.meta}
     node.meta["layout"] = NodeLayout(source.dims, places={axis: {0: place}} if place else {})
+    node.meta["spx_origin"] = f"insert-reshards: {value.name}"
     show(node, axis, dst)
     made[key] = node
     return node

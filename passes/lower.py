@@ -41,6 +41,9 @@ class LowerToLocal(Pass):
             new._rename(old.name)
             new.target = new.name
         local.graph.eliminate_dead_code()
+        for node in local.graph.nodes:
+            if node.op == "call_function" and "stack_trace" not in node.meta:
+                node.meta["spx_origin"] = "lower"
         gm.graph = local.graph
         for name, value in vars(local).items():
             if name.startswith("_tensor_constant"):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from spcompile.diagnostics import RanksDisagree
 from spcompile.mesh import RuntimeMesh
+from spcompile.torch_private import unset_fake_temporarily
 
 TIMEOUT = timedelta(seconds=30)
 
@@ -40,8 +41,9 @@ class Agreement:
             RanksDisagree: the same error on all ranks.
         """
         self._count += 1
-        if self._hashes_equal(text):
-            return
+        with unset_fake_temporarily():  # AOTAutograd compiles under a fake mode; this communicates for real
+            if self._hashes_equal(text):
+                return
         texts = self._exchange(text)
         raise RanksDisagree((explain or _list_texts)(texts), legal="the same model, options and input shapes everywhere")
 
@@ -52,8 +54,9 @@ class Agreement:
         for axis, size in self._mesh.shape.axes:
             if size == 1:
                 continue
-            found = torch.empty(size, dtype=torch.int64, device=mesh.device_type)
-            dist.all_gather_into_tensor(found, mine, group=mesh.get_group(axis))
+            parts = [torch.empty_like(mine) for _ in range(size)]
+            dist.all_gather(parts, mine, group=mesh.get_group(axis))
+            found = torch.cat(parts)
             # Zero marks a difference already seen along an earlier axis, so that all ranks of the mesh learn of it.
             agreed = bool((found == found[0]).all()) and int(found[0]) != 0
             mine = found[:1] if agreed else torch.zeros_like(mine)

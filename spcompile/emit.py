@@ -43,6 +43,9 @@ class Emission:
     def schedule(self, gm: fx.GraphModule, phase: str) -> None:
         """The SCHEDULE stage on one graph after autograd, in place."""
         program = self.program
+        for node in gm.graph.nodes:
+            if "stack_trace" not in node.meta:
+                node.meta["spx_origin"] = "autograd"
         run_passes(gm, program.schedule, program.ctx, program.history)
         program.history.add(phase, Stage.SCHEDULE, gm, program.ctx, PassReport())
         kept = fx.GraphModule(gm, gm.graph)

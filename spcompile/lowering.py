@@ -192,4 +192,4 @@ class Lower(fx.Interpreter):
     def positions(self, space: Space, device: torch.device) -> Tensor:
         """Global position of every local index: int32 [local length]."""
         split = self.split
-        return spx.positions(split.capacity(space), split.axis, split.degree, split.order, device)
+        return spx.positions(split.capacity(space), split.axis, split.degree, split.order, device=device)

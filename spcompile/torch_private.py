@@ -18,6 +18,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 # torch 2.13: torch/_guards.py. The context that Dynamo holds while a backend runs.
 from torch._guards import TracingContext, detect_fake_mode
 
+# torch 2.13: torch/_subclasses/fake_tensor.py
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
 # torch 2.13: torch/_subclasses/functional_tensor.py
 from torch._subclasses.functional_tensor import (
     FunctionalTensor,
@@ -41,6 +44,7 @@ __all__ = [
     "disable_functional_mode",
     "min_cut_rematerialization_partition",
     "process_group",
+    "unset_fake_temporarily",
 ]
 
 

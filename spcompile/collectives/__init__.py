@@ -7,6 +7,7 @@ from spcompile.collectives.all_reduce import ALL_REDUCE
 from spcompile.collectives.all_to_all import ALL_TO_ALL
 from spcompile.collectives.base import COLLECTIVES, GRADIENT, Call, Collective, call_arguments
 from spcompile.collectives.mask_padding import MASK_PADDING
+from spcompile.collectives.positions import spec as spec_positions
 from spcompile.collectives.reduce_scatter import REDUCE_SCATTER
 from spcompile.collectives.reorder import REORDER
 from spcompile.collectives.shard import SHARD
@@ -27,4 +28,5 @@ __all__ = [
     "Collective",
     "call_arguments",
     "erase_identities",
+    "spec_positions",
 ]

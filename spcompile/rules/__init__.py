@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spcompile.rules import (
+    attention,
     creation,
     elementwise,
     indexing,
@@ -34,6 +35,7 @@ __all__ = [
     "OpRule",
     "Rule",
     "Size",
+    "attention",
     "creation",
     "elementwise",
     "indexing",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 import torch.fx as fx
 
+import spcompile.attention.op  # noqa: F401  (defines the op)
 from spcompile.rules.base import Dims, OpRule, register, tensor_operands
 from spcompile.sizes import Size, same
 
 
-def attention_rule(node: fx.Node) -> OpRule:
+@register(torch.ops.spx.attention.default)
+def attention(node: fx.Node) -> OpRule:
     """q "b n s h", k "b g t h", v "b g t v" -> out "b n s v", lse "b n s"; t follows s.
 
     The mask's vectors and the columns of a dense bias are read whole: their factors are replicated.
@@ -39,8 +41,3 @@ def attention_rule(node: fx.Node) -> OpRule:
 
 def _dims(names: str, sizes: dict[str, Size]) -> Dims:
     return tuple(() if same(sizes[name], 1) else (name,) for name in names)
-
-
-def register_attention() -> None:
-    """Bind the rule to the op; called when the op has been defined."""
-    register(torch.ops.spx.attention.default)(attention_rule)

@@ -146,7 +146,16 @@ def wait(x: Tensor) -> Tensor:
 
 
 def packed(x: Tensor) -> Tensor:
-    """`x` in row-major memory. With symbolic sizes always a copy: asking whether one is needed would guard on them."""
-    if all(isinstance(size, int) for size in (*x.shape, *x.stride())):
-        return x.contiguous()
+    """`x` in row-major memory, as fakes promise it; a size of 1 has the row-major stride too, unlike x.contiguous().
+
+    With symbolic sizes always a copy: asking whether one is needed would guard on them.
+    """
+    if not all(isinstance(size, int) for size in (*x.shape, *x.stride())):
+        return x.clone(memory_format=torch.contiguous_format)
+    strides, step = [], 1
+    for size in reversed(x.shape):
+        strides.append(step)
+        step *= max(size, 1)
+    if list(x.stride()) == strides[::-1]:
+        return x
     return x.clone(memory_format=torch.contiguous_format)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spcompile import sequence
-from spcompile.collectives.base import Call, Size, define, rank_in
+from spcompile.collectives.base import Call, Size, define, packed, rank_in
 
 SCHEMA = "mask_padding(Tensor x, int dim, SymInt length, str axis, int degree, str order, float fill) -> Tensor"
 
@@ -36,7 +36,7 @@ def eager(x: Tensor, dim: int, length: Size, axis: str, degree: int, order: str,
 def _masked(x: Tensor, rank: int, dim: int, length: Size, degree: int, order: str, fill: float) -> Tensor:
     padding = sequence.positions(length, rank, degree, order, x.device) >= length
     padding = padding.view([-1, *[1] * (x.dim() - dim - 1)])
-    return x.masked_fill(padding, fill).contiguous()
+    return packed(x.masked_fill(padding, fill))
 
 
 def dual(x: Tensor, dim: int, length: Size, axis: str, degree: int, order: str, fill: float) -> Call:

@@ -24,7 +24,7 @@ def fake(x: Tensor, dim: int, axis: str, degree: int, order: str) -> Tensor:
 
 def spec(parts: Sequence[Tensor], dim: int, axis: str, degree: int, order: str) -> list[Tensor]:
     whole = torch.stack(list(parts)).sum(0).to(parts[0].dtype)
-    return [sequence.take(whole, dim, rank, degree, order).contiguous() for rank in range(degree)]
+    return [packed(sequence.take(whole, dim, rank, degree, order)) for rank in range(degree)]
 
 
 def lowered(x: Tensor, dim: int, axis: str, degree: int, order: str) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spcompile import sequence
-from spcompile.collectives.base import Call, Size, define, rank_in, wait, with_size
+from spcompile.collectives.base import Call, Size, define, packed, rank_in, wait, with_size
 
 SCHEMA = "reorder(Tensor x, int dim, SymInt length, str axis, int degree, str from_order, str to_order) -> Tensor"
 
@@ -27,7 +27,7 @@ def spec(
     parts: Sequence[Tensor], dim: int, length: Size, axis: str, degree: int, from_order: str, to_order: str
 ) -> list[Tensor]:
     whole = sequence.restore_all(parts, dim, length, from_order)
-    return [sequence.take(whole, dim, rank, degree, to_order).contiguous() for rank in range(degree)]
+    return [packed(sequence.take(whole, dim, rank, degree, to_order)) for rank in range(degree)]
 
 
 def eager(x: Tensor, dim: int, length: Size, axis: str, degree: int, from_order: str, to_order: str) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spcompile import sequence
-from spcompile.collectives.base import Call, Size, define, rank_in, with_size
+from spcompile.collectives.base import Call, Size, define, packed, rank_in, with_size
 
 SCHEMA = "shard(Tensor x, int dim, str axis, int degree, str order, float fill) -> Tensor"
 
@@ -23,7 +23,7 @@ def fake(x: Tensor, dim: int, axis: str, degree: int, order: str, fill: float) -
 
 
 def spec(parts: Sequence[Tensor], dim: int, axis: str, degree: int, order: str, fill: float) -> list[Tensor]:
-    return [sequence.take(x, dim, rank, degree, order, fill).contiguous() for rank, x in enumerate(parts)]
+    return [packed(sequence.take(x, dim, rank, degree, order, fill)) for rank, x in enumerate(parts)]
 
 
 def eager(x: Tensor, dim: int, axis: str, degree: int, order: str, fill: float) -> Tensor:

@@ -79,9 +79,9 @@ def graph_hash(text: str) -> str:
 def _line(node: fx.Node) -> str:
     if node.op == "output":
         return f"return {_value(node.args[0])}"
-    type_ = _type(node.meta.get("val"))
+    type_name = type_text(node.meta.get("val"))
     sharding = "".join(f" {axis}={text}" for axis, text in (node.meta.get("sharding") or {}).items())
-    return f'{node.name}: "{type_}{sharding}" = {_expression(node)}'
+    return f'{node.name}: "{type_name}{sharding}" = {_expression(node)}'
 
 
 def _expression(node: fx.Node) -> str:
@@ -110,11 +110,12 @@ def _without_group(node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
     return [operand, *named.values()], {}
 
 
-def _type(val: Any) -> str:
+def type_text(val: Any) -> str:
+    """The type of an example value: `f32[2, 512]`, `(f32[2], i64[])`, `SymInt(s0)`."""
     if isinstance(val, torch.Tensor):
         return f"{_dtype(val.dtype)}[{', '.join(str(size) for size in val.shape)}]"
     if isinstance(val, (tuple, list)):
-        return f"({', '.join(_type(v) for v in val)})"
+        return f"({', '.join(type_text(v) for v in val)})"
     if isinstance(val, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return f"{type(val).__name__}({val})"
     return "?" if val is None else type(val).__name__

@@ -125,6 +125,8 @@ def _op_state(node: fx.Node, found: Mapping[fx.Node, str], gradient: set[fx.Node
     """I if all operands are; else S if one is (P if a pass says so); else R."""
     operands = [] if node.target in _SHAPE_ONLY else node.all_input_nodes
     varying = [n for n in operands if found[n] != "I"]
+    if _axis_of(node) == axis and not any(isinstance(n.meta.get("val"), torch.Tensor) for n in operands):
+        return "S"  # made from the rank alone, as positions are
     if _axis_of(node) == axis and all(found[n] != "S" for n in operands):
         raise invalid(node, f"communicates on {axis}, but none of its operands is S")
     if not varying:

@@ -34,7 +34,8 @@ def eager(x: Tensor, dim: int, length: Size, axis: str, degree: int, order: str,
 
 
 def _masked(x: Tensor, rank: int, dim: int, length: Size, degree: int, order: str, fill: float) -> Tensor:
-    padding = sequence.positions(length, rank, degree, order, x.device) >= length
+    # The dim may be laid out for a longer sequence of which `length` is the beginning: its capacity decides.
+    padding = sequence.positions(x.shape[dim] * degree, rank, degree, order, x.device) >= length
     padding = padding.view([-1, *[1] * (x.dim() - dim - 1)])
     return packed(x.masked_fill(padding, fill))
 

@@ -44,9 +44,9 @@ class LowerToLocal(Pass):
         for node in local.graph.nodes:
             if node.op == "call_function" and "stack_trace" not in node.meta:
                 node.meta["spx_origin"] = "lower"
+        for node in local.graph.nodes:
+            if node.op == "get_attr":
+                setattr(gm, node.target, getattr(local, node.target))
         gm.graph = local.graph
-        for name, value in vars(local).items():
-            if name.startswith("_tensor_constant"):
-                setattr(gm, name, value)
         gm.recompile()
         return count

@@ -13,6 +13,7 @@ import torch.fx as fx
 from spcompile.agreement import Agreement, first_difference
 from spcompile.diagnostics import GraphBreak
 from spcompile.dump import dump_to
+from spcompile.dynamo_settings import ignore_library_logging
 from spcompile.emit import Emission, emit
 from spcompile.mesh import RuntimeMesh, runtime_mesh
 from spcompile.options import Options
@@ -25,6 +26,7 @@ from spcompile.program import LocalProgram, build
 from spcompile.torch_private import aot_autograd, compile_fx
 
 log = logging.getLogger(__name__)
+ignore_library_logging()  # torch.compile(..., backend="spcompile") imports this module before it traces
 
 
 def spcompile(

@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 # Views that ask for strides become reshapes: later passes may change strides, never meaning.
 _RESHAPES = (aten.view.default, aten._unsafe_view.default)
-_NO_MEANING = (aten._assert_tensor_metadata.default, aten.alias.default, aten.lift_fresh_copy.default)
+_NO_MEANING = (aten._assert_tensor_metadata.default, aten.alias.default)
 
 
 class _KeepOrigin(fx.Interpreter):
@@ -123,6 +123,9 @@ def normalise(gm: fx.GraphModule) -> None:
     """Remove nodes without meaning, turn views into reshapes and grad-mode switches into detach."""
     graph = gm.graph
     for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is aten.lift_fresh_copy.default:
+            _fold_constant(gm, node)
+    for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         if node.target in _RESHAPES:
@@ -134,6 +137,21 @@ def normalise(gm: fx.GraphModule) -> None:
     _detach_no_grad_regions(graph)
     graph.eliminate_dead_code()
     gm.recompile()
+
+
+def _fold_constant(gm: fx.GraphModule, node: fx.Node) -> None:
+    """`torch.tensor(8)` and `torch.tensor([])` in a forward become `full`, so that readers see the number."""
+    source = node.args[0]
+    value = getattr(gm, str(source.target)) if isinstance(source, fx.Node) and source.op == "get_attr" else None
+    if not isinstance(value, torch.Tensor) or value.numel() > 1:
+        return
+    number = value.item() if value.numel() == 1 else 0
+    with gm.graph.inserting_before(node):
+        options = {"dtype": value.dtype, "device": value.device}
+        full = gm.graph.call_function(aten.full.default, (list(value.shape), number), options)
+    full.meta = dict(node.meta)
+    node.replace_all_uses_with(full)
+    gm.graph.erase_node(node)
 
 
 def _is_output(node: fx.Node) -> bool:

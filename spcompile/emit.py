@@ -12,6 +12,7 @@ from functorch.compile import make_boxed_func
 from torch.utils.checkpoint import CheckpointPolicy
 
 from spcompile.collectives import erase_identities
+from spcompile.graph import copy_graph
 from spcompile.passes_api import PassReport, Stage
 from spcompile.pipeline import run_passes
 from spcompile.program import LocalProgram
@@ -48,21 +49,11 @@ class Emission:
                 node.meta["spx_origin"] = "autograd"
         run_passes(gm, program.schedule, program.ctx, program.history)
         program.history.add(phase, Stage.SCHEDULE, gm, program.ctx, PassReport())
-        kept = fx.GraphModule(gm, gm.graph)
-        kept.graph = _with_meta(gm.graph)
+        kept = fx.GraphModule(gm, copy_graph(gm.graph))
         self.graphs[phase] = kept
         self.finished(phase, kept)
         self.bind(gm.graph)
         gm.recompile()
-
-
-def _with_meta(graph: fx.Graph) -> fx.Graph:
-    copy = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    copy.output(copy.graph_copy(graph, mapping))
-    for old, new in mapping.items():
-        new.meta = dict(old.meta)
-    return copy
 
 
 def prepare_joint(graph: fx.Graph) -> None:

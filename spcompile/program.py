@@ -12,6 +12,7 @@ import torch.fx as fx
 
 from spcompile.capture import capture
 from spcompile.diagnostics import Remarks
+from spcompile.graph import copy_graph
 from spcompile.layout import layout_of
 from spcompile.mesh import MeshShape
 from spcompile.options import Options
@@ -73,8 +74,7 @@ def build(
     ctx = Context(mesh, options, Remarks(strict=options.strict))
     history = history or History()
     captured = capture(gm, inputs)
-    work = fx.GraphModule(captured, fx.Graph())
-    work.graph = _copy(captured.graph)
+    work = fx.GraphModule(captured, copy_graph(captured.graph))
     history.add("capture", Stage.GLOBAL, work, ctx, PassReport())
     outputs = _select_outputs(work, options)
     run_passes(work, [p for p in passes if p.stage is Stage.GLOBAL and p.name != "lower"], ctx, history)
@@ -82,17 +82,6 @@ def build(
     run_passes(work, [p for p in passes if p.name == "lower" or p.stage is Stage.LOCAL], ctx, history)
     schedule = [p for p in passes if p.stage is Stage.SCHEDULE]
     return LocalProgram(work, list(inputs), outputs, ctx, history, captured, schedule)
-
-
-def _copy(graph: fx.Graph) -> fx.Graph:
-    copy = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    result = copy.graph_copy(graph, mapping)
-    output = next(n for n in graph.nodes if n.op == "output")
-    copy.output(result).meta = dict(output.meta)
-    for old, new in mapping.items():
-        new.meta = dict(old.meta)
-    return copy
 
 
 def _output_node(graph: fx.Graph) -> fx.Node:

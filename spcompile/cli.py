@@ -73,8 +73,9 @@ def train(
         dtype: float32, float64, bfloat16 or float16.
         dump: A folder for the graph after every pass.
     """
-    from spcompile.train import TrainJob, launch
+    from spcompile.train import launch
     from spcompile.train_progress import print_report
+    from spcompile.train_report import TrainJob
 
     sizes = parse_mesh(mesh) if mesh else {"cp": nproc or 2}
     job = TrainJob(

@@ -149,7 +149,7 @@ def _small_config(model_type: str, seq: int, settings: dict[str, Any]) -> Any:
 
     if model_type not in CONFIG_MAPPING:
         raise IllegalModel(f"hf:{model_type}", legal="a transformers model type, or a folder with a config.json")
-    config_class = CONFIG_MAPPING[model_type]
+    config_class: Any = CONFIG_MAPPING[model_type]
     usual = config_class()
     small = {
         "num_hidden_layers": 2,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def saved_activation_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
@@ -30,8 +29,9 @@ def saved_activation_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> i
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    if is_traceable_wrapper_subclass(tensor):  # a DTensor has no storage of its own
-        for name in tensor.__tensor_flatten__()[0]:
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None:  # a wrapper such as DTensor has no storage of its own
+        for name in flatten()[0]:
             yield from _storages(getattr(tensor, name))
     else:
         yield tensor.untyped_storage()

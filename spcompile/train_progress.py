@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from spcompile.train import TrainReport
+from spcompile.train_report import TrainReport
 
 ShowStep = Callable[[str, int, float, float | None], None]  # phase, step, loss, relative difference to the other run
 PLAIN_LINES = 6  # per run, where there is no terminal

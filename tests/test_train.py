@@ -19,7 +19,8 @@ from spcompile.diagnostics import IllegalMesh, IllegalModel, IllegalOption
 from spcompile.model_spec import build
 from spcompile.saved_bytes import saved_activation_bytes
 from spcompile.traffic import Traffic, traffic_of
-from spcompile.train import Batches, Run, TrainJob, TrainReport
+from spcompile.train import Batches
+from spcompile.train_report import Run, TrainJob, TrainReport, relative
 
 PoolOf = Callable[[int], WorkerPool]
 
@@ -124,7 +125,7 @@ def test_two_processes_train_and_agree(tmp_path: Path) -> None:
 def test_losses_that_part_are_a_failure(off: float, failures: int) -> None:
     single = Run([5.0, 4.0], 1.0, 1.0, 1, 1.0)
     parallel = replace(single, losses=[5.0, 4.0 * (1 + off)])
-    differences = [train.relative(a, b) for a, b in zip(parallel.losses, single.losses, strict=True)]
+    differences = [relative(a, b) for a, b in zip(parallel.losses, single.losses, strict=True)]
     report = TrainReport(job(), 1, single, parallel, [], differences, True)
     assert len(report.failures) == failures
     assert all("step 2" in text and "on one device" in text for text in report.failures)

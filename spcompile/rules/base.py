@@ -80,7 +80,7 @@ class OpRule:
         left = ", ".join(self._tensor(dims) for dims in self.operands)
         right = ", ".join(self._tensor(dims) for dims in self.results)
         notes = [f"{factor}: {kind}" for factor, kind in self.reductions.items()]
-        return f"{left} -> {right}" + (f" | {', '.join(notes)}" if notes else "")
+        return f"{left} -> {right}".lstrip() + (f" | {', '.join(notes)}" if notes else "")
 
     def _tensor(self, dims: Dims) -> str:
         return " ".join(self._dim(dim) for dim in dims) if dims else "()"

@@ -36,8 +36,8 @@ ARITHMETIC = """
 """
 COMPARISONS = """
     eq.Scalar eq.Tensor ge.Scalar ge.Tensor greater.Scalar greater.Tensor greater_equal.Scalar greater_equal.Tensor
-    gt.Scalar gt.Tensor isclose le.Scalar le.Tensor less.Scalar less.Tensor less_equal.Scalar less_equal.Tensor lt.Scalar
-    lt.Tensor ne.Scalar ne.Tensor not_equal.Scalar not_equal.Tensor
+    gt.Scalar gt.Tensor isclose le.Scalar le.Tensor less.Scalar less.Tensor less_equal.Scalar less_equal.Tensor
+    lt.Scalar lt.Tensor ne.Scalar ne.Tensor not_equal.Scalar not_equal.Tensor
 """
 BITS = """
     __and__.Scalar __and__.Tensor __lshift__.Scalar __lshift__.Tensor __or__.Scalar __or__.Tensor __rshift__.Scalar

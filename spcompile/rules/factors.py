@@ -98,7 +98,7 @@ class _Letters:
 
 
 def _letters() -> Iterator[str]:
-    """a ... z a1 ... z1 a2 ..."""
+    """From a to z, then a1 to z1 and so on."""
     for turn in count():
         yield from (f"{letter}{turn or ''}" for letter in ascii_lowercase)
 

@@ -1,5 +1,7 @@
-"""Ops that read or write at computed places. The indexed dim is replicated, the dims of the index pass:
-`[c] b, a -> a b`."""
+"""Ops that read or write at computed places: `[c] b, a -> a b`.
+
+The indexed dim is replicated, the dims of the index pass.
+"""
 
 from __future__ import annotations
 
@@ -119,15 +121,13 @@ def scatter(node: fx.Node) -> OpRule:
     dims = factors(args["self"].shape)
     if not dims:
         return build(node, {name: [] for name in ("self", "index", "src")}, [[]])
-    shapes = [args["index"].shape, *([args["src"].shape] if isinstance(args.get("src"), Tensor) else [])]
+    others = [args[name] for name in ("index", "src") if isinstance(args.get(name), Tensor)]
     dim = args["dim"] % len(dims)
     for d, factor in enumerate(dims):
-        factor.replicated = d == dim or not all(same(shape[d], factor.size) for shape in shapes)
-    layouts = [
-        [Factor(size, True) if factor.replicated else factor for size, factor in zip(shape, dims, strict=True)]
-        for shape in shapes
-    ]
-    return build(node, {"self": dims, "index": layouts[0], "src": layouts[-1]}, [dims])
+        factor.replicated = d == dim or not all(same(other.shape[d], factor.size) for other in others)
+    index = [Factor(s, True) if f.replicated else f for s, f in zip(args["index"].shape, dims, strict=True)]
+    src = [f if same(s, f.size) else Factor(s, True) for s, f in zip(others[-1].shape, index, strict=True)]
+    return build(node, {"self": dims, "index": index, "src": src}, [dims])
 
 
 def _around(shape: Sequence[Any], out: Sequence[Factor], dim: int) -> list[Dim]:

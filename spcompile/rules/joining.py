@@ -13,7 +13,7 @@ import torch
 import torch.fx as fx
 
 from spcompile.rules.base import LocalCall, OpRule, register, tensor_results
-from spcompile.rules.calls import arguments, at_least, overloads, same
+from spcompile.rules.calls import arguments, overloads, same
 from spcompile.rules.factors import Factor, build, factors
 
 aten = torch.ops.aten
@@ -58,12 +58,8 @@ def _identity(call: LocalCall) -> Any:
 def slice_(node: fx.Node) -> OpRule:
     """`a [c] -> a [b]`, b a prefix of c if the slice starts at 0; a slice of everything is the identity."""
     args = arguments(node)
-    whole = args["self"].shape[args["dim"]]
-    start, end = 0 if args["start"] is None else args["start"], args["end"]
-    from_zero = same(start, 0) or same(start, -whole)
-    if from_zero and same(args["step"], 1) and (end is None or at_least(end, whole)):
-        dims = factors(args["self"].shape)
-        return build(node, {"self": dims}, [dims], local=_identity)
+    start, whole = args["start"], args["self"].shape[args["dim"]]
+    from_zero = start is None or same(start, 0) or same(start, -whole)
     return _part(node, args["dim"], prefix=from_zero and same(args["step"], 1))
 
 
@@ -71,18 +67,17 @@ def slice_(node: fx.Node) -> OpRule:
 def narrow(node: fx.Node) -> OpRule:
     """`a [c] -> a [b]`, as slice."""
     args = arguments(node)
-    from_zero = same(args["start"], 0)
-    if from_zero and same(args["length"], args["self"].shape[args["dim"]]):
-        dims = factors(args["self"].shape)
-        return build(node, {"self": dims}, [dims], local=_identity)
-    return _part(node, args["dim"], prefix=from_zero)
+    return _part(node, args["dim"], prefix=same(args["start"], 0))
 
 
 def _part(node: fx.Node, dim: int, *, prefix: bool) -> OpRule:
     operand = factors(arguments(node)["self"].shape)
+    length = tensor_results(node)[0].shape[dim]
+    if prefix and same(length, operand[dim].size):
+        return build(node, {"self": operand}, [operand], local=_identity)
     result = list(operand)
     operand[dim].replicated = True
-    result[dim] = Factor(tensor_results(node)[0].shape[dim], replicated=True)
+    result[dim] = Factor(length, replicated=True)
     return build(node, {"self": operand}, [result], prefix_of={result[dim]: operand[dim]} if prefix else None)
 
 

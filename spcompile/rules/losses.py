@@ -13,9 +13,9 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.rules.base import LocalCall, OpRule, register, tensor_results
-from spcompile.rules.calls import arguments, bind, overloads, same
-from spcompile.rules.factors import Factor, broadcast, build, factors
+from spcompile.rules.base import LocalCall, OpRule, register
+from spcompile.rules.calls import arguments, bind, overloads
+from spcompile.rules.factors import broadcast, build, factors
 from spcompile.rules.reductions import global_count, partial_mean
 
 aten = torch.ops.aten

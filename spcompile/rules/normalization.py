@@ -9,7 +9,7 @@ import torch.fx as fx
 
 from spcompile.rules.base import LocalCall, OpRule, register, tensor_results
 from spcompile.rules.calls import arguments, bind, overloads, same
-from spcompile.rules.factors import Factor, broadcast, build, factors
+from spcompile.rules.factors import Dim, Factor, Layout, broadcast, build, factors
 
 SOFTMAXES = """
     _log_softmax _safe_softmax _softmax log_softmax.int softmax.int special_log_softmax special_softmax
@@ -37,21 +37,18 @@ def layer_norm(node: fx.Node) -> OpRule:
     normalized = dims[len(dims) - len(args["normalized_shape"]) :]
     for factor in normalized:
         factor.replicated = True
-    statistics = [() if factor.replicated else factor for factor in dims]
-    results = [dims, *(statistics for _ in tensor_results(node)[1:])]
+    statistics: list[Dim] = [() if factor.replicated else factor for factor in dims]
+    results: list[Layout] = [dims, *(statistics for _ in tensor_results(node)[1:])]
     return build(node, {"input": dims, "weight": normalized, "bias": normalized}, results)
 
 
-@register(*overloads("group_norm native_group_norm"))
-def group_norm(node: fx.Node) -> OpRule | None:
+@register(torch.ops.aten.group_norm.default)
+def group_norm(node: fx.Node) -> OpRule:
     """`a (b [d]) [c], (b [d]), (b [d]) -> a (b [d]) [c]`: whole groups may be sharded."""
     args = arguments(node)
-    native = "group" in args
-    if native:
-        return None  # its sizes come as N, C, HxW: `group_norm` is what is captured before dispatch
     batch, channels, *rest = args["input"].shape
     groups, members = Factor(args["num_groups"]), Factor(channels // args["num_groups"], replicated=True)
-    dims = [Factor(batch), (groups, members), *factors(rest, replicated=True)]
+    dims: list[Dim] = [Factor(batch), (groups, members), *factors(rest, replicated=True)]
     affine = [(groups, members)]
 
     def local(call: LocalCall) -> Any:

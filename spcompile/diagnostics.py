@@ -80,6 +80,12 @@ class NoProcessGroup(SpcompileError, RuntimeError):
     code, title = "SP104", "no process group"
 
 
+class IllegalModel(SpcompileError, ValueError):
+    """A model named on the command line that does not exist or cannot have these settings."""
+
+    code, title = "SP105", "illegal model"
+
+
 class RanksDisagree(SpcompileError, RuntimeError):
     """Ranks called the compiled model with different shapes, dtypes, options or graphs."""
 

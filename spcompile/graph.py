@@ -89,3 +89,15 @@ def _fake_mode(values: Any) -> FakeTensorMode | None:
         if mode is not None:
             return mode
     return None
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy with the same node names; every node's meta is a dict of its own."""
+    copy = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    result = copy.graph_copy(graph, mapping)
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    mapping[output] = copy.output(result)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+    return copy

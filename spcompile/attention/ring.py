@@ -10,6 +10,7 @@ B batch, N query heads, G key heads, Sl and Tl local query and key rows, H head 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -73,12 +74,10 @@ class Ring:
 
     def hops(self, mask: AttentionMask) -> int:
         """How far keys must travel: the largest distance over which the mask leaves anything on any rank."""
-        for distance in range(self.degree - 1, 0, -1):
-            if any(self._meets(mask, rank, (rank - distance) % self.degree) for rank in range(self.degree)):
-                return distance
-        return 0
+        return _hops(self, mask)
 
-    def _meets(self, mask: AttentionMask, q_rank: int, k_rank: int) -> bool:
+    def meets(self, mask: AttentionMask, q_rank: int, k_rank: int) -> bool:
+        """Whether the mask leaves anything of one rank's queries against another's keys."""
         pairs = ((q, k) for q in self.q_runs(q_rank) for k in self.k_runs(k_rank))
         return any(mask.classify(q.first, q.last, k.first, k.last) is not Kind.EMPTY for q, k in pairs)
 
@@ -89,6 +88,14 @@ class Ring:
             if x.shape[2] != expected:
                 found = f"ring attention: {name} has {x.shape[2]} local rows of a sequence of {length}"
                 raise IllegalOption(found, legal=f"{expected} ({self.order} over {self.degree} ranks)")
+
+
+@functools.lru_cache(maxsize=1024)
+def _hops(ring: Ring, mask: AttentionMask) -> int:
+    for distance in range(ring.degree - 1, 0, -1):
+        if any(ring.meets(mask, rank, (rank - distance) % ring.degree) for rank in range(ring.degree)):
+            return distance
+    return 0
 
 
 def ring_forward(
@@ -148,20 +155,19 @@ def unpack(message: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return k_part, v_part
 
 
-def forward_bytes(
-    mask: AttentionMask, ring: Ring, batch: int, key_heads: int, head_size: int, v_head_size: int, element: int
-) -> int:
-    """Bytes that each rank sends in the forward: `hops` messages of keys and values. element: bytes of one number."""
-    rows = local_length(ring.k_length, ring.degree, ring.order)
-    return ring.hops(mask) * batch * key_heads * rows * (head_size + v_head_size) * element
+def message_numbers(batch: int, key_heads: int, rows: int, head_size: int, v_head_size: int) -> int:
+    """Numbers in one message: the keys and values of one rank. `rows` is the local length and may be a SymInt."""
+    return batch * key_heads * rows * (head_size + v_head_size)
 
 
-def backward_bytes(
-    mask: AttentionMask, ring: Ring, batch: int, key_heads: int, head_size: int, v_head_size: int, element: int
-) -> int:
-    """Bytes that each rank sends in the backward: keys and values again, and their gradients one message more."""
-    hops = ring.hops(mask)
-    rows = local_length(ring.k_length, ring.degree, ring.order)
-    accumulate = 8 if element == 8 else 4
-    numbers = batch * key_heads * rows * (head_size + v_head_size)
-    return numbers * (hops * element + (hops + 1) * accumulate) if hops else 0
+def forward_bytes(numbers: int, hops: int, element: int) -> int:
+    """Bytes that each rank sends in the forward: keys and values, once a hop. element: bytes of one number."""
+    return hops * numbers * element
+
+
+def backward_bytes(numbers: int, hops: int, element: int) -> int:
+    """Bytes that each rank sends in the backward: keys and values again, and their gradients once more than that.
+
+    Gradients travel in the accumulation dtype: 8 bytes for float64, else 4.
+    """
+    return numbers * (hops * element + (hops + 1) * max(4, element)) if hops else 0

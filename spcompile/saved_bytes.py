@@ -1,0 +1,37 @@
+"""How many bytes autograd keeps between forward and backward: the memory that sequence parallelism divides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def saved_activation_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes of the distinct storages that `forward` saves for backward, parameters and buffers not counted.
+
+    Works for eager and for compiled models: what a compiled graph saves is saved by one autograd function. A view
+    counts with its whole storage, since that is what stays alive. `forward` returns the loss; its graph is dropped.
+    """
+    own = {storage.data_ptr() for tensor in [*model.parameters(), *model.buffers()] for storage in _storages(tensor)}
+    kept: dict[int, torch.UntypedStorage] = {}  # holding them keeps an address from being used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.update((storage.data_ptr(), storage) for storage in _storages(tensor))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward()
+    total = sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+    del loss
+    return total
+
+
+def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None:  # a wrapper such as DTensor has no storage of its own
+        for name in flatten()[0]:
+            yield from _storages(getattr(tensor, name))
+    else:
+        yield tensor.untyped_storage()

@@ -1,0 +1,30 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from worker_pool import WorkerPool
+
+
+@pytest.fixture(scope="session")
+def worker_pool() -> Iterator[Callable[[int], WorkerPool]]:
+    """`worker_pool(2)`: the session's pool of that many processes."""
+    pools: dict[int, WorkerPool] = {}
+
+    def pool(world_size: int) -> WorkerPool:
+        return pools.setdefault(world_size, WorkerPool(world_size))
+
+    yield pool
+    for opened in pools.values():
+        opened.close()
+
+
+@pytest.fixture(autouse=True)
+def fresh_state() -> Iterator[None]:
+    """Each test starts from the same seed and leaves no compiled code behind."""
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()

@@ -11,6 +11,7 @@ from spcompile.passes.parallelize_attention import ParallelizeAttention
 from spcompile.passes.recognize_attention import RecognizeAttention
 from spcompile.passes.recognize_loss import RecognizeLoss
 from spcompile.passes.recognize_mask import RecognizeMask
+from spcompile.passes.split_dropout import SplitDropout
 from spcompile.passes_api import Pass
 
 PIPELINE: tuple[Pass, ...] = (
@@ -18,6 +19,7 @@ PIPELINE: tuple[Pass, ...] = (
     RecognizeAttention(),  # first: all else depends on knowing where attention is
     RecognizeMask(),  # reads the dense masks that recognize-attention left as biases
     RecognizeLoss(),  # means over tokens must be sums and counts before tokens are split
+    SplitDropout(),  # behind recognize-attention, which looks for the dropout of eager attention
     ChooseAttention(),  # reads masks and head counts; the order of the sequence follows from it
     AnnotateSharding(),  # on the final global ops, since it holds their factors
     InsertReshards(),  # decides with the whole graph annotated

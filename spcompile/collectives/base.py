@@ -131,7 +131,7 @@ def call_arguments(
 
 def rank_in(group: str) -> int:
     """This process's rank in a c10d group."""
-    return torch_private.process_group(group).rank()
+    return torch_private.resolve_process_group(group).rank()
 
 
 def with_size(shape: Sequence[Size], dim: int, size: Size) -> list[Size]:

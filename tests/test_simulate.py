@@ -66,7 +66,7 @@ def test_context_parallel_mlp_with_loss(degree: int, length: int, order: str) ->
 
 
 def test_megatron_block_inside_context_parallel_on_a_two_axis_mesh() -> None:
-    """The axis tp shards the hidden size, cp the positions: all-gather before, reduce-scatter after, gradients as on one."""
+    """The axis tp shards the hidden size, cp the positions: gather before, reduce-scatter after, gradients of one."""
     mesh = MeshShape.of({"tp": 2, "cp": 3})
 
     def plain(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

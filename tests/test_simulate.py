@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.fx as fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import spcompile.collectives  # noqa: F401
+from spcompile.collectives import COLLECTIVES, Call
 from spcompile.mesh import MeshShape
 from spcompile.simulate import Simulator, register_spec, simulate
 
@@ -104,6 +105,31 @@ def test_a_forgotten_vary_is_seen_in_the_gradient() -> None:
     torch.autograd.backward(losses)
     assert_every_rank_equals(losses, (x * w).sum())
     assert [w_.grad.item() for w_ in ws] == [x[:2].sum().item(), x[2:].sum().item()]
+
+
+def test_a_wrong_dual_is_seen_in_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward of a gather to R without its sum: the loss stays right, the gradient does not."""
+    gather = COLLECTIVES[spx.all_gather.default]
+
+    def without_sum(x: torch.Tensor, **arguments: Any) -> Call:
+        return gather.dual(x, **{**arguments, "to": "I"})
+
+    def local(x: torch.Tensor) -> torch.Tensor:
+        part = spx.shard(x, 0, "cp", 2, "contiguous", 0.0)
+        whole = spx.all_gather(part, 0, 4, "cp", 2, "contiguous", "R")
+        return spx.all_reduce((whole.sum() * part).sum(), "cp", 2, "I")
+
+    def gradient(x: torch.Tensor) -> torch.Tensor:
+        xs = replicas(x, 2)
+        losses = simulate(graph_of(local, x), [[x_] for x_ in xs], {"cp": 2})
+        torch.autograd.backward(losses)
+        assert_every_rank_equals(losses, x.sum() ** 2)
+        return xs[0].grad
+
+    x = torch.randn(4, dtype=F64)
+    torch.testing.assert_close(gradient(x), 2 * x.sum().expand(4), rtol=1e-12, atol=1e-12)
+    monkeypatch.setitem(COLLECTIVES, gather.op, dataclasses.replace(gather, dual=without_sum))
+    assert not torch.allclose(gradient(x), 2 * x.sum().expand(4))
 
 
 def test_second_derivatives_follow_the_duals() -> None:

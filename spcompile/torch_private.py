@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-# Registers the Meta kernels of torch.ops._c10d_functional (torch 2.13, torch/distributed/_functional_collectives.py).
-import torch.distributed._functional_collectives  # noqa: F401
+import torch.distributed._functional_collectives  # noqa: F401  torch 2.13: Meta kernels of torch.ops._c10d_functional
+from torch.distributed.distributed_c10d import _resolve_process_group  # torch 2.13
 
 # torch 2.13: torch/_functorch/aot_autograd.py, partitioners.py; torch/_dynamo/backends/common.py
 from torch._dynamo.backends.common import aot_autograd
@@ -48,8 +48,6 @@ __all__ = [
 ]
 
 
-def process_group(name: str) -> ProcessGroup:
-    """The process group that c10d registered under `name` (torch 2.13, torch/distributed/distributed_c10d.py)."""
-    from torch.distributed.distributed_c10d import _resolve_process_group
-
+def resolve_process_group(name: str) -> ProcessGroup:
+    """The process group with this c10d name."""
     return _resolve_process_group(cast("GroupName", name))

@@ -48,7 +48,7 @@ def verify_graph(
     try:
         gm.graph.lint()
     except RuntimeError as error:
-        raise InvalidGraph(f"not a well formed graph: {error}") from error
+        raise InvalidGraph(f"not a well formed graph: {str(error).splitlines()[0]}") from error
     for node in gm.graph.nodes:
         if node.op == "call_function" and not node.meta.get("stack_trace") and not node.meta.get("spx_origin"):
             raise invalid(node, "no source location", legal='meta["stack_trace"], or meta["spx_origin"] naming a pass')

@@ -11,6 +11,7 @@ import torch
 import torch.fx as fx
 
 from spcompile.agreement import Agreement, first_difference
+from spcompile.autocast import autocast_off
 from spcompile.diagnostics import GraphBreak
 from spcompile.dump import dump_to
 from spcompile.dynamo_settings import ignore_library_logging
@@ -75,7 +76,8 @@ def _compile(
         agreement.require(format_graph(final), first_difference)
 
     emission = Emission(program, bind=lambda graph: bind_axes(graph, groups), finished=agree)
-    compiled = emit(emission, options.compiler)
+    with autocast_off():
+        compiled = emit(emission, options.compiler)
     PROGRAMS.append((program, emission))
     key = str(len(PROGRAMS))
     return _checked(restore_outputs(compiled, program, mesh), key, agreement)

@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from spcompile.autocast import autocast_in, make_explicit
 from spcompile.diagnostics import CaptureFailed, source_of
 from spcompile.torch_private import FunctionalTensor, FunctionalTensorMode, TracingContext, detect_fake_mode
 
@@ -76,7 +77,9 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     fake_mode, fakes = fake_inputs(inputs)
     with fake_mode, fx.traceback.preserve_node_meta():
         captured = make_fx(run, pre_dispatch=True)(*fakes)
-    _name_placeholders(captured, gm)
+    _name_placeholders(captured, gm, inputs)
+    if autocast_in(captured):
+        make_explicit(captured)
     normalise(captured)
     return captured
 
@@ -107,11 +110,12 @@ def _unwrap(tensor: Any) -> Any:
     return torch._from_functional_tensor(tensor.elem)
 
 
-def _name_placeholders(captured: fx.GraphModule, original: fx.GraphModule) -> None:
-    """Give the placeholders the names Dynamo chose: they say which parameter or argument each one is."""
+def _name_placeholders(captured: fx.GraphModule, original: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Give the placeholders the names Dynamo chose, and note which are trainable: tracing forgets both."""
     names = [n for n in original.graph.nodes if n.op == "placeholder"]
     nodes = [n for n in captured.graph.nodes if n.op == "placeholder"]
-    for node, source in zip(nodes, names, strict=True):
+    for node, source, given in zip(nodes, names, inputs, strict=True):
+        node.meta["trainable"] = isinstance(given, torch.Tensor) and given.requires_grad
         node._rename(source.name)
         node.target = node.name
         for key in ("grapharg", "tensor_dict"):

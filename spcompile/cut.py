@@ -55,7 +55,7 @@ def needs_gradient(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         floating = any(v.is_floating_point() for v in tensor_results(node))
         if node.op == "placeholder":
-            carries = floating and bool(node.meta["val"].requires_grad)
+            carries = floating and bool(node.meta.get("trainable"))
         else:
             cuts = node.target is torch.ops.aten.detach.default
             carries = floating and not cuts and any(i in found for i in node.all_input_nodes)

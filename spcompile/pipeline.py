@@ -83,6 +83,10 @@ def check_order(passes: Iterable[Pass]) -> None:
         assert not late, f"{p.name} must run after {', '.join(late)}"
 
 
+def _trainable(gm: fx.GraphModule) -> list[str]:
+    return [n.name for n in gm.graph.nodes if n.op == "placeholder" and n.meta.get("trainable")]
+
+
 def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history: History) -> None:
     """Run passes of one stage in order, verifying the graph after each.
 
@@ -97,7 +101,7 @@ def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history
         report.milliseconds = (time.perf_counter() - start) * 1e3
         stage = Stage.LOCAL if p.name == "lower" else p.stage
         try:
-            verify_graph(gm, stage, ctx.mesh)
+            verify_graph(gm, stage, ctx.mesh, sharded_outputs=ctx.options.outputs == "sharded", trainable=_trainable(gm))
         except InvalidGraph as error:
             raise InvalidGraph(f"after pass {p.name}: {error.found}", where=error.where, legal=error.legal) from error
         history.add(p.name, stage, gm, ctx, report)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from spcompile.autocast import autocast_off
 from spcompile.capture import capture
 from spcompile.diagnostics import Remarks
 from spcompile.graph import copy_graph
@@ -74,6 +75,14 @@ def build(
     ctx = Context(mesh, options, Remarks(strict=options.strict))
     history = history or History()
     captured = capture(gm, inputs)
+    with autocast_off():
+        return _build(captured, inputs, ctx, passes, history)
+
+
+def _build(
+    captured: fx.GraphModule, inputs: Sequence[Any], ctx: Context, passes: Sequence[Pass], history: History
+) -> LocalProgram:
+    options = ctx.options
     work = fx.GraphModule(captured, copy_graph(captured.graph))
     history.add("capture", Stage.GLOBAL, work, ctx, PassReport())
     outputs = _select_outputs(work, options)

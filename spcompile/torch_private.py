@@ -43,7 +43,7 @@ __all__ = [
     "detect_fake_mode",
     "disable_functional_mode",
     "min_cut_rematerialization_partition",
-    "process_group",
+    "resolve_process_group",
     "unset_fake_temporarily",
 ]
 

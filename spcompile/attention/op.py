@@ -19,7 +19,7 @@ from spcompile.attention.provider import Rows, Scores
 from spcompile.attention.ring import Requests, Ring, ring_backward, ring_forward
 from spcompile.attention.runs import Run, natural_runs, runs_of
 from spcompile.diagnostics import RanksDisagree
-from spcompile.torch_private import process_group
+from spcompile.torch_private import resolve_process_group
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -167,7 +167,7 @@ def _ring_backward(
 
 
 def _group(axis: str, degree: int) -> dist.ProcessGroup:
-    group = process_group(axis)
+    group = resolve_process_group(axis)
     if group.size() != degree:
         raise RanksDisagree(f"group {axis!r} has {group.size()} ranks, the graph was compiled for {degree}")
     return group

@@ -550,6 +550,7 @@ CASES: list[tuple[Call, str]] = [
     (call("sinh", x(4)), "a -> a"),
     (call("slice.Tensor", x(4, 6), 1, 0, 2**63 - 1), "a b -> a b"),
     (call("slice.Tensor", x(4, 6), 1, -6, 6), "a b -> a b"),
+    (call("slice.Tensor", x(4, 6), 1, -4095, 2**63 - 1), "a b -> a b"),
     (call("slice.Tensor", x(4, 6), 1, 0, 4), "a [c] -> a [b]"),
     (call("slice.Tensor", x(4, 6), 1, 2, 2**63 - 1), "a [c] -> a [b]"),
     (call("slice.Tensor", x(4, 6), -1, 0, 6, 2), "a [c] -> a [b]"),
@@ -750,6 +751,7 @@ def test_prefix_slices_are_marked() -> None:
     for node in (
         call("slice.Tensor", x(4, 6), 1, 0, 4).node(),
         call("slice.Tensor", x(4, 6), 1, None, -2).node(),
+        call("slice.Tensor", x(4, 6), 1, -7, -2).node(),
         call("narrow", x(4, 6), 1, 0, 4).node(),
     ):
         rule = rule_of(node)

@@ -26,11 +26,15 @@ WIRE = 4.0  # one byte over a link against one byte of memory traffic
 
 @dataclass(frozen=True)
 class Use:
-    """One operand slot: `user` reads `value`; sharded, it wants it at `place` (None: whole)."""
+    """One operand slot: `user` reads `value`; sharded, it wants it at `place` (None: whole).
+
+    unread: only its shape and dtype matter, so any state will do.
+    """
 
     value: fx.Node
     user: fx.Node
     place: Place | None
+    unread: bool = False
 
 
 def uses_of(user: fx.Node, axis: str) -> list[Use]:
@@ -38,10 +42,11 @@ def uses_of(user: fx.Node, axis: str) -> list[Use]:
     layout = layout_of(user)
     choice = layout.choice.get(axis) if layout else None
     operands = tensor_operands(user)
-    if layout is None or layout.call is None or choice is None:
+    if layout is None or layout.call is None:
         return [Use(operand, user, None) for operand in operands]
-    rules = layout.call.rule.operands
-    return [Use(o, user, place_of(d, layout.call, choice)) for o, d in zip(operands, rules, strict=True)]
+    call = layout.call
+    places = [place_of(dims, call, choice) if choice is not None else None for dims in call.rule.operands]
+    return [Use(o, user, p, i in call.rule.unread) for i, (o, p) in enumerate(zip(operands, places, strict=True))]
 
 
 def bytes_of(node: fx.Node) -> float:
@@ -92,6 +97,8 @@ def _chosen(node: fx.Node, axis: str) -> Choice | None:
 
 def _add_use(network: nx.DiGraph, use: Use, axis: str, gradient: set[fx.Node]) -> None:
     """Edges for one operand slot. A call that cannot run sharded stands on the replicated side."""
+    if use.unread:
+        return
     producer = use.value.args[0] if use.value.op == "call_function" and _is_getitem(use.value) else use.value
     layout = layout_of(use.value)
     made = layout.place(axis) if layout is not None and _chosen(producer, axis) is not None else None

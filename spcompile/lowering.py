@@ -16,7 +16,7 @@ from torch import Tensor
 from spcompile.layout import NodeLayout, layout_of
 from spcompile.propagate import Choice, Place, is_prefix, place_of, space_at
 from spcompile.reshard import is_reshard, parse_place
-from spcompile.rules.base import LocalCall, tensor_operands
+from spcompile.rules.base import LocalCall, tensor_operands, tensor_results
 from spcompile.sequence import chunks_per_rank, local_length
 from spcompile.sizes import Size, divides, same
 from spcompile.spaces import Space, leaves
@@ -61,8 +61,14 @@ class Lower(fx.Interpreter):
                 source = layout_of(n.args[0])
                 assert source is not None
                 return self.reshard(args[0], str(n.args[2]), str(n.args[3]), [leaves(dim) for dim in source.dims[0]])
-            if layout.call is not None and (choice := layout.choice.get(self.split.axis)) is not None:
+            if layout.call is None:
+                return self.call_function(n.target, args, kwargs)
+            if (choice := layout.choice.get(self.split.axis)) is not None:
                 return self.sharded(n, layout, choice, args, kwargs)
+            if layout.call.rule.unread and layout.call.rule.local is not None:
+                # An operand of which only the shape is read may be split: the result must not follow it.
+                shapes = tuple(tuple(v.shape) for v in tensor_results(n))
+                return layout.call.rule.local(LocalCall(args, kwargs, shapes, "", 1, self.split.degree))
             return self.call_function(n.target, args, kwargs)
 
     def sharded(self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple, kwargs: Mapping[str, Any]) -> Any:

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from spcompile import model_spec
 from spcompile.diagnostics import IllegalModel, IllegalOption
 from spcompile.mesh import MeshShape
+from spcompile.options import Options
 from spcompile.saved_bytes import saved_activation_bytes
 from spcompile.traffic import traffic_of
 from spcompile.train_progress import ShowStep, step_progress
@@ -43,9 +44,10 @@ def check(job: TrainJob) -> None:
     """Find what cannot work before any process is started.
 
     Raises:
-        IllegalModel, IllegalOption: with what would be legal.
+        IllegalModel, IllegalOption, UnknownOption, IllegalMesh: with what would be legal.
     """
     MeshShape.of(job.mesh)
+    Options.parse(job.options)
     built = model_spec.build(job.model, seq=job.seq, device="meta", dtype=job.dtype, settings=job.settings)
     if built.vocab < 256:
         raise IllegalModel(f"a vocabulary of {built.vocab} for bytes", legal="at least 256")
@@ -61,8 +63,8 @@ def launch(job: TrainJob) -> TrainReport:
     """Run the job on `job.ranks` new processes of this machine, as torchrun would.
 
     Raises:
-        IllegalModel, IllegalOption, IllegalMesh: before any process is started.
-        torch.distributed.elastic.multiprocessing.errors.ChildFailedError: a process failed; its traceback is printed.
+        SpcompileError: before any process is started.
+        ChildFailedError: a process failed; the launcher has printed its traceback.
     """
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -101,8 +103,9 @@ def _compare(job: TrainJob, device: str, show: ShowStep) -> TrainReport | None:
     single: list[Run | None] = [None]
     if rank == 0:
         torch.set_num_threads(cores)
-        built = _build(job, device)
-        single[0] = _train(job, built, Batches(job, built, device), lambda *step: show("one device", *step, None))
+        plain = _build(job, device)
+        batches = Batches(job, plain, device)
+        single[0] = _train(job, plain, batches, lambda step, loss: show("one device", step, loss, None))
     dist.broadcast_object_list(single, src=0)
     reference = single[0]
     assert reference is not None

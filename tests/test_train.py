@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from worker_pool import WorkerPool
 
 from spcompile import train
-from spcompile.diagnostics import IllegalMesh, IllegalModel, IllegalOption
+from spcompile.diagnostics import IllegalMesh, IllegalModel, IllegalOption, UnknownOption
 from spcompile.model_spec import build
 from spcompile.saved_bytes import saved_activation_bytes
 from spcompile.traffic import Traffic, traffic_of
@@ -148,6 +148,8 @@ def test_the_default_text_is_real_and_long() -> None:
         ({"mesh": {"cq": 2}}, IllegalMesh),
         ({"mesh": {"dp": 2}, "batch": 3}, IllegalOption),
         ({"steps": 1}, IllegalOption),
+        ({"options": {"attention": "rings"}}, IllegalOption),
+        ({"options": {"atention": "ring"}}, UnknownOption),
         ({"seq": 10**9}, IllegalOption),
     ],
 )

@@ -100,9 +100,9 @@ def show(row: Measurement) -> None:
 
 
 def table(rows: list[Measurement]) -> Table:
-    """Every configuration against the single process of the same length."""
+    """Every configuration; `ratio` is of throughputs, against the single process of the same length."""
     single = {row.seq: row for row in rows if row.strategy == "one process"}
-    result = Table("tokens", "", "step, s", "tokens/s", "throughput ratio", "saved, MB per rank", "loss difference")
+    result = Table("tokens", "", "step, s", "tokens/s", "ratio", "saved, MB", "loss differs")
     for column in (result.columns[0], *result.columns[2:]):
         column.justify = "right"
     for row in rows:

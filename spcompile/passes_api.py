@@ -31,6 +31,7 @@ class Context:
     mesh: MeshShape
     options: Options
     remarks: Remarks
+    order: str = "contiguous"  # of the sequence over cp; set by choose-attention
 
 
 @dataclass

@@ -1,1 +1,55 @@
+"""Sharding rules of ATen ops, one file per family. Importing the package registers all of them."""
 
+from __future__ import annotations
+
+from spcompile.rules import (
+    attention,
+    creation,
+    elementwise,
+    indexing,
+    joining,
+    losses,
+    matmul,
+    normalization,
+    ordering,
+    randomness,
+    reductions,
+    views,
+)
+from spcompile.rules.base import (
+    Dims,
+    LocalCall,
+    OpRule,
+    Rule,
+    Size,
+    register,
+    registered_ops,
+    rule_of,
+    tensor_operands,
+    tensor_results,
+)
+
+__all__ = [
+    "Dims",
+    "LocalCall",
+    "OpRule",
+    "Rule",
+    "Size",
+    "attention",
+    "creation",
+    "elementwise",
+    "indexing",
+    "joining",
+    "losses",
+    "matmul",
+    "normalization",
+    "ordering",
+    "randomness",
+    "reductions",
+    "register",
+    "registered_ops",
+    "rule_of",
+    "tensor_operands",
+    "tensor_results",
+    "views",
+]

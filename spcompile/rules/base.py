@@ -55,7 +55,12 @@ class OpRule:
     fills: for a reduction over a padded factor: {operand index: value the padding must have}. Default: 0 for operand 0.
     paired: operand dims that are sharded together with a factor although they are another index space:
         {factor: other factor} (attention's key length follows its query length).
+    prefix_of: {result factor: operand factor} where the result is the beginning of the operand's dim (x[:, :n]).
     local: runs the op on shards, where calling it with the global arguments would be wrong (shape arguments, means).
+    prefix_of: {result factor: operand factor} where a result dim is the first elements of an operand dim (slices that
+        start at 0): both are replicated for this op, but the engine may lay them out together.
+    unread: operands of which the op reads only the shape, dtype or device (zeros_like, type_as): they may be sharded in
+        any way, whatever their dims say.
     """
 
     operands: tuple[Dims, ...]
@@ -65,14 +70,17 @@ class OpRule:
     replicated: frozenset[str] = frozenset()
     fills: Mapping[int, float] = field(default_factory=lambda: {0: 0.0})
     paired: Mapping[str, str] = field(default_factory=dict)
+    prefix_of: Mapping[str, str] = field(default_factory=dict)
     local: Callable[[LocalCall], Any] | None = None
+    prefix_of: Mapping[str, str] = field(default_factory=dict)
+    unread: frozenset[int] = frozenset()
 
     def text(self) -> str:
         """The rule as one line."""
         left = ", ".join(self._tensor(dims) for dims in self.operands)
         right = ", ".join(self._tensor(dims) for dims in self.results)
         notes = [f"{factor}: {kind}" for factor, kind in self.reductions.items()]
-        return f"{left} -> {right}" + (f" | {', '.join(notes)}" if notes else "")
+        return f"{left} -> {right}".lstrip() + (f" | {', '.join(notes)}" if notes else "")
 
     def _tensor(self, dims: Dims) -> str:
         return " ".join(self._dim(dim) for dim in dims) if dims else "()"

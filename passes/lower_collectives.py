@@ -1,0 +1,138 @@
+"""lower-collectives: spx collectives become functional c10d starts and waits, which Inductor knows how to schedule.
+
+Before   ag: "f64[5]" = spx.all_gather(x, 0, 5, 'cp', 2, 'contiguous', 'R')
+After    all_gather_into_tensor: "f64[6]" = _c10d_functional.all_gather_into_tensor(x, 2, 'cp')
+         wait_tensor: "f64[6]" = _c10d_functional.wait_tensor(all_gather_into_tensor)
+         ...                                                              # views, slice: natural order, no padding
+
+Ops which must know their rank (shard, mask_padding, reorder, ring attention) stay one node. Groups are mesh axes until
+`bind_axes` puts the names of this process's groups in their place, so that the graph is the same on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.fx as fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from spcompile.collectives import COLLECTIVES, Collective, call_arguments, erase_identities
+from spcompile.diagnostics import InvalidGraph, source_of
+from spcompile.passes_api import Context, Pass, Stage
+
+_KEPT_META = ("stack_trace", "nn_module_stack", "seq_nr", "partitioner_tag", "recompute", "ac_graph_id")
+_AXIS_ARGUMENTS = ("axis", "group_name")
+
+
+@dataclass(frozen=True)
+class LowerCollectives(Pass):
+    """Replace each collective that can be written without its rank by starts, waits and plain ATen.
+
+    groups: axis -> c10d group name, where the graph is to be bound at once; by default axes stay.
+    """
+
+    name: ClassVar[str] = "lower-collectives"
+    stage: ClassVar[Stage] = Stage.SCHEDULE
+    summary: ClassVar[str] = "spx collectives become functional c10d starts and waits."
+
+    groups: Mapping[str, str] = field(default_factory=dict)
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        rewrites = erase_identities(gm.graph)
+        for node in list(gm.graph.nodes):
+            collective = COLLECTIVES.get(node.target)
+            if collective is not None and collective.lowered is not None:
+                _inline(node, collective)
+                rewrites += 1
+        if self.groups:
+            bind_axes(gm.graph, self.groups)
+        gm.recompile()
+        return rewrites
+
+
+def bind_axes(graph: fx.Graph, groups: Mapping[str, str]) -> int:
+    """Put c10d group names in place of mesh axes, in every op that communicates; returns how many nodes changed.
+
+    The axis stays in meta["axis"], for printing and for the simulator. Binding twice changes nothing.
+
+    Raises:
+        InvalidGraph: an axis that `groups` does not have.
+    """
+    bound = 0
+    for node in graph.nodes:
+        argument = _axis_argument(node)
+        if argument is None or "axis" in node.meta:
+            continue
+        axis = _argument(node, argument)
+        if axis not in groups:
+            raise InvalidGraph(
+                f"{node.name} runs on axis {axis!r}", where=source_of(node), legal=f"axes {', '.join(groups)}"
+            )
+        _set_argument(node, argument, groups[axis])
+        node.meta["axis"] = axis
+        bound += 1
+    return bound
+
+
+def _axis_argument(node: fx.Node) -> int | None:
+    """Index in the schema of the argument that names the axis; None for ops that do not communicate."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("spx", "_c10d_functional"):
+        return None
+    names = [argument.name for argument in target._schema.arguments]
+    return next((names.index(name) for name in _AXIS_ARGUMENTS if name in names), None)
+
+
+def _argument(node: fx.Node, index: int) -> Any:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return node.args[index] if index < len(node.args) else node.kwargs[node.target._schema.arguments[index].name]
+
+
+def _set_argument(node: fx.Node, index: int, value: str) -> None:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    if index < len(node.args):
+        node.update_arg(index, value)
+    else:
+        node.update_kwarg(node.target._schema.arguments[index].name, value)
+
+
+def _inline(node: fx.Node, collective: Collective) -> None:
+    """Trace `lowered` on the example values of the call and put its nodes in place of the call."""
+    lowered, arguments = _bound_call(node, collective)
+    values = [argument.meta["val"] for argument in arguments]
+    body = make_fx(lowered)(*values).graph
+    body.eliminate_dead_code()
+    copies = dict(zip(body.find_nodes(op="placeholder"), arguments, strict=True))
+    with node.graph.inserting_before(node):
+        for inner in body.nodes:
+            if inner.op == "output":
+                result = copies[inner.args[0]]
+            elif inner.op != "placeholder":
+                assert inner.op == "call_function", f"lowering {node.name} made a {inner.op} node"
+                copies[inner] = node.graph.node_copy(inner, lambda n: copies[n])
+                copies[inner].meta = {"val": inner.meta["val"], **_origin(node)}
+    if "sharding" in node.meta:
+        result.meta["sharding"] = dict(node.meta["sharding"])
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
+
+
+def _bound_call(node: fx.Node, collective: Collective) -> tuple[Callable[..., Any], list[fx.Node]]:
+    """The lowering as a function of the call's node arguments (the tensor, and sizes that are symbols)."""
+    operand, named = call_arguments(collective.op, node.args, node.kwargs)
+    nodes = [operand, *[value for value in named.values() if isinstance(value, fx.Node)]]
+    free = [name for name, value in named.items() if isinstance(value, fx.Node)]
+    fixed = {name: value for name, value in named.items() if name not in free}
+    assert collective.lowered is not None
+    lowered = collective.lowered
+    return lambda x, *sizes: lowered(x, **fixed, **dict(zip(free, sizes, strict=True))), nodes
+
+
+def _origin(node: fx.Node) -> dict[str, Any]:
+    """What a node that comes from `node` keeps of it. Dicts are copied: metadata is edited in place by others."""
+    kept = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
+    copied = {key: dict(value) if isinstance(value, dict) else value for key, value in kept.items()}
+    return {**copied, "spx_origin": "lower-collectives"}

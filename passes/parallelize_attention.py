@@ -1,0 +1,132 @@
+"""parallelize-attention: gathered keys and values become a ring or a Ulysses exchange.
+
+Before: attention(q local, all_gather(k), all_gather(v), positions). After, on the same values,
+    ring      ring_attention(q, k, v): keys and values travel, one op with the loop inside (Liu et al. 2023)
+    ulysses   all_to_all(q, k, v in one message) -> attention over the whole sequence for a part of the heads
+              -> all_to_all back (Jacobs et al. 2023)
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from spcompile import sequence
+from spcompile.graph import call
+from spcompile.passes_api import Context, Pass, Stage
+from spcompile.splice import splice
+
+spx = torch.ops.spx
+
+
+@dataclass(frozen=True)
+class ParallelizeAttention(Pass):
+    """Rewrite every attention whose keys and values are gathered over one axis."""
+
+    name: ClassVar[str] = "parallelize-attention"
+    stage: ClassVar[Stage] = Stage.LOCAL
+    after: ClassVar[frozenset[str]] = frozenset({"lower"})
+    summary: ClassVar[str] = "turns gathered keys and values into ring or Ulysses attention"
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        """Rewrite; returns the number of attentions."""
+        count = 0
+        for node in list(gm.graph.nodes):
+            if node.target is not spx.attention.default or not _is_gathered(node):
+                continue
+            strategy = node.meta.get("custom", {}).get("spx_attention", "ring")
+            (_ulysses if strategy == "ulysses" else _ring)(node)
+            count += 1
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+        return count
+
+
+def _is_gathered(node: fx.Node) -> bool:
+    k, v, positions = node.args[1], node.args[2], node.args[3]
+    return (
+        all(isinstance(x, fx.Node) and x.target is spx.all_gather.default and x.args[1] == 2 for x in (k, v))
+        and isinstance(positions, fx.Node)
+        and positions.target is spx.positions.default
+    )
+
+
+def _ring(node: fx.Node) -> None:
+    q, k, v, positions, _, q_documents, k_documents, key_valid, bias, mask, scale = node.args
+    k_local, _, k_length, axis, degree, order, _ = k.args  # type: ignore[union-attr]
+    q_length = positions.args[0]  # type: ignore[union-attr]
+    args = (q, k_local, v.args[0], q_documents, k_documents, key_valid, bias, mask, scale)  # type: ignore[union-attr]
+    new = call(node.graph, spx.ring_attention.default, (*args, q_length, k_length, axis, degree, order), like=node)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def _ulysses(node: fx.Node) -> None:
+    q, k, v, positions, _, q_documents, k_documents, key_valid, _, mask, scale = node.args
+    k_local, _, k_length, axis, degree, order, _ = k.args  # type: ignore[union-attr]
+    q_length = positions.args[0]  # type: ignore[union-attr]
+    args = (q, k_local, v.args[0], q_documents, k_documents, key_valid)  # type: ignore[union-attr]
+    out = splice(ulysses_attention, (*args, mask, scale, q_length, k_length, axis, degree, order), like=node)
+    for user in list(node.users):
+        assert user.target is operator.getitem and user.args[1] == 0, "the LSE of a Ulysses attention stays inside"
+        user.replace_all_uses_with(out)
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
+
+
+def ulysses_attention(
+    q_BNsH: Tensor,
+    k_BGsH: Tensor,
+    v_BGsV: Tensor,
+    q_documents: Tensor | None,
+    k_documents: Tensor | None,
+    key_valid: Tensor | None,
+    mask: str,
+    scale: float,
+    q_length: Any,
+    k_length: Any,
+    axis: str,
+    degree: int,
+    order: str,
+) -> Tensor:
+    """Attention with heads split instead of the sequence; s is the local, S the whole length. Returns [B, N, s, V].
+
+    One message carries q, k and v. Fewer key/value heads than ranks are repeated up to one a rank.
+    """
+    if k_BGsH.shape[1] < degree:
+        repeats = degree // k_BGsH.shape[1]
+        k_BGsH, v_BGsV = k_BGsH.repeat_interleave(repeats, 1), v_BGsV.repeat_interleave(repeats, 1)
+    whole = exchange_for_heads((q_BNsH, k_BGsH, v_BGsV), (q_length, k_length, k_length), axis, degree, order)
+    out_BnSV, _ = spx.attention(*whole, None, None, q_documents, k_documents, key_valid, None, mask, scale)
+    parts_RBnsV = sequence.split(out_BnSV, 2, degree, order)
+    heads_RBnsV = spx.all_to_all(parts_RBnsV.contiguous(), axis, degree)
+    return heads_RBnsV.movedim(0, 1).flatten(1, 2)
+
+
+def exchange_for_heads(
+    tensors: tuple[Tensor, ...], lengths: tuple[Any, ...], axis: str, degree: int, order: str
+) -> list[Tensor]:
+    """[B, heads, s, d] of every tensor -> [B, heads/degree, S, d], in one all-to-all if their s agree."""
+    if len({str(x.shape[2]) for x in tensors}) > 1:
+        return [exchange_for_heads((x,), (n,), axis, degree, order)[0] for x, n in zip(tensors, lengths, strict=True)]
+    packed = []
+    for x in tensors:
+        b, heads, s, d = x.shape
+        grouped_RBshd = x.reshape(b, degree, heads // degree, s, d).permute(1, 0, 3, 2, 4)
+        packed.append(grouped_RBshd.reshape(degree, b, s, heads // degree * d))
+    message = packed[0].contiguous() if len(packed) == 1 else torch.cat(packed, -1)
+    received_RBsX = spx.all_to_all(message, axis, degree)
+    whole_BSX = sequence.restore(received_RBsX, 1, lengths[0], order)
+    result, start = [], 0
+    for x in tensors:
+        b, heads, _, d = x.shape
+        width = heads // degree * d
+        part_BSX = whole_BSX.narrow(-1, start, width)
+        result.append(part_BSX.reshape(b, lengths[0], heads // degree, d).transpose(1, 2))
+        start += width
+    return result

@@ -1,0 +1,264 @@
+"""recognize-attention: attention in any of its spellings becomes one spx.attention node.
+
+scaled_dot_product_attention, and softmax(q @ k^T * scale + bias, masked) @ v written out with matmul, bmm, baddbmm or
+einsum. Keys and values that the model repeated to the query heads are taken before the repeat. A dense mask becomes the
+`bias` (bool: True keeps); recognize-mask reads it.
+
+Rows without any key. scaled_dot_product_attention with a bool mask or -inf gives zeros and zero gradients there (torch
+2.13), as spx.attention does. The written-out form with -inf gives NaN; here the row becomes zero. With a *finite* fill
+that replaces scores (masked_fill with finfo.min) such a row is uniform over all keys, so that form is only taken where
+every row provably has a key.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import sympy
+import torch
+import torch.fx as fx
+
+import spcompile.attention.op  # noqa: F401  (defines spx::attention)
+from spcompile.attention.mask import AttentionMask
+from spcompile.graph import argument, call, erase_dead, replace, shape_of
+from spcompile.passes_api import Context, Pass, Stage
+from spcompile.symbolic_mask.eager import SOFTMAX, EagerAttention, NotAttention, Product, Refused, Term, match_eager
+from spcompile.symbolic_mask.heads import before_repeat, heads_in_batch
+from spcompile.symbolic_mask.match import B, H, K, Q, every_row_has_a_key
+from spcompile.symbolic_mask.parts import Part, Role, full_bias, is_finite, join, masked_below, read_part
+from spcompile.symbolic_mask.reader import Reader
+from spcompile.symbolic_mask.values import Unreadable
+from spcompile.symbolic_mask.views import IndexSpace, sizes_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class RecognizeAttention(Pass):
+    """Every attention becomes spx.attention."""
+
+    name: ClassVar[str] = "recognize-attention"
+    stage: ClassVar[Stage] = Stage.GLOBAL
+    summary: ClassVar[str] = "SDPA and written-out attention become spx.attention, repeated heads are undone"
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        """Rewrite every attention that can be taken."""
+        rewrites = 0
+        for node in list(gm.graph.nodes):
+            made: list[fx.Node] = []
+            try:
+                if node.target is aten.scaled_dot_product_attention.default:
+                    _rewrite_sdpa(node, _Builder(node, made))
+                elif node.target in SOFTMAX:
+                    found = match_eager(node)
+                    _rewrite_eager(found, _Builder(found.result.node, made))
+                else:
+                    continue
+            except (Refused, NotAttention) as stop:
+                for useless in reversed(made):
+                    gm.graph.erase_node(useless)
+                if isinstance(stop, Refused):
+                    ctx.remarks.add("SPR202", f"attention at {node.name}: {stop.reason}", stop.node)
+            else:
+                rewrites += 1
+        if rewrites:
+            erase_dead(gm)
+        return rewrites
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """Makes nodes in front of `at`, with its origin."""
+
+    at: fx.Node
+    made: list[fx.Node]
+
+    def __call__(self, target: Callable[..., Any], *args: Any) -> fx.Node:
+        node = call(self.at.graph, target, args, like=self.at)
+        self.made.append(node)
+        return node
+
+    def attention(
+        self, q: fx.Node, k: fx.Node, v: fx.Node, bias: fx.Node | None, mask: AttentionMask, scale: float
+    ) -> fx.Node:
+        """The output of one spx.attention on [B, N, S, H], [B, G, T, H], [B, G, T, V]."""
+        k, v = before_repeat(k), before_repeat(v)
+        k, v = (self._same_heads(x, y) for x, y in ((k, v), (v, k)))
+        none = (None,) * 5
+        both = self(torch.ops.spx.attention.default, q, k, v, *none, full_bias(bias, q, k, self), str(mask), scale)
+        return self(operator.getitem, both, 0)
+
+    def _same_heads(self, x: fx.Node, y: fx.Node) -> fx.Node:
+        """`x` with as many heads as the larger of `x` and `y` (keys and values that were repeated unequally)."""
+        mine, other = shape_of(x)[1], shape_of(y)[1]
+        return self(aten.repeat_interleave.self_int, x, other // mine, 1) if mine < other else x
+
+
+def _rewrite_sdpa(node: fx.Node, new: _Builder) -> None:
+    q, k, v, mask = (argument(node, i, name) for i, name in enumerate(("query", "key", "value", "attn_mask")))
+    if argument(node, 4, "dropout_p", 0.0) != 0.0:
+        raise Refused("dropout of attention weights", node)
+    scale = _scale(argument(node, 6, "scale"), q, node)
+    rank = len(shape_of(q))
+    if rank not in (3, 4) or len(shape_of(k)) != rank or len(shape_of(v)) != rank:
+        raise Refused("queries, keys and values that are not all of rank 3 or all of rank 4", node)
+    if sizes_of(q)[0] != sizes_of(k)[0] or sizes_of(q)[0] != sizes_of(v)[0]:
+        raise Refused("queries, keys and values of different batch sizes", node)
+    if rank == 3:
+        q, k, v = (new(aten.unsqueeze.default, x, 1) for x in (q, k, v))
+        if mask is not None and len(shape_of(mask)) == 3:
+            mask = new(aten.unsqueeze.default, mask, 1)
+    heads = sizes_of(q)[1]
+    if not all(h.is_Integer and heads.is_Integer and heads % h == 0 for h in (sizes_of(k)[1], sizes_of(v)[1])):
+        raise Refused("a number of query heads that is no multiple of the key heads", node)
+    if mask is not None and shape_of(mask)[:-2] and len(shape_of(mask)) > 4:
+        raise Refused("a mask of rank above 4", node)
+    is_causal = AttentionMask(causal=bool(argument(node, 5, "is_causal", False)))
+    out = new.attention(q, k, v, mask, is_causal, scale)
+    replace(node, new(aten.squeeze.dim, out, 1) if rank == 3 else out)
+
+
+def _scale(scale: Any, q: fx.Node, node: fx.Node) -> float:
+    head_size = shape_of(q)[-1]
+    if scale is None and isinstance(head_size, int):
+        return 1.0 / math.sqrt(head_size)
+    if not isinstance(scale, int | float):
+        raise Refused("a scale that is not a number", node)
+    return float(scale)
+
+
+def _rewrite_eager(found: EagerAttention, new: _Builder) -> None:
+    q, k, v, unfold = _operands(found, new)
+    heads = sizes_of(q)[1]
+    if sizes_of(q)[0] != sizes_of(k)[0] or sizes_of(q)[0] != sizes_of(v)[0]:
+        raise Refused("queries, keys and values of different batch sizes", found.scores.node)
+    if not all(h.is_Integer and heads.is_Integer and heads % h == 0 for h in (sizes_of(k)[1], sizes_of(v)[1])):
+        raise Refused("a number of query heads that is no multiple of the key heads", found.scores.node)
+    _check_layout(found, q, k, v)
+    bias = _bias(found, unfold, q, k, new)
+    q, k, v = _one_dtype(q, k, v, new)
+    out = new.attention(q, k, v, bias, AttentionMask(), found.scale)
+    dtype = found.result.node.meta["val"].dtype
+    if out.meta["val"].dtype != dtype:
+        out = new(aten.to.dtype, out, dtype)
+    if found.result.equation is not None:
+        weights, values, result = found.result.equation
+        (last,) = set(values) - set(weights)
+        out = _permuted(out, weights[:3] + last, result, new)
+    elif len(shape_of(found.result.node)) == 3:
+        out = new(aten.flatten.using_ints, out, 0, 1)
+    replace(found.result.node, out)
+
+
+def _operands(found: EagerAttention, new: _Builder) -> tuple[fx.Node, fx.Node, fx.Node, int]:
+    """Queries [B, N, S, H], keys [B, G, T, H], values [B, G, T, V]; and N of scores that are [B * N, S, T], else 0."""
+    if found.scores.equation is not None:
+        q, k = _einsum_queries_keys(found.scores, new)
+    else:
+        q, k = found.scores.left, new(aten.transpose.int, found.scores.right, -1, -2)
+    v = found.result.right if found.result.equation is None else _einsum_values(found.result, new)
+    heads = 0
+    if 3 in (len(shape_of(q)), len(shape_of(v))):
+        candidates = [heads_in_batch(x) for x in (q, k, v) if len(shape_of(x)) == 3]
+        whole = [shape_of(x)[1] for x in (q, k, v) if len(shape_of(x)) == 4]
+        heads = max([*candidates, *whole])
+        if any(sizes_of(x)[0].is_Integer and sizes_of(x)[0] % heads for x in (q, k, v) if len(shape_of(x)) == 3):
+            raise Refused("heads that are folded into the batch in different ways", found.scores.node)
+        q, k, v = (new(aten.unflatten.int, x, 0, [-1, heads]) if len(shape_of(x)) == 3 else x for x in (q, k, v))
+    return before_repeat(q, repeats_allowed=False), before_repeat(k), v, heads
+
+
+def _check_layout(found: EagerAttention, q: fx.Node, k: fx.Node, v: fx.Node) -> None:
+    """Refuse scores that are broadcast, or folded in another way than [B * N, S, T], anywhere on the way."""
+    B, N, S, _ = sizes_of(q)
+    T = sizes_of(k)[2]
+    legal = {3: (sympy.expand(B * N), S, T), 4: (B, N, S, T)}
+    for node in (found.scores.node, found.softmax, *(term.at for term in found.terms)):
+        sizes = sizes_of(node)
+        if sizes != legal[len(sizes)] or sizes_of(v)[2] != T:
+            raise Refused("scores of another shape than queries times keys", node)
+
+
+def _einsum_queries_keys(product: Product, new: _Builder) -> tuple[fx.Node, fx.Node]:
+    assert product.equation is not None
+    left, right, scores = product.equation
+    head = (set(left) & set(right)) - set(scores)
+    if len(head) != 1 or scores[3] not in right or scores[3] in left or scores[2] not in left or scores[2] in right:
+        raise Refused("an einsum that is not queries times keys", product.node)
+    (h,) = head
+    q = _permuted(product.left, left, scores[:3] + h, new)
+    return q, _permuted(product.right, right, scores[:2] + scores[3] + h, new)
+
+
+def _einsum_values(product: Product, new: _Builder) -> fx.Node:
+    assert product.equation is not None
+    weights, values, result = product.equation
+    last = set(values) - set(weights)
+    if len(last) != 1 or set(values) != {*weights[:2], weights[3], *last} or set(result) != {*weights[:3], *last}:
+        raise Refused("an einsum that is not weights times values", product.node)
+    return _permuted(product.right, values, weights[:2] + weights[3] + last.pop(), new)
+
+
+def _permuted(node: fx.Node, letters: str, order: str, new: _Builder) -> fx.Node:
+    if set(letters) != set(order):
+        raise Refused(f"an einsum of dims {letters} where {order} is needed", node)
+    return node if letters == order else new(aten.permute.default, node, [letters.index(x) for x in order])
+
+
+def _one_dtype(q: fx.Node, k: fx.Node, v: fx.Node, new: _Builder) -> tuple[fx.Node, fx.Node, fx.Node]:
+    dtypes = [x.meta["val"].dtype for x in (q, k, v)]
+    widest = max(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
+    return tuple(x if x.meta["val"].dtype == widest else new(aten.to.dtype, x, widest) for x in (q, k, v))  # type: ignore[return-value]
+
+
+def _bias(found: EagerAttention, heads: int, q: fx.Node, k: fx.Node, new: _Builder) -> fx.Node | None:
+    parts = []
+    for term in found.terms:
+        node = _unfolded(term, heads, found, new)
+        if term.fill is None:
+            if term.factor != 1.0:
+                node = new(aten.mul.Tensor, node, term.factor)
+            parts.append(Part(node, Role.ADD))
+        else:
+            if node.meta["val"].dtype != torch.bool:
+                node = new(aten.to.dtype, node, torch.bool)
+            parts.append(Part(node, Role.DROP if term.masked else Role.KEEP))
+    fills = [(term, term.fill * term.factor) for term in found.terms if term.fill is not None]
+    finite = [term for term, fill in fills if fill != -math.inf]
+    if any(fill > masked_below(term.at.meta["val"].dtype) for term, fill in fills):
+        raise Refused("masked scores are not replaced by a large negative number", found.scores.node)
+    if finite and not _has_keys(parts, q, k):
+        raise Refused("masked scores get a finite fill and some row may have no key", finite[0].node)
+    return join(parts, new)
+
+
+def _unfolded(term: Term, heads: int, found: EagerAttention, new: _Builder) -> fx.Node:
+    """The bias or mask of scores [B * N, S, T] as one of [B, N, S, T]."""
+    node = term.node
+    if len(shape_of(node)) != 3:
+        return node
+    if heads == 0 or sizes_of(node)[0] == 1:
+        return new(aten.unsqueeze.default, node, 0)
+    if sizes_of(node)[0] != sizes_of(found.scores.node)[0]:
+        raise Refused("a bias of another rank than the scores", node)
+    return new(aten.unflatten.int, node, 0, [-1, heads])
+
+
+def _has_keys(parts: list[Part], q: fx.Node, k: fx.Node) -> bool:
+    """Whether every row provably has a key that no part excludes."""
+    space = IndexSpace()
+    sizes = (*sizes_of(q)[:3], sizes_of(k)[2])
+    indices = tuple(space.add(symbol.name, size) for symbol, size in zip((B, H, Q, K), sizes, strict=True))
+    reader = Reader(space)
+    conditions = []
+    for part in parts:
+        try:
+            conditions.append(read_part(part, reader, indices).condition)
+        except Unreadable:
+            if part.role is not Role.ADD or not is_finite(part.node):
+                return False
+    return every_row_has_a_key(sympy.And(*conditions), sizes[2], sizes[3])

@@ -1,0 +1,203 @@
+"""recognize-mask: dense attention masks are read back as causal, window, chunk, documents, key padding, prefix.
+
+A model that builds its mask by index arithmetic holds a [B, 1, S, T] tensor; at 128k positions that is 16 GiB a row.
+This pass reads one element of it as a formula over (b, q, k) and writes the formula as the attention's `mask` and a few
+vectors. Terms that cannot be read stay in a smaller dense bias.
+
+Rows without any key: scaled_dot_product_attention gives zeros there for bool masks and for -inf (checked with torch
+2.13, all dtypes, math and flash kernels, forward and gradients), and so does spx.attention. A *finite* fill such as
+finfo.min gives such rows the mean of all values instead, so a mask with a finite fill is only taken where every row
+provably has a key: then the filled keys get weight exp(-1e9) = 0 either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import sympy
+import torch
+import torch.fx as fx
+from sympy.logic.boolalg import Boolean
+
+from spcompile.graph import call, erase_dead, shape_of
+from spcompile.passes_api import Context, Pass, Stage
+from spcompile.symbolic_mask.match import B, H, K, Q, Structure, Unmatched, clauses, every_row_has_a_key, match
+from spcompile.symbolic_mask.parts import Part, Reading, Role, full_bias, is_finite, join, parts_of, read_part
+from spcompile.symbolic_mask.reader import Reader
+from spcompile.symbolic_mask.values import Element, Int, Unreadable
+from spcompile.symbolic_mask.vectors import Unwritable, VectorWriter
+from spcompile.symbolic_mask.views import IndexSpace, Indices, sizes_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+aten = torch.ops.aten
+
+# Arguments of spx.attention by place.
+Q_, K_, Q_DOCUMENTS, K_DOCUMENTS, KEY_VALID, BIAS, MASK = 0, 1, 5, 6, 7, 8, 9
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A bias, taken apart: what is now structure, and what stays dense and why."""
+
+    structure: Structure
+    taken: tuple[Part, ...]
+    dense: tuple[tuple[Part, str, fx.Node], ...]  # (part, why, the node to point at)
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """New arguments of an attention."""
+
+    mask: str
+    q_documents: fx.Node | None
+    k_documents: fx.Node | None
+    key_valid: fx.Node | None
+    bias: fx.Node | None
+
+
+@dataclass(frozen=True)
+class RecognizeMask(Pass):
+    """Masks built by index arithmetic become AttentionMask; dense tensors disappear."""
+
+    name: ClassVar[str] = "recognize-mask"
+    stage: ClassVar[Stage] = Stage.GLOBAL
+    after: ClassVar[frozenset[str]] = frozenset({"recognize-attention"})
+    summary: ClassVar[str] = "reads dense masks back as causal, window, chunk, documents, key padding, prefix"
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        """Rewrite every attention whose bias holds a mask."""
+        done: dict[tuple[Any, ...], _Operands | None] = {}
+        rewrites = 0
+        for node in list(gm.graph.find_nodes(op="call_function", target=torch.ops.spx.attention.default)):
+            bias = node.args[BIAS]
+            if bias is None or node.args[MASK] != "full":
+                continue
+            key = (bias, *(sizes_of(node.args[i])[d] for i in (Q_, K_) for d in (0, 2)))
+            if key not in done:
+                done[key] = _recognize(node, bias, ctx)
+            new = done[key]
+            if new is not None:
+                head, scale = node.args[:Q_DOCUMENTS], node.args[MASK + 1]
+                node.args = (*head, new.q_documents, new.k_documents, new.key_valid, new.bias, new.mask, scale)
+                rewrites += 1
+        if rewrites:
+            erase_dead(gm)
+        return rewrites
+
+
+def _recognize(node: fx.Node, bias: fx.Node, ctx: Context) -> _Operands | None:
+    q: Any = node.args[Q_]
+    k: Any = node.args[K_]
+    if _is_mutated(bias):
+        ctx.remarks.add("SPR201", "the mask is written to in place", bias)
+        return None
+    space = IndexSpace()
+    sizes = (sizes_of(q)[0], sizes_of(q)[1], sizes_of(q)[2], sizes_of(k)[2])
+    indices = tuple(space.add(symbol.name, size) for symbol, size in zip((B, H, Q, K), sizes, strict=True))
+    reader = Reader(space)
+    split = _split(parts_of(bias), reader, indices, sizes)
+    new = _write(split, reader, node, bias) if split.taken else None
+    for part, why, where in split.dense if new is not None or not split.taken else ():
+        _remark(ctx, part, why, where)
+    if split.taken and new is None:
+        ctx.remarks.add("SPR201", f"no vector of the graph holds what {split.structure.mask} needs", bias)
+    return new
+
+
+def _split(parts: list[Part], reader: Reader, indices: Indices, sizes: tuple[Int, ...]) -> _Split:
+    readings: dict[Part, Reading] = {}
+    dense: list[tuple[Part, str, fx.Node]] = []
+    for part in parts:
+        try:
+            readings[part] = read_part(part, reader, indices)
+        except Unreadable as stop:
+            where = stop.node or part.node
+            dense.append((part, f"{where.target} has no symbolic form", where))
+    while True:
+        total = sympy.And(*(reading.condition for reading in readings.values()))
+        try:
+            structure = match(total, reader)
+        except Unmatched as stop:
+            refused = [p for p, r in readings.items() if stop.clause in clauses(r.condition)] or list(readings)
+            why, where = _explain(stop.clause, reader)
+        else:
+            refused = [p for p, r in readings.items() if r.finite]
+            others_exclude_none = all(p.role is Role.ADD and is_finite(p.node) for p, _, _ in dense)
+            has_keys = others_exclude_none and every_row_has_a_key(total, sizes[2], sizes[3])
+            if not refused or has_keys:
+                return _Split(structure, tuple(readings), tuple(dense))
+            why, where = "its fill is finite and some row may have no key", None
+        for part in refused:
+            del readings[part]
+            dense += [(part, why, where or part.node)] * parts.count(part)
+
+
+def _explain(clause: Boolean, reader: Reader) -> tuple[str, fx.Node | None]:
+    for element in sorted(clause.atoms(Element), key=str):
+        stopped_at = reader.stopped_at[element.node_name]
+        return f"{stopped_at.target} has no symbolic form that fits {clause}", stopped_at
+    return f"{clause} is none of the known forms", None
+
+
+def _remark(ctx: Context, part: Part, why: str, where: fx.Node) -> None:
+    shape = [1, 1, *shape_of(part.node)][-2:]
+    is_square = all(size != 1 for size in shape)
+    what = "bias" if part.role is Role.ADD else "mask"
+    at = where if "stack_trace" in where.meta else part.node
+    ctx.remarks.add("SPR201", f"{what} {part.node.name}: {why}", at, strict_error=is_square)
+
+
+def _write(split: _Split, reader: Reader, node: fx.Node, bias: fx.Node) -> _Operands | None:
+    q: Any = node.args[Q_]
+    k: Any = node.args[K_]
+    structure = split.structure
+    try:
+        key_valid = None
+        if structure.mask.key_padding:
+            key_valid = _writer(reader, node, bias, K_).condition(structure.key_valid)
+        q_documents = k_documents = None
+        if structure.mask.documents:
+            k_documents = _writer(reader, node, bias, K_).document_id(structure.document_ids)
+            q_documents = k_documents
+            if sizes_of(q)[2] != sizes_of(k)[2]:
+                q_documents = _writer(reader, node, bias, Q_).document_id(structure.document_ids)
+    except Unwritable:
+        return None
+
+    def new(target: Callable[..., Any], *args: Any) -> fx.Node:
+        return call(node.graph, target, args, like=bias, before=node)
+
+    rest = join([part for part, _, _ in split.dense], new)
+    return _Operands(str(structure.mask), q_documents, k_documents, key_valid, full_bias(rest, q, k, new))
+
+
+def _writer(reader: Reader, node: fx.Node, bias: fx.Node, side: int) -> VectorWriter:
+    operand: Any = node.args[side]
+    value: Tensor = operand.meta["val"]
+    length: Any = value.shape[2]
+    if not isinstance(length, int):
+        length = call(node.graph, aten.sym_size.int, (operand, 2), like=bias, before=node)
+    return VectorWriter(reader.leaves, sizes_of(operand)[0], length, value.device, bias, node)
+
+
+def _is_mutated(bias: fx.Node) -> bool:
+    """Whether a call that writes in place touches the mask or anything it is made of."""
+    seen: set[fx.Node] = set()
+    pending = [bias]
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            if any(_writes(user) for user in (node, *node.users)):
+                return True
+            pending += node.all_input_nodes
+    return False
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable

@@ -1,0 +1,91 @@
+"""Do all ranks do the same? Compared before a compile, after it, and before every call on CPU meshes.
+
+Ranks exchange 64-bit hashes over the mesh's own groups; only if they differ do they exchange texts, through the store,
+and every rank raises the same error. So a rank that recompiles while another runs is named at once, and nobody hangs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from spcompile.diagnostics import RanksDisagree
+from spcompile.mesh import RuntimeMesh
+from spcompile.torch_private import unset_fake_temporarily
+
+TIMEOUT = timedelta(seconds=30)
+
+
+class Agreement:
+    """Comparisons between the ranks of one mesh, numbered alike on all of them."""
+
+    def __init__(self, mesh: RuntimeMesh) -> None:
+        self._mesh = mesh
+        self._count = 0
+
+    @property
+    def checks_calls(self) -> bool:
+        """Whether every call is compared too: not on accelerators, where it would wait for the device."""
+        return self._mesh.device_mesh.device_type == "cpu"
+
+    def require(self, text: str, explain: Callable[[dict[int, str]], str] | None = None) -> None:
+        """Every rank must call this with the same text.
+
+        explain: turns {rank: text} into the message; by default every rank's text is shown.
+
+        Raises:
+            RanksDisagree: the same error on all ranks.
+        """
+        self._count += 1
+        with unset_fake_temporarily():  # AOTAutograd compiles under a fake mode; this communicates for real
+            if self._hashes_equal(text):
+                return
+        texts = self._exchange(text)
+        raise RanksDisagree((explain or _list_texts)(texts), legal="the same model, options and input shapes everywhere")
+
+    def _hashes_equal(self, text: str) -> bool:
+        digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+        mesh = self._mesh.device_mesh
+        mine = torch.tensor([digest], dtype=torch.int64, device=mesh.device_type)
+        for axis, size in self._mesh.shape.axes:
+            if size == 1:
+                continue
+            parts = [torch.empty_like(mine) for _ in range(size)]
+            dist.all_gather(parts, mine, group=mesh.get_group(axis))
+            found = torch.cat(parts)
+            # Zero marks a difference already seen along an earlier axis, so that all ranks of the mesh learn of it.
+            agreed = bool((found == found[0]).all()) and int(found[0]) != 0
+            mine = found[:1] if agreed else torch.zeros_like(mine)
+        return int(mine) == digest
+
+    def _exchange(self, text: str) -> dict[int, str]:
+        store = dist.distributed_c10d._get_default_store()
+        prefix = f"spcompile/{self._mesh.key}/{self._count}"
+        store.set(f"{prefix}/{dist.get_rank()}", text.encode())
+        texts: dict[int, str] = {}
+        for rank in sorted(self._mesh.device_mesh.mesh.flatten().tolist()):
+            key = f"{prefix}/{rank}"
+            store.wait([key], TIMEOUT)
+            texts[rank] = store.get(key).decode()
+        return texts
+
+
+def _list_texts(texts: dict[int, str]) -> str:
+    return "\n" + "\n".join(f"  rank {rank}: {text}" for rank, text in texts.items())
+
+
+def first_difference(texts: dict[int, str]) -> str:
+    """The ranks whose graph differs from the first rank's, and the first line that does."""
+    reference_rank, reference = next(iter(texts.items()))
+    found = []
+    for rank, text in texts.items():
+        if text == reference:
+            continue
+        pairs = zip(reference.splitlines(), text.splitlines(), strict=False)
+        number, ours, theirs = next(((i, a, b) for i, (a, b) in enumerate(pairs, 1) if a != b), (0, "", "(length)"))
+        found.append(f"line {number}:\n  rank {reference_rank}: {ours}\n  rank {rank}: {theirs}")
+    return "the compiled graphs differ at " + "\n".join(found)

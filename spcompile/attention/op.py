@@ -1,0 +1,277 @@
+"""The attention ops of the spx namespace: schema, implementation, fake and autograd, and the ring's list-of-ranks form.
+
+B batch, N query heads, G key heads, S query rows, T keys, H head size of q and k, V of v. `mask` is the text of an
+`AttentionMask`; document ids, key validity and the bias's columns are in the natural order of the sequence. Results are
+contiguous whatever the strides of the inputs are. Importing this module defines the ops.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from spcompile.attention import blocks
+from spcompile.attention.drivers import drive, simulate
+from spcompile.attention.mask import AttentionMask
+from spcompile.attention.naive import accumulation_dtype
+from spcompile.attention.provider import Scores
+from spcompile.attention.ring import Requests, Ring, ring_backward, ring_forward
+from spcompile.attention.runs import Run, natural_runs, runs_of
+from spcompile.diagnostics import RanksDisagree
+from spcompile.torch_private import process_group
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch.distributed as dist
+    from torch import Tensor
+
+_LIBRARY = torch.library.Library("spx", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+
+_DATA = "Tensor? q_documents, Tensor? k_documents, Tensor? key_valid, Tensor? bias, str mask, float scale"
+_LOCAL = f"Tensor q, Tensor k, Tensor v, Tensor? q_positions, Tensor? k_positions, {_DATA}"
+_SHARDED = f"Tensor q, Tensor k, Tensor v, {_DATA}, SymInt q_length, SymInt k_length, str axis, int degree, str order"
+_GRADS = "Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse"
+_RESULT = "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
+
+for _schema in (
+    f"attention({_LOCAL}) -> (Tensor out, Tensor lse)",
+    f"attention_backward({_GRADS}, {_LOCAL}, bool bias_gradient) -> {_RESULT}",
+    f"ring_attention({_SHARDED}) -> (Tensor out, Tensor lse)",
+    f"ring_attention_backward({_GRADS}, {_SHARDED}, bool bias_gradient) -> {_RESULT}",
+):
+    _LIBRARY.define(_schema, tags=_TAGS)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_positions: Tensor | None,
+    k_positions: Tensor | None,
+    q_documents: Tensor | None,
+    k_documents: Tensor | None,
+    key_valid: Tensor | None,
+    bias: Tensor | None,
+    mask: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    scores = Scores(AttentionMask.parse(mask), scale, q_documents, k_documents, key_valid, bias)
+    q_order, q_runs = _runs(q_positions, q)
+    k_order, k_runs = _runs(k_positions, k)
+    out, lse = blocks.forward(
+        _sorted(q, q_order),
+        _sorted(k, k_order),
+        _sorted(v, k_order),
+        q_runs,
+        k_runs,
+        blocks.reordered(scores, q_order),
+    )
+    return _owned(_unsorted(out, q_order)), _owned(_unsorted(lse, q_order))
+
+
+def _attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_positions: Tensor | None,
+    k_positions: Tensor | None,
+    q_documents: Tensor | None,
+    k_documents: Tensor | None,
+    key_valid: Tensor | None,
+    bias: Tensor | None,
+    mask: str,
+    scale: float,
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scores = Scores(AttentionMask.parse(mask), scale, q_documents, k_documents, key_valid, bias)
+    q_order, q_runs = _runs(q_positions, q)
+    k_order, k_runs = _runs(k_positions, k)
+    rows = blocks.make_rows(
+        _sorted(q, q_order),
+        _sorted(out, q_order),
+        _sorted(lse, q_order),
+        _sorted(grad_out, q_order),
+        None if grad_lse is None else _sorted(grad_lse, q_order),
+    )
+    (dq, dk, dv), dbias = blocks.backward(
+        rows,
+        _sorted(k, k_order),
+        _sorted(v, k_order),
+        q_runs,
+        k_runs,
+        blocks.reordered(scores, q_order),
+        bias_gradient,
+    )
+    dq, dk, dv = _unsorted(dq, q_order), _unsorted(dk, k_order), _unsorted(dv, k_order)
+    dbias = None if dbias is None else _unsorted(dbias, q_order)
+    return _owned(dq), _owned(dk), _owned(dv), _bias_result(dbias, bias, q)
+
+
+def _ring(
+    rank: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_documents: Tensor | None,
+    k_documents: Tensor | None,
+    key_valid: Tensor | None,
+    bias: Tensor | None,
+    mask: str,
+    scale: float,
+    q_length: int,
+    k_length: int,
+    axis: str,
+    degree: int,
+    order: str,
+) -> Requests[tuple[Tensor, Tensor]]:
+    """One rank of the ring, results owned and contiguous; the arguments are those of spx::ring_attention."""
+    scores = Scores(AttentionMask.parse(mask), scale, q_documents, k_documents, key_valid, bias)
+    out, lse = yield from ring_forward(q, k, v, scores, Ring(q_length, k_length, degree, order), rank)
+    return _owned(out), _owned(lse)
+
+
+def _ring_backward(
+    rank: int,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_documents: Tensor | None,
+    k_documents: Tensor | None,
+    key_valid: Tensor | None,
+    bias: Tensor | None,
+    mask: str,
+    scale: float,
+    q_length: int,
+    k_length: int,
+    axis: str,
+    degree: int,
+    order: str,
+    bias_gradient: bool,
+) -> Requests[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    scores = Scores(AttentionMask.parse(mask), scale, q_documents, k_documents, key_valid, bias)
+    rows = blocks.make_rows(q, out, lse, grad_out, grad_lse)
+    ring = Ring(q_length, k_length, degree, order)
+    dq, dk, dv, dbias = yield from ring_backward(rows, k, v, scores, ring, rank, bias_gradient)
+    return _owned(dq), _owned(dk), _owned(dv), _bias_result(dbias, bias, q)
+
+
+def _group(axis: str, degree: int) -> dist.ProcessGroup:
+    group = process_group(axis)
+    if group.size() != degree:
+        raise RanksDisagree(f"group {axis!r} has {group.size()} ranks, the graph was compiled for {degree}")
+    return group
+
+
+def _ring_attention(*args: Any) -> tuple[Tensor, Tensor]:
+    axis, degree = args[-3], args[-2]
+    group = _group(axis, degree)
+    return drive(_ring(group.rank(), *args), group)
+
+
+def _ring_attention_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    axis, degree = args[-4], args[-3]
+    group = _group(axis, degree)
+    return drive(_ring_backward(group.rank(), *args), group)
+
+
+def spec_ring_attention(ranks: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]]:
+    """What spx::ring_attention returns on every rank, given every rank's arguments; needs no process group."""
+    return simulate([_ring(rank, *args) for rank, args in enumerate(ranks)])
+
+
+def spec_ring_attention_backward(ranks: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """What spx::ring_attention_backward returns on every rank, given every rank's arguments."""
+    return simulate([_ring_backward(rank, *args) for rank, args in enumerate(ranks)])
+
+
+def _runs(positions: Tensor | None, x: Tensor) -> tuple[Tensor | None, tuple[Run, ...]]:
+    return (None, natural_runs(x.shape[2])) if positions is None else runs_of(positions)
+
+
+def _sorted(x: Tensor, order: Tensor | None) -> Tensor:
+    return x if order is None else x.index_select(2, order)
+
+
+def _unsorted(x: Tensor, order: Tensor | None) -> Tensor:
+    return x if order is None else torch.empty_like(x).index_copy_(2, order, x)
+
+
+def _owned(x: Tensor) -> Tensor:
+    """`x` contiguous and alone in its storage, as results of ops must be."""
+    alone = x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    return x if alone and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+
+
+def _bias_result(dbias: Tensor | None, bias: Tensor | None, q: Tensor) -> Tensor:
+    return q.new_empty(0) if dbias is None or bias is None else _owned(dbias.to(bias.dtype))
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    B, N, S, _ = q.shape
+    return q.new_empty((B, N, S, v.shape[3])), q.new_empty((B, N, S), dtype=accumulation_dtype(q.dtype))
+
+
+def _fake_backward(
+    bias_index: int,
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The fake of a backward op; bias_index: where the bias is among the forward's arguments."""
+
+    def fake(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> Any:
+        q, k, v, bias, bias_gradient = *rest[:3], rest[bias_index], rest[-1]
+        wanted = bias is not None and bias_gradient and bias.dtype.is_floating_point
+        dbias = bias.new_empty(bias.shape) if wanted else q.new_empty(0)
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+
+    return fake
+
+
+def _define(name: str, forward: Any, backward: Any, bias_index: int) -> None:
+    """Implementation, fake and autograd of one forward op and its backward op."""
+    _LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
+    _LIBRARY.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"spx::{name}", _fake_forward, lib=_LIBRARY)
+    torch.library.register_fake(f"spx::{name}_backward", _fake_backward(bias_index), lib=_LIBRARY)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.is_tensor = [isinstance(x, torch.Tensor) for x in inputs]
+        ctx.others = [x for x in inputs if not isinstance(x, torch.Tensor)]
+        ctx.save_for_backward(*output, *(x for x in inputs if isinstance(x, torch.Tensor)))
+
+    def differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        out, lse, *tensors = ctx.saved_tensors
+        remaining, others = iter(tensors), iter(ctx.others)
+        inputs = [next(remaining) if is_tensor else next(others) for is_tensor in ctx.is_tensor]
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        op = getattr(torch.ops.spx, f"{name}_backward")
+        wants_bias = ctx.needs_input_grad[bias_index]
+        dq, dk, dv, dbias = op(grad_out, grad_lse, out, lse, *inputs, wants_bias)
+        grads: list[Tensor | None] = [None] * len(inputs)
+        grads[:3] = dq, dk, dv
+        if wants_bias:
+            grads[bias_index] = dbias
+        return tuple(grads)
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(f"spx::{name} can be differentiated once only")
+
+    torch.library.register_autograd(f"spx::{name}", differentiate, setup_context=save, lib=_LIBRARY)
+    torch.library.register_autograd(f"spx::{name}_backward", refuse, lib=_LIBRARY)
+
+
+_define("attention", _attention, _attention_backward, bias_index=8)
+_define("ring_attention", _ring_attention, _ring_attention_backward, bias_index=6)
+
+attention = torch.ops.spx.attention.default
+ring_attention = torch.ops.spx.ring_attention.default

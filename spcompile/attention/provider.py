@@ -1,0 +1,138 @@
+"""What a kernel must offer to compute attention: one block of scores, forward and backward.
+
+B batch, N query heads, G key heads, S query rows, T keys of the block; Sg, Tg all queries and keys of the sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from spcompile.attention.mask import AttentionMask, Kind
+from spcompile.diagnostics import IllegalOption
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from spcompile.attention.runs import Run
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What happens to q k^T before the softmax.
+
+    q_documents [B|1, Sg], k_documents [B|1, Tg], key_valid bool [B|1, Tg]: in the natural order of the sequence.
+    bias [B|1, N|1, S, Tg]: added if floating, kept where True if bool; rows as q's rows, columns in natural order.
+
+    Raises:
+        IllegalOption: the mask speaks of documents or key padding that were not given, or the other way round.
+    """
+
+    mask: AttentionMask
+    scale: float
+    q_documents: Tensor | None = None
+    k_documents: Tensor | None = None
+    key_valid: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, given in (("documents", self.q_documents), ("documents", self.k_documents)):
+            if (given is not None) != self.mask.documents:
+                raise IllegalOption(
+                    f"mask {str(self.mask)!r}", legal=f"{name!r} with both document tensors, or neither"
+                )
+        if (self.key_valid is not None) != self.mask.key_padding:
+            raise IllegalOption(f"mask {str(self.mask)!r}", legal="'key_padding' with key_valid, or neither")
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Scores of the query rows `q` against the keys `k`.
+
+    CAUSAL_DIAGONAL compares indices inside the block. For FULL and CAUSAL_DIAGONAL the positions of q and k are
+    those indices, and neither a bias nor a mask with data is left: a kernel may look at `kind` alone.
+    """
+
+    kind: Kind
+    q: Run
+    k: Run
+    scores: Scores
+
+    def keep(self, q: Run, k: Run, device: torch.device) -> Tensor | None:
+        """The dense mask bool [B|1, N|1, S, T] of some rows and keys of the block; None if nothing is masked."""
+        scores = self.scores
+        keep = None
+        if scores.mask != AttentionMask():
+            keep = scores.mask.allowed(
+                q.positions(device),
+                k.positions(device),
+                None if scores.q_documents is None else q.select(scores.q_documents, 1),
+                None if scores.k_documents is None else k.select(scores.k_documents, 1),
+                None if scores.key_valid is None else k.select(scores.key_valid, 1),
+            )
+        if scores.bias is not None and not scores.bias.is_floating_point():
+            dense = self._bias(q, k)
+            keep = dense if keep is None else keep & dense
+        return keep
+
+    def bias(self, q: Run, k: Run) -> Tensor | None:
+        """The floating bias [B|1, N|1, S, T] of some rows and keys of the block."""
+        bias = self.scores.bias
+        return self._bias(q, k) if bias is not None and bias.is_floating_point() else None
+
+    def _bias(self, q: Run, k: Run) -> Tensor:
+        assert self.scores.bias is not None
+        return k.select(self.scores.bias.narrow(2, q.start, q.length), 3)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Query rows in the backward, with what the forward left of them: all over the whole sequence of keys.
+
+    q [B, N, S, H], out and grad_out [B, N, S, V], lse and delta [B, N, S].
+    delta: rowsum(out * grad_out), less grad_lse, the gradient of lse, where there is one.
+    """
+
+    q: Tensor
+    out: Tensor
+    grad_out: Tensor
+    lse: Tensor
+    delta: Tensor
+    grad_lse: Tensor | None = None
+
+    def narrow(self, start: int, length: int) -> Rows:
+        """Rows start .. start + length - 1."""
+        return replace(
+            self,
+            **{name: x.narrow(2, start, length) for name, x in vars(self).items() if x is not None},
+        )
+
+
+class Gradients(NamedTuple):
+    """What one block adds to the gradients: [B, N, S, H], [B, G, T, H], [B, G, T, V]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class Provider(Protocol):
+    """A kernel. It keeps no state, and its choice may depend only on what is equal on all ranks.
+
+    q, k, v and the rows are those of the block. `dtype` is the dtype of the results: q's own where the block is all
+    there is, else the accumulation dtype, in which case no intermediate result may be rounded to less.
+    """
+
+    name: str
+
+    def supports(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> bool:
+        """Whether this kernel computes such a block."""
+
+    def block_forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(out, lse): out in `dtype`, lse in the accumulation dtype; 0 and -inf for rows without a key."""
+
+    def block_backward(
+        self, rows: Rows, k: Tensor, v: Tensor, block: Block, dtype: torch.dtype, grad_bias: Tensor | None
+    ) -> Gradients:
+        """The block's gradients in `dtype`. grad_bias, of the bias's own shape, is added to in place."""

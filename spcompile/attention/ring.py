@@ -1,0 +1,173 @@
+"""Ring attention, written once as generators: what moves is yielded as a request, and a driver decides how it moves.
+
+Every rank keeps its queries; keys and values travel from rank to rank (arXiv 2310.01889). In the backward the gradients
+of keys and values travel too, one hop behind, in the accumulation dtype, and at the end go home in one message. Partial
+results are never rounded, so the error does not grow with the number of ranks. Keys are not repeated for query heads
+that share one, and no hop is made that the mask empties on every rank.
+
+B batch, N query heads, G key heads, Sl and Tl local query and key rows, H head size of q and k, V of v.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from spcompile.attention import blocks
+from spcompile.attention.mask import Kind
+from spcompile.attention.runs import Run, shard_runs
+from spcompile.diagnostics import IllegalOption
+from spcompile.sequence import local_length
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spcompile.attention.mask import AttentionMask
+    from spcompile.attention.provider import Rows, Scores
+
+
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """Start to send `message` to the rank `distance` further on; the answer is a handle.
+
+    All ranks yield the same sequence of requests with messages of one shape. The message must not change until waited.
+    """
+
+    message: Tensor
+    distance: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Wait:
+    """Finish a `Shift`; the answer is the message of the rank `distance` before this one."""
+
+    handle: Any
+
+
+ResultT = TypeVar("ResultT")
+Requests = Generator[Shift | Wait, Any, ResultT]
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The layout of both sequences on the ring.
+
+    q_length, k_length: global lengths; order: of `spcompile.sequence`. Nothing here differs between ranks.
+    """
+
+    q_length: int
+    k_length: int
+    degree: int
+    order: str
+
+    def q_runs(self, rank: int) -> tuple[Run, ...]:
+        """Where the query rows of `rank` are."""
+        return shard_runs(self.q_length, rank, self.degree, self.order)
+
+    def k_runs(self, rank: int) -> tuple[Run, ...]:
+        """Where the keys of `rank` are."""
+        return shard_runs(self.k_length, rank, self.degree, self.order)
+
+    def hops(self, mask: AttentionMask) -> int:
+        """How far keys must travel: the largest distance over which the mask leaves anything on any rank."""
+        return _hops(self, mask)
+
+    def meets(self, mask: AttentionMask, q_rank: int, k_rank: int) -> bool:
+        """Whether the mask leaves anything of one rank's queries against another's keys."""
+        pairs = ((q, k) for q in self.q_runs(q_rank) for k in self.k_runs(k_rank))
+        return any(mask.classify(q.first, q.last, k.first, k.last) is not Kind.EMPTY for q, k in pairs)
+
+    def check(self, q: Tensor, k: Tensor) -> None:
+        """Raises IllegalOption where the local shapes are not those of this layout."""
+        for name, x, length in (("q", q, self.q_length), ("k", k, self.k_length)):
+            expected = local_length(length, self.degree, self.order)
+            if x.shape[2] != expected:
+                found = f"ring attention: {name} has {x.shape[2]} local rows of a sequence of {length}"
+                raise IllegalOption(found, legal=f"{expected} ({self.order} over {self.degree} ranks)")
+
+
+@functools.lru_cache(maxsize=1024)
+def _hops(ring: Ring, mask: AttentionMask) -> int:
+    for distance in range(ring.degree - 1, 0, -1):
+        if any(ring.meets(mask, rank, (rank - distance) % ring.degree) for rank in range(ring.degree)):
+            return distance
+    return 0
+
+
+def ring_forward(
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, ring: Ring, rank: int
+) -> Requests[tuple[Tensor, Tensor]]:
+    """One rank's (out [B, N, Sl, V] in q's dtype, lse [B, N, Sl]); padded rows are 0 and -inf."""
+    ring.check(q, k)
+    hops = ring.hops(scores.mask)
+    q_runs = ring.q_runs(rank)
+    if hops == 0:
+        return blocks.forward(q, k, v, q_runs, ring.k_runs(rank), scores)
+    state = blocks.ForwardState.empty(q, v)
+    message = pack(k, v)
+    for hop in range(hops + 1):
+        handle = (yield Shift(message)) if hop < hops else None
+        k_runs = ring.k_runs((rank - hop) % ring.degree)
+        state.add(q, *unpack(message, k, v), blocks.plan(q_runs, k_runs, scores))
+        if handle is not None:
+            message = yield Wait(handle)
+    return state.out.to(q.dtype), state.lse
+
+
+def ring_backward(
+    rows: Rows, k: Tensor, v: Tensor, scores: Scores, ring: Ring, rank: int, wants_grad_bias: bool
+) -> Requests[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """One rank's (dq, dk, dv) in the inputs' dtypes and the bias's gradient, float32 or float64, None if not wanted."""
+    ring.check(rows.q, k)
+    hops = ring.hops(scores.mask)
+    q_runs = ring.q_runs(rank)
+    if hops == 0:
+        grads, grad_bias = blocks.backward(rows, k, v, q_runs, ring.k_runs(rank), scores, wants_grad_bias)
+        return *grads, grad_bias
+    state = blocks.BackwardState.empty(rows.q, scores.bias, wants_grad_bias)
+    message = pack(k, v)
+    grad_handle = None
+    for hop in range(hops + 1):
+        handle = (yield Shift(message)) if hop < hops else None
+        k_runs = ring.k_runs((rank - hop) % ring.degree)
+        grads_here = pack(*state.add(rows, *unpack(message, k, v), blocks.plan(q_runs, k_runs, scores)))
+        if grad_handle is not None:
+            grads_here += yield Wait(grad_handle)
+        if handle is not None:
+            message = yield Wait(handle)
+        grad_handle = yield Shift(grads_here, 1 if hop < hops else ring.degree - hops)
+    dk, dv = unpack((yield Wait(grad_handle)), k, v)
+    return state.dq.to(rows.q.dtype), dk.to(k.dtype), dv.to(v.dtype), state.grad_bias
+
+
+def pack(k: Tensor, v: Tensor) -> Tensor:
+    """Keys and values as one message [B, G, Tl, H + V]."""
+    return torch.cat([k, v], -1)
+
+
+def unpack(message: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack`, as views."""
+    k_part, v_part = message.split([k.shape[-1], v.shape[-1]], -1)
+    return k_part, v_part
+
+
+def message_numbers(batch: int, key_heads: int, rows: int, head_size: int, v_head_size: int) -> int:
+    """Numbers in one message: the keys and values of one rank. `rows` is the local length and may be a SymInt."""
+    return batch * key_heads * rows * (head_size + v_head_size)
+
+
+def forward_bytes(numbers: int, hops: int, element: int) -> int:
+    """Bytes that each rank sends in the forward: keys and values, once a hop. element: bytes of one number."""
+    return hops * numbers * element
+
+
+def backward_bytes(numbers: int, hops: int, element: int) -> int:
+    """Bytes that each rank sends in the backward: keys and values again, and their gradients once more than that.
+
+    Gradients travel in the accumulation dtype: 8 bytes for float64, else 4.
+    """
+    return numbers * (hops * element + (hops + 1) * max(4, element)) if hops else 0

@@ -1,0 +1,122 @@
+"""The torch.compile backend: `torch.compile(model, backend="spcompile", options={...})`."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from spcompile.agreement import Agreement, first_difference
+from spcompile.diagnostics import GraphBreak
+from spcompile.dump import dump_to
+from spcompile.dynamo_settings import ignore_library_logging
+from spcompile.emit import Emission, emit
+from spcompile.mesh import RuntimeMesh, runtime_mesh
+from spcompile.options import Options
+from spcompile.outputs import restore_outputs
+from spcompile.passes import PIPELINE
+from spcompile.passes.lower_collectives import bind_axes
+from spcompile.pipeline import History
+from spcompile.printer import format_graph
+from spcompile.program import LocalProgram, build
+from spcompile.torch_private import aot_autograd, compile_fx
+
+log = logging.getLogger(__name__)
+ignore_library_logging()  # torch.compile(..., backend="spcompile") imports this module before it traces
+
+
+def spcompile(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    **unused: Any,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph for this rank. Called by torch.compile; see Options for `options`.
+
+    Raises:
+        SpcompileError: before any collective of the model runs, with the same text on every rank.
+    """
+    chosen = Options.parse(options)
+    mesh = runtime_mesh(chosen.mesh, _device_type(example_inputs))
+    if mesh is None:
+        log.info("SPR401 world size 1: compiled without sharding")
+        return plain(gm, example_inputs, chosen.compiler)
+    agreement = _agreement(mesh.key, mesh)
+    agreement.require(_signature(example_inputs, chosen))
+    _refuse_graph_break(gm)
+    return _compile(gm, example_inputs, chosen, mesh, agreement)
+
+
+def plain(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: str) -> Callable[..., Any]:
+    """Compile without sharding."""
+    if compiler == "inductor":
+        return compile_fx(gm, example_inputs)
+    return aot_autograd(fw_compiler=lambda graph_module, _: graph_module.forward)(gm, example_inputs)
+
+
+def _compile(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, mesh: RuntimeMesh, agreement: Agreement
+) -> Callable[..., Any]:
+    history = History(on_snapshot=dump_to(options.dump) if options.dump else None)
+    program = build(gm, inputs, mesh.shape, options, PIPELINE, history)
+    for remark in program.ctx.remarks.rows:
+        log.info("%s", remark)
+    if not program.is_sharded:
+        return _checked(plain(gm, inputs, options.compiler), "not sharded", agreement)
+    groups = {axis: mesh.group_name(axis) for axis, size in mesh.shape.axes if size > 1}
+
+    def agree(phase: str, final: fx.GraphModule) -> None:
+        agreement.require(format_graph(final), first_difference)
+
+    emission = Emission(program, bind=lambda graph: bind_axes(graph, groups), finished=agree)
+    compiled = emit(emission, options.compiler)
+    PROGRAMS.append((program, emission))
+    key = str(len(PROGRAMS))
+    return _checked(restore_outputs(compiled, program, mesh), key, agreement)
+
+
+PROGRAMS: list[tuple[LocalProgram, Emission]] = []
+
+
+def _checked(run: Callable[..., Any], key: str, agreement: Agreement) -> Callable[..., Any]:
+    """Before every call all ranks must be about to run the same graph on the same shapes."""
+    if not agreement.checks_calls:
+        return run
+
+    @functools.wraps(run)
+    def call(*args: Any) -> Any:
+        shapes = " ".join(str(tuple(a.shape)) if isinstance(a, torch.Tensor) else str(a) for a in args)
+        agreement.require(f"runs graph {key} on {shapes}")
+        return run(*args)
+
+    return call
+
+
+@functools.lru_cache(maxsize=None)
+def _agreement(key: str, mesh: RuntimeMesh) -> Agreement:
+    return Agreement(mesh)
+
+
+def _signature(inputs: Sequence[Any], options: Options) -> str:
+    tensors = [f"{x.dtype}{tuple(x.shape)}".replace("torch.", "") for x in inputs if isinstance(x, torch.Tensor)]
+    return f"compiles for inputs {' '.join(tensors)} with options {options.fingerprint()}"
+
+
+def _device_type(inputs: Sequence[Any]) -> str:
+    return next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
+
+
+def _refuse_graph_break(gm: fx.GraphModule) -> None:
+    """Dynamo says on each part of a broken model why it ended; sharding one part alone would be a guess."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    where = f"{frame.filename}:{frame.lineno} in {frame.name}\n      {frame.line}" if frame is not None else None
+    raise GraphBreak(f"Dynamo broke it: {reason.reason}", where=where, legal="a model that traces with fullgraph=True")

@@ -1,0 +1,187 @@
+"""From the Dynamo graph to the GLOBAL stage: a pure, single-device graph of pre-dispatch ATen ops.
+
+Re-tracing before dispatch keeps `linear`, `layer_norm`, `scaled_dot_product_attention` and `cross_entropy_loss` one
+node each, with the user's source line. Mutations are functionalised, so every later pass may assume a pure graph.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from spcompile.diagnostics import CaptureFailed, source_of
+from spcompile.torch_private import FunctionalTensor, FunctionalTensorMode, TracingContext, detect_fake_mode
+
+aten = torch.ops.aten
+
+# Views that ask for strides become reshapes: later passes may change strides, never meaning.
+_RESHAPES = (aten.view.default, aten._unsafe_view.default)
+_NO_MEANING = (aten._assert_tensor_metadata.default, aten.alias.default)
+
+
+class _KeepOrigin(fx.Interpreter):
+    """Runs a Dynamo graph so that traced nodes inherit stack_trace and nn_module_stack; opens checkpointed regions."""
+
+    def __init__(self, gm: fx.GraphModule, counter: list[int]) -> None:
+        super().__init__(gm)
+        self._regions = counter
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.higher_order.tag_activation_checkpoint:
+            return self._checkpointed(args)
+        return super().call_function(target, args, kwargs)
+
+    def _checkpointed(self, args: tuple[Any, ...]) -> Any:
+        """Inline the child graph of torch.utils.checkpoint; its nodes carry the tags the partitioner reads."""
+        child, *operands = args
+        self._regions[0] += 1
+        for node in child.graph.nodes:
+            node.meta["recompute"] = torch.utils.checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+            node.meta["ac_graph_id"] = self._regions[0]
+        return _KeepOrigin(child, self._regions).run(*operands)
+
+
+def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+    """Trace `gm` on the fakes of `inputs`.
+
+    Returns a GraphModule with the same placeholders, in order and by name, whose nodes all have `meta["val"]`.
+
+    Raises:
+        CaptureFailed: an op cannot be traced; names the user's line.
+    """
+
+    def run(*args: Any) -> Any:
+        with FunctionalTensorMode(pre_dispatch=True, export=True, _allow_token_discovery=True):
+            wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a for a in args]
+            interpreter = _KeepOrigin(gm, [0])
+            try:
+                outputs = interpreter.run(*wrapped)
+            except torch._subclasses.fake_tensor.DataDependentOutputException as error:
+                node = getattr(interpreter, "current_node", None)
+                raise CaptureFailed(str(error), where=source_of(node) if node is not None else None) from error
+            outputs = pytree.tree_map_only(FunctionalTensor, _unwrap, outputs)
+            mutated = [_unwrap(w) if isinstance(w, FunctionalTensor) else w for w in wrapped]
+        for given, new in zip(args, mutated, strict=True):
+            if isinstance(given, torch.Tensor) and new is not given:
+                given.copy_(new)
+        return outputs
+
+    fake_mode, fakes = fake_inputs(inputs)
+    with fake_mode, fx.traceback.preserve_node_meta():
+        captured = make_fx(run, pre_dispatch=True)(*fakes)
+    _name_placeholders(captured, gm)
+    normalise(captured)
+    return captured
+
+
+def fake_inputs(inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """(fake mode, inputs as fakes of it): Dynamo's own mode and symbols inside a compile, else a new static one.
+
+    Dynamo hands a backend real parameters and real inputs; which of their sizes are symbols is in its tracing context.
+    """
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else detect_fake_mode(list(inputs))
+    mode = mode or FakeTensorMode()
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or (isinstance(value, FakeTensor) and value.fake_mode is mode):
+            return value
+        symbolic = context.tensor_to_context.get(value) if context is not None else None
+        if symbolic is None:
+            return mode.from_tensor(value, static_shapes=True)
+        return mode.from_tensor(value, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)
+
+    with mode:
+        return mode, [convert(value) for value in inputs]
+
+
+def _unwrap(tensor: Any) -> Any:
+    torch._sync(tensor)
+    return torch._from_functional_tensor(tensor.elem)
+
+
+def _name_placeholders(captured: fx.GraphModule, original: fx.GraphModule) -> None:
+    """Give the placeholders the names Dynamo chose: they say which parameter or argument each one is."""
+    names = [n for n in original.graph.nodes if n.op == "placeholder"]
+    nodes = [n for n in captured.graph.nodes if n.op == "placeholder"]
+    for node, source in zip(nodes, names, strict=True):
+        node._rename(source.name)
+        node.target = node.name
+        for key in ("grapharg", "tensor_dict"):
+            if key in source.meta:
+                node.meta[key] = source.meta[key]
+
+
+def normalise(gm: fx.GraphModule) -> None:
+    """Remove nodes without meaning, turn views into reshapes and grad-mode switches into detach."""
+    graph = gm.graph
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is aten.lift_fresh_copy.default:
+            _fold_constant(gm, node)
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _RESHAPES:
+            node.target = aten.reshape.default
+        elif node.target in _NO_MEANING or (node.target is aten.clone.default and not _is_output(node)):
+            if node.args and node.users:
+                node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    _detach_no_grad_regions(graph)
+    graph.eliminate_dead_code()
+    gm.recompile()
+
+
+def _fold_constant(gm: fx.GraphModule, node: fx.Node) -> None:
+    """`torch.tensor(8)` and `torch.tensor([])` in a forward become `full`, so that readers see the number."""
+    source = node.args[0]
+    value = getattr(gm, str(source.target)) if isinstance(source, fx.Node) and source.op == "get_attr" else None
+    if not isinstance(value, torch.Tensor) or value.numel() > 1:
+        return
+    number = value.item() if value.numel() == 1 else 0
+    with gm.graph.inserting_before(node):
+        options = {"dtype": value.dtype, "device": value.device}
+        full = gm.graph.call_function(aten.full.default, (list(value.shape), number), options)
+    full.meta = dict(node.meta)
+    node.replace_all_uses_with(full)
+    gm.graph.erase_node(node)
+
+
+def _is_output(node: fx.Node) -> bool:
+    return any(user.op == "output" for user in node.users)
+
+
+def _detach_no_grad_regions(graph: fx.Graph) -> None:
+    """Replace `_set_grad_enabled` switches by a detach on every value that leaves a no_grad region.
+
+    Without the switches a pass may insert a node anywhere without losing its gradient.
+    """
+    enabled, region = True, set()
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
+            enabled = bool(node.args[0])
+            graph.erase_node(node)
+        elif node.op == "call_function" and not enabled:
+            region.add(node)
+    for node in region:
+        value = node.meta.get("val")
+        outside = [user for user in node.users if user not in region]
+        if not outside or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            continue
+        with graph.inserting_after(node):
+            detached = graph.call_function(aten.detach.default, (node,))
+        detached.meta = {**node.meta}
+        for user in outside:
+            user.replace_input_with(node, detached)
+
+
+def is_getitem(node: fx.Node) -> bool:
+    """Whether the node selects one result of a call with several."""
+    return node.op == "call_function" and node.target is operator.getitem

@@ -1,0 +1,32 @@
+"""The collectives of the namespace `spx`: one file each, all in COLLECTIVES."""
+
+from __future__ import annotations
+
+from spcompile.collectives.all_gather import ALL_GATHER
+from spcompile.collectives.all_reduce import ALL_REDUCE
+from spcompile.collectives.all_to_all import ALL_TO_ALL
+from spcompile.collectives.base import COLLECTIVES, GRADIENT, Call, Collective, call_arguments
+from spcompile.collectives.mask_padding import MASK_PADDING
+from spcompile.collectives.positions import spec as spec_positions
+from spcompile.collectives.reduce_scatter import REDUCE_SCATTER
+from spcompile.collectives.reorder import REORDER
+from spcompile.collectives.shard import SHARD
+from spcompile.collectives.vary import VARY, erase_identities
+
+__all__ = [
+    "ALL_GATHER",
+    "ALL_REDUCE",
+    "ALL_TO_ALL",
+    "COLLECTIVES",
+    "GRADIENT",
+    "MASK_PADDING",
+    "REDUCE_SCATTER",
+    "REORDER",
+    "SHARD",
+    "VARY",
+    "Call",
+    "Collective",
+    "call_arguments",
+    "erase_identities",
+    "spec_positions",
+]

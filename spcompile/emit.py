@@ -1,0 +1,118 @@
+"""From one rank's graph to a callable: AOTAutograd, the SCHEDULE stage on forward and backward, then the executor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+from functorch.compile import make_boxed_func
+from torch.utils.checkpoint import CheckpointPolicy
+
+from spcompile.collectives import erase_identities
+from spcompile.graph import copy_graph
+from spcompile.passes_api import PassReport, Stage
+from spcompile.pipeline import run_passes
+from spcompile.program import LocalProgram
+from spcompile.torch_private import (
+    CustomGraphPass,
+    aot_autograd,
+    compile_fx,
+    compile_fx_inner,
+    min_cut_rematerialization_partition,
+)
+
+spx = torch.ops.spx
+
+
+@dataclass
+class Emission:
+    """How the graphs after autograd become code.
+
+    bind: replaces axis names by this process's groups in a finished graph (nothing for a dry run).
+    finished: called with ("forward" | "backward" | "inference", graph) when a graph is final, before it is bound.
+    graphs: the final graphs by phase, unbound.
+    """
+
+    program: LocalProgram
+    bind: Callable[[fx.Graph], None]
+    finished: Callable[[str, fx.GraphModule], None] = lambda phase, gm: None
+    graphs: dict[str, fx.GraphModule] = field(default_factory=dict)
+
+    def schedule(self, gm: fx.GraphModule, phase: str) -> None:
+        """The SCHEDULE stage on one graph after autograd, in place."""
+        program = self.program
+        for node in gm.graph.nodes:
+            if "stack_trace" not in node.meta:
+                node.meta["spx_origin"] = "autograd"
+        run_passes(gm, program.schedule, program.ctx, program.history)
+        program.history.add(phase, Stage.SCHEDULE, gm, program.ctx, PassReport())
+        kept = fx.GraphModule(gm, copy_graph(gm.graph))
+        self.graphs[phase] = kept
+        self.finished(phase, kept)
+        self.bind(gm.graph)
+        gm.recompile()
+
+
+def prepare_joint(graph: fx.Graph) -> None:
+    """On the joint graph: drop the identity nodes whose work was to create a gradient, and never save what was gathered.
+
+    A gathered activation is gathered again in the backward (Korthikanti et al. 2022): its shard is what is saved.
+    """
+    erase_identities(graph)
+    for node in graph.nodes:
+        if node.target is spx.all_gather.default and node.args[-1] == "R":
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            node.meta.setdefault("ac_graph_id", -1)
+
+
+class _PrepareJoint(CustomGraphPass):
+    """prepare_joint as a pass of Inductor, with an identity for its cache."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        prepare_joint(graph)
+
+    def uuid(self) -> str:
+        return "spcompile.prepare_joint.1"
+
+
+def emit(emission: Emission, compiler: str) -> Callable[..., Any]:
+    """A callable over the local graph's inputs, differentiable."""
+    gm, inputs = emission.program.gm, emission.program.inputs
+    return _inductor(emission, gm, inputs) if compiler == "inductor" else _eager(emission, gm, inputs)
+
+
+def _eager(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def compiler(phase: str) -> Callable[..., Any]:
+        def run(graph_module: fx.GraphModule, _: Sequence[Any]) -> Any:
+            emission.schedule(graph_module, phase)
+            return make_boxed_func(graph_module.forward)
+
+        return run
+
+    def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        prepare_joint(joint.graph)
+        return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+
+    def inference(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        prepare_joint(graph_module.graph)
+        return compiler("inference")(graph_module, example_inputs)
+
+    backend = aot_autograd(
+        fw_compiler=compiler("forward"),
+        bw_compiler=compiler("backward"),
+        inference_compiler=inference,
+        partition_fn=partition,
+    )
+    return backend(gm, inputs)
+
+
+def _inductor(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def inner(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        phase = "backward" if kwargs.get("is_backward") else "inference" if kwargs.get("is_inference") else "forward"
+        emission.schedule(graph_module, phase)
+        return compile_fx_inner(graph_module, example_inputs, **kwargs)
+
+    return compile_fx(gm, inputs, inner_compile=inner, config_patches={"joint_custom_pre_pass": _PrepareJoint()})

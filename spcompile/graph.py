@@ -1,0 +1,103 @@
+"""Typed edits of an fx graph: every new node has an example value and the origin of the node it stands for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.fx as fx
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch._subclasses import FakeTensorMode
+
+_ORIGIN = ("stack_trace", "nn_module_stack")
+
+
+def call(
+    graph: fx.Graph,
+    target: Callable[..., Any],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    like: fx.Node,
+    before: fx.Node | None = None,
+) -> fx.Node:
+    """A new call node.
+
+    args, kwargs: as fx takes them: nodes, numbers, lists of them. Sizes may be SymInt nodes, never bare SymInts.
+    like: gives the origin (stack trace, module stack) and, where no operand has one, the fake mode.
+    before: the node in front of which the call goes; `like` itself by default.
+    """
+    kwargs = dict(kwargs or {})
+    with graph.inserting_before(before or like):
+        node = graph.call_function(target, args, kwargs)
+    for key in _ORIGIN:
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+    node.meta["val"] = _example(target, args, kwargs, like)
+    return node
+
+
+def replace(node: fx.Node, new: fx.Node) -> None:
+    """Let all users of `node` use `new`, and erase `node`."""
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def erase_dead(gm: fx.GraphModule) -> bool:
+    """Erase the nodes whose results nobody reads (those with side effects stay). True if there were some."""
+    changed = gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    return bool(changed)
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    """The shape of a tensor node: ints and SymInts."""
+    return tuple(node.meta["val"].shape)
+
+
+def is_tensor(value: object) -> bool:
+    """Whether this argument is a node with a single tensor as its result."""
+    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
+
+
+def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """An argument of a call by its place in the schema or by its name."""
+    if len(node.args) > index:
+        return node.args[index]
+    return node.kwargs.get(name, default)
+
+
+def _example(target: Callable[..., Any], args: Any, kwargs: Any, like: fx.Node) -> Any:
+    def value(node: fx.Node) -> Any:
+        return node.meta["val"]
+
+    args, kwargs = fx.node.map_arg((args, kwargs), value)
+    mode = _fake_mode((args, kwargs)) or _fake_mode(like.meta.get("val"))
+    if mode is None:
+        raise AssertionError(f"{like} has no fake example value")
+    with mode, torch.no_grad():
+        return target(*args, **kwargs)
+
+
+def _fake_mode(values: Any) -> FakeTensorMode | None:
+    for value in torch.utils._pytree.tree_leaves(values):
+        mode = getattr(value, "fake_mode", None)
+        if mode is not None:
+            return mode
+    return None
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy with the same node names; every node's meta is a dict of its own."""
+    copy = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    result = copy.graph_copy(graph, mapping)
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    mapping[output] = copy.output(result)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+    return copy

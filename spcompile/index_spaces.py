@@ -1,0 +1,87 @@
+"""Finds the index spaces of a whole graph from the factor rules of its ops."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+
+import torch
+import torch.fx as fx
+
+from spcompile.rules import OpRule, rule_of
+from spcompile.rules.base import tensor_operands, tensor_results
+from spcompile.sizes import same
+from spcompile.spaces import Space, leaves, unify
+
+Dims = list[list[Space]]  # of one tensor: the product of spaces of every dim
+
+
+@dataclass
+class OpSpaces:
+    """One call: its rule, and the spaces each factor of the rule stands for."""
+
+    rule: OpRule
+    factors: dict[str, list[Space]] = field(default_factory=dict)
+
+    def leaves_of(self, factor: str) -> list[Space]:
+        """The finest known factors of a factor."""
+        return leaves(self.factors[factor])
+
+
+@dataclass
+class IndexSpaces:
+    """The spaces of every tensor value (a list, one entry per result) and of every call that has a rule."""
+
+    values: dict[fx.Node, list[Dims]] = field(default_factory=dict)
+    calls: dict[fx.Node, OpSpaces] = field(default_factory=dict)
+
+    def dims(self, node: fx.Node) -> list[list[Space]]:
+        """The finest known factors of every dim of a value with one result."""
+        return [leaves(dim) for dim in self.values[node][0]]
+
+
+def find_index_spaces(graph: fx.Graph) -> IndexSpaces:
+    """One pass in topological order. Calls without a rule get new spaces for their results."""
+    spaces = IndexSpaces()
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is operator.getitem:
+            results = spaces.values.get(node.args[0])
+            if results is not None and isinstance(node.meta.get("val"), torch.Tensor):
+                spaces.values[node] = [results[_tensor_index(node.args[0], node.args[1])]]
+            continue
+        results = tensor_results(node)
+        if node.op == "output" or not results:
+            continue
+        rule = rule_of(node) if node.op == "call_function" else None
+        if rule is not None:
+            spaces.calls[node] = _bind(node, rule, spaces)
+            spaces.values[node] = [_result_dims(dims, spaces.calls[node]) for dims in rule.results]
+        else:
+            spaces.values[node] = [_fresh(value) for value in results]
+    return spaces
+
+
+def _tensor_index(producer: fx.Node, index: int) -> int:
+    """Position among the tensor results, which is what rules count."""
+    return sum(isinstance(v, torch.Tensor) for v in producer.meta["val"][:index])
+
+
+def _fresh(value: torch.Tensor) -> Dims:
+    return [[] if same(size, 1) else [Space(size)] for size in value.shape]
+
+
+def _bind(node: fx.Node, rule: OpRule, spaces: IndexSpaces) -> OpSpaces:
+    """Tie the factors of a rule to the spaces of the operands, then make new spaces for those only in results."""
+    call = OpSpaces(rule)
+    for operand, dims in zip(tensor_operands(node), rule.operands, strict=True):
+        for value_dim, factor_names in zip(spaces.values[operand][0], dims, strict=True):
+            wanted = [call.factors.setdefault(f, [Space(rule.sizes[f])]) for f in factor_names]
+            agreed = unify([space for group in wanted for space in group], value_dim)
+            assert agreed or not factor_names, f"{node}: {rule.text()} does not fit its operand {operand}"
+    for factor, size in rule.sizes.items():
+        call.factors.setdefault(factor, [Space(size)])
+    return call
+
+
+def _result_dims(dims: tuple[tuple[str, ...], ...], call: OpSpaces) -> Dims:
+    return [[space for factor in dim for space in call.factors[factor]] for dim in dims]

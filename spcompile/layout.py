@@ -1,0 +1,40 @@
+"""What annotation leaves on the nodes of a GLOBAL graph: `node.meta["layout"]`, read by `insert-reshards` and `lower`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch.fx as fx
+
+from spcompile.index_spaces import Dims, OpSpaces
+from spcompile.propagate import Choice, Place
+
+
+@dataclass
+class NodeLayout:
+    """One node's spaces and placements.
+
+    dims: for every tensor result, the product of spaces of every dim.
+    call: rule and factor spaces, for a call that has a rule.
+    choice: per mesh axis, the factor over which the call runs sharded.
+    places: per mesh axis and result number, where the value is split (absent: replicated).
+    """
+
+    dims: list[Dims]
+    call: OpSpaces | None = None
+    choice: dict[str, Choice] = field(default_factory=dict)
+    places: dict[str, dict[int, Place]] = field(default_factory=dict)
+
+    def place(self, axis: str, result: int = 0) -> Place | None:
+        """Where a result is split on `axis`."""
+        return self.places.get(axis, {}).get(result)
+
+
+def layout_of(node: fx.Node) -> NodeLayout | None:
+    """The layout of a node; None for nodes without tensor results."""
+    return node.meta.get("layout")
+
+
+def show(node: fx.Node, axis: str, state: str) -> None:
+    """Record a state for the printed graph."""
+    node.meta.setdefault("sharding", {})[axis] = state

@@ -1,0 +1,195 @@
+"""Runs a GLOBAL graph on one rank's shapes while it is traced: the only place where shapes change.
+
+Each node is executed on local fakes: a reshard becomes a collective, a call that runs sharded runs its rule's local
+form, everything else runs as it is. The traced graph is the LOCAL graph; its shapes are inferred, not computed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from spcompile.layout import NodeLayout, layout_of
+from spcompile.propagate import Choice, Place, is_prefix, place_of, space_at
+from spcompile.reshard import is_reshard, parse_place
+from spcompile.rules.base import LocalCall, tensor_operands
+from spcompile.sequence import chunks_per_rank, local_length
+from spcompile.sizes import Size, divides, same
+from spcompile.spaces import Space, leaves
+
+spx = torch.ops.spx
+
+
+class SplitDims:
+    """The layout of every index space over one mesh axis."""
+
+    def __init__(self, axis: str, degree: int, order: str) -> None:
+        self.axis, self.degree, self.order = axis, degree, order
+
+    def capacity(self, space: Space) -> Size:
+        """Global length that the layout is computed from: the space's own, or that of the longer space it begins."""
+        return space.family().size
+
+    def local(self, space: Space) -> Size:
+        """Indices of a split space that one rank holds, padding included."""
+        return local_length(self.capacity(space), self.degree, self.order)
+
+    def padded(self, space: Space) -> bool:
+        """Whether some rank may hold padding."""
+        chunks = self.degree * chunks_per_rank(self.order)
+        return not (same(self.capacity(space), space.find().size) and divides(chunks, space.find().size))
+
+
+class Lower(fx.Interpreter):
+    """Executes a GLOBAL graph with reshards on local tensors."""
+
+    def __init__(self, gm: fx.GraphModule, split: SplitDims) -> None:
+        super().__init__(gm)
+        self.split = split
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One node on local values, with its origin kept for the nodes it traces."""
+        if n.op != "call_function" or not isinstance(layout := layout_of(n), NodeLayout):
+            return super().run_node(n)
+        with self._set_current_node(n):
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            if is_reshard(n):
+                source = layout_of(n.args[0])
+                assert source is not None
+                return self.reshard(args[0], str(n.args[2]), str(n.args[3]), [leaves(dim) for dim in source.dims[0]])
+            if layout.call is not None and (choice := layout.choice.get(self.split.axis)) is not None:
+                return self.sharded(n, layout, choice, args, kwargs)
+            return self.call_function(n.target, args, kwargs)
+
+    def sharded(self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """A call over a factor that is split."""
+        call = layout.call
+        assert call is not None
+        if n.target is spx.attention.default:
+            return self.attention(n, args)
+        if is_prefix(call, choice):
+            return args[0]
+        args, kwargs = self.mask_reduced(n, layout, choice, args, kwargs)
+        space = call.leaves_of(choice.factor)[choice.part]
+        if call.rule.local is None:
+            return self.call_function(n.target, args, dict(kwargs))
+        shapes = tuple(
+            tuple(self.local_size(leaves(dim), place_of(names, call, choice), index) for index, dim in enumerate(dims))
+            for dims, names in zip(layout.dims, call.rule.results, strict=True)
+        )
+        return call.rule.local(
+            LocalCall(args, kwargs, shapes, choice.factor, space.find().size, self.split.degree)
+        )
+
+    def local_size(self, dim: list[Space], place: Place | None, index: int) -> Size:
+        """Local size of tensor dim number `index`, a product of spaces."""
+        size: Size = 1
+        for part, space in enumerate(dim):
+            split_here = place is not None and place == Place(index, part)
+            size = size * (self.split.local(space) if split_here else space.size)
+        return size
+
+    def mask_reduced(self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """Give the padding of a factor that the call sums over the value that adds nothing."""
+        call = layout.call
+        assert call is not None
+        space = call.leaves_of(choice.factor)[choice.part]
+        if choice.factor not in call.rule.reductions or not self.split.padded(space):
+            return args, kwargs
+        numbers = iter(range(len(tensor_operands(n))))
+
+        def mask(node: fx.Node) -> Any:
+            value = self.env[node]
+            if not isinstance(node.meta.get("val"), Tensor):
+                return value
+            number = next(numbers)
+            place = place_of(call.rule.operands[number], call, choice)
+            if place is None or number not in call.rule.fills:
+                return value
+            source = layout_of(node)
+            assert source is not None
+            dims = [leaves(dim) for dim in source.dims[0]]
+            fill = float(call.rule.fills[number])
+            split = self.split
+
+            def masked(x: Tensor, dim: int, space: Space) -> Tensor:
+                return spx.mask_padding(x, dim, space.find().size, split.axis, split.degree, split.order, fill)
+
+            return self.on_split_dim(value, dims, place, True, masked)
+
+        return fx.node.map_arg(n.args, mask), fx.node.map_arg(n.kwargs, mask)
+
+    def on_split_dim(self, x: Tensor, dims: list[list[Space]], place: Place, is_local: bool, function: Any) -> Tensor:
+        """Apply function(x, dim, space) to the tensor dim that holds just the split space.
+
+        Where that space is one factor of a compound dim, the dim is unflattened first and flattened again after.
+        """
+        dim = dims[place.dim]
+        space = space_at(dims, place)
+        if len(dim) == 1:
+            return function(x, place.dim, space)
+        sizes: list[Size] = [factor.size for factor in dim]
+        if is_local:
+            sizes[place.part] = self.split.local(space)
+        before, after = list(x.shape[: place.dim]), list(x.shape[place.dim + 1 :])
+        result = function(x.reshape([*before, *sizes, *after]), place.dim + place.part, space)
+        sizes[place.part] = result.shape[place.dim + place.part]
+        flat: Size = 1
+        for size in sizes:
+            flat = flat * size
+        return result.reshape([*before, flat, *after])
+
+    def reshard(self, x: Tensor, src: str, dst: str, dims: list[list[Space]]) -> Tensor:
+        """The collective of one state change."""
+        split, source, target = self.split, parse_place(src), parse_place(dst)
+        axis, degree = split.axis, split.degree
+        if source is not None and target is not None:
+            whole = self.reshard(x, src, "R", dims)
+            raise AssertionError(f"no collective from {src} to {dst}: {whole}")
+        if source is not None:
+            return self.on_split_dim(x, dims, source, True, lambda x, dim, space: self.gather(x, dim, space, dst))
+        if target is not None:
+            assert src == "I", (src, dst)
+            return self.on_split_dim(x, dims, target, False, self.take)
+        if (src, dst) == ("I", "R"):
+            return spx.vary(x, axis, degree)
+        assert src == "P", (src, dst)
+        return spx.all_reduce(x, axis, degree, dst)
+
+    def gather(self, x: Tensor, dim: int, space: Space, to: str) -> Tensor:
+        """S -> R or S -> I, cut to the space's own length."""
+        split = self.split
+        capacity, length = split.capacity(space), space.find().size
+        whole = spx.all_gather(x, dim, capacity, split.axis, split.degree, split.order, to)
+        return whole if same(capacity, length) else whole.narrow(dim, 0, length)
+
+    def take(self, x: Tensor, dim: int, space: Space) -> Tensor:
+        """I -> S. The space may be shorter than the layout's length."""
+        split = self.split
+        capacity, length = split.capacity(space), space.find().size
+        if not same(capacity, length):
+            shape = [*x.shape[:dim], capacity - length, *x.shape[dim + 1 :]]
+            x = torch.cat([x, x.new_zeros(shape)], dim)
+        return spx.shard(x, dim, split.axis, split.degree, split.order, 0.0)
+
+    def attention(self, n: fx.Node, args: tuple) -> Any:  # type: ignore[type-arg]
+        """Query rows local, keys and values gathered: right as it stands; `parallelize-attention` improves it."""
+        q, k, v, q_positions, k_positions, *rest = args
+        assert q_positions is None and k_positions is None, "positions before lowering"
+        split = self.split
+        layouts = [layout_of(node) for node in n.args[:2]]  # type: ignore[arg-type]
+        assert layouts[0] is not None and layouts[1] is not None
+        q_space, k_space = (leaves(layout.dims[0][2])[0] for layout in layouts if layout is not None)
+        k = self.gather(k, 2, k_space, "R")
+        v = self.gather(v, 2, k_space, "R")
+        positions = self.positions(q_space, q.device)
+        return spx.attention(q, k, v, positions, None, *rest)
+
+    def positions(self, space: Space, device: torch.device) -> Tensor:
+        """Global position of every local index: int32 [local length]."""
+        split = self.split
+        return spx.positions(split.capacity(space), split.axis, split.degree, split.order, device=device)

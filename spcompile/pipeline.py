@@ -1,0 +1,103 @@
+"""Runs passes over a graph: orders are checked, every pass is timed and verified, every text kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.fx as fx
+
+from spcompile.diagnostics import IllegalOption, InvalidGraph
+from spcompile.passes_api import Context, Pass, PassReport, Stage, count_changes, op_counts
+from spcompile.printer import format_graph
+from spcompile.verifier import verify_graph
+
+
+@dataclass
+class Snapshot:
+    """The graph after one pass, as text."""
+
+    name: str
+    stage: Stage
+    text: str
+    report: PassReport
+
+
+@dataclass
+class History:
+    """All snapshots of one compile, in order."""
+
+    snapshots: list[Snapshot] = field(default_factory=list)
+    on_snapshot: Callable[[Snapshot], None] | None = None
+
+    def add(self, name: str, stage: Stage, gm: fx.GraphModule, ctx: Context, report: PassReport) -> None:
+        """Keep the text of a graph."""
+        title = f"stage {stage.value}, mesh {ctx.mesh}, after {name}: {report.rewrites} rewrites"
+        snapshot = Snapshot(name, stage, format_graph(gm, title=title), report)
+        self.snapshots.append(snapshot)
+        if self.on_snapshot is not None:
+            self.on_snapshot(snapshot)
+
+    def text(self, name: str) -> str:
+        """The last text after the pass `name`."""
+        found = [s.text for s in self.snapshots if s.name == name]
+        if not found:
+            raise KeyError(f"no graph {name!r}; there are: {', '.join(s.name for s in self.snapshots)}")
+        return found[-1]
+
+
+def configure(passes: Sequence[Pass], chosen: Mapping[str, Any]) -> list[Pass]:
+    """The passes with the user's per-pass options: False drops a pass, a dict sets its fields.
+
+    Raises:
+        IllegalOption: an unknown pass, or a field a pass does not have.
+    """
+    by_name = {p.name: p for p in passes}
+    for name in chosen:
+        if name not in by_name:
+            raise IllegalOption(f"passes: no pass {name!r}", legal=", ".join(by_name))
+    result = []
+    for p in passes:
+        wish = chosen.get(p.name, True)
+        if wish is False:
+            continue
+        if isinstance(wish, Mapping):
+            legal = [f.name for f in dataclasses.fields(p)]
+            unknown = sorted(set(wish) - set(legal))
+            if unknown:
+                raise IllegalOption(f"passes: {p.name} has no option {unknown[0]!r}", legal=", ".join(legal) or "none")
+            p = dataclasses.replace(p, **wish)
+        result.append(p)
+    return result
+
+
+def check_order(passes: Iterable[Pass]) -> None:
+    """Assert that every pass stands behind those it names in `after` (as far as they are in the pipeline)."""
+    passes = list(passes)
+    names = [p.name for p in passes]
+    for index, p in enumerate(passes):
+        late = [name for name in p.after if name in names[index:]]
+        assert not late, f"{p.name} must run after {', '.join(late)}"
+
+
+def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history: History) -> None:
+    """Run passes of one stage in order, verifying the graph after each.
+
+    Raises:
+        InvalidGraph: a pass left a graph that breaks a law; names the pass.
+    """
+    for p in passes:
+        before = op_counts(gm.graph)
+        start = time.perf_counter()
+        rewrites = p.run(gm, ctx)
+        report = PassReport(rewrites, count_changes(before, op_counts(gm.graph)))
+        report.milliseconds = (time.perf_counter() - start) * 1e3
+        stage = Stage.LOCAL if p.name == "lower" else p.stage
+        try:
+            verify_graph(gm, stage, ctx.mesh)
+        except InvalidGraph as error:
+            raise InvalidGraph(f"after pass {p.name}: {error.found}", where=error.where, legal=error.legal) from error
+        history.add(p.name, stage, gm, ctx, report)

@@ -1,0 +1,120 @@
+"""The compiler proper, without devices: a Dynamo graph and a mesh shape in, one rank's graph out."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from spcompile.capture import capture
+from spcompile.diagnostics import Remarks
+from spcompile.graph import copy_graph
+from spcompile.layout import layout_of
+from spcompile.mesh import MeshShape
+from spcompile.options import Options
+from spcompile.passes_api import Context, Pass, PassReport, Stage
+from spcompile.pipeline import History, check_order, configure, run_passes
+
+
+@dataclass
+class Output:
+    """What became of one output of the user's graph.
+
+    index: its place among the outputs of the local graph; None if it is not computed.
+    dim: the tensor dim over which it is left split (outputs="sharded"); None if it is whole.
+    """
+
+    index: int | None
+    dim: int | None = None
+    shape: tuple[Any, ...] | None = None
+
+
+@dataclass
+class LocalProgram:
+    """One rank's graph, before autograd, and everything learnt on the way."""
+
+    gm: fx.GraphModule
+    inputs: list[Any]
+    outputs: list[Output]
+    ctx: Context
+    history: History
+    captured: fx.GraphModule
+    schedule: list[Pass] = field(default_factory=list)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether anything was sharded at all."""
+        return any(n.op == "call_function" and "spx" in str(n.target) and _has_axis(n) for n in self.gm.graph.nodes)
+
+
+def _has_axis(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(a.name == "axis" for a in schema.arguments)
+
+
+def build(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    mesh: MeshShape,
+    options: Options,
+    pipeline: Sequence[Pass],
+    history: History | None = None,
+) -> LocalProgram:
+    """Capture a Dynamo graph and run the GLOBAL and LOCAL stages.
+
+    Raises:
+        SpcompileError: the graph cannot be captured, or a remark came under strict.
+    """
+    passes = configure(pipeline, options.passes)
+    check_order(passes)
+    ctx = Context(mesh, options, Remarks(strict=options.strict))
+    history = history or History()
+    captured = capture(gm, inputs)
+    work = fx.GraphModule(captured, copy_graph(captured.graph))
+    history.add("capture", Stage.GLOBAL, work, ctx, PassReport())
+    outputs = _select_outputs(work, options)
+    run_passes(work, [p for p in passes if p.stage is Stage.GLOBAL and p.name != "lower"], ctx, history)
+    _note_split_outputs(work, outputs, options)
+    run_passes(work, [p for p in passes if p.name == "lower" or p.stage is Stage.LOCAL], ctx, history)
+    schedule = [p for p in passes if p.stage is Stage.SCHEDULE]
+    return LocalProgram(work, list(inputs), outputs, ctx, history, captured, schedule)
+
+
+def _output_node(graph: fx.Graph) -> fx.Node:
+    return next(n for n in reversed(graph.nodes) if n.op == "output")
+
+
+def _select_outputs(gm: fx.GraphModule, options: Options) -> list[Output]:
+    """Flatten the outputs; outputs="loss" drops everything but scalars, and with it what only they needed."""
+    node = _output_node(gm.graph)
+    flat = list(node.args[0]) if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
+    kept, outputs = [], []
+    for value in flat:
+        example = value.meta.get("val") if isinstance(value, fx.Node) else None
+        if options.outputs == "loss" and isinstance(example, torch.Tensor) and example.ndim > 0:
+            outputs.append(Output(None, shape=tuple(example.shape)))
+            continue
+        outputs.append(Output(len(kept)))
+        kept.append(value)
+    node.args = (tuple(kept),)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return outputs
+
+
+def _note_split_outputs(gm: fx.GraphModule, outputs: list[Output], options: Options) -> None:
+    """outputs="sharded": remember over which dim each output is left split."""
+    if options.outputs != "sharded":
+        return
+    values = _output_node(gm.graph).args[0]
+    assert isinstance(values, (tuple, list))
+    for output in outputs:
+        value = values[output.index] if output.index is not None else None
+        layout = layout_of(value) if isinstance(value, fx.Node) else None
+        place = layout.place("cp") if layout is not None and value.target is not operator.getitem else None
+        if place is not None and isinstance(value, fx.Node):
+            output.dim, output.shape = place.dim, tuple(value.meta["val"].shape)

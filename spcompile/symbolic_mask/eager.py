@@ -1,0 +1,230 @@
+"""Attention written out: softmax(q @ k^T * scale + bias, masked) @ v, found around a softmax node.
+
+Downwards from the softmax: casts, views and an inactive dropout lead to the product with the values. Upwards: factors,
+biases, masks, casts and views lead to the product of queries and keys. Anything else on the way is a refusal with its
+reason (a soft cap, sinks, dropout): such an attention stays as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from spcompile.graph import argument, is_tensor, shape_of
+from spcompile.symbolic_mask.views import sizes_of
+
+aten = torch.ops.aten
+
+SOFTMAX = (aten.softmax.int, aten._softmax.default, aten.special_softmax.default)
+
+_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default}
+_CASTS |= {aten.type_as.default, aten.contiguous.default, aten.clone.default, aten.alias.default}
+_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints}
+_VIEWS |= {aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default}
+_PRODUCTS = {aten.matmul.default, aten.bmm.default}
+
+
+class NotAttention(Exception):
+    """No product of the softmax with values follows: this softmax is something else."""
+
+
+class Refused(Exception):
+    """An attention in a form that cannot be taken; `node` is the call that stops it."""
+
+    def __init__(self, reason: str, node: fx.Node) -> None:
+        super().__init__(reason)
+        self.reason, self.node = reason, node
+
+
+@dataclass(frozen=True)
+class Term:
+    """Something done to the scores, in the order of application from last to first.
+
+    node: the added bias, or the mask. at: the scores after it.
+    fill: None for a bias, else what replaces the score where the mask equals `masked`.
+    factor: what the scores, this term among them, are multiplied with afterwards.
+    """
+
+    node: fx.Node
+    at: fx.Node
+    factor: float = 1.0
+    fill: float | None = None
+    masked: bool = True
+
+
+@dataclass(frozen=True)
+class Product:
+    """One of the two products: operands, and how einsum names their dims (None for matmul)."""
+
+    node: fx.Node
+    left: fx.Node
+    right: fx.Node
+    equation: tuple[str, str, str] | None = None
+
+
+@dataclass
+class EagerAttention:
+    """What was found: weights = softmax(scale * (queries @ keys) + terms), result = weights @ values."""
+
+    softmax: fx.Node
+    scores: Product
+    result: Product
+    scale: float = 1.0
+    terms: list[Term] = field(default_factory=list)
+
+
+def match_eager(softmax: fx.Node) -> EagerAttention:
+    """The attention around this softmax.
+
+    Raises:
+        NotAttention: it is none.
+        Refused: it is one, in a form that is not known.
+    """
+    result, refusal = _values(softmax)
+    rank = len(shape_of(softmax))
+    dim = argument(softmax, 1, "dim")
+    if refusal is not None:
+        raise refusal
+    if not isinstance(dim, int) or dim % rank != rank - 1:
+        raise Refused("the softmax is not over the keys", softmax)
+    source: Any = softmax.args[0]
+    found = EagerAttention(softmax, _scores_below(source), result)
+    _peel(source, 1.0, found)
+    return found
+
+
+def _values(softmax: fx.Node) -> tuple[Product, Refused | None]:
+    """The product with the values, and what on the way to it cannot be taken."""
+    node, refusal = softmax, None
+    while True:
+        if len(node.users) != 1:
+            for user in node.users:
+                product = _product(user)
+                if product is not None and product.left is node:
+                    return product, Refused("the attention weights are read by something else too", node)
+            raise NotAttention
+        (user,) = node.users
+        product = _product(user)
+        if product is not None:
+            if product.left is not node:
+                raise NotAttention
+            return product, refusal
+        if user.target is aten.dropout.default:
+            if argument(user, 1, "p") != 0 and argument(user, 2, "train") is not False:
+                refusal = Refused("dropout of attention weights", user)
+        elif user.target is aten.slice.Tensor:
+            refusal = Refused("attention weights are cut (sinks)", user)
+        elif user.target not in _CASTS and not (user.target in _VIEWS and _keeps_last_two(user)):
+            raise NotAttention
+        node = user
+
+
+def _keeps_last_two(view: fx.Node) -> bool:
+    source: Any = view.args[0]
+    before, after = sizes_of(source), sizes_of(view)
+    return len(before) in (3, 4) and len(after) in (3, 4) and before[-2:] == after[-2:]
+
+
+def _product(node: fx.Node) -> Product | None:
+    if node.target in _PRODUCTS:
+        left, right = node.args[:2]
+        if len(shape_of(left)) == len(shape_of(right)) in (3, 4):  # type: ignore[arg-type]
+            return Product(node, left, right)  # type: ignore[arg-type]
+        return None
+    if node.target is aten.baddbmm.default:
+        return Product(node, node.args[1], node.args[2])  # type: ignore[arg-type]
+    if node.target is aten.einsum.default:
+        equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+        inputs, arrow, output = equation.partition("->")
+        letters = inputs.split(",")
+        if arrow and len(letters) == 2 and all(len(set(x)) == len(x) == 4 for x in (*letters, output)):
+            return Product(node, *operands, equation=(letters[0], letters[1], output))  # type: ignore[misc]
+    return None
+
+
+def _is_number(arg: Any) -> bool:
+    return isinstance(arg, int | float) and not isinstance(arg, bool)
+
+
+def _scores_below(node: fx.Node) -> Product:
+    """The product of queries and keys that these scores come from."""
+    product = _product(node)
+    if product is not None:
+        return product
+    following = _scores_operand(node)
+    if following is None:
+        raise Refused(f"{node.target} between the scores and the softmax", node)
+    return _scores_below(following)
+
+
+def _scores_operand(node: fx.Node) -> fx.Node | None:
+    """The operand of this call that holds the scores; None if the call is not one that may stand here."""
+    args: tuple[Any, ...] = node.args
+    if node.target in _CASTS or (node.target in _VIEWS and _keeps_last_two(node)):
+        return args[0] if node.meta["val"].dtype.is_floating_point else None
+    if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+        return args[0] if _is_number(args[1]) else None
+    if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        return args[0]
+    if node.target in (aten.where.ScalarOther, aten.where.ScalarSelf):
+        return args[1] if node.target is aten.where.ScalarOther else args[2]
+    if node.target is aten.where.self:
+        return next((arg for arg in args[1:] if is_tensor(arg) and _leads_to_scores(arg)), None)
+    if node.target is aten.add.Tensor and argument(node, 2, "alpha", 1) == 1:
+        return next((arg for arg in args[:2] if is_tensor(arg) and _leads_to_scores(arg)), None)
+    return None
+
+
+def _leads_to_scores(node: fx.Node) -> bool:
+    try:
+        _scores_below(node)
+    except Refused:
+        return False
+    return True
+
+
+def _peel(node: fx.Node, factor: float, found: EagerAttention) -> None:
+    """Collect what is done to the scores between `node` and their product into `found`."""
+    args: tuple[Any, ...] = node.args
+    if node is found.scores.node:
+        found.scale = factor
+        if node.target is aten.baddbmm.default:
+            beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+            if beta != 0:
+                found.terms.append(Term(args[0], node, factor * float(beta)))  # type: ignore[arg-type]
+            found.scale = factor * float(alpha)  # type: ignore[arg-type]
+        return
+    below = _scores_operand(node)
+    assert below is not None
+    if node.target in (aten.mul.Tensor, aten.mul.Scalar):
+        factor *= args[1]
+    elif node.target in (aten.div.Tensor, aten.div.Scalar):
+        factor /= args[1]
+    elif node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        found.terms.append(Term(args[1], node, factor, _number(args[2], node), masked=True))
+    elif node.target in (aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.self):
+        keeps = args[1] is below
+        found.terms.append(Term(args[0], node, factor, _number(args[2 if keeps else 1], node), masked=not keeps))
+    elif node.target is aten.add.Tensor:
+        found.terms.append(Term(args[1] if args[0] is below else args[0], node, factor))
+    _peel(below, factor, found)
+
+
+def _number(arg: Any, node: fx.Node) -> float:
+    """A number, or a tensor that holds one number."""
+    while is_tensor(arg) and arg.target in _CASTS | {aten.lift_fresh_copy.default, aten.expand.default}:
+        arg = arg.args[0]
+    if _is_number(arg):
+        return float(arg)
+    if is_tensor(arg) and arg.target in (aten.full.default, aten.full_like.default, aten.scalar_tensor.default):
+        value = arg.args[0] if arg.target is aten.scalar_tensor.default else argument(arg, 1, "fill_value")
+        if _is_number(value):
+            return float(value)
+    if is_tensor(arg) and arg.op == "get_attr":
+        constant = getattr(arg.graph.owning_module, str(arg.target), None)
+        if isinstance(constant, torch.Tensor) and constant.numel() == 1:
+            return float(constant)
+    raise Refused("the scores are replaced by something that is not a constant", node)

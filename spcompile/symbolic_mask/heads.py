@@ -1,0 +1,63 @@
+"""How the heads of a query, key or value tensor are laid out: repeated, or folded into the batch.
+
+Read from the graph by following one symbolic element through the ops that only move elements.
+B batch, N query heads, G key heads, T positions, H head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch.fx as fx
+
+from spcompile.symbolic_mask.values import Unreadable
+from spcompile.symbolic_mask.views import IndexSpace, Indices, sizes_of, step
+
+
+def before_repeat(node: fx.Node, repeats_allowed: bool = True) -> fx.Node:
+    """The [B, G, T, H] tensor that `node` [B, N, T, H] repeats: head n of `node` is its head n // (N / G).
+
+    `node` itself if its heads are not repeated, or in another order. Where `node` only re-lays another tensor and holds
+    the same elements at the same indices, that tensor (the only case where repeats are not allowed).
+    """
+    B, N, T, H = sizes_of(node)
+    space = IndexSpace()
+    b, n, t, h = (space.add(name, size) for name, size in zip("bnth", (B, N, T, H), strict=True))
+    same = node
+    for source, indices in _origins(node, (b, n, t, h), space):
+        sizes = sizes_of(source)
+        if len(sizes) != 4 or (sizes[0], sizes[2], sizes[3]) != (B, T, H) or not (sizes[1].is_Integer and N.is_Integer):
+            continue
+        repeats, remainder = divmod(int(N), int(sizes[1]))
+        if remainder == 0 and indices == (b, space.div(n, repeats), t, h):
+            if repeats > 1 and repeats_allowed:
+                return source
+            same = source if repeats == 1 else same
+    return same
+
+
+def heads_in_batch(node: fx.Node) -> int:
+    """N of a [B * N, S, H] tensor that was folded from a [B, N, S, H] one; 1 where it was not."""
+    X, S, H = sizes_of(node)
+    space = IndexSpace()
+    x, s, h = (space.add(name, size) for name, size in zip("xsh", (X, S, H), strict=True))
+    for source, indices in _origins(node, (x, s, h), space):
+        sizes = sizes_of(source)
+        if len(sizes) == 4 and sizes[2:] == (S, H) and sizes[1].is_Integer:
+            heads = int(sizes[1])
+            if indices == (space.div(x, heads), space.mod(x, heads), s, h):
+                return heads
+    return 1
+
+
+def _origins(node: fx.Node, indices: Indices, space: IndexSpace) -> Iterator[tuple[fx.Node, Indices]]:
+    """The tensors whose elements `node` only moves, nearest first, each with the place of its element."""
+    while True:
+        try:
+            moved = step(node, indices, space)
+        except Unreadable:
+            return
+        if moved is None:
+            return
+        node, indices = moved
+        yield node, indices

@@ -1,0 +1,55 @@
+"""The only file that imports private names of torch, each with the version it was read from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+# Registers the Meta kernels of torch.ops._c10d_functional (torch 2.13, torch/distributed/_functional_collectives.py).
+import torch.distributed._functional_collectives  # noqa: F401
+
+# torch 2.13: torch/_functorch/aot_autograd.py, partitioners.py; torch/_dynamo/backends/common.py
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+# torch 2.13: torch/_inductor/compile_fx.py, custom_graph_pass.py
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+# torch 2.13: torch/_guards.py. The context that Dynamo holds while a backend runs.
+from torch._guards import TracingContext, detect_fake_mode
+
+# torch 2.13: torch/_subclasses/fake_tensor.py
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+# torch 2.13: torch/_subclasses/functional_tensor.py
+from torch._subclasses.functional_tensor import (
+    FunctionalTensor,
+    FunctionalTensorMode,
+    disable_functional_mode,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.distributed_c10d import GroupName
+
+__all__ = [
+    "CustomGraphPass",
+    "FunctionalTensor",
+    "FunctionalTensorMode",
+    "TracingContext",
+    "aot_autograd",
+    "compile_fx",
+    "compile_fx_inner",
+    "detect_fake_mode",
+    "disable_functional_mode",
+    "min_cut_rematerialization_partition",
+    "process_group",
+    "unset_fake_temporarily",
+]
+
+
+def process_group(name: str) -> ProcessGroup:
+    """The process group that c10d registered under `name` (torch 2.13, torch/distributed/distributed_c10d.py)."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(cast("GroupName", name))

@@ -1,0 +1,260 @@
+"""Every rule is run: for each factor that it says may be sharded, the op is computed on shards and compared.
+
+The shards of one factor are put together again (or added up, where the rule says sum) and must be what the op gives on
+whole tensors: forward, and the gradient of every floating-point operand, in float64. Elements of the factor are laid
+out over two ranks in three ways: in order, zigzag, and with padding that holds other numbers than the tensor does. A
+rule that hides a dependence on positions or on neighbours, a wrong reduction, fill or mean fails one of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from spcompile.rules import LocalCall, OpRule, rule_of
+from spcompile.rules.base import Dims
+from tests.test_rules import CASES, SUM, Call, Spec, call, ints, pos, x
+
+DEGREE = 2
+UNDEFINED = ("empty", "new_empty")  # ops whose elements mean nothing: only shapes are compared
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which positions of a factor each rank holds; -1 is padding."""
+
+    factor: str
+    size: int
+    places: Tensor  # [DEGREE, local size]
+
+    @property
+    def local_size(self) -> int:
+        return self.places.shape[1]
+
+
+def layouts(factor: str, size: int) -> list[Layout]:
+    """In order (with padding if the size is odd), zigzag, and with one more element of padding per rank."""
+
+    def contiguous(padded: int) -> Tensor:
+        positions = torch.arange(padded)
+        return torch.where(positions < size, positions, -1).view(DEGREE, -1)
+
+    zigzag = contiguous(size + size % 2)
+    half = zigzag.shape[1] // 2
+    flat = torch.cat([zigzag[0, half:], zigzag[1]])
+    zigzag = (
+        torch.stack([torch.cat([zigzag[0, :half], flat[len(flat) - half :]]), flat[: len(flat) - half]])
+        if half
+        else zigzag
+    )
+    return [Layout(factor, size, p) for p in (contiguous(size + size % 2), zigzag, contiguous(size + size % 2 + 2))]
+
+
+def flat_names(dims: Dims) -> list[str]:
+    return [name for dim in dims for name in dim]
+
+
+def take(
+    whole: Tensor, dims: Dims, sizes: Mapping[str, int], layout: Layout, rank: int, padding: Tensor | None
+) -> Tensor:
+    """The part of `whole` that `rank` holds. `padding`: a tensor like `whole` whose elements are put where padding is."""
+    names = flat_names(dims)
+    if layout.factor not in names:
+        return whole
+    dim = names.index(layout.factor)
+    shape = [sizes[name] for name in names]
+    places = layout.places[rank]
+    part = whole.reshape(shape).index_select(dim, places.clamp(min=0))
+    if padding is not None and (places < 0).any():
+        other = padding.reshape(shape).index_select(dim, places.clamp(min=0))
+        mask = (places >= 0).view([-1 if d == dim else 1 for d in range(len(shape))])
+        part = torch.where(mask, part, other)
+    return part.reshape(local_shape(dims, sizes, layout))
+
+
+def local_shape(dims: Dims, sizes: Mapping[str, int], layout: Layout) -> list[int]:
+    shape = []
+    for dim in dims:
+        size = 1
+        for name in dim:
+            size *= layout.local_size if name == layout.factor else sizes[name]
+        shape.append(size)
+    return shape
+
+
+def put_together(parts: Sequence[Tensor], dims: Dims, sizes: Mapping[str, int], layout: Layout) -> Tensor:
+    """The inverse of `take`; padding is dropped."""
+    names = flat_names(dims)
+    dim = names.index(layout.factor)
+    whole = torch.full([sizes[name] for name in names], 77, dtype=parts[0].dtype)
+    for rank, part in enumerate(parts):
+        valid = layout.places[rank] >= 0
+        shape = [layout.local_size if name == layout.factor else sizes[name] for name in names]
+        rows = part.reshape(shape).index_select(dim, valid.nonzero().view(-1))
+        whole = whole.index_copy(dim, layout.places[rank][valid], rows)
+    shape = [1] * len(dims)
+    for d, factors in enumerate(dims):
+        for name in factors:
+            shape[d] *= sizes[name]
+    return whole.reshape(shape)
+
+
+def flatten(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [v for v in value if isinstance(v, Tensor)]
+
+
+def differentiable(tensor: Tensor) -> bool:
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
+
+
+def gradients(results: Sequence[Tensor], operands: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of every operand; None where there is none."""
+    pairs = [(r, u) for r, u in zip(results, upstream, strict=True) if r.requires_grad]
+    wanted = [t for t in operands if t.requires_grad]
+    if not pairs or not wanted:
+        return [None for _ in operands]
+    found = iter(torch.autograd.grad([r for r, _ in pairs], wanted, [u for _, u in pairs], allow_unused=True))
+    return [next(found) if t.requires_grad else None for t in operands]
+
+
+def equal(found: Tensor, wanted: Tensor, what: str) -> None:
+    assert found.shape == wanted.shape, f"{what}: shape {tuple(found.shape)}, should be {tuple(wanted.shape)}"
+    assert found.dtype == wanted.dtype, f"{what}: {found.dtype}, should be {wanted.dtype}"
+    tolerance = {"rtol": 1e-6, "atol": 1e-6} if found.dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(found, wanted, **tolerance, msg=lambda text: f"{what}: {text}")
+
+
+class Run:
+    """A call with random operands, whole and on shards."""
+
+    def __init__(self, call: Call, rule: OpRule, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.call, self.rule = call, rule
+        self.operands: list[Tensor] = []
+        self.noise: list[Tensor] = []  # other elements of the same kind, for padding
+
+        def collect(arg: Any) -> Any:
+            if isinstance(arg, Spec):
+                self.operands.append(arg.make(generator))
+                self.noise.append(arg.make(generator))
+            return arg
+
+        visit((call.args, call.kwargs), collect)
+        leaves = [leaf(t) for t in self.operands]
+        args, kwargs = self.arguments(leaves)
+        self.results = flatten(call.op(*args, **kwargs))
+        self.upstream = [
+            torch.rand(r.shape, generator=generator, dtype=torch.float64).to(r.dtype) for r in self.results
+        ]
+        self.gradients = gradients(self.results, leaves, self.upstream)
+
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        remaining = iter(tensors)
+        return visit((self.call.args, self.call.kwargs), lambda a: next(remaining) if isinstance(a, Spec) else a)
+
+    def check(self, layout: Layout) -> None:
+        """Compares the shards of one factor with the whole."""
+        rule, sizes = self.rule, self.rule.sizes
+        results, grads = [], []
+        for rank in range(DEGREE):
+            leaves = [leaf(t) for t in self.local_operands(layout, rank)]
+            local = flatten(self.run_local(leaves, layout))
+            for result, dims in zip(local, rule.results, strict=True):
+                assert list(result.shape) == local_shape(dims, sizes, layout), f"local shape {tuple(result.shape)}"
+            results.append(local)
+            grads.append(gradients(local, leaves, self.local_upstream(layout, rank)))
+        for i, dims in enumerate(rule.results):
+            if self.call.name.split(".")[0] in UNDEFINED + ("empty_like",):
+                continue
+            parts = [of_rank[i].detach() for of_rank in results]
+            if layout.factor in flat_names(dims):
+                found = put_together(parts, dims, sizes, layout)
+            elif rule.reductions.get(layout.factor) == "sum":
+                found = sum(parts[1:], parts[0])
+            else:
+                equal(parts[0], parts[1], f"result {i} on two ranks")
+                found = parts[0]
+            equal(found, self.results[i].detach(), f"result {i} over {layout.factor}")
+        for i, (dims, wanted) in enumerate(zip(rule.operands, self.gradients, strict=True)):
+            parts = [of_rank[i] for of_rank in grads if of_rank[i] is not None]
+            assert (wanted is None) == (not parts) or i in rule.unread, f"gradient of operand {i}"
+            if wanted is None or not parts:
+                continue
+            sharded = layout.factor in flat_names(dims)
+            found = put_together(parts, dims, sizes, layout) if sharded else sum(parts[1:], parts[0])
+            equal(found, wanted, f"gradient of operand {i} over {layout.factor}")
+
+    def local_operands(self, layout: Layout, rank: int) -> list[Tensor]:
+        parts = []
+        for i, (whole, noise, dims) in enumerate(zip(self.operands, self.noise, self.rule.operands, strict=True)):
+            if i in self.rule.unread:
+                parts.append(whole)
+                continue
+            reduced = layout.factor in self.rule.reductions and i in self.rule.fills
+            padding = torch.full_like(whole, self.rule.fills[i]) if reduced else noise
+            parts.append(take(whole, dims, self.rule.sizes, layout, rank, padding))
+        return parts
+
+    def local_upstream(self, layout: Layout, rank: int) -> list[Tensor]:
+        """Padding has no gradient; a result that is the same on all ranks gets its gradient once."""
+        parts = []
+        for whole, dims in zip(self.upstream, self.rule.results, strict=True):
+            part = take(whole, dims, self.rule.sizes, layout, rank, torch.zeros_like(whole))
+            once = layout.factor not in flat_names(dims) and layout.factor not in self.rule.reductions
+            parts.append(torch.zeros_like(part) if once and rank > 0 else part)
+        return parts
+
+    def run_local(self, tensors: Sequence[Tensor], layout: Layout) -> Any:
+        args, kwargs = self.arguments(tensors)
+        if self.rule.local is None:
+            return self.call.op(*args, **kwargs)
+        shapes = tuple(tuple(local_shape(dims, self.rule.sizes, layout)) for dims in self.rule.results)
+        return self.rule.local(LocalCall(args, kwargs, shapes, layout.factor, layout.size, DEGREE))
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(differentiable(tensor))
+
+
+def visit(arg: Any, change: Any) -> Any:
+    if isinstance(arg, tuple | list):
+        return type(arg)(visit(a, change) for a in arg)
+    if isinstance(arg, dict):
+        return {k: visit(v, change) for k, v in arg.items()}
+    return change(arg)
+
+
+def shardable(rule: OpRule) -> list[str]:
+    in_results = {name for dims in rule.results for name in flat_names(dims)}
+    unread_only = {name for i in rule.unread for name in flat_names(rule.operands[i])} - in_results
+    return [name for name in rule.sizes if name not in rule.replicated and name not in unread_only]
+
+
+def check(call: Call, rule: OpRule) -> None:
+    """Runs a call on shards of every factor that its rule says may be sharded."""
+    for seed in (0, 1):
+        run = Run(call, rule, seed)
+        for factor in shardable(rule):
+            for layout in layouts(factor, rule.sizes[factor]):
+                run.check(layout)
+
+
+def rule_for(call: Call) -> OpRule:
+    rule = rule_of(call.node())
+    assert rule is not None
+    return rule
+
+
+RUNNABLE = [c for c, _ in CASES if shardable(rule_for(c))]
+
+
+@pytest.mark.parametrize("call", RUNNABLE, ids=[c.name for c in RUNNABLE])
+def test_shards_compute_what_the_whole_computes(call: Call) -> None:
+    check(call, rule_for(call))

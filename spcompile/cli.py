@@ -100,8 +100,8 @@ def train(
     try:
         report = launch(job)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        print(f"FAILED: rank {rank} ended with exit code {failure.exitcode}, see above", file=sys.stderr)
+        rank, first = error.get_first_failure()
+        print(f"FAILED: rank {rank} ended with exit code {first.exitcode}, see above", file=sys.stderr)
         return 1
     if json:
         print(json_text.dumps(report.to_dict()))

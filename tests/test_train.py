@@ -121,6 +121,14 @@ def test_two_processes_train_and_agree(tmp_path: Path) -> None:
     assert report.to_dict()["max_difference"] <= 1e-5
 
 
+@pytest.mark.parametrize(("attention", "collective"), [("ring", "send"), ("ulysses", "all_to_all")])
+def test_the_backend_trains_as_one_device_does_and_saves_less(attention: str, collective: str) -> None:
+    report = train.launch(job(backend="spcompile", options={"attention": attention, "compiler": "eager"}))
+    assert report.failures == []
+    assert report.parallel.saved_bytes < 0.75 * report.single.saved_bytes
+    assert {"all_reduce", collective} <= {row.op for row in report.traffic}
+
+
 @pytest.mark.parametrize(("off", "failures"), [(0.5e-5, 0), (2e-5, 1), (float("nan"), 1)])
 def test_losses_that_part_are_a_failure(off: float, failures: int) -> None:
     single = Run([5.0, 4.0], 1.0, 1.0, 1, 1.0)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from torch._subclasses import FakeTensorMode
 
-_ORIGIN = ("stack_trace", "nn_module_stack")
+_ORIGIN = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id")
 
 
 def call(
@@ -27,7 +27,7 @@ def call(
     """A new call node.
 
     args, kwargs: as fx takes them: nodes, numbers, lists of them. Sizes may be SymInt nodes, never bare SymInts.
-    like: gives the origin (stack trace, module stack) and, where no operand has one, the fake mode.
+    like: gives the origin (source line, module, checkpointed region) and, where no operand has one, the fake mode.
     before: the node in front of which the call goes; `like` itself by default.
     """
     kwargs = dict(kwargs or {})

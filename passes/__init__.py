@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spcompile.passes.annotate_sharding import AnnotateSharding
+from spcompile.passes.bucket_collectives import BucketCollectives
 from spcompile.passes.choose_attention import ChooseAttention
 from spcompile.passes.insert_reshards import InsertReshards
 from spcompile.passes.lower import LowerToLocal
@@ -27,5 +28,6 @@ PIPELINE: tuple[Pass, ...] = (
     # LOCAL stage: one rank's graph.
     ParallelizeAttention(),  # while gathers of keys and values still stand beside their attention
     # SCHEDULE stage: forward and backward graphs after autograd.
+    BucketCollectives(),  # while an all-reduce is still one node
     LowerCollectives(),  # last: Inductor sees only functional collectives
 )

@@ -97,7 +97,9 @@ def _remark_gather(operand: fx.Node, user: fx.Node, layout: NodeLayout | None, c
     if layout is None or layout.call is None:
         ctx.remarks.add("SPR102", f"{user.target} has no sharding rule; its operand {size} is gathered", user)
     else:
-        ctx.remarks.add("SPR103", f"{user.target} mixes positions of the sequence; its operand {size} is gathered", user)
+        ctx.remarks.add(
+            "SPR103", f"{user.target} mixes positions of the sequence; its operand {size} is gathered", user
+        )
 
 
 def _reshard_outputs(output: fx.Node, axis: str, made: dict, first: fx.Node, ctx: Context) -> None:  # type: ignore[type-arg]

@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 import sympy
 import torch
 import torch.fx as fx
-from torch import Tensor
 from sympy.logic.boolalg import Boolean
+from torch import Tensor
 
 from spcompile.graph import call, erase_dead, shape_of
 from spcompile.passes_api import Context, Example, Pass, Stage

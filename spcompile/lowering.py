@@ -13,6 +13,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.graph import operand
 from spcompile.layout import NodeLayout, layout_of
 from spcompile.propagate import Choice, Place, is_prefix, place_of, space_at
 from spcompile.reshard import is_reshard, parse_place
@@ -58,7 +59,7 @@ class Lower(fx.Interpreter):
         with self._set_current_node(n):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             if is_reshard(n):
-                source = layout_of(n.args[0])
+                source = layout_of(operand(n, 0))
                 assert source is not None
                 return self.reshard(args[0], str(n.args[2]), str(n.args[3]), [leaves(dim) for dim in source.dims[0]])
             if layout.call is None:
@@ -87,9 +88,7 @@ class Lower(fx.Interpreter):
             tuple(self.local_size(leaves(dim), place_of(names, call, choice), index) for index, dim in enumerate(dims))
             for dims, names in zip(layout.dims, call.rule.results, strict=True)
         )
-        return call.rule.local(
-            LocalCall(args, kwargs, shapes, choice.factor, space.find().size, self.split.degree)
-        )
+        return call.rule.local(LocalCall(args, kwargs, shapes, choice.factor, space.find().size, self.split.degree))
 
     def local_size(self, dim: list[Space], place: Place | None, index: int) -> Size:
         """Local size of tensor dim number `index`, a product of spaces."""
@@ -99,7 +98,9 @@ class Lower(fx.Interpreter):
             size = size * (self.split.local(space) if split_here else space.size)
         return size
 
-    def mask_reduced(self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    def mask_reduced(
+        self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple, kwargs: Mapping[str, Any]
+    ) -> Any:
         """Give the padding of a factor that the call sums over the value that adds nothing."""
         call = layout.call
         assert call is not None
@@ -185,11 +186,9 @@ class Lower(fx.Interpreter):
     def attention(self, n: fx.Node, args: tuple) -> Any:  # type: ignore[type-arg]
         """Query rows local, keys and values gathered: right as it stands; `parallelize-attention` improves it."""
         q, k, v, q_positions, k_positions, *rest = args
-        assert q_positions is None and k_positions is None, "positions before lowering"
-        split = self.split
-        layouts = [layout_of(node) for node in n.args[:2]]  # type: ignore[arg-type]
-        assert layouts[0] is not None and layouts[1] is not None
-        q_space, k_space = (leaves(layout.dims[0][2])[0] for layout in layouts if layout is not None)
+        assert (q_positions, k_positions) == (None, None), "positions before lowering"
+        layouts = [layout for index in (0, 1) if (layout := layout_of(operand(n, index))) is not None]
+        q_space, k_space = (leaves(layout.dims[0][2])[0] for layout in layouts)
         k = self.gather(k, 2, k_space, "R")
         v = self.gather(v, 2, k_space, "R")
         positions = self.positions(q_space, q.device)

@@ -1,4 +1,4 @@
-"""`spx::positions`: where in the whole sequence each local element stands. Needs the rank at run time, so it is an op."""
+"""`spx::positions`: where in the whole sequence each local element stands. Needs the rank, so it is an op."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spcompile import sequence
 from spcompile.graph import call
-from spcompile.passes_api import Context, Pass, Stage
+from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.splice import splice
 
 spx = torch.ops.spx
@@ -130,3 +130,14 @@ def exchange_for_heads(
         result.append(part_BSX.reshape(b, lengths[0], heads // degree, d).transpose(1, 2))
         start += width
     return result
+
+
+def _attention(q_BNSH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSH, is_causal=True)
+
+
+def _inputs() -> tuple[Tensor, ...]:
+    return tuple(torch.randn(1, 4, 7, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+
+EXAMPLE = Example(_attention, _inputs, options={"attention": "ring"})

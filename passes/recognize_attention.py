@@ -25,7 +25,7 @@ import torch.fx as fx
 import spcompile.attention.op  # noqa: F401  (defines spx::attention)
 from spcompile.attention.mask import AttentionMask
 from spcompile.graph import argument, call, erase_dead, replace, shape_of
-from spcompile.passes_api import Context, Pass, Stage
+from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.symbolic_mask.eager import SOFTMAX, EagerAttention, NotAttention, Product, Refused, Term, match_eager
 from spcompile.symbolic_mask.heads import before_repeat, heads_in_batch
 from spcompile.symbolic_mask.match import B, H, K, Q, every_row_has_a_key
@@ -262,3 +262,15 @@ def _has_keys(parts: list[Part], q: fx.Node, k: fx.Node) -> bool:
             if part.role is not Role.ADD or not is_finite(part.node):
                 return False
     return every_row_has_a_key(sympy.And(*conditions), sizes[2], sizes[3])
+
+
+def _eager_attention(q_BNSH: torch.Tensor, k_BGSH: torch.Tensor, v_BGSH: torch.Tensor) -> torch.Tensor:
+    k_BNSH, v_BNSH = k_BGSH.repeat_interleave(2, 1), v_BGSH.repeat_interleave(2, 1)
+    return torch.softmax(q_BNSH @ k_BNSH.transpose(2, 3) * 0.5, -1) @ v_BNSH
+
+
+def _inputs() -> tuple[torch.Tensor, ...]:
+    return tuple(torch.randn(1, heads, 7, 4, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+
+
+EXAMPLE = Example(_eager_attention, _inputs)

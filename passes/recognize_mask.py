@@ -22,7 +22,7 @@ import torch.fx as fx
 from sympy.logic.boolalg import Boolean
 
 from spcompile.graph import call, erase_dead, shape_of
-from spcompile.passes_api import Context, Pass, Stage
+from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.symbolic_mask.match import B, H, K, Q, Structure, Unmatched, clauses, every_row_has_a_key, match
 from spcompile.symbolic_mask.parts import Part, Reading, Role, full_bias, is_finite, join, parts_of, read_part
 from spcompile.symbolic_mask.reader import Reader
@@ -201,3 +201,17 @@ def _is_mutated(bias: fx.Node) -> bool:
 def _writes(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
+
+
+def _attention_with_window(q_BNSH: torch.Tensor, k_BNSH: torch.Tensor, v_BNSH: torch.Tensor) -> torch.Tensor:
+    at = torch.arange(q_BNSH.shape[2])
+    distance = at[:, None] - at[None, :]
+    mask = (distance >= 0) & (distance < 3)
+    return torch.nn.functional.scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSH, attn_mask=mask)
+
+
+def _inputs() -> tuple[torch.Tensor, ...]:
+    return tuple(torch.randn(1, 2, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+
+EXAMPLE = Example(_attention_with_window, _inputs)

@@ -17,8 +17,8 @@ from torch import Tensor
 from spcompile.cut import sharded_calls, uses_of
 from spcompile.layout import NodeLayout, layout_of, show
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.propagate import Place, shards_results
-from spcompile.reshard import is_reshard, reshard
+from spcompile.propagate import shards_results
+from spcompile.reshard import is_reshard, parse_place, reshard
 
 Made = dict[tuple[fx.Node, str, str], fx.Node]  # (value, from state, to state) -> its reshard
 
@@ -145,7 +145,7 @@ def _reshard(value: fx.Node, axis: str, src: str, dst: str, made: Made, first: f
         node = graph.call_function(reshard, (value, axis, src, dst))
     source = layout_of(value)
     assert source is not None
-    place = Place(*map(int, (dst[2:-1].split(".") + ["0"])[:2])) if dst.startswith("S") else None
+    place = parse_place(dst)
     node.meta = {k: value.meta[k] for k in ("val", "stack_trace", "nn_module_stack") if k in value.meta}
     node.meta["layout"] = NodeLayout(source.dims, places={axis: {0: place}} if place else {})
     node.meta["spx_origin"] = f"insert-reshards: {value.name}"

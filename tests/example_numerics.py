@@ -10,7 +10,11 @@ import torch.fx as fx
 from torch import Tensor
 
 import spcompile.attention.specs  # noqa: F401  (the simulator learns ring attention)
+from spcompile.example_runs import with_dynamo_graph
 from spcompile.mesh import MeshShape
+from spcompile.options import Options
+from spcompile.passes import PIPELINE
+from spcompile.program import LocalProgram, build
 from spcompile.simulate import Simulator
 
 Numbers = tuple[list[Tensor], list[Tensor]]  # outputs, gradients of the inputs that require one
@@ -76,3 +80,25 @@ def assert_equal(found: Numbers, expected: Numbers) -> None:
     for a, b in zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True):
         assert b.dtype == torch.float64
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def compiled_locally(
+    function: Callable[..., Any], inputs: Sequence[Any], mesh: Mapping[str, int], **options: Any
+) -> tuple[LocalProgram, Callable[..., Any], list[Any]]:
+    """(one rank's program, Dynamo's graph as plain torch runs it, the inputs of both)."""
+
+    def work(gm: fx.GraphModule, given: Sequence[Any]) -> Any:
+        return build(gm, given, MeshShape.of(mesh), Options(**options), PIPELINE), gm.forward, list(given)
+
+    return with_dynamo_graph(function, inputs, work)
+
+
+def check_pipeline(
+    function: Callable[..., Any], inputs: Sequence[Any], mesh: Mapping[str, int], **options: Any
+) -> LocalProgram:
+    """Outputs and gradients on every rank after the LOCAL stage are those of one device; returns the program."""
+    program, plain, given = compiled_locally(function, inputs, mesh, **options)
+    expected = on_one_device(plain, given)
+    for rank in on_all_ranks(program.gm, given, mesh):
+        assert_equal(rank, expected)
+    return program

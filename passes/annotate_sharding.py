@@ -33,7 +33,7 @@ class AnnotateSharding(Pass):
         spaces = find_index_spaces(gm.graph)
         seeds = sequence_seeds(spaces)
         if not seeds:
-            ctx.remarks.add("SPR101", "no attention over a sequence was found; the graph runs replicated")
+            _remark_no_sequence(gm.graph, ctx)
         placements = propagate(gm.graph, spaces, seeds)
         for node in gm.graph.nodes:
             node.meta.pop("layout", None)
@@ -41,6 +41,14 @@ class AnnotateSharding(Pass):
             if node in spaces.values:
                 node.meta["layout"] = _layout(node, spaces, placements)
         return 0
+
+
+def _remark_no_sequence(graph: fx.Graph, ctx: Context) -> None:
+    attention = next(iter(graph.find_nodes(op="call_function", target=torch.ops.spx.attention.default)), None)
+    if attention is None:
+        ctx.remarks.add("SPR101", "no attention over a sequence was found; the graph runs replicated")
+    else:
+        ctx.remarks.add("SPR301", "every query has length 1; the graph runs replicated", attention, strict_error=False)
 
 
 def _layout(node: fx.Node, spaces: IndexSpaces, placements: Placements) -> NodeLayout:

@@ -78,6 +78,9 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         captured = make_fx(run, pre_dispatch=True)(*fakes)
     _name_placeholders(captured, gm)
     normalise(captured)
+    for node in captured.graph.nodes:
+        if node.op == "call_function" and not node.meta.get("stack_trace"):
+            node.meta["spx_origin"] = "capture"  # code that was made by exec has no lines
     return captured
 
 

@@ -181,15 +181,21 @@ class Lower(fx.Interpreter):
         q, k, v, q_positions, k_positions, *rest = args
         assert q_positions is None and k_positions is None, "positions before lowering"
         split = self.split
-        layouts = [layout_of(node) for node in n.args[:2]]  # type: ignore[arg-type]
-        assert layouts[0] is not None and layouts[1] is not None
-        q_space, k_space = (leaves(layout.dims[0][2])[0] for layout in layouts if layout is not None)
-        k = self.gather(k, 2, k_space, "R")
-        v = self.gather(v, 2, k_space, "R")
-        positions = self.positions(q_space, q.device)
+        q_spaces, k_spaces = (_row_spaces(node) for node in n.args[:2])
+        if k_spaces:  # a single key is whole on every rank
+            k = self.gather(k, 2, k_spaces[0], "R")
+            v = self.gather(v, 2, k_spaces[0], "R")
+        positions = self.positions(q_spaces[0], q.device)
         return spx.attention(q, k, v, positions, None, *rest)
 
     def positions(self, space: Space, device: torch.device) -> Tensor:
         """Global position of every local index: int32 [local length]."""
         split = self.split
         return spx.positions(split.capacity(space), split.axis, split.degree, split.order, device=device)
+
+
+def _row_spaces(operand: Any) -> list[Space]:
+    """The index spaces of dim 2 of an attention's query or key."""
+    layout = layout_of(operand)
+    assert layout is not None
+    return leaves(layout.dims[0][2])

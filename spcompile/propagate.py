@@ -185,8 +185,9 @@ def sequence_seeds(spaces: IndexSpaces) -> dict[fx.Node, Choice]:
     """The calls whose rule pairs factors, attention, choose their leading one: the query's rows."""
     seeds: dict[fx.Node, Choice] = {}
     for node, call in spaces.calls.items():
+        in_results = {factor for dims in call.rule.results for dim in dims for factor in dim}
         for leader in call.rule.paired:
-            if leader not in call.rule.replicated and leaves(call.factors[leader]):
+            if leader in in_results - call.rule.replicated:  # a query of length 1 has no factor
                 seeds[node] = Choice(leader)
     return seeds
 

@@ -65,7 +65,7 @@ class Lower(fx.Interpreter):
                 return self.sharded(n, layout, choice, args, kwargs)
             return self.call_function(n.target, args, kwargs)
 
-    def sharded(self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    def sharded(self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """A call over a factor that is split."""
         call = layout.call
         assert call is not None
@@ -74,16 +74,16 @@ class Lower(fx.Interpreter):
         if is_prefix(call, choice):
             return args[0]
         args, kwargs = self.mask_reduced(n, layout, choice, args, kwargs)
-        space = call.leaves_of(choice.factor)[choice.part]
         if call.rule.local is None:
             return self.call_function(n.target, args, dict(kwargs))
         shapes = tuple(
             tuple(self.local_size(leaves(dim), place_of(names, call, choice), index) for index, dim in enumerate(dims))
             for dims, names in zip(layout.dims, call.rule.results, strict=True)
         )
-        return call.rule.local(
-            LocalCall(args, kwargs, shapes, choice.factor, space.find().size, self.split.degree)
-        )
+        global_size: Size = 1
+        for space in call.leaves_of(choice.factor):
+            global_size = global_size * space.find().size
+        return call.rule.local(LocalCall(args, kwargs, shapes, choice.factor, global_size, self.split.degree))
 
     def local_size(self, dim: list[Space], place: Place | None, index: int) -> Size:
         """Local size of tensor dim number `index`, a product of spaces."""
@@ -93,7 +93,7 @@ class Lower(fx.Interpreter):
             size = size * (self.split.local(space) if split_here else space.size)
         return size
 
-    def mask_reduced(self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    def mask_reduced(self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Give the padding of a factor that the call sums over the value that adds nothing."""
         call = layout.call
         assert call is not None
@@ -176,26 +176,32 @@ class Lower(fx.Interpreter):
             x = torch.cat([x, x.new_zeros(shape)], dim)
         return spx.shard(x, dim, split.axis, split.degree, split.order, 0.0)
 
-    def attention(self, n: fx.Node, args: tuple) -> Any:  # type: ignore[type-arg]
+    def attention(self, n: fx.Node, args: tuple[Any, ...]) -> Any:
         """Query rows local, keys and values gathered: right as it stands; `parallelize-attention` improves it."""
         q, k, v, q_positions, k_positions, *rest = args
-        assert q_positions is None and k_positions is None, "positions before lowering"
-        split = self.split
-        q_spaces, k_spaces = (_row_spaces(node) for node in n.args[:2])
-        if k_spaces:  # a single key is whole on every rank
-            k = self.gather(k, 2, k_spaces[0], "R")
-            v = self.gather(v, 2, k_spaces[0], "R")
-        positions = self.positions(q_spaces[0], q.device)
-        return spx.attention(q, k, v, positions, None, *rest)
+        assert q_positions is k_positions is None, "positions before lowering"
+        q_dims, k_dims = (_dims_of(node) for node in n.args[:2])
+        if k_dims[2]:  # a single key is whole on every rank
+            k, v = (self.on_split_dim(x, k_dims, Place(2), True, self.gather_rows) for x in (k, v))
+        return spx.attention(q, k, v, self.positions(q_dims[2], q.device), None, *rest)
 
-    def positions(self, space: Space, device: torch.device) -> Tensor:
-        """Global position of every local index: int32 [local length]."""
-        split = self.split
-        return spx.positions(split.capacity(space), split.axis, split.degree, split.order, device=device)
+    def gather_rows(self, x: Tensor, dim: int, space: Space) -> Tensor:
+        """S -> R of one space."""
+        return self.gather(x, dim, space, "R")
+
+    def positions(self, rows: list[Space], device: torch.device) -> Tensor:
+        """Position in the whole dim of every local index, where the first of its factors is split: int32 [local]."""
+        split, (outer, *inner) = self.split, rows
+        positions = spx.positions(split.capacity(outer), split.axis, split.degree, split.order, device=device)
+        for space in inner:
+            size = space.find().size
+            within = torch.arange(size, dtype=torch.int32, device=device)
+            positions = (positions[:, None] * size + within).flatten()
+        return positions
 
 
-def _row_spaces(operand: Any) -> list[Space]:
-    """The index spaces of dim 2 of an attention's query or key."""
+def _dims_of(operand: Any) -> list[list[Space]]:
+    """The finest factors of every dim of an operand."""
     layout = layout_of(operand)
     assert layout is not None
-    return leaves(layout.dims[0][2])
+    return [leaves(dim) for dim in layout.dims[0]]

@@ -92,11 +92,16 @@ def _shardable(call: OpSpaces, choice: Choice) -> Choice | None:
         if choice.factor == follower:
             choice = Choice(leader, choice.part)
     if is_prefix(call, choice):
-        return choice
+        parts = [call.leaves_of(factor) for factor in (choice.factor, *_prefixes(call, choice.factor))]
+        return choice if all(len(spaces) == 1 for spaces in parts) else None  # else it is no beginning of any part
     if choice.factor in rule.replicated or choice.factor in rule.prefix_of:
         return None
     in_results = any(choice.factor in dim for result in rule.results for dim in result)
     return choice if in_results or choice.factor in rule.reductions else None
+
+
+def _prefixes(call: OpSpaces, factor: str) -> list[str]:
+    return [prefix for prefix, whole in call.rule.prefix_of.items() if whole == factor]
 
 
 def is_prefix(call: OpSpaces, choice: Choice) -> bool:

@@ -23,6 +23,10 @@ from spcompile.spaces import Space, leaves
 
 spx = torch.ops.spx
 
+# What padding holds where rows enter. Nobody reads what becomes of it, but with 0 an op like x / x.norm() would make NaN,
+# and NaN times the zero gradient of such rows would reach the gradients of parameters.
+BENIGN = 1.0
+
 
 class SplitDims:
     """The layout of every index space over one mesh axis."""
@@ -173,8 +177,8 @@ class Lower(fx.Interpreter):
         capacity, length = split.capacity(space), space.find().size
         if not same(capacity, length):
             shape = [*x.shape[:dim], capacity - length, *x.shape[dim + 1 :]]
-            x = torch.cat([x, x.new_zeros(shape)], dim)
-        return spx.shard(x, dim, split.axis, split.degree, split.order, 0.0)
+            x = torch.cat([x, x.new_full(shape, _padding_of(x))], dim)
+        return spx.shard(x, dim, split.axis, split.degree, split.order, _padding_of(x))
 
     def attention(self, n: fx.Node, args: tuple[Any, ...]) -> Any:
         """Query rows local, keys and values gathered: right as it stands; `parallelize-attention` improves it."""
@@ -183,7 +187,15 @@ class Lower(fx.Interpreter):
         q_dims, k_dims = (_dims_of(node) for node in n.args[:2])
         if k_dims[2]:  # a single key is whole on every rank
             k, v = (self.on_split_dim(x, k_dims, Place(2), True, self.gather_rows) for x in (k, v))
-        return spx.attention(q, k, v, self.positions(q_dims[2], q.device), None, *rest)
+        out, lse = spx.attention(q, k, v, self.positions(q_dims[2], q.device), None, *rest)
+        if self.split.padded(q_dims[2][0]):
+            out = self.on_split_dim(out, _dims_of(n), Place(2), True, self.mask_benignly)
+        return out, lse
+
+    def mask_benignly(self, x: Tensor, dim: int, space: Space) -> Tensor:
+        """Padding that attention left at 0 gets a value that may be divided by."""
+        split = self.split
+        return spx.mask_padding(x, dim, space.find().size, split.axis, split.degree, split.order, BENIGN)
 
     def gather_rows(self, x: Tensor, dim: int, space: Space) -> Tensor:
         """S -> R of one space."""
@@ -198,6 +210,11 @@ class Lower(fx.Interpreter):
             within = torch.arange(size, dtype=torch.int32, device=device)
             positions = (positions[:, None] * size + within).flatten()
         return positions
+
+
+def _padding_of(x: Tensor) -> float:
+    """Integers are often indices: 0 is in range."""
+    return BENIGN if x.is_floating_point() else 0.0
 
 
 def _dims_of(operand: Any) -> list[list[Space]]:

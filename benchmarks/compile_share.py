@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from spcompile import models
 from spcompile.emit import Emission, emit
@@ -32,7 +33,6 @@ from spcompile.passes import PIPELINE
 from spcompile.passes.lower_collectives import bind_axes
 from spcompile.pipeline import History
 from spcompile.program import build
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 
 class Stop(Exception):

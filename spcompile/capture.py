@@ -80,6 +80,9 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     if autocast_in(captured):
         make_explicit(captured)
     normalise(captured)
+    for node in captured.graph.nodes:
+        if node.op == "call_function" and not node.meta.get("stack_trace"):
+            node.meta["spx_origin"] = "capture"  # code that was made by exec has no lines
     return captured
 
 

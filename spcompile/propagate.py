@@ -91,11 +91,16 @@ def _shardable(call: OpSpaces, choice: Choice) -> Choice | None:
         if choice.factor == follower:
             choice = Choice(leader, choice.part)
     if is_prefix(call, choice):
-        return choice
+        parts = [call.leaves_of(factor) for factor in (choice.factor, *_prefixes(call, choice.factor))]
+        return choice if all(len(spaces) == 1 for spaces in parts) else None  # else it is no beginning of any part
     if choice.factor in rule.replicated or choice.factor in rule.prefix_of:
         return None
     in_results = any(choice.factor in dim for result in rule.results for dim in result)
     return choice if in_results or choice.factor in rule.reductions else None
+
+
+def _prefixes(call: OpSpaces, factor: str) -> list[str]:
+    return [prefix for prefix, whole in call.rule.prefix_of.items() if whole == factor]
 
 
 def is_prefix(call: OpSpaces, choice: Choice) -> bool:
@@ -178,8 +183,9 @@ def sequence_seeds(spaces: IndexSpaces) -> dict[fx.Node, Choice]:
     """The calls whose rule pairs factors, attention, choose their leading one: the query's rows."""
     seeds: dict[fx.Node, Choice] = {}
     for node, call in spaces.calls.items():
+        in_results = {factor for dims in call.rule.results for dim in dims for factor in dim}
         for leader in call.rule.paired:
-            if leader not in call.rule.replicated and leaves(call.factors[leader]):
+            if leader in in_results - call.rule.replicated:  # a query of length 1 has no factor
                 seeds[node] = Choice(leader)
     return seeds
 

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, cast
 # Registers the Meta kernels of torch.ops._c10d_functional (torch 2.13, torch/distributed/_functional_collectives.py).
 import torch.distributed._functional_collectives  # noqa: F401
 
+# torch 2.13: torch/_dispatch/python.py
+from torch._dispatch.python import no_python_dispatcher
+
 # torch 2.13: torch/_functorch/aot_autograd.py, partitioners.py; torch/_dynamo/backends/common.py
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -43,6 +46,7 @@ __all__ = [
     "detect_fake_mode",
     "disable_functional_mode",
     "min_cut_rematerialization_partition",
+    "no_python_dispatcher",
     "process_group",
     "unset_fake_temporarily",
 ]

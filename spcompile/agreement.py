@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from spcompile.diagnostics import RanksDisagree
 from spcompile.mesh import RuntimeMesh
-from spcompile.torch_private import unset_fake_temporarily
+from spcompile.torch_private import no_python_dispatcher, unset_fake_temporarily
 
 TIMEOUT = timedelta(seconds=30)
 
@@ -41,7 +41,9 @@ class Agreement:
             RanksDisagree: the same error on all ranks.
         """
         self._count += 1
-        with unset_fake_temporarily():  # AOTAutograd compiles under a fake mode; this communicates for real
+        # AOTAutograd compiles under a fake mode; this communicates for real. And under the Python dispatcher, which gloo's
+        # threads would inherit: they would wait for the GIL while a checked collective holds it (debug level DETAIL).
+        with unset_fake_temporarily(), no_python_dispatcher():
             if self._hashes_equal(text):
                 return
         texts = self._exchange(text)

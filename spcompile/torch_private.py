@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, cast
 
 import torch.distributed._functional_collectives  # noqa: F401  torch 2.13: Meta kernels of torch.ops._c10d_functional
 
+# torch 2.13: torch/_dispatch/python.py
+from torch._dispatch.python import no_python_dispatcher
+
 # torch 2.13: torch/_functorch/aot_autograd.py, partitioners.py; torch/_dynamo/backends/common.py
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
@@ -45,6 +48,7 @@ __all__ = [
     "disable_functional_mode",
     "make_boxed_func",
     "min_cut_rematerialization_partition",
+    "no_python_dispatcher",
     "resolve_process_group",
     "unset_fake_temporarily",
 ]

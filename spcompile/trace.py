@@ -125,7 +125,7 @@ def compile_for(
     if mesh.world_size == 1:
         program.ctx.remarks.add("SPR401", "one rank: nothing is sharded", strict_error=False)
     single = _single(program, serial)
-    return Traced(program, _emitted(program), _emitted(single))
+    return Traced(program, emitted(program), emitted(single))
 
 
 def _single(program: LocalProgram, serial: set[str]) -> LocalProgram:
@@ -138,7 +138,8 @@ def _single(program: LocalProgram, serial: set[str]) -> LocalProgram:
     return replace(program, gm=gm, ctx=ctx, history=History(), schedule=[])
 
 
-def _emitted(program: LocalProgram) -> Emission:
+def emitted(program: LocalProgram) -> Emission:
+    """The final graphs of a program, not bound to processes; forward and backward are both made at once."""
     emission = Emission(program, bind=lambda graph: None)
     with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
         emit(emission, "eager")

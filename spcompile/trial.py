@@ -87,7 +87,7 @@ class Trial:
         if roots:
             torch.autograd.backward([x for x, _ in roots], [w for _, w in roots])
         gradients = {i: [inputs[rank][i].grad for rank in ranks] for i in self.gradients}
-        return Outcome({i: self._whole(values, dims[i]) for i, values in outputs.items()}, gradients)
+        return Outcome({i: self._whole(i, values, dims[i]) for i, values in outputs.items()}, gradients)
 
     def run_final(self, graphs: Mapping[str, fx.GraphModule]) -> Outcome | str:
         """The forward and the backward graph, or the graph for inference; text if they have another form."""
@@ -103,7 +103,7 @@ class Trial:
                 return "final graphs not run: they return more than outputs and saved values"
             outputs = {i: [found[rank][at] for rank in ranks] for at, i in enumerate(computed)}
             dims = {i: out.dim if len(ranks) > 1 else None for i, out in enumerate(program.outputs)}
-            whole = {i: self._whole(values, dims[i]) for i, values in outputs.items()}
+            whole = {i: self._whole(i, values, dims[i]) for i, values in outputs.items()}
             if "backward" not in graphs:
                 return Outcome(whole, {})
             kept = _in_order_of_backward(saved, [list(values[len(computed) :]) for values in found])
@@ -123,13 +123,13 @@ class Trial:
         for i, (name, expected) in self.outputs.items():
             if i in outcome.outputs:
                 rows.append(self._error(graph, "output", name, outcome.outputs[i], expected, 0.0))
-        largest = max((_largest(g) for _, g in self.gradients.values() if g is not None), default=0.0)
+        top = max((largest(g) for _, g in self.gradients.values() if g is not None), default=0.0)
         for i, (name, gradient) in self.gradients.items():
             if i in outcome.gradients and not (gradient is None and all(g is None for g in outcome.gradients[i])):
                 like = self.arguments[i]
                 wanted = torch.zeros_like(like) if gradient is None else gradient
                 found = [torch.zeros_like(like) if g is None else g for g in outcome.gradients[i]]
-                rows.append(self._error(graph, "gradient", name, found, wanted, self.rounding * largest))
+                rows.append(self._error(graph, "gradient", name, found, wanted, self.rounding * top))
         return rows
 
     def _error(
@@ -137,19 +137,17 @@ class Trial:
     ) -> TensorError:
         if any(x.shape != expected.shape for x in found):
             return TensorError(graph, kind, name, float("inf"), float("inf"), False)
-        difference = max(_difference(x, expected) for x in found)
-        scale = _largest(expected)
-        relative = difference / scale if scale else (0.0 if difference == 0 else float("inf"))
-        ok = relative <= self.tolerance or difference <= rounding
-        return TensorError(graph, kind, name, difference, relative, ok)
+        worst, scale = max(difference(x, expected) for x in found), largest(expected)
+        relative = worst / scale if scale else (0.0 if worst == 0 else float("inf"))
+        tolerance = self.tolerance if expected.is_floating_point() else 0.0
+        return TensorError(graph, kind, name, worst, relative, relative <= tolerance or worst <= rounding)
 
-    def _whole(self, values: list[Tensor], dim: int | None) -> list[Tensor]:
-        if dim is None:
-            return [x.detach() for x in values]
-        at = next(i for i, out in enumerate(self.program.outputs) if out.dim == dim)
-        shape = self.program.outputs[at].shape
-        assert shape is not None
-        return [sequence.restore_all([x.detach() for x in values], dim, int(shape[dim]), "contiguous")]
+    def _whole(self, i: int, values: list[Tensor], dim: int | None) -> list[Tensor]:
+        values = [x.detach() for x in values]
+        shape = self.program.outputs[i].shape
+        if dim is None or shape is None:
+            return values
+        return [sequence.restore_all(values, dim, int(shape[dim]), "contiguous")]
 
     def _parts(self, i: int, dim: int | None) -> list[Tensor]:
         degree = self.program.ctx.mesh.world_size
@@ -308,17 +306,20 @@ def _tolerances(captured: fx.GraphModule, wanted: float | None) -> tuple[float, 
     return default if wanted is None else wanted, ROUNDING * torch.finfo(coarsest).eps
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest absolute difference; of integers, how many differ. inf where just one is NaN."""
+    found, expected = found.detach(), expected.detach()
     if expected.numel() == 0:
         return 0.0
     if not expected.is_floating_point():
         return float((found != expected).sum())
     agree = (found == expected) | (found.isnan() & expected.isnan())
-    difference = torch.where(agree, 0.0, (found - expected).abs()).max()
-    return float("inf") if difference.isnan() else float(difference)
+    worst = torch.where(agree, 0.0, (found - expected).abs()).max()
+    return float("inf") if worst.isnan() else float(worst)
 
 
-def _largest(x: Tensor) -> float:
+def largest(x: Tensor) -> float:
+    """The largest absolute value."""
     if x.numel() == 0:
         return 0.0
-    return float(x.detach().abs().to(torch.float64).nan_to_num(posinf=0.0).max())
+    return float(x.detach().to(torch.float64).abs().nan_to_num(posinf=0.0).max())

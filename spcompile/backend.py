@@ -50,7 +50,7 @@ def spcompile(
         return plain(gm, example_inputs, chosen.compiler)
     agreement = _agreement(mesh.key, mesh)
     agreement.require(_signature(example_inputs, chosen))
-    _refuse_graph_break(gm)
+    refuse_graph_break(gm)
     return _compile(gm, example_inputs, chosen, mesh, agreement)
 
 
@@ -114,7 +114,7 @@ def _device_type(inputs: Sequence[Any]) -> str:
     return next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
 
 
-def _refuse_graph_break(gm: fx.GraphModule) -> None:
+def refuse_graph_break(gm: fx.GraphModule) -> None:
     """Dynamo says on each part of a broken model why it ended; sharding one part alone would be a guess."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     if reason is None or not reason.graph_break:

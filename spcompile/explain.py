@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
-    from spcompile.mesh import MeshShape
     from spcompile.options import Options
     from spcompile.plan import AttentionRow, PassRow, Plan, Sharding
     from spcompile.program import LocalProgram

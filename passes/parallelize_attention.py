@@ -64,7 +64,11 @@ def _remark_kept(node: fx.Node, ctx: Context) -> None:
     """Rows that are a product, as those of an image, are split by its first factor; a beginning by the whole's layout."""
     k: Any = node.args[1]
     if hint(k.meta["val"].shape[2]) > 1:
-        ctx.remarks.add("SPR202", "the rows are a product of dims or the beginning of a longer dim: keys and values are gathered", node)
+        ctx.remarks.add(
+            "SPR202",
+            "the rows are a product of dims or the beginning of a longer dim: keys and values are gathered",
+            node,
+        )
 
 
 def _ring(node: fx.Node) -> None:

@@ -118,7 +118,7 @@ def test_calls_on_the_path_of_a_gradient_always_run_sharded() -> None:
 
 
 def test_a_cheap_call_that_is_needed_whole_runs_replicated() -> None:
-    """labels * 2 is read whole by cumsum: computing it everywhere costs less than a gather."""
+    """Labels * 2 is read whole by cumsum: computing it everywhere costs less than a gather."""
     b = Builder()
     x, labels = b.input(2, 2, 7, 4, grad=True), b.input(2, 2, 7, 4)
     doubled = b.call(aten.mul.Tensor, labels, 2)

@@ -98,7 +98,7 @@ def _checked(run: Callable[..., Any], key: str, agreement: Agreement) -> Callabl
     return call
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def _agreement(key: str, mesh: RuntimeMesh) -> Agreement:
     return Agreement(mesh)
 

@@ -23,8 +23,8 @@ from spcompile.spaces import Space, leaves
 
 spx = torch.ops.spx
 
-# What padding holds where rows enter. Nobody reads what becomes of it, but with 0 an op like x / x.norm() would make NaN,
-# and NaN times the zero gradient of such rows would reach the gradients of parameters.
+# What padding holds where rows enter. Nobody reads what becomes of it, but with 0 an op like x / x.norm() would make
+# NaN, and NaN times the zero gradient of such rows would reach the gradients of parameters.
 BENIGN = 1.0
 
 
@@ -69,7 +69,9 @@ class Lower(fx.Interpreter):
                 return self.sharded(n, layout, choice, args, kwargs)
             return self.call_function(n.target, args, kwargs)
 
-    def sharded(self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def sharded(
+        self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
         """A call over a factor that is split."""
         call = layout.call
         assert call is not None
@@ -97,7 +99,9 @@ class Lower(fx.Interpreter):
             size = size * (self.split.local(space) if split_here else space.size)
         return size
 
-    def mask_reduced(self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def mask_reduced(
+        self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
         """Give the padding of a factor that the call sums over the value that adds nothing."""
         call = layout.call
         assert call is not None

@@ -11,12 +11,12 @@ import torch.distributed._functional_collectives  # noqa: F401
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-# torch 2.13: torch/_guards.py. The context that Dynamo holds while a backend runs.
-from torch._guards import TracingContext, detect_fake_mode
-
 # torch 2.13: torch/_inductor/compile_fx.py, custom_graph_pass.py
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
+
+# torch 2.13: torch/_guards.py. The context that Dynamo holds while a backend runs.
+from torch._guards import TracingContext, detect_fake_mode
 
 # torch 2.13: torch/_subclasses/fake_tensor.py
 from torch._subclasses.fake_tensor import unset_fake_temporarily

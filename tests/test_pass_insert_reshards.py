@@ -83,13 +83,17 @@ def mixes_positions(x: Tensor) -> Tensor:
     return attend(x).cumsum(1)  # the line of the remark
 
 
+def drops(x: Tensor) -> Tensor:
+    return F.dropout(attend(x), 0.5)
+
+
 def has_no_rule(x: Tensor) -> Tensor:
     return torch.special.bessel_j0(attend(x))
 
 
-@pytest.mark.parametrize(("function", "code"), [(mixes_positions, "SPR103"), (has_no_rule, "SPR102")])
+@pytest.mark.parametrize(("function", "code"), [(mixes_positions, "SPR103"), (drops, "SPR302"), (has_no_rule, "SPR102")])
 def test_a_gather_is_remarked_with_the_line(function: object, code: str) -> None:
-    inputs = (x(2, 7, 4),) if code == "SPR103" else (x(2, 7, 4).detach(),)
+    inputs = (x(2, 7, 4),) if code != "SPR102" else (x(2, 7, 4).detach(),)
     program = reshards(function, *inputs)
     (remark,) = remarks_of(program, code)
     assert "(2, 7, 4) is gathered" in remark.text

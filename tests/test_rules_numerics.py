@@ -8,17 +8,19 @@ rule that hides a dependence on positions or on neighbours, a wrong reduction, f
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import torch.fx as fx
 from torch import Tensor
 
 from spcompile.rules import LocalCall, OpRule, rule_of
 from spcompile.rules.base import Dims
-from tests.test_rules import CASES, Call, Spec
+from tests.test_rules import CASES, SUM, Call, Spec, call, ints, pos, x
 
 DEGREE = 2
 UNDEFINED = ("empty", "new_empty")  # ops whose elements mean nothing: only shapes are compared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import hypothesis.strategies as st
@@ -20,7 +21,7 @@ FACTORS = st.lists(st.sampled_from([2, 3, 4, 5]), min_size=1, max_size=5)
 def merged(sizes: list[int], borders: list[int]) -> list[int]:
     """Products of neighbouring sizes, cut at `borders`."""
     cuts = sorted({0, len(sizes), *(b % (len(sizes) + 1) for b in borders)})
-    return [math.prod(sizes[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [math.prod(sizes[a:b]) for a, b in itertools.pairwise(cuts)]
 
 
 @given(FACTORS, st.lists(st.integers(0, 5)), st.lists(st.integers(0, 5)))

@@ -91,7 +91,10 @@ def has_no_rule(x: Tensor) -> Tensor:
     return torch.special.bessel_j0(attend(x))
 
 
-@pytest.mark.parametrize(("function", "code"), [(mixes_positions, "SPR103"), (drops, "SPR302"), (has_no_rule, "SPR102")])
+GATHERS = [(mixes_positions, "SPR103"), (drops, "SPR302"), (has_no_rule, "SPR102")]
+
+
+@pytest.mark.parametrize(("function", "code"), GATHERS)
 def test_a_gather_is_remarked_with_the_line(function: object, code: str) -> None:
     inputs = (x(2, 7, 4),) if code != "SPR102" else (x(2, 7, 4).detach(),)
     program = reshards(function, *inputs)

@@ -14,6 +14,7 @@ from spcompile.diagnostics import REMARKS, SpcompileError
 from spcompile.example_runs import example_of, run_example, without_line_numbers
 from spcompile.passes import PIPELINE
 from spcompile.passes_api import Example, Pass
+from spcompile.printer import unified_diff
 from spcompile.rules import Rule
 from spcompile.rules.base import registered_rules
 
@@ -51,9 +52,16 @@ def _example_section(p: Pass, example: Example) -> list[str]:
     lines = [f"Example, on {mesh}:", "", "```python", inspect.getsource(example.function).rstrip(), "```", ""]
     torch.manual_seed(0)
     for step in run_example(p, PIPELINE, example).steps:
+        before, after = (without_line_numbers(text) for text in (step.before_text, step.after_text))
         phase = f", {step.phase} graph" if step.phase else ""
-        for moment, text in (("Before", step.before_text), ("After", step.after_text)):
-            lines += [f"{moment}{phase}:", "", "```", without_line_numbers(text).rstrip(), "```", ""]
+        if before == after:
+            lines += ["The text of the graph does not change:", "", "```", before.rstrip(), "```", ""]
+        elif step.phase == "backward":
+            continue  # its changes are of the same kind
+        elif before.count("\n") + after.count("\n") > 40:
+            lines += [f"What changes{phase}:", "", "```diff", unified_diff(before, after).rstrip(), "```", ""]
+        else:
+            lines += ["Before:", "", "```", before.rstrip(), "```", "", "After:", "", "```", after.rstrip(), "```", ""]
     return lines
 
 
@@ -64,10 +72,10 @@ def ops_markdown() -> str:
         "",
         _GENERATED,
         "",
-        "A rule names the factors of each dim, as einsum does: `a [c], b [c] -> a b`. A dim may be a product of factors,",
-        "`(a b)`; a factor in brackets cannot be sharded by this op; `| c: sum` says that sharding `c` leaves partial",
-        "sums. Rules are made for each call from its shapes and arguments: a line here shows the usual form. An op that",
-        "is not here is computed on every rank, from gathered operands, with remark SPR102.",
+        "A rule names the factors of each dim, as einsum does: `a [c], b [c] -> a b`. A dim may be a product of",
+        "factors, `(a b)`; a factor in brackets cannot be sharded by this op; `| c: sum` says that sharding `c` leaves",
+        "partial sums. Rules are made for each call from its shapes and arguments: a line here shows the usual form.",
+        "An op that is not here is computed on every rank, from gathered operands, with remark SPR102.",
         "",
     ]
     families: dict[str, dict[Rule, list[str]]] = {}

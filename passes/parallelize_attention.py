@@ -61,14 +61,11 @@ def _is_gathered(node: fx.Node) -> bool:
 
 
 def _remark_kept(node: fx.Node, ctx: Context) -> None:
-    """Rows that are a product, as those of an image, are split by its first factor; a beginning by the whole's layout."""
+    """The rows of an image are split by its first dim, a beginning by the layout of the whole: no ring's layout."""
     k: Any = node.args[1]
     if hint(k.meta["val"].shape[2]) > 1:
-        ctx.remarks.add(
-            "SPR202",
-            "the rows are a product of dims or the beginning of a longer dim: keys and values are gathered",
-            node,
-        )
+        why = "its rows are a product of dims, or the beginning of a longer one"
+        ctx.remarks.add("SPR202", f"keys and values of an attention are gathered: {why}", node)
 
 
 def _ring(node: fx.Node) -> None:

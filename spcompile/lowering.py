@@ -24,8 +24,8 @@ from spcompile.spaces import Space, leaves
 
 spx = torch.ops.spx
 
-# What padding holds where rows enter. Nobody reads what becomes of it, but with 0 an op like x / x.norm() would make NaN,
-# and NaN times the zero gradient of such rows would reach the gradients of parameters.
+# What padding holds where rows enter. Nobody reads what becomes of it, but with 0 an op like x / x.norm() would make
+# NaN, and NaN times the zero gradient of such rows would reach the gradients of parameters.
 BENIGN = 1.0
 
 

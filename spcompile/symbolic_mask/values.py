@@ -139,7 +139,7 @@ def select(condition: Boolean, then: Value, other: Value) -> Value:
         return other
     then, other = _under(condition, then), _under(negate(condition), other)
     if is_bool(then) and is_bool(other):
-        return sympy.Or(sympy.And(condition, then), sympy.And(negate(condition), other))
+        return then if then == other else sympy.Or(sympy.And(condition, then), sympy.And(negate(condition), other))
     if _same(then, other):
         return then
     if is_int(then) and is_int(other):

@@ -18,10 +18,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from spcompile.attention.mask import AttentionMask
 from spcompile.symbolic_mask.heads import before_repeat, heads_in_batch
-from spcompile.symbolic_mask.match import Unmatched, clauses, every_row_has_a_key, match
 from spcompile.symbolic_mask.match import B as b
 from spcompile.symbolic_mask.match import K as k
 from spcompile.symbolic_mask.match import Q as q
+from spcompile.symbolic_mask.match import Unmatched, clauses, every_row_has_a_key, match
 from spcompile.symbolic_mask.reader import Reader
 from spcompile.symbolic_mask.values import (
     Element,
@@ -162,7 +162,7 @@ def test_read_elements_are_those_of_the_tensor(name: str) -> None:
 
 
 def test_what_has_no_symbolic_form() -> None:
-    gm, result = graph_of(lambda: torch.arange(5).float() * 0.3)
+    _, result = graph_of(lambda: torch.arange(5).float() * 0.3)
     with pytest.raises(Unreadable) as stop:
         Reader(IndexSpace()).element(result, (q,))
     assert stop.value.node is not None
@@ -170,7 +170,7 @@ def test_what_has_no_symbolic_form() -> None:
 
 
 def test_a_leaf_knows_the_call_that_stopped_the_reader() -> None:
-    gm, result = graph_of(lambda x: (x.sin() * 2 > 0) & (torch.arange(4) > 1), torch.randn(4))
+    _, result = graph_of(lambda x: (x.sin() * 2 > 0) & (torch.arange(4) > 1), torch.randn(4))
     reader = Reader(IndexSpace())
     value = reader.element(result, (q,))
     (leaf,) = value.atoms(Element)

@@ -160,6 +160,17 @@ def lift(function: Callable[..., Value], *operands: Value) -> Value:
     return function(*operands)
 
 
+def size(value: Value) -> int:
+    """How many numbers, literals and terms of sums the value is made of."""
+    if isinstance(value, Select):
+        return size(value.condition) + size(value.then) + size(value.other)
+    if isinstance(value, sympy.And | sympy.Or):
+        return sum(map(size, value.args))
+    if isinstance(value, sympy.Ge | sympy.Eq | sympy.Ne):
+        return size(value.lhs)
+    return sum(1 + len(term.atoms(sympy.floor)) for term in sympy.Add.make_args(value)) if is_int(value) else 1
+
+
 def to_condition(value: Value) -> Boolean:
     """The value converted to bool: different from zero."""
     if isinstance(value, Select):

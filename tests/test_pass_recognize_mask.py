@@ -387,6 +387,35 @@ def test_a_mask_in_a_buffer_is_data() -> None:
     assert found.remarks.rows[0].where is not None
 
 
+def test_vectors_that_cannot_be_written_leave_no_trace() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        even = m.repeat_interleave(2, 1)  # m[b, t // 2]: no slice of m
+        return attend(q, k, v, even[:, None, None, :] & (torch.arange(LENGTH) != 3))
+
+    found = rewrite(model, (*qkv(), VALID[:, ::2].contiguous()))
+    assert found.masks == ["full + bias"]
+    assert found.codes == ["SPR201"]
+
+
+def test_fewer_queries_than_keys_take_a_part_of_the_documents() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, d: Tensor) -> Tensor:
+        return attend(q, k, v, d[:, None, : q.shape[2], None] == d[:, None, None, :])
+
+    found = rewrite(model, (*qkv(queries=5, keys=12), DOCUMENTS))
+    assert str(found.mask) == "documents"
+    assert [n.meta["val"].shape[1] for n in found.attentions[0].args[5:7]] == [5, 12]  # type: ignore[union-attr]
+
+
+def test_a_mask_that_is_written_in_place_is_functional_after_capture() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = torch.full((LENGTH, LENGTH), -INF, dtype=q.dtype)
+        mask.triu_(1)
+        mask.masked_fill_(torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(-3), -INF)
+        return attend(q, k, v, mask)
+
+    assert str(rewrite(model, qkv()).mask) == "causal window=3"
+
+
 def test_layers_share_one_reading() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
         mask = (torch.arange(LENGTH) < m[:, None])[:, None, None, :] & torch.ones(LENGTH, LENGTH).tril().bool()

@@ -21,11 +21,12 @@ from typing import Any, ClassVar
 import sympy
 import torch
 import torch.fx as fx
+from torch import Tensor
 
 import spcompile.attention.op  # noqa: F401  (defines spx::attention)
 from spcompile.attention.mask import AttentionMask
 from spcompile.graph import argument, call, erase_dead, replace, shape_of
-from spcompile.passes_api import Context, Pass, Stage
+from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.symbolic_mask.eager import SOFTMAX, EagerAttention, NotAttention, Product, Refused, Term, match_eager
 from spcompile.symbolic_mask.heads import before_repeat, heads_in_batch
 from spcompile.symbolic_mask.match import B, H, K, Q, every_row_has_a_key
@@ -262,3 +263,25 @@ def _has_keys(parts: list[Part], q: fx.Node, k: fx.Node) -> bool:
             if part.role is not Role.ADD or not is_finite(part.node):
                 return False
     return every_row_has_a_key(sympy.And(*conditions), sizes[2], sizes[3])
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    B, G, T, _ = k.shape
+    k, v = (x[:, :, None].expand(B, G, q.shape[1] // G, T, -1).reshape(B, q.shape[1], T, -1) for x in (k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    S, T = q.shape[2], k.shape[2]
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    keep = torch.ones(S, T, dtype=torch.bool, device=q.device).tril()
+    return torch.softmax(scores.masked_fill(~keep, -math.inf), dim=-1) @ v
+
+
+def _tensors(heads: int, key_heads: int) -> tuple[Tensor, ...]:
+    shapes = ((2, heads, 12, 4), (2, key_heads, 12, 4), (2, key_heads, 12, 4))
+    return tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+
+
+EXAMPLES = (Example(_grouped, lambda: _tensors(4, 2)), Example(_written_out, lambda: _tensors(4, 4)))
+EXAMPLE = EXAMPLES[0]

@@ -47,7 +47,9 @@ class Agreement:
             if self._hashes_equal(text):
                 return
         texts = self._exchange(text)
-        raise RanksDisagree((explain or _list_texts)(texts), legal="the same model, options and input shapes everywhere")
+        raise RanksDisagree(
+            (explain or _list_texts)(texts), legal="the same model, options and input shapes everywhere"
+        )
 
     def _hashes_equal(self, text: str) -> bool:
         digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
@@ -67,7 +69,7 @@ class Agreement:
     def _exchange(self, text: str) -> dict[int, str]:
         store = dist.distributed_c10d._get_default_store()
         prefix = f"spcompile/{self._mesh.key}/{self._count}"
-        store.set(f"{prefix}/{dist.get_rank()}", text.encode())
+        store.set(f"{prefix}/{dist.get_rank()}", text)
         texts: dict[int, str] = {}
         for rank in sorted(self._mesh.device_mesh.mesh.flatten().tolist()):
             key = f"{prefix}/{rank}"

@@ -20,8 +20,9 @@ from spcompile.collectives import COLLECTIVES, call_arguments
 from spcompile.diagnostics import source_of
 from spcompile.mesh import MeshShape
 
-ForwardSpec = Callable[[list[dict[str, Any]]], list[Any]]
-BackwardSpec = Callable[[list[dict[str, Any]], list[Any], list[Any]], list[dict[str, Tensor]]]
+Arguments = tuple[Any, ...]
+ForwardSpec = Callable[[list[Arguments]], list[Any]]
+BackwardSpec = Callable[[list[Arguments], list[Any], list[Any]], list[Sequence["Tensor | None"]]]
 _SPECS: dict[torch._ops.OpOverload, tuple[ForwardSpec, BackwardSpec | None]] = {}
 _c10d = torch.ops._c10d_functional
 _STARTS = {
@@ -35,9 +36,9 @@ _STARTS = {
 def register_spec(op: torch._ops.OpOverload, forward: ForwardSpec, backward: BackwardSpec | None = None) -> None:
     """Teach the simulator an op with an argument `axis` that is no plain collective, such as ring attention.
 
-    forward(calls) -> results: one dict of all arguments by name per rank of a group; one tensor or tuple per rank.
-    backward(calls, results, gradients) -> per rank, the gradients of arguments by name (those left out have none).
-        gradients: per rank, one tensor or a tuple, as the results are; zeros where a result was not used.
+    forward(calls) -> results: all arguments, in the order of the schema, per rank of a group; one result per rank.
+    backward(calls, results, gradients) -> per rank, the gradients of the first arguments, None for those without.
+        gradients: per rank, shaped as the results are; zeros where a result was not used.
     """
     if op in _SPECS or op in COLLECTIVES:
         raise ValueError(f"{op} has a spec already")
@@ -111,14 +112,16 @@ class Simulator:
         try:
             return self._call(gm, node, calls)
         except Exception as error:
-            raise RuntimeError(f"{type(error).__name__} in {node.format_node()}\n  at {source_of(node)}") from error
+            raise RuntimeError(
+                f"{type(error).__name__}: {error}\n  in {node.format_node()}\n  at {source_of(node)}"
+            ) from error
 
     def _call(self, gm: fx.GraphModule, node: fx.Node, calls: list[Any]) -> list[Any]:
         target: Any = node.target
         if target in COLLECTIVES or target in _SPECS:
             run = _run_collective if target in COLLECTIVES else _run_spec
             named = [call_arguments(target, args, kwargs) for args, kwargs in calls]
-            return self._by_group(named[0][1]["axis"], named, lambda group: run(target, group))
+            return self._by_group(node.meta.get("axis") or named[0][1]["axis"], named, lambda group: run(target, group))
         if target in _STARTS:
             axis = node.meta.get("axis") or call_arguments(target, *calls[0])[1]["group_name"]
             return self._by_group(axis, calls, lambda group: self._start(target, group))
@@ -221,7 +224,7 @@ class _Spec(torch.autograd.Function):
     """A registered spec on the calls of all ranks of a group. Tensors come flat: autograd sees no containers."""
 
     @staticmethod
-    def forward(ctx: Any, op: Any, calls: list[dict[str, Any]], *tensors: Tensor) -> Any:
+    def forward(ctx: Any, op: Any, calls: list[Arguments], *tensors: Tensor) -> Any:
         results = [result if isinstance(result, tuple) else (result,) for result in _SPECS[op][0](calls)]
         flat = tuple(x for result in results for x in result)
         ctx.op, ctx.calls, ctx.width = op, calls, len(results[0])
@@ -236,7 +239,12 @@ class _Spec(torch.autograd.Function):
         assert backward is not None, f"{ctx.op} was registered without a backward spec"
         per_rank = [grads[i : i + ctx.width] for i in range(0, len(grads), ctx.width)]
         found = backward(ctx.calls, _unwrapped(ctx.op, ctx.results), _unwrapped(ctx.op, per_rank))
-        flat = [found[rank].get(name) for rank, call in enumerate(ctx.calls) for name in _tensor_names(call)]
+        flat = [
+            grad
+            for call, given in zip(ctx.calls, found, strict=True)
+            for argument, grad in itertools.zip_longest(call, given)
+            if isinstance(argument, Tensor)
+        ]
         return (None, None, *flat)
 
 
@@ -245,15 +253,10 @@ def _unwrapped(op: Any, per_rank: list[Any]) -> list[Any]:
     return [result[0] for result in per_rank] if len(op._schema.returns) == 1 else per_rank
 
 
-def _tensor_names(call: Mapping[str, Any]) -> list[str]:
-    return [name for name, value in call.items() if isinstance(value, Tensor)]
-
-
 def _run_spec(op: Any, group: list[tuple[Any, dict[str, Any]]]) -> list[Any]:
-    first = op._schema.arguments[0].name
-    calls = [{first: value, **others} for value, others in group]
-    detached = [{k: v.detach() if isinstance(v, Tensor) else v for k, v in call.items()} for call in calls]
-    flat = _Spec.apply(op, detached, *[call[name] for call in calls for name in _tensor_names(call)])
+    calls = [(operand, *named.values()) for operand, named in group]
+    detached = [tuple(v.detach() if isinstance(v, Tensor) else v for v in call) for call in calls]
+    flat = _Spec.apply(op, detached, *[v for call in calls for v in call if isinstance(v, Tensor)])
     width = len(op._schema.returns)
     return _unwrapped(op, [flat[i : i + width] for i in range(0, len(flat), width)])
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import EXACT, FLOAT32, Case, assert_same
+from oracle import Case, assert_same
 from torch import Tensor
 from worker_pool import WorkerPool
 
@@ -41,7 +41,9 @@ def test_two_ranks(worker_pool: PoolOf, model: str, attention: str) -> None:
     assert_same(worker_pool(2), case)
 
 
-@pytest.mark.parametrize(("model", "attention"), [("gpt-tiny", "ring"), ("llama-tiny", "ulysses"), ("bert-tiny", "auto")])
+@pytest.mark.parametrize(
+    ("model", "attention"), [("gpt-tiny", "ring"), ("llama-tiny", "ulysses"), ("bert-tiny", "auto")]
+)
 def test_four_ranks(worker_pool: PoolOf, model: str, attention: str) -> None:
     case = Case(partial(models.build, model), partial(tokens, length=45), options={"attention": attention})
     assert_same(worker_pool(4), case)

@@ -24,7 +24,7 @@ FLOAT32 = 1e-5
 
 # AdamW's first step is nearly the sign of the gradient. Where the exact gradient is zero (the bias of keys) that is the
 # sign of a rounding error, unless eps is far above rounding.
-ADAMW = {"lr": 1e-2, "eps": 1e-4}
+ADAMW = {"lr": 1e-3, "eps": 1e-4}
 # Gradients below this part of the model's largest one are compared with it: rounding in the others reaches them.
 SMALLEST_GRADIENT = 1e-3
 

@@ -1,6 +1,6 @@
 """One training step of models/llama.py: one process with all threads against two processes with half of them each.
 
-    python benchmarks/scaling_cpu.py [--seq 2048,4096,8192] [--steps 3] [--dim 256] [--layers 4]
+    python benchmarks/scaling_cpu.py [--seq 2048,4096,8192] [--steps 3] [--dim 256] [--layers 2]
 
 All are compiled by Inductor, in the same run, on the same weights and batches, one after the other. The table goes to
 stderr, one line of JSON to stdout. Exits with 1 if the losses of the configurations differ by more than 1e-5.
@@ -120,7 +120,7 @@ def main() -> int:
     parser.add_argument("--seq", type=lambda text: [int(part) for part in text.split(",")], default=[2048, 4096, 8192])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=2)
     options = parser.parse_args()
     rows: list[Measurement] = on_processes(RANKS, run_rank, options)[0]
     Console(stderr=True).print(table(rows))

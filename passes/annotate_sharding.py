@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.fx as fx
+from torch import Tensor
 
-from spcompile.index_spaces import find_index_spaces
+from spcompile.index_spaces import IndexSpaces, find_index_spaces
 from spcompile.layout import NodeLayout, show
-from spcompile.passes_api import Context, Pass, Stage
+from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.propagate import Placements, propagate, sequence_seeds
 
 
@@ -31,18 +33,27 @@ class AnnotateSharding(Pass):
         spaces = find_index_spaces(gm.graph)
         seeds = sequence_seeds(spaces)
         if not seeds:
-            ctx.remarks.add("SPR101", "no attention over a sequence was found; the graph runs replicated")
+            _remark_no_sequence(gm.graph, ctx)
         placements = propagate(gm.graph, spaces, seeds)
         for node in gm.graph.nodes:
             node.meta.pop("layout", None)
             node.meta.pop("sharding", None)
             if node in spaces.values:
-                node.meta["layout"] = _layout(node, spaces.values[node], spaces.calls.get(node), placements)
+                node.meta["layout"] = _layout(node, spaces, placements)
         return 0
 
 
-def _layout(node, dims, call, placements: Placements) -> NodeLayout:  # type: ignore[no-untyped-def]
-    layout = NodeLayout(dims, call)
+def _remark_no_sequence(graph: fx.Graph, ctx: Context) -> None:
+    attention = next(iter(graph.find_nodes(op="call_function", target=torch.ops.spx.attention.default)), None)
+    if attention is None:
+        ctx.remarks.add("SPR101", "no attention over a sequence was found; the graph runs replicated")
+    else:
+        ctx.remarks.add("SPR301", "every query has length 1; the graph runs replicated", attention, strict_error=False)
+
+
+def _layout(node: fx.Node, spaces: IndexSpaces, placements: Placements) -> NodeLayout:
+    dims = spaces.values[node]
+    layout = NodeLayout(dims, spaces.calls.get(node))
     if node in placements.choices:
         layout.choice["cp"] = placements.choices[node]
     for number in range(len(dims)):
@@ -51,3 +62,18 @@ def _layout(node, dims, call, placements: Placements) -> NodeLayout:  # type: ig
             layout.places.setdefault("cp", {})[number] = place
             show(node, "cp", str(place))
     return layout
+
+
+def _attention_over_flat_rows(x_BSD: Tensor, w_DD: Tensor) -> Tensor:
+    B, S, D = x_BSD.shape
+    h_RD = x_BSD.reshape(B * S, D) @ w_DD
+    h_B1SD = h_RD.reshape(B, 1, S, D)
+    y_B1SD = torch.nn.functional.scaled_dot_product_attention(h_B1SD, h_B1SD, h_B1SD)
+    return y_B1SD.squeeze(1) + x_BSD
+
+
+def _inputs() -> tuple[Tensor, ...]:
+    return tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 7, 4), (4, 4)))
+
+
+EXAMPLE = Example(_attention_over_flat_rows, _inputs)

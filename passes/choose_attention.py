@@ -12,9 +12,10 @@ from typing import ClassVar
 
 import torch
 import torch.fx as fx
+from torch import Tensor
 
 from spcompile.attention.mask import AttentionMask
-from spcompile.passes_api import Context, Pass, Stage
+from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.sizes import hint
 
 spx = torch.ops.spx
@@ -82,3 +83,14 @@ def _elements(heads: int, kv_heads: int, width: tuple[int, int], degree: int, it
     wide = max(itemsize, 4)
     ring = (qk + v) * kv_heads / degree * ((degree - 1) * 2 * itemsize + degree * wide)
     return ulysses, ring
+
+
+def _grouped_attention(q_BNSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q_BNSH, k_BGSH, v_BGSH, is_causal=True, enable_gqa=True)
+
+
+def _inputs() -> tuple[Tensor, ...]:
+    return tuple(torch.randn(1, heads, 7, 2, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+
+
+EXAMPLE = Example(_grouped_attention, _inputs)

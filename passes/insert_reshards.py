@@ -12,12 +12,15 @@ from typing import ClassVar
 
 import torch
 import torch.fx as fx
+from torch import Tensor
 
 from spcompile.cut import sharded_calls, uses_of
 from spcompile.layout import NodeLayout, layout_of, show
-from spcompile.passes_api import Context, Pass, Stage
-from spcompile.propagate import Place, shards_results
-from spcompile.reshard import is_reshard, reshard
+from spcompile.passes_api import Context, Example, Pass, Stage
+from spcompile.propagate import shards_results
+from spcompile.reshard import is_reshard, parse_place, reshard
+
+Made = dict[tuple[fx.Node, str, str], fx.Node]  # (value, from state, to state) -> its reshard
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def _settle(graph: fx.Graph, axis: str, sharded: set[fx.Node]) -> None:
 
 
 def _insert(graph: fx.Graph, axis: str, ctx: Context) -> int:
-    made: dict[tuple[fx.Node, str, str], fx.Node] = {}
+    made: Made = {}
     first = next(n for n in graph.nodes if n.op != "placeholder")
     for node in list(graph.nodes):
         if node.op == "output":
@@ -68,7 +71,7 @@ def _insert(graph: fx.Graph, axis: str, ctx: Context) -> int:
     return len(made)
 
 
-def _reshard_operands(node: fx.Node, axis: str, made: dict, first: fx.Node, ctx: Context) -> None:  # type: ignore[type-arg]
+def _reshard_operands(node: fx.Node, axis: str, made: Made, first: fx.Node, ctx: Context) -> None:
     layout = layout_of(node)
     runs_sharded = layout is not None and axis in layout.choice
     wanted = iter(uses_of(node, axis))
@@ -93,14 +96,17 @@ def _reshard_operands(node: fx.Node, axis: str, made: dict, first: fx.Node, ctx:
 
 
 def _remark_gather(operand: fx.Node, user: fx.Node, layout: NodeLayout | None, ctx: Context) -> None:
-    size = tuple(operand.meta["val"].shape)
+    gathered = f"its operand {tuple(operand.meta['val'].shape)} is gathered"
+    op = user.target
     if layout is None or layout.call is None:
-        ctx.remarks.add("SPR102", f"{user.target} has no sharding rule; its operand {size} is gathered", user)
+        ctx.remarks.add("SPR102", f"{op} has no sharding rule; {gathered}", user)
+    elif isinstance(op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in op.tags:
+        ctx.remarks.add("SPR302", f"{op} draws random numbers for the whole tensor; {gathered}", user)
     else:
-        ctx.remarks.add("SPR103", f"{user.target} mixes positions of the sequence; its operand {size} is gathered", user)
+        ctx.remarks.add("SPR103", f"{op} mixes positions of the sequence; {gathered}", user)
 
 
-def _reshard_outputs(output: fx.Node, axis: str, made: dict, first: fx.Node, ctx: Context) -> None:  # type: ignore[type-arg]
+def _reshard_outputs(output: fx.Node, axis: str, made: Made, first: fx.Node, ctx: Context) -> None:
     def convert(value: fx.Node) -> fx.Node:
         if not isinstance(value.meta.get("val"), torch.Tensor):
             return value
@@ -112,7 +118,7 @@ def _reshard_outputs(output: fx.Node, axis: str, made: dict, first: fx.Node, ctx
     output.args = fx.node.map_arg(output.args, convert)
 
 
-def _complete_sums(node: fx.Node, axis: str, made: dict, first: fx.Node) -> None:  # type: ignore[type-arg]
+def _complete_sums(node: fx.Node, axis: str, made: Made, first: fx.Node) -> None:
     """A call that reduced its sharded factor gives pending sums: complete them at once."""
     layout = layout_of(node)
     if layout is None or layout.call is None or axis not in layout.choice:
@@ -133,7 +139,7 @@ def state_of(value: fx.Node, axis: str) -> str:
     return str(place) if place is not None else "I"
 
 
-def _reshard(value: fx.Node, axis: str, src: str, dst: str, made: dict, first: fx.Node) -> fx.Node:  # type: ignore[type-arg]
+def _reshard(value: fx.Node, axis: str, src: str, dst: str, made: Made, first: fx.Node) -> fx.Node:
     """The reshard of a value to a state, made once and placed right behind the value's producer."""
     key = (value, src, dst)
     if key in made:
@@ -143,10 +149,23 @@ def _reshard(value: fx.Node, axis: str, src: str, dst: str, made: dict, first: f
         node = graph.call_function(reshard, (value, axis, src, dst))
     source = layout_of(value)
     assert source is not None
-    place = Place(*map(int, (dst[2:-1].split(".") + ["0"])[:2])) if dst.startswith("S") else None
+    place = parse_place(dst)
     node.meta = {k: value.meta[k] for k in ("val", "stack_trace", "nn_module_stack") if k in value.meta}
     node.meta["layout"] = NodeLayout(source.dims, places={axis: {0: place}} if place else {})
     node.meta["spx_origin"] = f"insert-reshards: {value.name}"
     show(node, axis, dst)
     made[key] = node
     return node
+
+
+def _attention_with_running_sum(x_BSD: Tensor, w_DD: Tensor) -> Tensor:
+    h_B1SD = (x_BSD @ w_DD).unsqueeze(1)
+    y_B1SD = torch.nn.functional.scaled_dot_product_attention(h_B1SD, h_B1SD, h_B1SD)
+    return (y_B1SD * y_B1SD.cumsum(2)).sum()
+
+
+def _inputs() -> tuple[Tensor, ...]:
+    return tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 7, 4), (4, 4)))
+
+
+EXAMPLE = Example(_attention_with_running_sum, _inputs)

@@ -8,12 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.fx as fx
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from spcompile.capture import fake_inputs
 from spcompile.lowering import Lower, SplitDims
-from spcompile.passes_api import Context, Pass, Stage
+from spcompile.passes_api import Context, Example, Pass, Stage
+from spcompile.reshard import is_reshard
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,6 @@ class LowerToLocal(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         """Replace the graph by its local form; returns the number of reshards lowered."""
-        from spcompile.reshard import is_reshard
-
         count = sum(is_reshard(n) for n in gm.graph.nodes)
         if not count:
             return 0
@@ -51,3 +52,17 @@ class LowerToLocal(Pass):
         gm.graph = local.graph
         gm.recompile()
         return count
+
+
+def _attention_and_loss(x_BSD: Tensor, w_DD: Tensor, labels_BS: Tensor) -> Tensor:
+    h_B1SD = (x_BSD @ w_DD).unsqueeze(1)
+    y_BSD = torch.nn.functional.scaled_dot_product_attention(h_B1SD, h_B1SD, h_B1SD, is_causal=True).squeeze(1)
+    return torch.nn.functional.cross_entropy(y_BSD[:, :-1].flatten(0, 1), labels_BS[:, 1:].flatten())
+
+
+def _inputs() -> tuple[Tensor, ...]:
+    x_BSD, w_DD = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 7, 4), (4, 4)))
+    return x_BSD, w_DD, torch.randint(0, 4, (2, 7))
+
+
+EXAMPLE = Example(_attention_and_loss, _inputs)

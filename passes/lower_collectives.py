@@ -18,11 +18,12 @@ from typing import Any, ClassVar
 
 import torch
 import torch.fx as fx
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from spcompile.collectives import COLLECTIVES, Collective, axis_argument, call_arguments, erase_identities
 from spcompile.diagnostics import InvalidGraph, source_of
-from spcompile.passes_api import Context, Pass, Stage
+from spcompile.passes_api import Context, Example, Pass, Stage
 
 _KEPT_META = ("stack_trace", "nn_module_stack", "seq_nr", "partitioner_tag", "recompute", "ac_graph_id")
 
@@ -36,11 +37,12 @@ class LowerCollectives(Pass):
 
     name: ClassVar[str] = "lower-collectives"
     stage: ClassVar[Stage] = Stage.SCHEDULE
-    summary: ClassVar[str] = "spx collectives become functional c10d starts and waits."
+    summary: ClassVar[str] = "spx collectives become functional c10d starts and waits"
 
     groups: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        """Inline every collective that has a lowered form; returns how many, with the `vary` nodes that were left."""
         rewrites = erase_identities(gm.graph)
         for node in list(gm.graph.nodes):
             collective = COLLECTIVES.get(node.target)
@@ -128,3 +130,15 @@ def _origin(node: fx.Node) -> dict[str, Any]:
     kept = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
     copied = {key: dict(value) if isinstance(value, dict) else value for key, value in kept.items()}
     return {**copied, "spx_origin": "lower-collectives"}
+
+
+def _attention(x_BNSH: Tensor, w_HH: Tensor) -> Tensor:
+    h_BNSH = x_BNSH @ w_HH
+    return torch.nn.functional.scaled_dot_product_attention(h_BNSH, h_BNSH, h_BNSH, is_causal=True)
+
+
+def _inputs() -> tuple[Tensor, ...]:
+    return tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((1, 4, 7, 2), (2, 2)))
+
+
+EXAMPLE = Example(_attention, _inputs, options={"attention": "ring", "balance": "contiguous"})

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from spcompile import sequence
 from spcompile.graph import call
-from spcompile.passes_api import Context, Pass, Stage
+from spcompile.passes_api import Context, Example, Pass, Stage
+from spcompile.sizes import hint
 from spcompile.splice import splice
 
 spx = torch.ops.spx
@@ -37,7 +38,10 @@ class ParallelizeAttention(Pass):
         """Rewrite; returns the number of attentions."""
         count = 0
         for node in list(gm.graph.nodes):
-            if node.target is not spx.attention.default or not _is_gathered(node):
+            if node.target is not spx.attention.default or node.args[3] is None:
+                continue
+            if not _is_gathered(node):
+                _remark_kept(node, ctx)
                 continue
             strategy = node.meta.get("custom", {}).get("spx_attention", "ring")
             (_ulysses if strategy == "ulysses" else _ring)(node)
@@ -54,6 +58,14 @@ def _is_gathered(node: fx.Node) -> bool:
         and isinstance(positions, fx.Node)
         and positions.target is spx.positions.default
     )
+
+
+def _remark_kept(node: fx.Node, ctx: Context) -> None:
+    """The rows of an image are split by its first dim, a beginning by the layout of the whole: no ring's layout."""
+    k: Any = node.args[1]
+    if hint(k.meta["val"].shape[2]) > 1:
+        why = "its rows are a product of dims, or the beginning of a longer one"
+        ctx.remarks.add("SPR202", f"keys and values of an attention are gathered: {why}", node)
 
 
 def _ring(node: fx.Node) -> None:
@@ -73,7 +85,7 @@ def _ulysses(node: fx.Node) -> None:
     args = (q, k_local, v.args[0], q_documents, k_documents, key_valid)  # type: ignore[union-attr]
     out = splice(ulysses_attention, (*args, mask, scale, q_length, k_length, axis, degree, order), like=node)
     for user in list(node.users):
-        assert user.target is operator.getitem and user.args[1] == 0, "the LSE of a Ulysses attention stays inside"
+        assert (user.target, user.args[1]) == (operator.getitem, 0), "the LSE of a Ulysses attention stays inside"
         user.replace_all_uses_with(out)
         node.graph.erase_node(user)
     node.graph.erase_node(node)
@@ -130,3 +142,14 @@ def exchange_for_heads(
         result.append(part_BSX.reshape(b, lengths[0], heads // degree, d).transpose(1, 2))
         start += width
     return result
+
+
+def _attention(q_BNSH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSH, is_causal=True)
+
+
+def _inputs() -> tuple[Tensor, ...]:
+    return tuple(torch.randn(1, 4, 7, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+
+EXAMPLE = Example(_attention, _inputs, options={"attention": "ring"})

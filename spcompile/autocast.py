@@ -50,7 +50,7 @@ def make_explicit(gm: fx.GraphModule) -> int:
                 changed += _cast_operands(node)
     for node in list(gm.graph.nodes):
         if getattr(node.target, "__name__", "") in _SWITCHES:
-            node.replace_all_uses_with(None)  # type: ignore[arg-type]
+            node.replace_all_uses_with(None)
             gm.graph.erase_node(node)
     gm.recompile()
     return changed

@@ -15,7 +15,7 @@ from spcompile.autocast import autocast_off
 from spcompile.diagnostics import GraphBreak
 from spcompile.dump import dump_to
 from spcompile.dynamo_settings import ignore_library_logging
-from spcompile.emit import Emission, emit
+from spcompile.emit import Emission, callable_of, emit
 from spcompile.mesh import RuntimeMesh, runtime_mesh
 from spcompile.options import Options
 from spcompile.outputs import restore_outputs
@@ -57,7 +57,7 @@ def spcompile(
 def plain(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: str) -> Callable[..., Any]:
     """Compile without sharding."""
     if compiler == "inductor":
-        return compile_fx(gm, example_inputs)
+        return callable_of(compile_fx(gm, example_inputs))
     return aot_autograd(fw_compiler=lambda graph_module, _: graph_module.forward)(gm, example_inputs)
 
 
@@ -75,7 +75,7 @@ def _compile(
     def agree(phase: str, final: fx.GraphModule) -> None:
         agreement.require(format_graph(final), first_difference)
 
-    emission = Emission(program, bind=lambda graph: bind_axes(graph, groups), finished=agree)
+    emission = Emission(program, bind=functools.partial(bind_axes, groups=groups), finished=agree)
     with autocast_off():
         compiled = emit(emission, options.compiler)
     PROGRAMS.append((program, emission))
@@ -100,7 +100,7 @@ def _checked(run: Callable[..., Any], key: str, agreement: Agreement) -> Callabl
     return call
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _agreement(key: str, mesh: RuntimeMesh) -> Agreement:
     return Agreement(mesh)
 

@@ -6,7 +6,6 @@ node each, with the user's source line. Mutations are functionalised, so every l
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,6 +80,9 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     if autocast_in(captured):
         make_explicit(captured)
     normalise(captured)
+    for node in captured.graph.nodes:
+        if node.op == "call_function" and not node.meta.get("stack_trace"):
+            node.meta["spx_origin"] = "capture"  # code that was made by exec has no lines
     return captured
 
 
@@ -151,8 +153,9 @@ def _fold_constant(gm: fx.GraphModule, node: fx.Node) -> None:
         return
     number = value.item() if value.numel() == 1 else 0
     with gm.graph.inserting_before(node):
-        options = {"dtype": value.dtype, "device": value.device}
-        full = gm.graph.call_function(aten.full.default, (list(value.shape), number), options)
+        full = gm.graph.call_function(
+            aten.full.default, (list(value.shape), number), {"dtype": value.dtype, "device": value.device}
+        )
     full.meta = dict(node.meta)
     node.replace_all_uses_with(full)
     gm.graph.erase_node(node)
@@ -184,8 +187,3 @@ def _detach_no_grad_regions(graph: fx.Graph) -> None:
         detached.meta = {**node.meta}
         for user in outside:
             user.replace_input_with(node, detached)
-
-
-def is_getitem(node: fx.Node) -> bool:
-    """Whether the node selects one result of a call with several."""
-    return node.op == "call_function" and node.target is operator.getitem

@@ -16,6 +16,7 @@ import networkx as nx
 import torch
 import torch.fx as fx
 
+from spcompile.graph import is_getitem, operand
 from spcompile.layout import NodeLayout, layout_of
 from spcompile.propagate import Choice, Place, place_of
 from spcompile.rules.base import tensor_operands, tensor_results
@@ -43,7 +44,7 @@ def uses_of(user: fx.Node, axis: str) -> list[Use]:
     choice = layout.choice.get(axis) if layout else None
     operands = tensor_operands(user)
     if layout is None or layout.call is None:
-        return [Use(operand, user, None) for operand in operands]
+        return [Use(read, user, None) for read in operands]
     call = layout.call
     places = [place_of(dims, call, choice) if choice is not None else None for dims in call.rule.operands]
     return [Use(o, user, p, i in call.rule.unread) for i, (o, p) in enumerate(zip(operands, places, strict=True))]
@@ -99,7 +100,7 @@ def _add_use(network: nx.DiGraph, use: Use, axis: str, gradient: set[fx.Node]) -
     """Edges for one operand slot. A call that cannot run sharded stands on the replicated side."""
     if use.unread:
         return
-    producer = use.value.args[0] if use.value.op == "call_function" and _is_getitem(use.value) else use.value
+    producer = operand(use.value, 0) if is_getitem(use.value) else use.value
     layout = layout_of(use.value)
     made = layout.place(axis) if layout is not None and _chosen(producer, axis) is not None else None
     user = use.user if _chosen(use.user, axis) is not None else "replicated"
@@ -110,9 +111,3 @@ def _add_use(network: nx.DiGraph, use: Use, axis: str, gradient: set[fx.Node]) -
     if use.place is not None and user != "replicated":
         back = WIRE * bytes_of(use.value) if use.value in gradient else 0.0
         network.add_edge(user, producer if made is not None else "replicated", capacity=back + 0.5)
-
-
-def _is_getitem(node: fx.Node) -> bool:
-    import operator
-
-    return node.target is operator.getitem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,3 +102,22 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     for old, new in mapping.items():
         new.meta = dict(old.meta)
     return copy
+
+
+def operand(node: fx.Node, index: int) -> fx.Node:
+    """The argument at `index`, which is a node."""
+    found = node.args[index]
+    assert isinstance(found, fx.Node), f"argument {index} of {node.format_node()}"
+    return found
+
+
+def is_getitem(node: fx.Node) -> bool:
+    """Whether the node takes one result of a call that has several."""
+    return node.op == "call_function" and node.target is operator.getitem
+
+
+def result_number(getitem: fx.Node) -> int:
+    """Which tensor result of its producer a getitem takes."""
+    values, index = operand(getitem, 0).meta["val"], getitem.args[1]
+    assert isinstance(index, int)
+    return sum(isinstance(v, torch.Tensor) for v in values[:index])

@@ -13,6 +13,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.graph import operand
 from spcompile.layout import NodeLayout, layout_of
 from spcompile.propagate import Choice, Place, is_prefix, place_of, space_at
 from spcompile.reshard import is_reshard, parse_place
@@ -22,6 +23,10 @@ from spcompile.sizes import Size, divides, same
 from spcompile.spaces import Space, leaves
 
 spx = torch.ops.spx
+
+# What padding holds where rows enter. Nobody reads what becomes of it, but with 0 an op like x / x.norm() would make
+# NaN, and NaN times the zero gradient of such rows would reach the gradients of parameters.
+BENIGN = 1.0
 
 
 class SplitDims:
@@ -58,7 +63,7 @@ class Lower(fx.Interpreter):
         with self._set_current_node(n):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             if is_reshard(n):
-                source = layout_of(n.args[0])
+                source = layout_of(operand(n, 0))
                 assert source is not None
                 return self.reshard(args[0], str(n.args[2]), str(n.args[3]), [leaves(dim) for dim in source.dims[0]])
             if layout.call is None:
@@ -71,7 +76,9 @@ class Lower(fx.Interpreter):
                 return layout.call.rule.local(LocalCall(args, kwargs, shapes, "", 1, self.split.degree))
             return self.call_function(n.target, args, kwargs)
 
-    def sharded(self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    def sharded(
+        self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
         """A call over a factor that is split."""
         call = layout.call
         assert call is not None
@@ -80,16 +87,16 @@ class Lower(fx.Interpreter):
         if is_prefix(call, choice):
             return args[0]
         args, kwargs = self.mask_reduced(n, layout, choice, args, kwargs)
-        space = call.leaves_of(choice.factor)[choice.part]
         if call.rule.local is None:
             return self.call_function(n.target, args, dict(kwargs))
         shapes = tuple(
             tuple(self.local_size(leaves(dim), place_of(names, call, choice), index) for index, dim in enumerate(dims))
             for dims, names in zip(layout.dims, call.rule.results, strict=True)
         )
-        return call.rule.local(
-            LocalCall(args, kwargs, shapes, choice.factor, space.find().size, self.split.degree)
-        )
+        global_size: Size = 1
+        for space in call.leaves_of(choice.factor):
+            global_size = global_size * space.find().size
+        return call.rule.local(LocalCall(args, kwargs, shapes, choice.factor, global_size, self.split.degree))
 
     def local_size(self, dim: list[Space], place: Place | None, index: int) -> Size:
         """Local size of tensor dim number `index`, a product of spaces."""
@@ -99,7 +106,9 @@ class Lower(fx.Interpreter):
             size = size * (self.split.local(space) if split_here else space.size)
         return size
 
-    def mask_reduced(self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    def mask_reduced(
+        self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
         """Give the padding of a factor that the call sums over the value that adds nothing."""
         call = layout.call
         assert call is not None
@@ -179,23 +188,48 @@ class Lower(fx.Interpreter):
         capacity, length = split.capacity(space), space.find().size
         if not same(capacity, length):
             shape = [*x.shape[:dim], capacity - length, *x.shape[dim + 1 :]]
-            x = torch.cat([x, x.new_zeros(shape)], dim)
-        return spx.shard(x, dim, split.axis, split.degree, split.order, 0.0)
+            x = torch.cat([x, x.new_full(shape, _padding_of(x))], dim)
+        return spx.shard(x, dim, split.axis, split.degree, split.order, _padding_of(x))
 
-    def attention(self, n: fx.Node, args: tuple) -> Any:  # type: ignore[type-arg]
+    def attention(self, n: fx.Node, args: tuple[Any, ...]) -> Any:
         """Query rows local, keys and values gathered: right as it stands; `parallelize-attention` improves it."""
         q, k, v, q_positions, k_positions, *rest = args
-        assert q_positions is None and k_positions is None, "positions before lowering"
-        split = self.split
-        layouts = [layout_of(node) for node in n.args[:2]]  # type: ignore[arg-type]
-        assert layouts[0] is not None and layouts[1] is not None
-        q_space, k_space = (leaves(layout.dims[0][2])[0] for layout in layouts if layout is not None)
-        k = self.gather(k, 2, k_space, "R")
-        v = self.gather(v, 2, k_space, "R")
-        positions = self.positions(q_space, q.device)
-        return spx.attention(q, k, v, positions, None, *rest)
+        assert q_positions is k_positions is None, "positions before lowering"
+        q_dims, k_dims = (_dims_of(operand(n, index)) for index in (0, 1))
+        if k_dims[2]:  # a single key is whole on every rank
+            k, v = (self.on_split_dim(x, k_dims, Place(2), True, self.gather_rows) for x in (k, v))
+        out, lse = spx.attention(q, k, v, self.positions(q_dims[2], q.device), None, *rest)
+        if self.split.padded(q_dims[2][0]):
+            out = self.on_split_dim(out, _dims_of(n), Place(2), True, self.mask_benignly)
+        return out, lse
 
-    def positions(self, space: Space, device: torch.device) -> Tensor:
-        """Global position of every local index: int32 [local length]."""
+    def mask_benignly(self, x: Tensor, dim: int, space: Space) -> Tensor:
+        """Padding that attention left at 0 gets a value that may be divided by."""
         split = self.split
-        return spx.positions(split.capacity(space), split.axis, split.degree, split.order, device=device)
+        return spx.mask_padding(x, dim, space.find().size, split.axis, split.degree, split.order, BENIGN)
+
+    def gather_rows(self, x: Tensor, dim: int, space: Space) -> Tensor:
+        """S -> R of one space."""
+        return self.gather(x, dim, space, "R")
+
+    def positions(self, rows: list[Space], device: torch.device) -> Tensor:
+        """Position in the whole dim of every local index, where the first of its factors is split: int32 [local]."""
+        split, (outer, *inner) = self.split, rows
+        positions = spx.positions(split.capacity(outer), split.axis, split.degree, split.order, device=device)
+        for space in inner:
+            size = space.find().size
+            within = torch.arange(size, dtype=torch.int32, device=device)
+            positions = (positions[:, None] * size + within).flatten()
+        return positions
+
+
+def _padding_of(x: Tensor) -> float:
+    """Integers are often indices: 0 is in range."""
+    return BENIGN if x.is_floating_point() else 0.0
+
+
+def _dims_of(value: fx.Node) -> list[list[Space]]:
+    """The finest factors of every dim of a value."""
+    layout = layout_of(value)
+    assert layout is not None
+    return [leaves(dim) for dim in layout.dims[0]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -47,13 +47,15 @@ class PassReport:
 class Example:
     """A program of a few lines on which a pass does its work; golden text, numerics and docs come from it.
 
-    function: plain tensor code; inputs: makes its float64/int inputs; mesh: axis sizes.
-    prerequisites: the passes that run before this one.
+    The passes that stand before this one in the pipeline run first (`spcompile.example_runs`).
+    function: plain tensor code; inputs: makes its float64 and int inputs, afresh at each call.
+    mesh: axis sizes for the printed text; numerics run on other sizes too. options: of the backend.
     """
 
     function: Callable[..., Any]
     inputs: Callable[[], tuple[Any, ...]]
     mesh: tuple[tuple[str, int], ...] = (("cp", 2),)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

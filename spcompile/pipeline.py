@@ -105,7 +105,9 @@ def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history
         report.milliseconds = (time.perf_counter() - start) * 1e3
         stage = Stage.LOCAL if p.name == "lower" else p.stage
         try:
-            verify_graph(gm, stage, ctx.mesh, sharded_outputs=ctx.options.outputs == "sharded", trainable=_trainable(gm))
+            verify_graph(
+                gm, stage, ctx.mesh, sharded_outputs=ctx.options.outputs == "sharded", trainable=_trainable(gm)
+            )
         except InvalidGraph as error:
             raise InvalidGraph(f"after pass {p.name}: {error.found}", where=error.where, legal=error.legal) from error
         history.add(p.name, stage, gm, ctx, report)

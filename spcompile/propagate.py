@@ -8,13 +8,12 @@ chain of who placed it.
 
 from __future__ import annotations
 
-import operator
 from collections import deque
 from dataclasses import dataclass, field
 
-import torch
 import torch.fx as fx
 
+from spcompile.graph import is_getitem, operand, result_number
 from spcompile.index_spaces import IndexSpaces, OpSpaces
 from spcompile.rules.base import tensor_operands
 from spcompile.spaces import Space, leaves
@@ -92,11 +91,16 @@ def _shardable(call: OpSpaces, choice: Choice) -> Choice | None:
         if choice.factor == follower:
             choice = Choice(leader, choice.part)
     if is_prefix(call, choice):
-        return choice
+        parts = [call.leaves_of(factor) for factor in (choice.factor, *_prefixes(call, choice.factor))]
+        return choice if all(len(spaces) == 1 for spaces in parts) else None  # else it is no beginning of any part
     if choice.factor in rule.replicated or choice.factor in rule.prefix_of:
         return None
     in_results = any(choice.factor in dim for result in rule.results for dim in result)
     return choice if in_results or choice.factor in rule.reductions else None
+
+
+def _prefixes(call: OpSpaces, factor: str) -> list[str]:
+    return [prefix for prefix, whole in call.rule.prefix_of.items() if whole == factor]
 
 
 def is_prefix(call: OpSpaces, choice: Choice) -> bool:
@@ -125,10 +129,10 @@ def propagate(graph: fx.Graph, spaces: IndexSpaces, seeds: dict[fx.Node, Choice]
         found.choices[node] = choice
         call = spaces.calls[node]
         _follow_prefix(call, choice)
-        for operand, dims in zip(tensor_operands(node), call.rule.operands, strict=True):
+        for read, dims in zip(tensor_operands(node), call.rule.operands, strict=True):
             place = place_of(dims, call, choice)
             if place is not None:
-                reach((operand, 0), place, source or (node, 0))
+                reach((read, 0), place, source or (node, 0))
         for number, dims in enumerate(call.rule.results):
             place = place_of(dims, call, choice)
             if place is not None:
@@ -140,15 +144,15 @@ def propagate(graph: fx.Graph, spaces: IndexSpaces, seeds: dict[fx.Node, Choice]
         value = queue.popleft()
         node, number = value
         place = found.places[value]
-        if node.op == "call_function" and node.target is operator.getitem:
-            reach((node.args[0], _result_number(node)), place, value)
+        if is_getitem(node):
+            reach((operand(node, 0), result_number(node)), place, value)
         elif node in spaces.calls:
             made = choice_at(spaces.calls[node].rule.results[number], spaces.calls[node], place)
             if made is not None:
                 choose(node, made, value)
         for user in node.users:
-            if user.op == "call_function" and user.target is operator.getitem and user.args[0] is node:
-                if _result_number(user) == number:
+            if is_getitem(user):
+                if result_number(user) == number:
                     reach((user, 0), place, value)
             elif user in spaces.calls:
                 made = _choice_as_operand(user, node, spaces.calls[user], place)
@@ -159,17 +163,11 @@ def propagate(graph: fx.Graph, spaces: IndexSpaces, seeds: dict[fx.Node, Choice]
 
 def _choice_as_operand(user: fx.Node, value: fx.Node, call: OpSpaces, place: Place) -> Choice | None:
     """The choice that `user` makes when it meets `value` split at `place`, at the first operand that allows one."""
-    for operand, dims in zip(tensor_operands(user), call.rule.operands, strict=True):
-        choice = choice_at(dims, call, place) if operand is value else None
+    for read, dims in zip(tensor_operands(user), call.rule.operands, strict=True):
+        choice = choice_at(dims, call, place) if read is value else None
         if choice is not None:
             return choice
     return None
-
-
-def _result_number(getitem: fx.Node) -> int:
-    """Which tensor result of its producer a getitem takes."""
-    producer, index = getitem.args[0], getitem.args[1]
-    return sum(isinstance(v, torch.Tensor) for v in producer.meta["val"][:index])
 
 
 def _follow_prefix(call: OpSpaces, choice: Choice) -> None:
@@ -185,8 +183,9 @@ def sequence_seeds(spaces: IndexSpaces) -> dict[fx.Node, Choice]:
     """The calls whose rule pairs factors, attention, choose their leading one: the query's rows."""
     seeds: dict[fx.Node, Choice] = {}
     for node, call in spaces.calls.items():
+        in_results = {factor for dims in call.rule.results for dim in dims for factor in dim}
         for leader in call.rule.paired:
-            if leader not in call.rule.replicated and leaves(call.factors[leader]):
+            if leader in in_results - call.rule.replicated:  # a query of length 1 has no factor
                 seeds[node] = Choice(leader)
     return seeds
 

@@ -21,24 +21,30 @@ sdpa = F.scaled_dot_product_attention
 
 class TestGoldenText(expecttest.TestCase):
     def test_grouped_sdpa(self) -> None:
-        self.assertExpectedInline(rewrite(EXAMPLES[0].function, EXAMPLES[0].inputs()).text, """\
+        self.assertExpectedInline(
+            rewrite(EXAMPLES[0].function, EXAMPLES[0].inputs()).text,
+            """\
 l_k_: "f64[2, 2, 12, 4]" = input
 l_q_: "f64[2, 4, 12, 4]" = input
 l_v_: "f64[2, 2, 12, 4]" = input
 attention_default: "(f64[2, 4, 12, 4], f64[2, 4, 12])" = spx.attention(l_q_, l_k_, l_v_, None, None, None, None, None, None, 'causal', 0.5)
 getitem: "f64[2, 4, 12, 4]" = attention_default[0]
 return (getitem,)
-""")
+""",  # noqa: E501
+        )
 
     def test_written_out(self) -> None:
-        self.assertExpectedInline(rewrite(EXAMPLES[1].function, EXAMPLES[1].inputs()).text, """\
+        self.assertExpectedInline(
+            rewrite(EXAMPLES[1].function, EXAMPLES[1].inputs()).text,
+            """\
 l_q_: "f64[2, 4, 12, 4]" = input
 l_k_: "f64[2, 4, 12, 4]" = input
 l_v_: "f64[2, 4, 12, 4]" = input
 attention_default: "(f64[2, 4, 12, 4], f64[2, 4, 12])" = spx.attention(l_q_, l_k_, l_v_, None, None, None, None, None, None, 'causal', 0.5)
 getitem: "f64[2, 4, 12, 4]" = attention_default[0]
 return (getitem,)
-""")
+""",  # noqa: E501
+        )
 
 
 def causal(q: Tensor, k: Tensor) -> Tensor:
@@ -109,7 +115,9 @@ def test_repeated_heads_are_taken_before_the_repeat(repeat: str, key_heads: int)
     assert k.shape[1] == v.shape[1] == key_heads
 
 
-@pytest.mark.parametrize("tile", [lambda x: x.repeat(1, 2, 1, 1), lambda x: torch.cat([x, x], 1), lambda x: x[:, [1, 0, 1, 0]]])
+@pytest.mark.parametrize(
+    "tile", [lambda x: x.repeat(1, 2, 1, 1), lambda x: torch.cat([x, x], 1), lambda x: x[:, [1, 0, 1, 0]]]
+)
 def test_heads_repeated_in_another_order_stay_repeated(tile: Callable[[Tensor], Tensor]) -> None:
     found = rewrite(lambda q, k, v: sdpa(q, tile(k), tile(v)), qkv(4, 2))
     assert found.attentions[0].args[1].meta["val"].shape[1] == 4  # type: ignore[union-attr]
@@ -283,7 +291,9 @@ def test_dropout_is_refused(written_out: bool) -> None:
     assert "dropout" in found[0].remarks.rows[0].text
 
 
-@pytest.mark.parametrize("model", [lambda q, k, v: q.softmax(-1), lambda q, k, v: q.softmax(-1).sum(-1) * k[0, 0, 0, :1].sum()])
+@pytest.mark.parametrize(
+    "model", [lambda q, k, v: q.softmax(-1), lambda q, k, v: q.softmax(-1).sum(-1) * k[0, 0, 0, :1].sum()]
+)
 def test_other_softmaxes_are_left_alone_without_a_remark(model: Callable[..., Any]) -> None:
     found = rewrite(model, qkv())
     assert not found.remarks.rows

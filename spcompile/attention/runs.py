@@ -62,10 +62,14 @@ class Run:
         return self.narrow(offset, stop - offset) if stop > offset else None
 
     def select(self, x: Tensor, dim: int) -> Tensor:
-        """The elements at this run's positions of `x`, whose `dim` is the global sequence; a view without gaps."""
-        if self.gaps is None:
+        """The elements at this run's positions of `x`, whose `dim` is the global sequence; a view without gaps.
+
+        Rows past its end are padding of a layout: they get the last element.
+        """
+        end = x.shape[dim] - 1
+        if self.gaps is None and self.last <= end:
             return x.narrow(dim, self.first, self.length)
-        return x.index_select(dim, self.gaps.to(x.device))
+        return x.index_select(dim, self.positions(x.device).clamp(max=end))
 
 
 def natural_runs(length: int) -> tuple[Run, ...]:

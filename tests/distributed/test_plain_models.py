@@ -1,0 +1,63 @@
+"""Models written without spcompile in mind: the sequence is found in the graph, whatever it is called and wherever it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import plain_models as pm
+import pytest
+from oracle import Case, assert_same
+from worker_pool import WorkerPool
+
+PoolOf = Callable[[int], WorkerPool]
+
+MODELS = {
+    "sequence first": Case(pm.SequenceFirst, pm.sequence_first),
+    "einsum": Case(pm.Einsum, pm.einsum),
+    "two inputs": Case(pm.TwoInputs, pm.two_inputs, pm.first_output),
+    "mean pooled": Case(pm.MeanPooled, pm.mean_pooled),
+    "first token": Case(pm.FirstToken, pm.first_token),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model(worker_pool: PoolOf, name: str) -> None:
+    assert_same(worker_pool(2), MODELS[name])
+
+
+def test_an_op_that_mixes_positions_is_gathered_with_a_remark(worker_pool: PoolOf) -> None:
+    outcomes = assert_same(worker_pool(2), Case(pm.RunningSum, pm.einsum))
+    assert {"SPR102", "SPR103"} & set(outcomes[0].remarks)
+
+
+LABELS = {
+    "one label in the batch": ((1, 7),),
+    "none on the second rank": tuple((row, s) for row in (0, 1) for s in range(8)),
+    "at the edges of shards": ((0, 0), (0, 7), (0, 8), (0, 15), (1, 3), (1, 4), (1, 11), (1, 12)),
+}
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_labels(worker_pool: PoolOf, reduction: str, labels: str) -> None:
+    arguments = partial(pm.labelled_at, places=LABELS[labels], length=16)
+    options = {"attention": "ulysses"}  # ranks hold contiguous halves, so that these places are edges
+    assert_same(worker_pool(2), Case(partial(pm.Reduced, reduction), arguments, options=options))
+
+
+def test_one_position_a_rank(worker_pool: PoolOf) -> None:
+    arguments = partial(pm.labelled_at, places=((0, 0), (0, 1), (1, 1), (2, 0)), length=2, batch=3)
+    assert_same(worker_pool(2), Case(partial(pm.Reduced, "mean"), arguments))
+
+
+@pytest.mark.parametrize("length", [63, 65, 1000])
+def test_uneven_lengths(worker_pool: PoolOf, length: int) -> None:
+    places = tuple((row, s) for row in (0, 1) for s in range(0, length, 2))
+    arguments = partial(pm.labelled_at, places=places, length=length)
+    assert_same(worker_pool(2), Case(partial(pm.Reduced, "mean"), arguments))
+
+
+def test_uneven_length_on_four_ranks(worker_pool: PoolOf) -> None:
+    places = tuple((row, s) for row in (0, 1) for s in range(65))
+    assert_same(worker_pool(4), Case(partial(pm.Reduced, "mean"), partial(pm.labelled_at, places=places, length=65)))

@@ -1,0 +1,201 @@
+"""Plain models that no rule may know: other argument names, layouts, attention spelled in other ways.
+
+B batch, S sequence, D width, N heads, H head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VOCAB, WIDTH, HEADS = 40, 24, 4
+
+
+def generator_of(number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
+
+
+def ids(number: int, length: int, batch: int = 2) -> Tensor:
+    return torch.randint(0, VOCAB, (batch, length), generator=generator_of(number))
+
+
+class SelfAttention(nn.Module):
+    """Bidirectional or causal attention over [B, S, D] with scaled_dot_product_attention."""
+
+    def __init__(self, heads: int = HEADS, causal: bool = True) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal and mask is None)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class SequenceFirst(nn.Module):
+    """[S, B, D] inside, attention over [B * N, S, H] written by hand, as old Megatron and fairseq models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, stuff: Tensor, goal: Tensor) -> Tensor:
+        x = self.embedding(stuff.t())
+        s, b, _ = x.shape
+        q, k, v = (t.reshape(s, b * HEADS, -1).transpose(0, 1) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        scores = torch.bmm(q, k.transpose(1, 2)) / math.sqrt(WIDTH // HEADS)
+        scores = scores.masked_fill(torch.ones(s, s, dtype=torch.bool).triu(1), float("-inf"))
+        y = torch.bmm(scores.softmax(-1), v).transpose(0, 1).reshape(s, b, WIDTH)
+        logits = self.head(x + self.out(y))
+        return F.cross_entropy(logits.reshape(-1, VOCAB), goal.t().reshape(-1))
+
+
+def sequence_first(number: int, *, length: int = 33) -> dict[str, Any]:
+    return {"stuff": ids(number, length), "goal": ids(number + 1, length)}
+
+
+class Einsum(nn.Module):
+    """Projections and attention as einsum, with a three-dimensional weight for each of q, k and v."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        self.position = nn.Parameter(torch.randn(64, WIDTH))
+        self.q, self.k, self.v, self.o = (nn.Parameter(torch.randn(WIDTH, HEADS, WIDTH // HEADS) / 5) for _ in range(4))
+        self.head = nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, words: Tensor, answers: Tensor) -> Tensor:
+        x = self.embedding(words) + self.position[: words.shape[1]]
+        q, k, v = (torch.einsum("bsd,dnh->bsnh", x, w) for w in (self.q, self.k, self.v))
+        scores = torch.einsum("bqnh,bknh->bnqk", q, k) * (WIDTH // HEADS) ** -0.5
+        y = torch.einsum("bnqk,bknh->bqnh", scores.softmax(-1), v)
+        x = x + torch.einsum("bsnh,dnh->bsd", y, self.o)
+        return F.cross_entropy(self.head(x).flatten(0, 1), answers.flatten())
+
+
+def einsum(number: int, *, length: int = 33) -> dict[str, Any]:
+    return {"words": ids(number, length), "answers": ids(number + 1, length)}
+
+
+class TwoInputs(nn.Module):
+    """Two token sequences of one length are added, with a parameter as positions; its outputs are a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Embedding(VOCAB, WIDTH)
+        self.second = nn.Linear(3, WIDTH)
+        self.positions = nn.Parameter(torch.randn(1, 33, WIDTH))
+        self.attention = SelfAttention()
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, tokens: Tensor, features: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.first(tokens) + self.second(features) + self.positions
+        y = self.head(x + self.attention(x))
+        return F.mse_loss(y, wanted), y
+
+
+def two_inputs(number: int) -> dict[str, Any]:
+    generator = generator_of(number)
+    features, wanted = torch.randn(2, 33, 3, generator=generator), torch.randn(2, 33, 5, generator=generator)
+    return {"tokens": ids(number, 33), "features": features, "wanted": wanted}
+
+
+def first_output(out: Any, batch: dict[str, Any]) -> Tensor:
+    return out[0]
+
+
+class MeanPooled(nn.Module):
+    """A classifier over the mean of the tokens that are no padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        self.attention = SelfAttention(causal=False)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, text: Tensor, is_real: Tensor, label: Tensor) -> Tensor:
+        x = self.embedding(text)
+        x = x + self.attention(x, is_real[:, None, None, :])
+        weight = is_real.unsqueeze(-1).to(x.dtype)
+        pooled = (x * weight).sum(1) / weight.sum(1)
+        return F.cross_entropy(self.head(pooled), label)
+
+
+def mean_pooled(number: int, *, length: int = 33) -> dict[str, Any]:
+    is_real = torch.arange(length) < torch.tensor([[length], [length - 20]])
+    return {"text": ids(number, length), "is_real": is_real, "label": torch.tensor([2, 0])}
+
+
+class FirstToken(nn.Module):
+    """A classifier over the first token, behind a learned token that is put in front of the sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        self.token = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.attention = SelfAttention(causal=False)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, text: Tensor, label: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(text.shape[0], -1, -1), self.embedding(text)], 1)
+        x = x + self.attention(self.norm(x))
+        return F.cross_entropy(self.head(x[:, 0]), label)
+
+
+def first_token(number: int, *, length: int = 32) -> dict[str, Any]:
+    return {"text": ids(number, length), "label": torch.tensor([1, 2])}
+
+
+class RunningSum(nn.Module):
+    """A branch that adds the running mean over the sequence, which no shard can compute alone; unequal head counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        self.layers = nn.ModuleList([SelfAttention(4), SelfAttention(6), SelfAttention(3)])
+        self.plain = nn.Sequential(nn.Linear(WIDTH, 48), nn.Tanh(), nn.Linear(48, WIDTH))
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+
+    def forward(self, words: Tensor, answers: Tensor) -> Tensor:
+        x = self.embedding(words)
+        for layer in self.layers:
+            x = x + layer(x)
+            x = x + self.plain(x)
+        count = torch.arange(1, words.shape[1] + 1, dtype=x.dtype)
+        x = x + x.cumsum(1) / count[:, None]
+        return F.cross_entropy(self.head(x).flatten(0, 1), answers.flatten())
+
+
+class Reduced(nn.Module):
+    """One causal layer whose loss is summed or averaged; a batch's labels say which positions count."""
+
+    def __init__(self, reduction: str) -> None:
+        super().__init__()
+        self.reduction = reduction
+        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        self.attention = SelfAttention()
+        self.head = nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, words: Tensor, answers: Tensor) -> Tensor:
+        x = self.embedding(words)
+        logits = self.head(x + self.attention(x))
+        return F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction=self.reduction)
+
+
+def labelled_at(number: int, *, places: tuple[tuple[int, int], ...], length: int, batch: int = 2) -> dict[str, Any]:
+    """Only the given (row, position) have labels."""
+    answers = torch.full((batch, length), -100)
+    for row, position in places:
+        answers[row, position] = (row + position) % VOCAB
+    return {"words": ids(number, length, batch), "answers": answers}

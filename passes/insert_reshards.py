@@ -79,7 +79,10 @@ def _reshard_operands(node: fx.Node, axis: str, made: Made, first: fx.Node, ctx:
     def convert(operand: fx.Node) -> fx.Node:
         if not isinstance(operand.meta.get("val"), torch.Tensor):
             return operand
-        place = next(wanted).place
+        use = next(wanted)
+        if use.unread:
+            return operand
+        place = use.place
         state = state_of(operand, axis)
         target = str(place) if place is not None else "R" if runs_sharded else "I"
         if state == target or (state == "I" and target == "R" and not operand.meta["val"].is_floating_point()):

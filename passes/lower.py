@@ -41,6 +41,7 @@ class LowerToLocal(Pass):
         for new, old in zip((n for n in local.graph.nodes if n.op == "placeholder"), placeholders, strict=True):
             new._rename(old.name)
             new.target = new.name
+            new.meta["trainable"] = old.meta.get("trainable", False)
         local.graph.eliminate_dead_code()
         for node in local.graph.nodes:
             if node.op == "call_function" and "stack_trace" not in node.meta:

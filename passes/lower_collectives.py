@@ -3,7 +3,8 @@
 Before   ag: "f64[5]" = spx.all_gather(x, 0, 5, 'cp', 2, 'contiguous', 'R')
 After    all_gather_into_tensor: "f64[6]" = _c10d_functional.all_gather_into_tensor(x, 2, 'cp')
          wait_tensor: "f64[6]" = _c10d_functional.wait_tensor(all_gather_into_tensor)
-         ...                                                              # views, slice: natural order, no padding
+         ...                                                       # views: natural order, without padding
+         ag: "f64[5]" = aten.slice(view, 0, 0, 5)
 
 Ops which must know their rank (shard, mask_padding, reorder, ring attention) stay one node. Groups are mesh axes until
 `bind_axes` puts the names of this process's groups in their place, so that the graph is the same on every rank.
@@ -20,12 +21,11 @@ import torch.fx as fx
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from spcompile.collectives import COLLECTIVES, Collective, call_arguments, erase_identities
+from spcompile.collectives import COLLECTIVES, Collective, axis_argument, call_arguments, erase_identities
 from spcompile.diagnostics import InvalidGraph, source_of
 from spcompile.passes_api import Context, Example, Pass, Stage
 
 _KEPT_META = ("stack_trace", "nn_module_stack", "seq_nr", "partitioner_tag", "recompute", "ac_graph_id")
-_AXIS_ARGUMENTS = ("axis", "group_name")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def bind_axes(graph: fx.Graph, groups: Mapping[str, str]) -> int:
     """
     bound = 0
     for node in graph.nodes:
-        argument = _axis_argument(node)
+        argument = axis_argument(node.target)
         if argument is None or "axis" in node.meta:
             continue
         axis = _argument(node, argument)
@@ -77,15 +77,6 @@ def bind_axes(graph: fx.Graph, groups: Mapping[str, str]) -> int:
         node.meta["axis"] = axis
         bound += 1
     return bound
-
-
-def _axis_argument(node: fx.Node) -> int | None:
-    """Index in the schema of the argument that names the axis; None for ops that do not communicate."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("spx", "_c10d_functional"):
-        return None
-    names = [argument.name for argument in target._schema.arguments]
-    return next((names.index(name) for name in _AXIS_ARGUMENTS if name in names), None)
 
 
 def _argument(node: fx.Node, index: int) -> Any:
@@ -102,7 +93,7 @@ def _set_argument(node: fx.Node, index: int, value: str) -> None:
 
 
 def _inline(node: fx.Node, collective: Collective) -> None:
-    """Trace `lowered` on the example values of the call and put its nodes in place of the call."""
+    """Trace `lowered` on the example values of the call and put its nodes in place of the call; its name stays."""
     lowered, arguments = _bound_call(node, collective)
     values = [argument.meta["val"] for argument in arguments]
     body = make_fx(lowered)(*values).graph
@@ -120,6 +111,7 @@ def _inline(node: fx.Node, collective: Collective) -> None:
         result.meta["sharding"] = dict(node.meta["sharding"])
     node.replace_all_uses_with(result)
     node.graph.erase_node(node)
+    result.name = node.name
 
 
 def _bound_call(node: fx.Node, collective: Collective) -> tuple[Callable[..., Any], list[fx.Node]]:

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import sympy
 import torch
 import torch.fx as fx
+from torch import Tensor
 
 import spcompile.attention.op  # noqa: F401  (defines spx::attention)
 from spcompile.attention.mask import AttentionMask
@@ -264,13 +265,23 @@ def _has_keys(parts: list[Part], q: fx.Node, k: fx.Node) -> bool:
     return every_row_has_a_key(sympy.And(*conditions), sizes[2], sizes[3])
 
 
-def _eager_attention(q_BNSH: torch.Tensor, k_BGSH: torch.Tensor, v_BGSH: torch.Tensor) -> torch.Tensor:
-    k_BNSH, v_BNSH = k_BGSH.repeat_interleave(2, 1), v_BGSH.repeat_interleave(2, 1)
-    return torch.softmax(q_BNSH @ k_BNSH.transpose(2, 3) * 0.5, -1) @ v_BNSH
+def _grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    B, G, T, _ = k.shape
+    k, v = (x[:, :, None].expand(B, G, q.shape[1] // G, T, -1).reshape(B, q.shape[1], T, -1) for x in (k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def _inputs() -> tuple[torch.Tensor, ...]:
-    return tuple(torch.randn(1, heads, 7, 4, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+def _written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    S, T = q.shape[2], k.shape[2]
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    keep = torch.ones(S, T, dtype=torch.bool, device=q.device).tril()
+    return torch.softmax(scores.masked_fill(~keep, -math.inf), dim=-1) @ v
 
 
-EXAMPLE = Example(_eager_attention, _inputs)
+def _tensors(heads: int, key_heads: int) -> tuple[Tensor, ...]:
+    shapes = ((2, heads, 12, 4), (2, key_heads, 12, 4), (2, key_heads, 12, 4))
+    return tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+
+
+EXAMPLES = (Example(_grouped, lambda: _tensors(4, 2)), Example(_written_out, lambda: _tensors(4, 4)))
+EXAMPLE = EXAMPLES[0]

@@ -7,19 +7,20 @@ vectors. Terms that cannot be read stay in a smaller dense bias.
 Rows without any key: scaled_dot_product_attention gives zeros there for bool masks and for -inf (checked with torch
 2.13, all dtypes, math and flash kernels, forward and gradients), and so does spx.attention. A *finite* fill such as
 finfo.min gives such rows the mean of all values instead, so a mask with a finite fill is only taken where every row
-provably has a key: then the filled keys get weight exp(-1e9) = 0 either way.
+provably has a key: then the filled keys get weight exp(-1e8) = 0 either way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import sympy
 import torch
 import torch.fx as fx
 from sympy.logic.boolalg import Boolean
+from torch import Tensor
 
 from spcompile.graph import call, erase_dead, shape_of
 from spcompile.passes_api import Context, Example, Pass, Stage
@@ -29,9 +30,6 @@ from spcompile.symbolic_mask.reader import Reader
 from spcompile.symbolic_mask.values import Element, Int, Unreadable
 from spcompile.symbolic_mask.vectors import Unwritable, VectorWriter
 from spcompile.symbolic_mask.views import IndexSpace, Indices, sizes_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 aten = torch.ops.aten
 
@@ -203,15 +201,34 @@ def _writes(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
-def _attention_with_window(q_BNSH: torch.Tensor, k_BNSH: torch.Tensor, v_BNSH: torch.Tensor) -> torch.Tensor:
-    at = torch.arange(q_BNSH.shape[2])
-    distance = at[:, None] - at[None, :]
-    mask = (distance >= 0) & (distance < 3)
-    return torch.nn.functional.scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSH, attn_mask=mask)
+def _packed_window(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    steps = torch.diff(positions, prepend=positions[:, :1] - 1)
+    documents = (steps != 1).cumsum(-1)
+    p_q, p_k = positions[:, None, :, None], positions[:, None, None, :]
+    keep = (p_k <= p_q) & (p_k > p_q - 4) & (documents[:, None, :, None] == documents[:, None, None, :])
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep)
 
 
-def _inputs() -> tuple[torch.Tensor, ...]:
-    return tuple(torch.randn(1, 2, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+def _padded(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> Tensor:
+    rows = torch.arange(q.shape[2], device=q.device)[:, None]
+    keep = (torch.arange(k.shape[2], device=q.device) <= rows) & attention_mask.bool()[:, None, None, :]
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep)
 
 
-EXAMPLE = Example(_attention_with_window, _inputs)
+def _tensors() -> tuple[Tensor, ...]:
+    return tuple(torch.randn(2, 2, 12, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+
+def _packed_positions() -> Tensor:
+    return torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 8]])
+
+
+def _right_padding() -> Tensor:
+    return (torch.arange(12) < torch.tensor([[12], [7]])).long()
+
+
+EXAMPLES = (
+    Example(_packed_window, lambda: (*_tensors(), _packed_positions())),
+    Example(_padded, lambda: (*_tensors(), _right_padding())),
+)
+EXAMPLE = EXAMPLES[0]

@@ -1,1 +1,10 @@
+"""Sequence-parallel training of plain single-GPU transformers: `torch.compile(model, backend="spcompile")`."""
 
+from __future__ import annotations
+
+from spcompile.explain import explain
+from spcompile.options import Options
+from spcompile.verify import verify
+
+__all__ = ["Options", "__version__", "explain", "verify"]
+__version__ = "0.1.0"

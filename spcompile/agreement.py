@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from spcompile.diagnostics import RanksDisagree
 from spcompile.mesh import RuntimeMesh
-from spcompile.torch_private import unset_fake_temporarily
+from spcompile.torch_private import no_python_dispatcher, unset_fake_temporarily
 
 TIMEOUT = timedelta(seconds=30)
 
@@ -41,11 +41,15 @@ class Agreement:
             RanksDisagree: the same error on all ranks.
         """
         self._count += 1
-        with unset_fake_temporarily():  # AOTAutograd compiles under a fake mode; this communicates for real
+        # AOTAutograd compiles under a fake mode; this communicates for real. And under the Python dispatcher, which gloo's
+        # threads would inherit: they would wait for the GIL while a checked collective holds it (debug level DETAIL).
+        with unset_fake_temporarily(), no_python_dispatcher():
             if self._hashes_equal(text):
                 return
         texts = self._exchange(text)
-        raise RanksDisagree((explain or _list_texts)(texts), legal="the same model, options and input shapes everywhere")
+        raise RanksDisagree(
+            (explain or _list_texts)(texts), legal="the same model, options and input shapes everywhere"
+        )
 
     def _hashes_equal(self, text: str) -> bool:
         digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
@@ -65,7 +69,7 @@ class Agreement:
     def _exchange(self, text: str) -> dict[int, str]:
         store = dist.distributed_c10d._get_default_store()
         prefix = f"spcompile/{self._mesh.key}/{self._count}"
-        store.set(f"{prefix}/{dist.get_rank()}", text.encode())
+        store.set(f"{prefix}/{dist.get_rank()}", text)
         texts: dict[int, str] = {}
         for rank in sorted(self._mesh.device_mesh.mesh.flatten().tolist()):
             key = f"{prefix}/{rank}"

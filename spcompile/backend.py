@@ -11,10 +11,11 @@ import torch
 import torch.fx as fx
 
 from spcompile.agreement import Agreement, first_difference
+from spcompile.autocast import autocast_off
 from spcompile.diagnostics import GraphBreak
 from spcompile.dump import dump_to
 from spcompile.dynamo_settings import ignore_library_logging
-from spcompile.emit import Emission, emit
+from spcompile.emit import Emission, callable_of, emit
 from spcompile.mesh import RuntimeMesh, runtime_mesh
 from spcompile.options import Options
 from spcompile.outputs import restore_outputs
@@ -49,14 +50,14 @@ def spcompile(
         return plain(gm, example_inputs, chosen.compiler)
     agreement = _agreement(mesh.key, mesh)
     agreement.require(_signature(example_inputs, chosen))
-    _refuse_graph_break(gm)
+    refuse_graph_break(gm)
     return _compile(gm, example_inputs, chosen, mesh, agreement)
 
 
 def plain(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: str) -> Callable[..., Any]:
     """Compile without sharding."""
     if compiler == "inductor":
-        return compile_fx(gm, example_inputs)
+        return callable_of(compile_fx(gm, example_inputs))
     return aot_autograd(fw_compiler=lambda graph_module, _: graph_module.forward)(gm, example_inputs)
 
 
@@ -74,8 +75,9 @@ def _compile(
     def agree(phase: str, final: fx.GraphModule) -> None:
         agreement.require(format_graph(final), first_difference)
 
-    emission = Emission(program, bind=lambda graph: bind_axes(graph, groups), finished=agree)
-    compiled = emit(emission, options.compiler)
+    emission = Emission(program, bind=functools.partial(bind_axes, groups=groups), finished=agree)
+    with autocast_off():
+        compiled = emit(emission, options.compiler)
     PROGRAMS.append((program, emission))
     key = str(len(PROGRAMS))
     return _checked(restore_outputs(compiled, program, mesh), key, agreement)
@@ -98,7 +100,7 @@ def _checked(run: Callable[..., Any], key: str, agreement: Agreement) -> Callabl
     return call
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _agreement(key: str, mesh: RuntimeMesh) -> Agreement:
     return Agreement(mesh)
 
@@ -112,7 +114,7 @@ def _device_type(inputs: Sequence[Any]) -> str:
     return next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
 
 
-def _refuse_graph_break(gm: fx.GraphModule) -> None:
+def refuse_graph_break(gm: fx.GraphModule) -> None:
     """Dynamo says on each part of a broken model why it ended; sharding one part alone would be a guess."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     if reason is None or not reason.graph_break:

@@ -6,7 +6,6 @@ node each, with the user's source line. Mutations are functionalised, so every l
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from spcompile.autocast import autocast_in, make_explicit
 from spcompile.diagnostics import CaptureFailed, source_of
 from spcompile.torch_private import FunctionalTensor, FunctionalTensorMode, TracingContext, detect_fake_mode
 
@@ -76,7 +76,9 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     fake_mode, fakes = fake_inputs(inputs)
     with fake_mode, fx.traceback.preserve_node_meta():
         captured = make_fx(run, pre_dispatch=True)(*fakes)
-    _name_placeholders(captured, gm)
+    _name_placeholders(captured, gm, inputs)
+    if autocast_in(captured):
+        make_explicit(captured)
     normalise(captured)
     for node in captured.graph.nodes:
         if node.op == "call_function" and not node.meta.get("stack_trace"):
@@ -110,11 +112,12 @@ def _unwrap(tensor: Any) -> Any:
     return torch._from_functional_tensor(tensor.elem)
 
 
-def _name_placeholders(captured: fx.GraphModule, original: fx.GraphModule) -> None:
-    """Give the placeholders the names Dynamo chose: they say which parameter or argument each one is."""
+def _name_placeholders(captured: fx.GraphModule, original: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Give the placeholders the names Dynamo chose, and note which are trainable: tracing forgets both."""
     names = [n for n in original.graph.nodes if n.op == "placeholder"]
     nodes = [n for n in captured.graph.nodes if n.op == "placeholder"]
-    for node, source in zip(nodes, names, strict=True):
+    for node, source, given in zip(nodes, names, inputs, strict=True):
+        node.meta["trainable"] = isinstance(given, torch.Tensor) and given.requires_grad
         node._rename(source.name)
         node.target = node.name
         for key in ("grapharg", "tensor_dict"):
@@ -150,8 +153,9 @@ def _fold_constant(gm: fx.GraphModule, node: fx.Node) -> None:
         return
     number = value.item() if value.numel() == 1 else 0
     with gm.graph.inserting_before(node):
-        options = {"dtype": value.dtype, "device": value.device}
-        full = gm.graph.call_function(aten.full.default, (list(value.shape), number), options)
+        full = gm.graph.call_function(
+            aten.full.default, (list(value.shape), number), {"dtype": value.dtype, "device": value.device}
+        )
     full.meta = dict(node.meta)
     node.replace_all_uses_with(full)
     gm.graph.erase_node(node)
@@ -183,8 +187,3 @@ def _detach_no_grad_regions(graph: fx.Graph) -> None:
         detached.meta = {**node.meta}
         for user in outside:
             user.replace_input_with(node, detached)
-
-
-def is_getitem(node: fx.Node) -> bool:
-    """Whether the node selects one result of a call with several."""
-    return node.op == "call_function" and node.target is operator.getitem

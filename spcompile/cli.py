@@ -73,6 +73,8 @@ def train(
         dtype: float32, float64, bfloat16 or float16.
         dump: A folder for the graph after every pass.
     """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     from spcompile.train import launch
     from spcompile.train_progress import print_report
     from spcompile.train_report import TrainJob
@@ -95,7 +97,12 @@ def train(
     )
     if nproc is not None and nproc != job.ranks:
         raise IllegalMesh(f"--mesh of {job.ranks} ranks with --nproc {nproc}", legal=f"--nproc {job.ranks}, or none")
-    report = launch(job)
+    try:
+        report = launch(job)
+    except ChildFailedError as error:
+        rank, first = error.get_first_failure()
+        print(f"FAILED: rank {rank} ended with exit code {first.exitcode}, see above", file=sys.stderr)
+        return 1
     if json:
         print(json_text.dumps(report.to_dict()))
     else:

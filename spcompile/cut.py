@@ -16,6 +16,7 @@ import networkx as nx
 import torch
 import torch.fx as fx
 
+from spcompile.graph import is_getitem, operand
 from spcompile.layout import NodeLayout, layout_of
 from spcompile.propagate import Choice, Place, place_of
 from spcompile.rules.base import tensor_operands, tensor_results
@@ -26,11 +27,15 @@ WIRE = 4.0  # one byte over a link against one byte of memory traffic
 
 @dataclass(frozen=True)
 class Use:
-    """One operand slot: `user` reads `value`; sharded, it wants it at `place` (None: whole)."""
+    """One operand slot: `user` reads `value`; sharded, it wants it at `place` (None: whole).
+
+    unread: only its shape and dtype matter, so any state will do.
+    """
 
     value: fx.Node
     user: fx.Node
     place: Place | None
+    unread: bool = False
 
 
 def uses_of(user: fx.Node, axis: str) -> list[Use]:
@@ -38,10 +43,11 @@ def uses_of(user: fx.Node, axis: str) -> list[Use]:
     layout = layout_of(user)
     choice = layout.choice.get(axis) if layout else None
     operands = tensor_operands(user)
-    if layout is None or layout.call is None or choice is None:
-        return [Use(operand, user, None) for operand in operands]
-    rules = layout.call.rule.operands
-    return [Use(o, user, place_of(d, layout.call, choice)) for o, d in zip(operands, rules, strict=True)]
+    if layout is None or layout.call is None:
+        return [Use(read, user, None) for read in operands]
+    call = layout.call
+    places = [place_of(dims, call, choice) if choice is not None else None for dims in call.rule.operands]
+    return [Use(o, user, p, i in call.rule.unread) for i, (o, p) in enumerate(zip(operands, places, strict=True))]
 
 
 def bytes_of(node: fx.Node) -> float:
@@ -55,7 +61,7 @@ def needs_gradient(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         floating = any(v.is_floating_point() for v in tensor_results(node))
         if node.op == "placeholder":
-            carries = floating and bool(node.meta["val"].requires_grad)
+            carries = floating and bool(node.meta.get("trainable"))
         else:
             cuts = node.target is torch.ops.aten.detach.default
             carries = floating and not cuts and any(i in found for i in node.all_input_nodes)
@@ -92,7 +98,9 @@ def _chosen(node: fx.Node, axis: str) -> Choice | None:
 
 def _add_use(network: nx.DiGraph, use: Use, axis: str, gradient: set[fx.Node]) -> None:
     """Edges for one operand slot. A call that cannot run sharded stands on the replicated side."""
-    producer = use.value.args[0] if use.value.op == "call_function" and _is_getitem(use.value) else use.value
+    if use.unread:
+        return
+    producer = operand(use.value, 0) if is_getitem(use.value) else use.value
     layout = layout_of(use.value)
     made = layout.place(axis) if layout is not None and _chosen(producer, axis) is not None else None
     user = use.user if _chosen(use.user, axis) is not None else "replicated"
@@ -103,9 +111,3 @@ def _add_use(network: nx.DiGraph, use: Use, axis: str, gradient: set[fx.Node]) -
     if use.place is not None and user != "replicated":
         back = WIRE * bytes_of(use.value) if use.value in gradient else 0.0
         network.add_edge(user, producer if made is not None else "replicated", capacity=back + 0.5)
-
-
-def _is_getitem(node: fx.Node) -> bool:
-    import operator
-
-    return node.target is operator.getitem

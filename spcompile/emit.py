@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from functorch.compile import make_boxed_func
 from torch.utils.checkpoint import CheckpointPolicy
 
 from spcompile.collectives import erase_identities
@@ -21,6 +20,7 @@ from spcompile.torch_private import (
     aot_autograd,
     compile_fx,
     compile_fx_inner,
+    make_boxed_func,
     min_cut_rematerialization_partition,
 )
 
@@ -37,7 +37,7 @@ class Emission:
     """
 
     program: LocalProgram
-    bind: Callable[[fx.Graph], None]
+    bind: Callable[[fx.Graph], Any]
     finished: Callable[[str, fx.GraphModule], None] = lambda phase, gm: None
     graphs: dict[str, fx.GraphModule] = field(default_factory=dict)
 
@@ -57,7 +57,7 @@ class Emission:
 
 
 def prepare_joint(graph: fx.Graph) -> None:
-    """On the joint graph: drop the identity nodes whose work was to create a gradient, and never save what was gathered.
+    """On the joint graph: drop identities, whose work was to create a gradient, and never save what was gathered.
 
     A gathered activation is gathered again in the backward (Korthikanti et al. 2022): its shard is what is saved.
     """
@@ -115,4 +115,11 @@ def _inductor(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> 
         emission.schedule(graph_module, phase)
         return compile_fx_inner(graph_module, example_inputs, **kwargs)
 
-    return compile_fx(gm, inputs, inner_compile=inner, config_patches={"joint_custom_pre_pass": _PrepareJoint()})
+    patches = {"joint_custom_pre_pass": _PrepareJoint()}
+    return callable_of(compile_fx(gm, inputs, inner_compile=inner, config_patches=patches))
+
+
+def callable_of(compiled: Any) -> Callable[..., Any]:
+    """Inductor's result, which is a callable unless it compiled ahead of time."""
+    assert callable(compiled), type(compiled)
+    return compiled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch._subclasses import FakeTensorMode
 
-_ORIGIN = ("stack_trace", "nn_module_stack")
+_ORIGIN = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id")
 
 
 def call(
@@ -27,7 +28,7 @@ def call(
     """A new call node.
 
     args, kwargs: as fx takes them: nodes, numbers, lists of them. Sizes may be SymInt nodes, never bare SymInts.
-    like: gives the origin (stack trace, module stack) and, where no operand has one, the fake mode.
+    like: gives the origin (source line, module, checkpointed region) and, where no operand has one, the fake mode.
     before: the node in front of which the call goes; `like` itself by default.
     """
     kwargs = dict(kwargs or {})
@@ -101,3 +102,22 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     for old, new in mapping.items():
         new.meta = dict(old.meta)
     return copy
+
+
+def operand(node: fx.Node, index: int) -> fx.Node:
+    """The argument at `index`, which is a node."""
+    found = node.args[index]
+    assert isinstance(found, fx.Node), f"argument {index} of {node.format_node()}"
+    return found
+
+
+def is_getitem(node: fx.Node) -> bool:
+    """Whether the node takes one result of a call that has several."""
+    return node.op == "call_function" and node.target is operator.getitem
+
+
+def result_number(getitem: fx.Node) -> int:
+    """Which tensor result of its producer a getitem takes."""
+    values, index = operand(getitem, 0).meta["val"], getitem.args[1]
+    assert isinstance(index, int)
+    return sum(isinstance(v, torch.Tensor) for v in values[:index])

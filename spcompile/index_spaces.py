@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field
 
 import torch
 import torch.fx as fx
 
+from spcompile.graph import is_getitem, operand, result_number
 from spcompile.rules import OpRule, rule_of
 from spcompile.rules.base import tensor_operands, tensor_results
 from spcompile.sizes import same
@@ -44,26 +44,19 @@ def find_index_spaces(graph: fx.Graph) -> IndexSpaces:
     """One pass in topological order. Calls without a rule get new spaces for their results."""
     spaces = IndexSpaces()
     for node in graph.nodes:
-        if node.op == "call_function" and node.target is operator.getitem:
-            results = spaces.values.get(node.args[0])
-            if results is not None and isinstance(node.meta.get("val"), torch.Tensor):
-                spaces.values[node] = [results[_tensor_index(node.args[0], node.args[1])]]
+        examples = tensor_results(node)
+        if node.op == "output" or not examples:
             continue
-        results = tensor_results(node)
-        if node.op == "output" or not results:
+        if is_getitem(node):
+            spaces.values[node] = [spaces.values[operand(node, 0)][result_number(node)]]
             continue
         rule = rule_of(node) if node.op == "call_function" else None
         if rule is not None:
             spaces.calls[node] = _bind(node, rule, spaces)
             spaces.values[node] = [_result_dims(dims, spaces.calls[node]) for dims in rule.results]
         else:
-            spaces.values[node] = [_fresh(value) for value in results]
+            spaces.values[node] = [_fresh(value) for value in examples]
     return spaces
-
-
-def _tensor_index(producer: fx.Node, index: int) -> int:
-    """Position among the tensor results, which is what rules count."""
-    return sum(isinstance(v, torch.Tensor) for v in producer.meta["val"][:index])
 
 
 def _fresh(value: torch.Tensor) -> Dims:
@@ -73,11 +66,11 @@ def _fresh(value: torch.Tensor) -> Dims:
 def _bind(node: fx.Node, rule: OpRule, spaces: IndexSpaces) -> OpSpaces:
     """Tie the factors of a rule to the spaces of the operands, then make new spaces for those only in results."""
     call = OpSpaces(rule)
-    for operand, dims in zip(tensor_operands(node), rule.operands, strict=True):
-        for value_dim, factor_names in zip(spaces.values[operand][0], dims, strict=True):
+    for read, dims in zip(tensor_operands(node), rule.operands, strict=True):
+        for value_dim, factor_names in zip(spaces.values[read][0], dims, strict=True):
             wanted = [call.factors.setdefault(f, [Space(rule.sizes[f])]) for f in factor_names]
             agreed = unify([space for group in wanted for space in group], value_dim)
-            assert agreed or not factor_names, f"{node}: {rule.text()} does not fit its operand {operand}"
+            assert agreed or not factor_names, f"{node}: {rule.text()} does not fit its operand {read}"
     for factor, size in rule.sizes.items():
         call.factors.setdefault(factor, [Space(size)])
     return call

@@ -1,4 +1,4 @@
-"""What annotation leaves on the nodes of a GLOBAL graph: `node.meta["layout"]`, read by `insert-reshards` and `lower`."""
+"""What annotation leaves on the nodes of a GLOBAL graph: `meta["layout"]`, read by `insert-reshards` and `lower`."""
 
 from __future__ import annotations
 

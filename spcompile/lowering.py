@@ -13,10 +13,11 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.graph import operand
 from spcompile.layout import NodeLayout, layout_of
 from spcompile.propagate import Choice, Place, is_prefix, place_of, space_at
 from spcompile.reshard import is_reshard, parse_place
-from spcompile.rules.base import LocalCall, tensor_operands
+from spcompile.rules.base import LocalCall, tensor_operands, tensor_results
 from spcompile.sequence import chunks_per_rank, local_length
 from spcompile.sizes import Size, divides, same
 from spcompile.spaces import Space, leaves
@@ -62,11 +63,17 @@ class Lower(fx.Interpreter):
         with self._set_current_node(n):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             if is_reshard(n):
-                source = layout_of(n.args[0])
+                source = layout_of(operand(n, 0))
                 assert source is not None
                 return self.reshard(args[0], str(n.args[2]), str(n.args[3]), [leaves(dim) for dim in source.dims[0]])
-            if layout.call is not None and (choice := layout.choice.get(self.split.axis)) is not None:
+            if layout.call is None:
+                return self.call_function(n.target, args, kwargs)
+            if (choice := layout.choice.get(self.split.axis)) is not None:
                 return self.sharded(n, layout, choice, args, kwargs)
+            if layout.call.rule.unread and layout.call.rule.local is not None:
+                # An operand of which only the shape is read may be split: the result must not follow it.
+                shapes = tuple(tuple(v.shape) for v in tensor_results(n))
+                return layout.call.rule.local(LocalCall(args, kwargs, shapes, "", 1, self.split.degree))
             return self.call_function(n.target, args, kwargs)
 
     def sharded(
@@ -188,7 +195,7 @@ class Lower(fx.Interpreter):
         """Query rows local, keys and values gathered: right as it stands; `parallelize-attention` improves it."""
         q, k, v, q_positions, k_positions, *rest = args
         assert q_positions is k_positions is None, "positions before lowering"
-        q_dims, k_dims = (_dims_of(node) for node in n.args[:2])
+        q_dims, k_dims = (_dims_of(operand(n, index)) for index in (0, 1))
         if k_dims[2]:  # a single key is whole on every rank
             k, v = (self.on_split_dim(x, k_dims, Place(2), True, self.gather_rows) for x in (k, v))
         out, lse = spx.attention(q, k, v, self.positions(q_dims[2], q.device), None, *rest)
@@ -221,8 +228,8 @@ def _padding_of(x: Tensor) -> float:
     return BENIGN if x.is_floating_point() else 0.0
 
 
-def _dims_of(operand: Any) -> list[list[Space]]:
-    """The finest factors of every dim of an operand."""
-    layout = layout_of(operand)
+def _dims_of(value: fx.Node) -> list[list[Space]]:
+    """The finest factors of every dim of a value."""
+    layout = layout_of(value)
     assert layout is not None
     return [leaves(dim) for dim in layout.dims[0]]

@@ -24,7 +24,10 @@ class NotComputedTensor(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise NotComputed(f'this output was read by {getattr(func, "__name__", func)}, but outputs="loss" computes scalars only', legal='outputs="full" or "sharded"')
+        raise NotComputed(
+            f'this output was read by {getattr(func, "__name__", func)}, but outputs="loss" computes scalars only',
+            legal='outputs="full" or "sharded"',
+        )
 
 
 def restore_outputs(compiled: Callable[..., Any], program: LocalProgram, mesh: RuntimeMesh) -> Callable[..., Any]:
@@ -48,15 +51,14 @@ def _restore(output: Output, computed: Any, mesh: RuntimeMesh) -> Any:
 
 def _as_dtensor(local: Tensor, output: Output, mesh: RuntimeMesh) -> DTensor:
     """A DTensor split over the sequence: DTensor's uneven shards hold no padding, so it is cut off."""
-    assert output.dim is not None and output.shape is not None
+    assert output.dim is not None
+    assert output.shape is not None
     axis = "cp"
     rank = mesh.device_mesh.get_local_rank(axis)
     length = int(output.shape[output.dim])
     chunk = sequence.chunk_length(length, mesh.shape.size(axis), "contiguous")
     valid = max(0, min(chunk, length - rank * chunk))
-    placements: list[Placement] = [
-        Shard(output.dim) if name == axis else Replicate() for name, _ in mesh.shape.axes
-    ]
+    placements: list[Placement] = [Shard(output.dim) if name == axis else Replicate() for name, _ in mesh.shape.axes]
     shape = torch.Size(int(s) for s in output.shape)
     stride = torch.empty(shape, device="meta").stride()
     part = local.narrow(output.dim, 0, valid)

@@ -11,6 +11,7 @@ from typing import Any
 import torch.fx as fx
 
 from spcompile.diagnostics import IllegalOption, InvalidGraph
+from spcompile.graph import copy_graph
 from spcompile.passes_api import Context, Pass, PassReport, Stage, count_changes, op_counts
 from spcompile.printer import format_graph
 from spcompile.verifier import verify_graph
@@ -18,12 +19,13 @@ from spcompile.verifier import verify_graph
 
 @dataclass
 class Snapshot:
-    """The graph after one pass, as text."""
+    """The graph after one pass, as text; `gm` is a copy of the graph itself where the history keeps graphs."""
 
     name: str
     stage: Stage
     text: str
     report: PassReport
+    gm: fx.GraphModule | None = None
 
 
 @dataclass
@@ -32,11 +34,13 @@ class History:
 
     snapshots: list[Snapshot] = field(default_factory=list)
     on_snapshot: Callable[[Snapshot], None] | None = None
+    keep_graphs: bool = False
 
     def add(self, name: str, stage: Stage, gm: fx.GraphModule, ctx: Context, report: PassReport) -> None:
         """Keep the text of a graph."""
         title = f"stage {stage.value}, mesh {ctx.mesh}, after {name}: {report.rewrites} rewrites"
-        snapshot = Snapshot(name, stage, format_graph(gm, title=title), report)
+        kept = fx.GraphModule(gm, copy_graph(gm.graph)) if self.keep_graphs else None
+        snapshot = Snapshot(name, stage, format_graph(gm, title=title), report, kept)
         self.snapshots.append(snapshot)
         if self.on_snapshot is not None:
             self.on_snapshot(snapshot)
@@ -83,6 +87,10 @@ def check_order(passes: Iterable[Pass]) -> None:
         assert not late, f"{p.name} must run after {', '.join(late)}"
 
 
+def _trainable(gm: fx.GraphModule) -> list[str]:
+    return [n.name for n in gm.graph.nodes if n.op == "placeholder" and n.meta.get("trainable")]
+
+
 def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history: History) -> None:
     """Run passes of one stage in order, verifying the graph after each.
 
@@ -97,7 +105,9 @@ def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history
         report.milliseconds = (time.perf_counter() - start) * 1e3
         stage = Stage.LOCAL if p.name == "lower" else p.stage
         try:
-            verify_graph(gm, stage, ctx.mesh)
+            verify_graph(
+                gm, stage, ctx.mesh, sharded_outputs=ctx.options.outputs == "sharded", trainable=_trainable(gm)
+            )
         except InvalidGraph as error:
             raise InvalidGraph(f"after pass {p.name}: {error.found}", where=error.where, legal=error.legal) from error
         history.add(p.name, stage, gm, ctx, report)

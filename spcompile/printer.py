@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from spcompile.collectives.base import call_arguments
+from spcompile.collectives.base import axis_argument
 from spcompile.diagnostics import source_of
 from spcompile.mesh import MeshShape
 
@@ -62,7 +62,7 @@ def format_graph(gm: fx.GraphModule, mesh: MeshShape | None = None, title: str |
         if here is not None and here != place:
             lines.append(here)
             place = here
-        lines.append(_line(node))
+        lines.append(_line(gm, node))
     return "\n".join(lines) + "\n"
 
 
@@ -76,10 +76,13 @@ def graph_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _line(node: fx.Node) -> str:
+def _line(gm: fx.GraphModule, node: fx.Node) -> str:
     if node.op == "output":
         return f"return {_value(node.args[0])}"
-    type_name = type_text(node.meta.get("val"))
+    val = node.meta.get("val")
+    if val is None and node.op == "get_attr":
+        val = operator.attrgetter(str(node.target))(gm)
+    type_name = type_text(val)
     sharding = "".join(f" {axis}={text}" for axis, text in (node.meta.get("sharding") or {}).items())
     return f'{node.name}: "{type_name}{sharding}" = {_expression(node)}'
 
@@ -89,9 +92,7 @@ def _expression(node: fx.Node) -> str:
         return "input"
     if node.op == "get_attr":
         return f"self.{node.target}"
-    args, kwargs = list(node.args), dict(node.kwargs)
-    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "_c10d_functional":
-        args, kwargs = _without_group(node)
+    args, kwargs = _unbound(node)
     written = [_value(arg) for arg in args] + [f"{key}={_value(value)}" for key, value in kwargs.items()]
     if node.target is operator.getitem:
         return f"{written[0]}[{written[1]}]"
@@ -101,13 +102,17 @@ def _expression(node: fx.Node) -> str:
     return f"{prefix}{op_name(node)}({', '.join(written)})"
 
 
-def _without_group(node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments of a functional collective with the mesh axis in place of the name of a process group."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    operand, named = call_arguments(node.target, node.args, node.kwargs)
-    if "group_name" in named:
-        named["group_name"] = node.meta.get("axis", named["group_name"])
-    return [operand, *named.values()], {}
+def _unbound(node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a node, with the mesh axis in place of the process group that it was bound to."""
+    args, kwargs = list(node.args), dict(node.kwargs)
+    index = axis_argument(node.target)
+    if index is not None and "axis" in node.meta:
+        assert isinstance(node.target, torch._ops.OpOverload)
+        if index < len(args):
+            args[index] = node.meta["axis"]
+        else:
+            kwargs[node.target._schema.arguments[index].name] = node.meta["axis"]
+    return args, kwargs
 
 
 def type_text(val: Any) -> str:
@@ -135,7 +140,12 @@ def _value(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_value(k)}: {_value(v)}" for k, v in value.items()) + "}"
     if isinstance(value, slice):
-        return ":".join("" if v is None else _value(v) for v in (value.start, value.stop, value.step))
+        ends = (
+            f"{'' if value.start is None else _value(value.start)}:{'' if value.stop is None else _value(value.stop)}"
+        )
+        return ends if value.step is None else f"{ends}:{_value(value.step)}"
+    if value is Ellipsis:
+        return "..."
     if isinstance(value, torch.dtype):
         return _dtype(value)
     if isinstance(value, torch.device):

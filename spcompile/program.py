@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from spcompile.autocast import autocast_off
 from spcompile.capture import capture
 from spcompile.diagnostics import Remarks
 from spcompile.graph import copy_graph
@@ -74,6 +74,14 @@ def build(
     ctx = Context(mesh, options, Remarks(strict=options.strict))
     history = history or History()
     captured = capture(gm, inputs)
+    with autocast_off():
+        return _build(captured, inputs, ctx, passes, history)
+
+
+def _build(
+    captured: fx.GraphModule, inputs: Sequence[Any], ctx: Context, passes: Sequence[Pass], history: History
+) -> LocalProgram:
+    options = ctx.options
     work = fx.GraphModule(captured, copy_graph(captured.graph))
     history.add("capture", Stage.GLOBAL, work, ctx, PassReport())
     outputs = _select_outputs(work, options)
@@ -92,7 +100,8 @@ def _select_outputs(gm: fx.GraphModule, options: Options) -> list[Output]:
     """Flatten the outputs; outputs="loss" drops everything but scalars, and with it what only they needed."""
     node = _output_node(gm.graph)
     flat = list(node.args[0]) if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
-    kept, outputs = [], []
+    kept: list[Any] = []
+    outputs: list[Output] = []
     for value in flat:
         example = value.meta.get("val") if isinstance(value, fx.Node) else None
         if options.outputs == "loss" and isinstance(example, torch.Tensor) and example.ndim > 0:
@@ -115,6 +124,6 @@ def _note_split_outputs(gm: fx.GraphModule, outputs: list[Output], options: Opti
     for output in outputs:
         value = values[output.index] if output.index is not None else None
         layout = layout_of(value) if isinstance(value, fx.Node) else None
-        place = layout.place("cp") if layout is not None and value.target is not operator.getitem else None
+        place = layout.place("cp") if layout is not None else None
         if place is not None and isinstance(value, fx.Node):
             output.dim, output.shape = place.dim, tuple(value.meta["val"].shape)

@@ -8,13 +8,12 @@ chain of who placed it.
 
 from __future__ import annotations
 
-import operator
 from collections import deque
 from dataclasses import dataclass, field
 
-import torch
 import torch.fx as fx
 
+from spcompile.graph import is_getitem, operand, result_number
 from spcompile.index_spaces import IndexSpaces, OpSpaces
 from spcompile.rules.base import tensor_operands
 from spcompile.spaces import Space, leaves
@@ -130,10 +129,10 @@ def propagate(graph: fx.Graph, spaces: IndexSpaces, seeds: dict[fx.Node, Choice]
         found.choices[node] = choice
         call = spaces.calls[node]
         _follow_prefix(call, choice)
-        for operand, dims in zip(tensor_operands(node), call.rule.operands, strict=True):
+        for read, dims in zip(tensor_operands(node), call.rule.operands, strict=True):
             place = place_of(dims, call, choice)
             if place is not None:
-                reach((operand, 0), place, source or (node, 0))
+                reach((read, 0), place, source or (node, 0))
         for number, dims in enumerate(call.rule.results):
             place = place_of(dims, call, choice)
             if place is not None:
@@ -145,15 +144,15 @@ def propagate(graph: fx.Graph, spaces: IndexSpaces, seeds: dict[fx.Node, Choice]
         value = queue.popleft()
         node, number = value
         place = found.places[value]
-        if node.op == "call_function" and node.target is operator.getitem:
-            reach((node.args[0], _result_number(node)), place, value)
+        if is_getitem(node):
+            reach((operand(node, 0), result_number(node)), place, value)
         elif node in spaces.calls:
             made = choice_at(spaces.calls[node].rule.results[number], spaces.calls[node], place)
             if made is not None:
                 choose(node, made, value)
         for user in node.users:
-            if user.op == "call_function" and user.target is operator.getitem and user.args[0] is node:
-                if _result_number(user) == number:
+            if is_getitem(user):
+                if result_number(user) == number:
                     reach((user, 0), place, value)
             elif user in spaces.calls:
                 made = _choice_as_operand(user, node, spaces.calls[user], place)
@@ -164,17 +163,11 @@ def propagate(graph: fx.Graph, spaces: IndexSpaces, seeds: dict[fx.Node, Choice]
 
 def _choice_as_operand(user: fx.Node, value: fx.Node, call: OpSpaces, place: Place) -> Choice | None:
     """The choice that `user` makes when it meets `value` split at `place`, at the first operand that allows one."""
-    for operand, dims in zip(tensor_operands(user), call.rule.operands, strict=True):
-        choice = choice_at(dims, call, place) if operand is value else None
+    for read, dims in zip(tensor_operands(user), call.rule.operands, strict=True):
+        choice = choice_at(dims, call, place) if read is value else None
         if choice is not None:
             return choice
     return None
-
-
-def _result_number(getitem: fx.Node) -> int:
-    """Which tensor result of its producer a getitem takes."""
-    producer, index = getitem.args[0], getitem.args[1]
-    return sum(isinstance(v, torch.Tensor) for v in producer.meta["val"][:index])
 
 
 def _follow_prefix(call: OpSpaces, choice: Choice) -> None:

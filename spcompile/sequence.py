@@ -57,6 +57,8 @@ def positions(length: int, rank: int, degree: int, order: str, device: torch.dev
 def pad(x: Tensor, dim: int, length: int, fill: float = 0) -> Tensor:
     """`x` grown at the end of `dim` to `length` elements of value `fill`."""
     missing = length - x.shape[dim]
+    if isinstance(missing, int) and missing == 0:
+        return x
     shape = list(x.shape)
     shape[dim] = missing
     return torch.cat([x, x.new_full(shape, fill)], dim)
@@ -67,11 +69,11 @@ def take(x: Tensor, dim: int, rank: int, degree: int, order: str, fill: float = 
     chunk = chunk_length(x.shape[dim], degree, order)
     padded = pad(x, dim, chunk * chunks_per_rank(order) * degree, fill)
     parts = [padded.narrow(dim, c * chunk, chunk) for c in chunks_of(rank, degree, order)]
-    return torch.cat(parts, dim) if len(parts) > 1 else parts[0].contiguous()
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
 
 
 def restore(ranks: Tensor, dim: int, length: int, order: str) -> Tensor:
-    """The global tensor from all ranks' parts stacked on a new leading dim: [degree, ..., local, ...] -> [..., length, ...].
+    """The global tensor from all ranks' parts on a leading dim: [degree, ..., local, ...] -> [..., length, ...].
 
     Written with views, flip and cat only, so that it traces to a graph that is the same for every degree.
     """

@@ -121,7 +121,7 @@ class Simulator:
         if target in COLLECTIVES or target in _SPECS:
             run = _run_collective if target in COLLECTIVES else _run_spec
             named = [call_arguments(target, args, kwargs) for args, kwargs in calls]
-            return self._by_group(named[0][1]["axis"], named, lambda group: run(target, group))
+            return self._by_group(node.meta.get("axis") or named[0][1]["axis"], named, lambda group: run(target, group))
         if target in _STARTS:
             axis = node.meta.get("axis") or call_arguments(target, *calls[0])[1]["group_name"]
             return self._by_group(axis, calls, lambda group: self._start(target, group))

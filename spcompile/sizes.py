@@ -24,7 +24,7 @@ def same(a: Size, b: Size) -> bool:
 
 
 def quotient(a: Size, b: Size) -> Size | None:
-    """a / b where b divides a for all values of the symbols, else None."""
+    """A / b where b divides a for all values of the symbols, else None."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b if b and a % b == 0 else None
     ratio = sympy.cancel(expression(a) / expression(b))

@@ -10,7 +10,16 @@ import torch.fx as fx
 from torch._subclasses import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-_ORIGIN = ("stack_trace", "nn_module_stack", "seq_nr", "custom", "ac_graph_id", "recompute", "partitioner_tag")
+_ORIGIN = (
+    "stack_trace",
+    "nn_module_stack",
+    "seq_nr",
+    "custom",
+    "ac_graph_id",
+    "recompute",
+    "partitioner_tag",
+    "spx_origin",
+)
 
 
 def splice(

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-# Registers the Meta kernels of torch.ops._c10d_functional (torch 2.13, torch/distributed/_functional_collectives.py).
-import torch.distributed._functional_collectives  # noqa: F401
+import torch.distributed._functional_collectives  # noqa: F401  torch 2.13: Meta kernels of torch.ops._c10d_functional
+
+# torch 2.13: torch/_dispatch/python.py
+from torch._dispatch.python import no_python_dispatcher
 
 # torch 2.13: torch/_functorch/aot_autograd.py, partitioners.py; torch/_dynamo/backends/common.py
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+# torch 2.13: torch/_guards.py. The context that Dynamo holds while a backend runs.
+from torch._guards import TracingContext, detect_fake_mode
 
 # torch 2.13: torch/_inductor/compile_fx.py, custom_graph_pass.py
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
-
-# torch 2.13: torch/_guards.py. The context that Dynamo holds while a backend runs.
-from torch._guards import TracingContext, detect_fake_mode
 
 # torch 2.13: torch/_subclasses/fake_tensor.py
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -27,6 +30,7 @@ from torch._subclasses.functional_tensor import (
     FunctionalTensorMode,
     disable_functional_mode,
 )
+from torch.distributed.distributed_c10d import _resolve_process_group  # torch 2.13
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,14 +46,14 @@ __all__ = [
     "compile_fx_inner",
     "detect_fake_mode",
     "disable_functional_mode",
+    "make_boxed_func",
     "min_cut_rematerialization_partition",
-    "process_group",
+    "no_python_dispatcher",
+    "resolve_process_group",
     "unset_fake_temporarily",
 ]
 
 
-def process_group(name: str) -> ProcessGroup:
-    """The process group that c10d registered under `name` (torch 2.13, torch/distributed/distributed_c10d.py)."""
-    from torch.distributed.distributed_c10d import _resolve_process_group
-
+def resolve_process_group(name: str) -> ProcessGroup:
+    """The process group with this c10d name."""
     return _resolve_process_group(cast("GroupName", name))

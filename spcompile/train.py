@@ -10,7 +10,8 @@ import importlib
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from spcompile import model_spec
 from spcompile.diagnostics import IllegalModel, IllegalOption
 from spcompile.mesh import MeshShape
+from spcompile.options import Options
 from spcompile.saved_bytes import saved_activation_bytes
 from spcompile.traffic import traffic_of
 from spcompile.train_progress import ShowStep, step_progress
@@ -43,9 +45,10 @@ def check(job: TrainJob) -> None:
     """Find what cannot work before any process is started.
 
     Raises:
-        IllegalModel, IllegalOption: with what would be legal.
+        IllegalModel, IllegalOption, UnknownOption, IllegalMesh: with what would be legal.
     """
     MeshShape.of(job.mesh)
+    Options.parse(job.options)
     built = model_spec.build(job.model, seq=job.seq, device="meta", dtype=job.dtype, settings=job.settings)
     if built.vocab < 256:
         raise IllegalModel(f"a vocabulary of {built.vocab} for bytes", legal="at least 256")
@@ -58,56 +61,75 @@ def check(job: TrainJob) -> None:
 
 
 def launch(job: TrainJob) -> TrainReport:
-    """Run the job on `job.ranks` new processes of this machine, as torchrun would.
+    """Run the job on `job.ranks` new processes.
 
     Raises:
-        IllegalModel, IllegalOption, IllegalMesh: before any process is started.
-        torch.distributed.elastic.multiprocessing.errors.ChildFailedError: a process failed; its traceback is printed.
+        SpcompileError: before any process is started.
+        ChildFailedError: a process failed; the launcher has printed its traceback.
+    """
+    check(job)
+    return on_processes(job.ranks, train_rank, job)[0]
+
+
+def on_processes(ranks: int, function: Callable[..., Any], *arguments: Any) -> dict[int, Any]:
+    """Call `function(*arguments)` in `ranks` new processes of this machine, as torchrun would; results by rank.
+
+    `function` calls `join_processes` first. Under `__main__` it needs the usual `if __name__ == "__main__"` guard.
+
+    Raises:
+        ChildFailedError: a process failed; the launcher has printed its traceback.
     """
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    check(job)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the trace observer of traffic.py announces itself
+    # Threads that wait for each other sleep: by default they spin, which halves the speed where cores are shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=job.ranks,
-        run_id="spcompile-train",
+        nproc_per_node=ranks,
+        run_id="spcompile",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
         monitor_interval=0.1,
     )
-    return elastic_launch(config, train_rank)(job)[0]
+    return elastic_launch(config, function)(*arguments)
 
 
-def train_rank(job: TrainJob) -> TrainReport | None:
-    """What each process does; the report is rank 0's. The launcher has set RANK, WORLD_SIZE and MASTER_ADDR."""
-    device = "cuda" if torch.cuda.device_count() >= job.ranks else "cpu"
-    rank = int(os.environ["RANK"])
+@contextmanager
+def join_processes() -> Iterator[str]:
+    """The process group of `on_processes`: NCCL where every rank has a GPU, else gloo; yields the device type."""
+    device = "cuda" if torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"]) else "cpu"
     if device == "cuda":
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=30))
     try:
-        with step_progress(job.steps, shown=rank == 0) as show:
-            return _compare(job, device, show)
+        yield device
     finally:
         dist.destroy_process_group()
 
 
+def train_rank(job: TrainJob) -> TrainReport | None:
+    """What each process does; the report is rank 0's."""
+    with join_processes() as device, step_progress(job.steps, shown=dist.get_rank() == 0) as show:
+        return _compare(job, device, show)
+
+
 def _compare(job: TrainJob, device: str, show: ShowStep) -> TrainReport | None:
-    rank, cores = dist.get_rank(), _cores()
+    rank = dist.get_rank()
     single: list[Run | None] = [None]
     if rank == 0:
-        torch.set_num_threads(cores)
-        built = _build(job, device)
-        single[0] = _train(job, built, Batches(job, built, device), lambda *step: show("one device", *step, None))
+        torch.set_num_threads(cores())
+        plain = _build(job, device)
+        batches = Batches(job, plain, device)
+        single[0] = _train(job, plain, batches, lambda step, loss: show("one device", step, loss, None))
     dist.broadcast_object_list(single, src=0)
     reference = single[0]
     assert reference is not None
 
-    torch.set_num_threads(max(1, cores // job.ranks))
+    torch.set_num_threads(max(1, cores() // job.ranks))
     mesh = init_device_mesh(device, tuple(job.mesh.values()), mesh_dim_names=tuple(job.mesh))
     built = _build(job, device)
     options = {**job.options, "mesh": mesh, "dump": job.dump if rank == 0 else None}
@@ -175,7 +197,8 @@ class Batches:
         return {name: value.chunk(self.dp_size)[self.dp_rank].to(self.device) for name, value in inputs.items()}
 
 
-def _cores() -> int:
+def cores() -> int:
+    """CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from spcompile import sequence
-from spcompile.attention.blocks import make_rows
 from spcompile.attention.drivers import RingDeadlock, simulate
 from spcompile.attention.mask import AttentionMask
 from spcompile.attention.op import spec_ring_attention, spec_ring_attention_backward
-from spcompile.attention.provider import Scores
+from spcompile.attention.provider import Rows, Scores
 from spcompile.attention.ring import (
     Requests,
     Ring,
@@ -192,7 +191,7 @@ def test_bytes_on_the_wire(dtype: torch.dtype, text: str, order: str) -> None:
     assert [sum(x.nbytes for x in messages) for messages in sent] == [forward_bytes(*sizes)] * 4
     assert [len(messages) for messages in sent] == [ring.hops(mask)] * 4
     sent = [[] for _ in range(4)]
-    rows = [make_rows(q, out, lse, torch.zeros_like(out), None) for out, lse in results]
+    rows = [Rows(q, out, torch.zeros_like(out), lse, None) for out, lse in results]
     simulate([requests_of(ring_backward(rows[r], k, v, Scores(mask, 1.0), ring, r, False), sent[r]) for r in range(4)])
     assert [sum(x.nbytes for x in messages) for messages in sent] == [backward_bytes(*sizes)] * 4
 

@@ -108,6 +108,15 @@ def test_train_prints_json(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
     assert result["job"]["dump"] == str(tmp_path)
 
 
+def test_a_rank_that_fails_ends_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    words = "train models:gpt-tiny --set vocab=256 --set layers=1 --steps 2 --seq 16 --backend no-such-backend"
+    assert call(monkeypatch, *words.split()) == 1
+    assert "InvalidBackend" in caplog.text
+    assert capsys.readouterr().err.rstrip().endswith("ended with exit code 1, see above")
+
+
 @pytest.mark.parametrize(("command", "device"), [("explain", "meta"), ("verify", "cpu")])
 @pytest.mark.parametrize("ok", [True, False])
 def test_explain_and_verify_hand_over_model_mesh_and_options(

@@ -1,4 +1,4 @@
-"""Every collective on two real processes (gloo) against its spec: results, gradients, strides, opcheck.
+"""Every collective on two real processes (gloo) against its spec: results, gradients, strides, opcheck; one program.
 
 This file is also the program that the processes run: `python test_collective_gloo.py RANK FOLDER`.
 """
@@ -8,14 +8,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from functorch.compile import aot_function, make_boxed_func
 
 from spcompile.collectives import COLLECTIVES, GRADIENT, Call, Collective
+from spcompile.diagnostics import Remarks
+from spcompile.mesh import MeshShape
+from spcompile.options import Options
+from spcompile.passes.lower_collectives import LowerCollectives, bind_axes
+from spcompile.passes_api import Context
+
+spx = torch.ops.spx
 
 DEGREE = 2
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -44,6 +53,44 @@ def transposed(state: str, call: Call) -> list[torch.Tensor]:
     return [x.permute(dims) for x in denoting(state, call.shape[::-1], torch.float64, seed=1)]
 
 
+def plain(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer over all positions and the mean of its squares."""
+    h = torch.tanh(x @ w)
+    return (h * h).mean(), h
+
+
+def sharded(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with the positions of x [2, length, 3] over two ranks."""
+    length = x.shape[1]
+    h = torch.tanh(spx.shard(x, 1, "cp", 2, "zigzag", 7.0) @ spx.vary(w, "cp", 2))
+    squares = spx.mask_padding(h * h, 1, length, "cp", 2, "zigzag", 0.0).sum()
+    loss = spx.all_reduce(squares, "cp", 2, "I") / (2 * length * 4)
+    return loss, spx.all_gather(h, 1, length, "cp", 2, "zigzag", "I")
+
+
+def loss_and_gradients(function: Callable[..., Any], length: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((2, length, 3), (3, 4), (2, length, 4))
+    x, w, h_grad = (torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes)
+    x.requires_grad_()
+    w.requires_grad_()
+    loss, h = function(x, w)
+    torch.autograd.backward([loss, h], [torch.ones_like(loss), h_grad])
+    return [value.detach() for value in (loss, h, x.grad, w.grad)]
+
+
+def compiled(group: str, dynamic: bool) -> Callable[..., Any]:
+    """The sharded program as a backend emits it: differentiated, lowered, bound to this process's group."""
+
+    def finish(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        LowerCollectives().run(gm, Context(MeshShape.of({"cp": DEGREE}), Options(), Remarks()))
+        bind_axes(gm.graph, {"cp": group})
+        gm.recompile()
+        return make_boxed_func(gm.forward)
+
+    return aot_function(sharded, fw_compiler=finish, bw_compiler=finish, dynamic=dynamic)
+
+
 def run_rank(rank: int, folder: str) -> None:
     """Write this rank's result and gradient of every case."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=DEGREE)
@@ -67,6 +114,9 @@ def run_rank(rank: int, folder: str) -> None:
         if "-5-" in name:
             x = denoting(src, call.shape, torch.float64, seed=1)[rank].requires_grad_()
             found[f"{name}-opcheck"] = torch.library.opcheck(collective.op, (x,), arguments, raise_exception=False)
+    for dynamic in (False, True):
+        for length in (5, 8):
+            found[f"program-{dynamic}-{length}"] = loss_and_gradients(compiled(group, dynamic), length)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -136,6 +186,17 @@ def test_operand_in_other_memory_order(ranks: list[dict[str, Any]], name: str) -
 def test_opcheck(ranks: list[dict[str, Any]], name: str) -> None:
     for rank in range(DEGREE):
         assert set(ranks[rank][f"{name}-opcheck"].values()) == {"SUCCESS"}, ranks[rank][f"{name}-opcheck"]
+
+
+@pytest.mark.parametrize("length", [5, 8])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_lowered_program_computes_what_one_device_computes(
+    ranks: list[dict[str, Any]], dynamic: bool, length: int
+) -> None:
+    expected = loss_and_gradients(plain, length)
+    for rank in range(DEGREE):
+        for ours, theirs in zip(ranks[rank][f"program-{dynamic}-{length}"], expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from spcompile.attention import naive, tiles
+from spcompile.attention import blocks, naive, tiles
 from spcompile.attention.aten import CpuFlash
-from spcompile.attention.blocks import make_rows, plan
+from spcompile.attention.blocks import plan
 from spcompile.attention.mask import AttentionMask, Kind
 from spcompile.attention.op import attention
-from spcompile.attention.provider import Provider, Scores
+from spcompile.attention.provider import Provider, Rows, Scores
 from spcompile.attention.runs import natural_runs, runs_of, shard_runs
 from spcompile.attention.tiles import Tiled
 
@@ -99,13 +101,12 @@ def check(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 
 
 def run_provider(provider: Provider, case: Case, with_lse: bool) -> tuple[Tensor, ...]:
-    blocks = plan(natural_runs(case.q.shape[2]), natural_runs(case.k.shape[2]), case.scores)
-    assert len(blocks) == 1
-    out, lse = provider.block_forward(case.q, case.k, case.v, blocks[0], torch.float64)
-    rows = make_rows(case.q, out, lse, case.grad_out, case.grad_lse.masked_fill(lse.isinf(), 0) if with_lse else None)
+    (block,) = plan(natural_runs(case.q.shape[2]), natural_runs(case.k.shape[2]), case.scores)
+    out, lse = provider.block_forward(case.q, case.k, case.v, block, torch.float64)
+    rows = Rows(case.q, out, case.grad_out, lse, case.grad_lse.masked_fill(lse.isinf(), 0) if with_lse else None)
     has_grad = case.bias is not None and case.bias.is_floating_point()
     grad_bias = torch.zeros_like(case.bias) if has_grad and case.bias is not None else None
-    grads = provider.block_backward(rows, case.k, case.v, blocks[0], torch.float64, grad_bias)
+    grads = provider.block_backward(rows, case.k, case.v, block, torch.float64, grad_bias)
     return (out, lse, *grads) if grad_bias is None else (out, lse, *grads, grad_bias)
 
 
@@ -155,7 +156,7 @@ def test_flash_mask_without_gradient_of_the_bias() -> None:
     case = make_case("causal window=6", bias="float")
     (block,) = plan(natural_runs(13), natural_runs(13), case.scores)
     out, lse = CpuFlash().block_forward(case.q, case.k, case.v, block, torch.float64)
-    rows = make_rows(case.q, out, lse, case.grad_out, None)
+    rows = Rows(case.q, out, case.grad_out, lse, None)
     grads = CpuFlash().block_backward(rows, case.k, case.v, block, torch.float64, None)
     check((out, lse, *grads), oracle(case)[:5])
 
@@ -254,3 +255,32 @@ def test_rows_without_keys() -> None:
     assert bool((lse[0] == -torch.inf).all())
     assert all(torch.equal(grad[0], torch.zeros_like(grad[0])) for grad in grads)
     assert all(bool(grad.isfinite().all()) for grad in grads)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that any op makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, Tensor):
+                self.numel = max(self.numel, x.numel())
+        return result
+
+
+@pytest.mark.parametrize("text", ["causal", "causal window=64", "causal documents"])
+def test_no_tensor_grows_with_the_square(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "MAX_SCORES", 1 << 14)
+    S = 2048
+    q, k, v = (torch.randn(1, n, S, 8) for n in (2, 1, 1))
+    documents = torch.zeros(1, S, dtype=torch.int64) if "documents" in text else None
+    data = (None, None, documents, documents, None, None, text, 1.0)
+    with LargestTensor() as largest:
+        scores = Scores(AttentionMask.parse(text), 1.0, documents, documents)
+        out, lse = blocks.forward(q, k, v, natural_runs(S), natural_runs(S), scores)
+        rows = Rows(q, out, torch.ones_like(out), lse, None)
+        blocks.backward(rows, k, v, natural_runs(S), natural_runs(S), scores, False)
+    assert largest.numel <= q.numel()
+    torch.testing.assert_close(out, attention(q, k, v, *data)[0], rtol=0, atol=0)

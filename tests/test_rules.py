@@ -28,6 +28,7 @@ class Spec:
     low: float
     high: float
     dtype: torch.dtype = torch.float64
+    gradient: bool = True  # False where the op has no derivative for this operand
 
     def make(self, generator: torch.Generator) -> torch.Tensor:
         if self.dtype in (torch.int64, torch.uint8):
@@ -46,6 +47,11 @@ def x(*shape: int) -> Spec:
 def pos(*shape: int) -> Spec:
     """Floats in (0.1, 0.9)."""
     return Spec(shape, 0.1, 0.9)
+
+
+def fixed(*shape: int) -> Spec:
+    """Floats in (0.1, 0.9), for operands that an op has no derivative for."""
+    return Spec(shape, 0.1, 0.9, gradient=False)
 
 
 def big(*shape: int) -> Spec:
@@ -179,10 +185,10 @@ CASES: list[tuple[Call, str]] = [
     (call("bernoulli", pos(4, 6)), "[a] [b] -> [a] [b]"),
     (call("bernoulli.p", pos(4), 0.5), "[a] -> [a]"),
     (call("binary_cross_entropy", pos(4, 6), pos(4, 6)), "a b, a b -> () | a: sum, b: sum"),
-    (call("binary_cross_entropy", pos(4, 6), pos(4, 6), pos(6), SUM), "a b, a b, b -> () | a: sum, b: sum"),
+    (call("binary_cross_entropy", pos(4, 6), pos(4, 6), fixed(6), SUM), "a b, a b, b -> () | a: sum, b: sum"),
     (call("binary_cross_entropy_with_logits", x(4), pos(4)), "a, a -> () | a: sum"),
     (
-        call("binary_cross_entropy_with_logits", x(4, 6), pos(4, 6), None, pos(6), SUM),
+        call("binary_cross_entropy_with_logits", x(4, 6), pos(4, 6), None, fixed(6), SUM),
         "a b, a b, b -> () | a: sum, b: sum",
     ),
     (call("bincount", ints(5, 8), minlength=5), "[b] -> [a]"),
@@ -229,7 +235,7 @@ CASES: list[tuple[Call, str]] = [
     (call("conv1d", x(2, 4, 8), x(6, 4, 3)), "a d [e], b d [f] -> a b [c] | d: sum"),
     (call("conv1d", x(2, 4, 8), x(6, 4, 3), x(6)), "a [d] [e], b [d] [f], b -> a b [c]"),
     (call("conv1d", x(2, 4, 8), x(4, 1, 3), None, [1], [0], [1], 4), "a [d] [e], [b] 1 [f] -> a [b] [c]"),
-    (call("copy", x(4, 6), x(6)), "a b, b -> a b"),
+    (call("copy", fixed(4, 6), fixed(6)), "a b, b -> a b"),
     (call("copysign.Scalar", x(4), -1.0), "a -> a"),
     (call("copysign.Tensor", x(4), x(4)), "a, a -> a"),
     (call("cos", x(4, 6)), "a b -> a b"),
@@ -239,7 +245,7 @@ CASES: list[tuple[Call, str]] = [
     (call("count_nonzero.dim_IntList", ints(2, 4, 6), [1]), "a b -> a | b: sum"),
     (call("cross_entropy_loss", x(4, 6), ints(6, 4), None, NONE), "a [b], a -> a"),
     (call("cross_entropy_loss", x(4, 6), ints(6, 4), None, SUM, 2), "a [b], a -> () | a: sum"),
-    (call("cross_entropy_loss", x(4, 6), ints(6, 4), pos(6), SUM, 1, 0.1), "a [b], a, [b] -> () | a: sum"),
+    (call("cross_entropy_loss", x(4, 6), ints(6, 4), fixed(6), SUM, 1, 0.1), "a [b], a, [b] -> () | a: sum"),
     (call("cross_entropy_loss", x(4, 6), ints(6, 4)), "[a] [b], [a] -> ()"),
     (call("cross_entropy_loss", x(4, 6, 2), ints(6, 4, 2), None, NONE), "a [c] b, a b -> a b"),
     (call("cross_entropy_loss", x(4, 6, 2), ints(6, 4, 2), None, SUM), "a [b] c, a c -> () | a: sum, c: sum"),
@@ -321,7 +327,7 @@ CASES: list[tuple[Call, str]] = [
     (call("hardsigmoid", x(4)), "a -> a"),
     (call("hardswish", x(4)), "a -> a"),
     (call("hardtanh", x(4)), "a -> a"),
-    (call("heaviside", x(4), x(4)), "a, a -> a"),
+    (call("heaviside", fixed(4), fixed(4)), "a, a -> a"),
     (call("histc", x(8), 5, -1, 1), "[b] -> [a]"),
     (call("hstack", [x(4, 2), x(4, 6)]), "a [c], a [d] -> a [b]"),
     (call("huber_loss", x(4), x(4)), "a, a -> () | a: sum"),
@@ -425,7 +431,6 @@ CASES: list[tuple[Call, str]] = [
     (call("movedim.int", x(2, 4, 6), -1, 0), "b c a -> a b c"),
     (call("movedim.intlist", x(2, 4, 6), [0], [1]), "b a c -> a b c"),
     (call("mse_loss", x(4, 6), x(4, 6)), "a b, a b -> () | a: sum, b: sum"),
-    (call("mse_loss", x(4, 6), x(6)), "[a] b, b -> () | b: sum"),
     (call("mse_loss", x(4, 6), x(4, 6), SUM), "a b, a b -> () | a: sum, b: sum"),
     (call("mul.Scalar", x(4), 3), "a -> a"),
     (call("mul.Tensor", x(4, 6), x(6)), "a b, b -> a b"),
@@ -450,7 +455,7 @@ CASES: list[tuple[Call, str]] = [
     (call("nextafter", x(4), x(4)), "a, a -> a"),
     (call("nll_loss", x(4, 6), ints(6, 4), None, SUM, 3), "a [b], a -> () | a: sum"),
     (call("nll_loss2d", x(2, 6, 4, 2), ints(6, 2, 4, 2), None, NONE), "a [d] b c, a b c -> a b c"),
-    (call("nll_loss_nd", x(4, 6, 2), ints(6, 4, 2), pos(6), SUM), "a [b] c, a c, [b] -> () | a: sum, c: sum"),
+    (call("nll_loss_nd", x(4, 6, 2), ints(6, 4, 2), fixed(6), SUM), "a [b] c, a c, [b] -> () | a: sum, c: sum"),
     (call("nll_loss_nd", x(4, 6), ints(6, 4)), "[a] [b], [a] -> ()"),
     (call("nonzero", x(4, 6)), "[c] [d] -> [a] [b]"),
     (call("norm.Scalar", x(4, 6)), "[a] [b] -> ()"),
@@ -488,7 +493,7 @@ CASES: list[tuple[Call, str]] = [
     (call("relu", x(4, 6)), "a b -> a b"),
     (call("relu6", x(4)), "a -> a"),
     (call("remainder.Scalar", x(4), 0.4), "a -> a"),
-    (call("remainder.Scalar_Tensor", 2, pos(4)), "a -> a"),
+    (call("remainder.Scalar_Tensor", 2, fixed(4)), "a -> a"),
     (call("remainder.Tensor", x(4), pos(4)), "a, a -> a"),
     (call("repeat", x(4, 6), [2, 1, 4]), "b d -> a b (c d)"),
     (call("repeat_interleave.self_int", x(4, 6), 2, 1), "a b -> a (b c)"),
@@ -521,10 +526,10 @@ CASES: list[tuple[Call, str]] = [
         call("scaled_dot_product_attention", Q, K, V, None, 0.5),
         "[a] [b] [c] [e], [a] [b] [f] [e], [a] [b] [f] [d] -> [a] [b] [c] [d]",
     ),
-    (call("scatter.reduce", x(4, 6), 1, ints(6, 4, 2), x(4, 2), reduce="add"), "a [b], a [c], a [c] -> a [b]"),
+    (call("scatter.reduce", fixed(4, 6), 1, ints(6, 4, 2), fixed(4, 2), reduce="add"), "a [b], a [c], a [c] -> a [b]"),
     (call("scatter.src", x(4, 6), 0, ints(1, 1, 6), x(1, 6)), "[a] b, 1 b, 1 b -> [a] b"),
     (call("scatter.value", x(4, 6), 1, ints(6, 4, 2), 2.0), "a [b], a [c] -> a [b]"),
-    (call("scatter.value_reduce", x(4, 6), 1, ints(6, 4, 2), 2.0, reduce="add"), "a [b], a [c] -> a [b]"),
+    (call("scatter.value_reduce", fixed(4, 6), 1, ints(6, 4, 2), 2.0, reduce="add"), "a [b], a [c] -> a [b]"),
     (call("scatter_add", x(4, 6), 1, ints(6, 4, 2), x(4, 2)), "a [b], a [c], a [c] -> a [b]"),
     (call("scatter_add", x(4, 6), 1, ints(6, 2, 4), x(2, 4)), "[a] [b], [c] [d], [c] [d] -> [a] [b]"),
     (
@@ -545,6 +550,7 @@ CASES: list[tuple[Call, str]] = [
     (call("sinh", x(4)), "a -> a"),
     (call("slice.Tensor", x(4, 6), 1, 0, 2**63 - 1), "a b -> a b"),
     (call("slice.Tensor", x(4, 6), 1, -6, 6), "a b -> a b"),
+    (call("slice.Tensor", x(4, 6), 1, -4095, 2**63 - 1), "a b -> a b"),
     (call("slice.Tensor", x(4, 6), 1, 0, 4), "a [c] -> a [b]"),
     (call("slice.Tensor", x(4, 6), 1, 2, 2**63 - 1), "a [c] -> a [b]"),
     (call("slice.Tensor", x(4, 6), -1, 0, 6, 2), "a [c] -> a [b]"),
@@ -648,6 +654,7 @@ NO_RULE = [
     call("einsum", "ii->i", [x(4, 4)]),
     call("index.Tensor", x(4, 6), [flags(4)]),
     call("inner", x(4, 8), x(6, 8)),
+    call("mse_loss", x(4, 6), x(6)),
     call("take_along_dim", x(4, 6), ints(6, 4)),
     call("view.dtype", x(4, 6), torch.float32),
 ]
@@ -744,6 +751,7 @@ def test_prefix_slices_are_marked() -> None:
     for node in (
         call("slice.Tensor", x(4, 6), 1, 0, 4).node(),
         call("slice.Tensor", x(4, 6), 1, None, -2).node(),
+        call("slice.Tensor", x(4, 6), 1, -7, -2).node(),
         call("narrow", x(4, 6), 1, 0, 4).node(),
     ):
         rule = rule_of(node)

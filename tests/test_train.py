@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from worker_pool import WorkerPool
 
 from spcompile import train
-from spcompile.diagnostics import IllegalMesh, IllegalModel, IllegalOption
+from spcompile.diagnostics import IllegalMesh, IllegalModel, IllegalOption, UnknownOption
 from spcompile.model_spec import build
 from spcompile.saved_bytes import saved_activation_bytes
 from spcompile.traffic import Traffic, traffic_of
@@ -121,6 +121,14 @@ def test_two_processes_train_and_agree(tmp_path: Path) -> None:
     assert report.to_dict()["max_difference"] <= 1e-5
 
 
+@pytest.mark.parametrize(("attention", "collective"), [("ring", "send"), ("ulysses", "all_to_all")])
+def test_the_backend_trains_as_one_device_does_and_saves_less(attention: str, collective: str) -> None:
+    report = train.launch(job(backend="spcompile", options={"attention": attention, "compiler": "eager"}))
+    assert report.failures == []
+    assert report.parallel.saved_bytes < 0.75 * report.single.saved_bytes
+    assert {"all_reduce", collective} <= {row.op for row in report.traffic}
+
+
 @pytest.mark.parametrize(("off", "failures"), [(0.5e-5, 0), (2e-5, 1), (float("nan"), 1)])
 def test_losses_that_part_are_a_failure(off: float, failures: int) -> None:
     single = Run([5.0, 4.0], 1.0, 1.0, 1, 1.0)
@@ -148,6 +156,8 @@ def test_the_default_text_is_real_and_long() -> None:
         ({"mesh": {"cq": 2}}, IllegalMesh),
         ({"mesh": {"dp": 2}, "batch": 3}, IllegalOption),
         ({"steps": 1}, IllegalOption),
+        ({"options": {"attention": "rings"}}, IllegalOption),
+        ({"options": {"atention": "ring"}}, UnknownOption),
         ({"seq": 10**9}, IllegalOption),
     ],
 )

@@ -199,13 +199,6 @@ def backward(
     return Gradients(state.dq.to(k.dtype), dk.to(k.dtype), dv.to(v.dtype)), state.grad_bias
 
 
-def make_rows(q: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Rows:
-    """The rows of a backward, delta computed once."""
-    dtype = accumulation_dtype(q.dtype)
-    delta = (out.to(dtype) * grad_out.to(dtype)).sum(-1)
-    return Rows(q, out, grad_out, lse, delta if grad_lse is None else delta - grad_lse, grad_lse)
-
-
 def reordered(scores: Scores, order: Tensor | None) -> Scores:
     """The scores of query rows that were sorted by `order`."""
     return scores if order is None or scores.bias is None else replace(scores, bias=scores.bias.index_select(2, order))

@@ -15,11 +15,11 @@ from spcompile.attention import blocks
 from spcompile.attention.drivers import drive, simulate
 from spcompile.attention.mask import AttentionMask
 from spcompile.attention.naive import accumulation_dtype
-from spcompile.attention.provider import Scores
+from spcompile.attention.provider import Rows, Scores
 from spcompile.attention.ring import Requests, Ring, ring_backward, ring_forward
 from spcompile.attention.runs import Run, natural_runs, runs_of
 from spcompile.diagnostics import RanksDisagree
-from spcompile.torch_private import process_group
+from spcompile.torch_private import resolve_process_group
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,11 +93,11 @@ def _attention_backward(
     scores = Scores(AttentionMask.parse(mask), scale, q_documents, k_documents, key_valid, bias)
     q_order, q_runs = _runs(q_positions, q)
     k_order, k_runs = _runs(k_positions, k)
-    rows = blocks.make_rows(
+    rows = Rows(
         _sorted(q, q_order),
         _sorted(out, q_order),
-        _sorted(lse, q_order),
         _sorted(grad_out, q_order),
+        _sorted(lse, q_order),
         None if grad_lse is None else _sorted(grad_lse, q_order),
     )
     (dq, dk, dv), dbias = blocks.backward(
@@ -160,14 +160,14 @@ def _ring_backward(
     bias_gradient: bool,
 ) -> Requests[tuple[Tensor, Tensor, Tensor, Tensor]]:
     scores = Scores(AttentionMask.parse(mask), scale, q_documents, k_documents, key_valid, bias)
-    rows = blocks.make_rows(q, out, lse, grad_out, grad_lse)
+    rows = Rows(q, out, grad_out, lse, grad_lse)
     ring = Ring(q_length, k_length, degree, order)
     dq, dk, dv, dbias = yield from ring_backward(rows, k, v, scores, ring, rank, bias_gradient)
     return _owned(dq), _owned(dk), _owned(dv), _bias_result(dbias, bias, q)
 
 
 def _group(axis: str, degree: int) -> dist.ProcessGroup:
-    group = process_group(axis)
+    group = resolve_process_group(axis)
     if group.size() != degree:
         raise RanksDisagree(f"group {axis!r} has {group.size()} ranks, the graph was compiled for {degree}")
     return group

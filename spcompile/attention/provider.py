@@ -5,7 +5,8 @@ B batch, N query heads, G key heads, S query rows, T keys of the block; Sg, Tg a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from spcompile.attention.mask import AttentionMask, Kind
@@ -90,23 +91,26 @@ class Block:
 class Rows:
     """Query rows in the backward, with what the forward left of them: all over the whole sequence of keys.
 
-    q [B, N, S, H], out and grad_out [B, N, S, V], lse and delta [B, N, S].
-    delta: rowsum(out * grad_out), less grad_lse, the gradient of lse, where there is one.
+    q [B, N, S, H], out and grad_out [B, N, S, V], lse and its gradient grad_lse [B, N, S].
     """
 
     q: Tensor
     out: Tensor
     grad_out: Tensor
     lse: Tensor
-    delta: Tensor
-    grad_lse: Tensor | None = None
+    grad_lse: Tensor | None
+
+    @cached_property
+    def delta(self) -> Tensor:
+        """What a score's gradient has too much: rowsum(out * grad_out) - grad_lse [B, N, S], accumulation dtype."""
+        dtype = self.lse.dtype
+        delta = (self.out.to(dtype) * self.grad_out.to(dtype)).sum(-1)
+        return delta if self.grad_lse is None else delta - self.grad_lse
 
     def narrow(self, start: int, length: int) -> Rows:
         """Rows start .. start + length - 1."""
-        return replace(
-            self,
-            **{name: x.narrow(2, start, length) for name, x in vars(self).items() if x is not None},
-        )
+        q, out, grad_out, lse = (x.narrow(2, start, length) for x in (self.q, self.out, self.grad_out, self.lse))
+        return Rows(q, out, grad_out, lse, None if self.grad_lse is None else self.grad_lse.narrow(2, start, length))
 
 
 class Gradients(NamedTuple):

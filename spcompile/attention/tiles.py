@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from spcompile.attention.runs import Run
 
-MAX_ROWS = 1024
+MAX_ROWS = 256  # small: what a window or a document leaves of a tile's key range grows with its rows
 MAX_SCORES = 1 << 23  # elements of one tile's dense scores, all heads together: 32 MiB in float32
 
 
@@ -45,8 +45,21 @@ def tiles(block: Block, heads: int, device: torch.device) -> Iterator[Tile]:
     for offset in range(0, block.q.length, rows):
         q = block.q.narrow(offset, min(rows, block.q.length - offset))
         k = block.k.between(*block.scores.mask.reach(q.first, q.last))
-        if k is not None:
-            yield Tile(q, k, offset, k.start - block.k.start, block.keep(q, k, device), block.bias(q, k))
+        if k is None:
+            continue
+        keep = block.keep(q, k, device)
+        if keep is not None and device.type == "cpu":  # elsewhere this would wait for the device
+            first, length = _seen(keep)
+            if length == 0:
+                continue
+            k, keep = k.narrow(first, length), keep.narrow(3, first, length)
+        yield Tile(q, k, offset, k.start - block.k.start, keep, block.bias(q, k))
+
+
+def _seen(keep: Tensor) -> tuple[int, int]:
+    """(first, length) of the keys that any row of a tile sees: with packed documents few of those in reach."""
+    columns = keep.flatten(0, 2).any(0).nonzero()
+    return (int(columns[0]), int(columns[-1]) + 1 - int(columns[0])) if len(columns) else (0, 0)
 
 
 def add_grad_bias(grad_bias: Tensor, grad_scores: Tensor, tile: Tile) -> None:
@@ -97,7 +110,7 @@ class Tiled:
                 tile.keys(v),
                 part.grad_out,
                 part.lse,
-                part.delta,
+                tile.rows(rows.delta),
                 block.scores.scale,
                 tile.keep,
                 tile.bias,

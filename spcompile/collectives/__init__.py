@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from spcompile.collectives import positions as _positions  # noqa: F401  (defines spx::positions)
 from spcompile.collectives.all_gather import ALL_GATHER
 from spcompile.collectives.all_reduce import ALL_REDUCE
 from spcompile.collectives.all_to_all import ALL_TO_ALL
-from spcompile.collectives.base import COLLECTIVES, GRADIENT, Call, Collective, call_arguments
+from spcompile.collectives.base import COLLECTIVES, GRADIENT, Call, Collective, axis_argument, call_arguments
 from spcompile.collectives.mask_padding import MASK_PADDING
-from spcompile.collectives.positions import spec as spec_positions
 from spcompile.collectives.reduce_scatter import REDUCE_SCATTER
 from spcompile.collectives.reorder import REORDER
 from spcompile.collectives.shard import SHARD
@@ -26,7 +26,7 @@ __all__ = [
     "VARY",
     "Call",
     "Collective",
+    "axis_argument",
     "call_arguments",
     "erase_identities",
-    "spec_positions",
 ]

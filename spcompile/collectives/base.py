@@ -129,9 +129,17 @@ def call_arguments(
     return values[first], {name: values[name] for name in rest}
 
 
+def axis_argument(target: Any) -> int | None:
+    """Where in its schema an op names its mesh axis or process group; None for an op that does not communicate."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("spx", "_c10d_functional"):
+        return None
+    names = [argument.name for argument in target._schema.arguments]
+    return next((names.index(name) for name in ("axis", "group_name") if name in names), None)
+
+
 def rank_in(group: str) -> int:
     """This process's rank in a c10d group."""
-    return torch_private.process_group(group).rank()
+    return torch_private.resolve_process_group(group).rank()
 
 
 def with_size(shape: Sequence[Size], dim: int, size: Size) -> list[Size]:

@@ -1,4 +1,4 @@
-"""`spx::positions`: where in the whole sequence each local element stands. Needs the rank at run time, so it is an op."""
+"""`spx::positions`: where in the whole sequence each local element stands. Needs the rank, so it is an op."""
 
 from __future__ import annotations
 
@@ -27,12 +27,3 @@ def _fake(length: Any, axis: str, degree: int, order: str, *, device: torch.devi
 
 
 _LIBRARY.impl("positions", _positions, "CompositeExplicitAutograd")
-
-
-def spec(calls: list[dict[str, Any]]) -> list[Tensor]:
-    """All ranks' results."""
-    call = calls[0]
-    return [
-        sequence.positions(call["length"], rank, call["degree"], call["order"], call["device"])
-        for rank in range(len(calls))
-    ]

@@ -12,7 +12,7 @@ from spcompile.sizes import Size, same
 
 @register(torch.ops.spx.attention.default)
 def attention(node: fx.Node) -> OpRule:
-    """q "b n s h", k "b g t h", v "b g t v" -> out "b n s v", lse "b n s"; t follows s.
+    """Q "b n s h", k "b g t h", v "b g t v" -> out "b n s v", lse "b n s"; t follows s.
 
     The mask's vectors and the columns of a dense bias are read whole: their factors are replicated.
     """

@@ -55,7 +55,6 @@ class OpRule:
     fills: for a reduction over a padded factor: {operand index: value the padding must have}. Default: 0 for operand 0.
     paired: operand dims that are sharded together with a factor although they are another index space:
         {factor: other factor} (attention's key length follows its query length).
-    prefix_of: {result factor: operand factor} where the result is the beginning of the operand's dim (x[:, :n]).
     local: runs the op on shards, where calling it with the global arguments would be wrong (shape arguments, means).
     prefix_of: {result factor: operand factor} where a result dim is the first elements of an operand dim (slices that
         start at 0): both are replicated for this op, but the engine may lay them out together.
@@ -72,7 +71,6 @@ class OpRule:
     paired: Mapping[str, str] = field(default_factory=dict)
     prefix_of: Mapping[str, str] = field(default_factory=dict)
     local: Callable[[LocalCall], Any] | None = None
-    prefix_of: Mapping[str, str] = field(default_factory=dict)
     unread: frozenset[int] = frozenset()
 
     def text(self) -> str:

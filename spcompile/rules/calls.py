@@ -43,6 +43,11 @@ def same(a: Size, b: Size) -> bool:
     return bool(statically_known_true(a == b))
 
 
+def at_least(a: Size, b: Size) -> bool:
+    """Whether `a >= b` is known."""
+    return bool(statically_known_true(a >= b))
+
+
 def divides(a: Size, b: Size) -> bool:
     """Whether `b` is known to be a multiple of `a`; never for a size that may be 0."""
     return not same(a, 0) and bool(statically_known_true(b % a == 0))

@@ -34,6 +34,8 @@ def factors(shape: Iterable[Size], replicated: bool = False) -> list[Factor]:
 
 def broadcast(shape: Sequence[Size], onto: Sequence[Factor]) -> list[Dim] | None:
     """The dims of an operand of `shape` that broadcasts to `onto`; None if some size is not known to fit."""
+    if len(shape) > len(onto):
+        return None
     dims: list[Dim] = []
     for size, factor in zip(shape, onto[len(onto) - len(shape) :], strict=True):
         if not same(size, factor.size) and not same(size, 1):

@@ -13,7 +13,7 @@ import torch
 import torch.fx as fx
 
 from spcompile.rules.base import LocalCall, OpRule, register, tensor_results
-from spcompile.rules.calls import arguments, overloads, same
+from spcompile.rules.calls import arguments, at_least, overloads, same
 from spcompile.rules.factors import Factor, build, factors
 
 aten = torch.ops.aten
@@ -59,26 +59,27 @@ def slice_(node: fx.Node) -> OpRule:
     """`a [c] -> a [b]`, b a prefix of c if the slice starts at 0; a slice of everything is the identity."""
     args = arguments(node)
     start, whole = args["start"], args["self"].shape[args["dim"]]
-    from_zero = start is None or same(start, 0) or same(start, -whole)
-    return _part(node, args["dim"], prefix=from_zero and same(args["step"], 1))
+    from_zero = start is None or same(start, 0) or at_least(-whole, start)  # a start before the first is the first
+    return _part(node, args["dim"], step=args["step"], from_zero=from_zero)
 
 
 @register(aten.narrow.default)
 def narrow(node: fx.Node) -> OpRule:
     """`a [c] -> a [b]`, as slice."""
     args = arguments(node)
-    return _part(node, args["dim"], prefix=same(args["start"], 0))
+    return _part(node, args["dim"], step=1, from_zero=same(args["start"], 0))
 
 
-def _part(node: fx.Node, dim: int, *, prefix: bool) -> OpRule:
+def _part(node: fx.Node, dim: int, *, step: int, from_zero: bool) -> OpRule:
     operand = factors(arguments(node)["self"].shape)
     length = tensor_results(node)[0].shape[dim]
-    if prefix and same(length, operand[dim].size):
+    if same(step, 1) and same(length, operand[dim].size):
         return build(node, {"self": operand}, [operand], local=_identity)
     result = list(operand)
     operand[dim].replicated = True
     result[dim] = Factor(length, replicated=True)
-    return build(node, {"self": operand}, [result], prefix_of={result[dim]: operand[dim]} if prefix else None)
+    prefix = {result[dim]: operand[dim]} if from_zero and same(step, 1) else None
+    return build(node, {"self": operand}, [result], prefix_of=prefix)
 
 
 @register(*overloads("select.int unbind.int"))

@@ -56,25 +56,16 @@ def classification(node: fx.Node) -> OpRule | None:
 
 @register(*ELEMENTWISE)
 def elementwise_loss(node: fx.Node) -> OpRule | None:
-    """`a b, a b -> | a: sum, b: sum`."""
+    """`a b, a b -> () | a: sum, b: sum`; weights broadcast, but both sides must have one shape."""
     args = arguments(node)
-    tensors = {name: value for name, value in args.items() if isinstance(value, Tensor)}
-    dims = factors(torch.broadcast_shapes(*(value.shape for value in tensors.values())))
-    operands = {name: broadcast(value.shape, dims) for name, value in tensors.items()}
-    if any(layout is None for layout in operands.values()):
+    dims = factors(args["self"].shape)
+    operands = {name: broadcast(value.shape, dims) for name, value in args.items() if isinstance(value, Tensor)}
+    if any(layout is None for layout in operands.values()) or operands["target"] != operands["self"]:
         return None
     if args["reduction"] == NONE:
         return build(node, operands, [dims])
-    for factor in dims:  # padding gives 0 only where both sides are padded
-        factor.replicated = not all(factor in (operands[name] or ()) for name in ELEMENTWISE[node.target])
-    rule = build(
-        node,
-        operands,
-        [[]],
-        sums=dims,
-        fills=ELEMENTWISE[node.target],
-        local=_mean(node, lambda: rule) if args["reduction"] == MEAN else None,
-    )
+    local = _mean(node, lambda: rule) if args["reduction"] == MEAN else None
+    rule = build(node, operands, [[]], sums=dims, fills=ELEMENTWISE[node.target], local=local)
     return rule
 
 
@@ -84,9 +75,7 @@ def _mean(node: fx.Node, rule: Callable[[], OpRule]) -> Callable[[LocalCall], An
     def local(call: LocalCall) -> Any:
         losses = node.target(**{**bind(node.target, call.args, call.kwargs), "reduction": NONE})  # type: ignore[operator]
         every_dim = list(range(losses.ndim))
-        operand = next(i for i, dims in enumerate(rule().operands) if len(dims) == losses.ndim)
-        return partial_mean(
-            losses, every_dim, global_count(call, losses.shape, rule().operands[operand], rule(), every_dim)
-        )
+        count = global_count(call, losses.shape, rule().operands[0], rule(), every_dim)
+        return partial_mean(losses, every_dim, count)
 
     return local

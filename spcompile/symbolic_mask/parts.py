@@ -57,14 +57,15 @@ _AND = {aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default}
 _OR = {aten.__or__.Tensor, aten.bitwise_or.Tensor, aten.logical_or.default}
 _NOT = {aten.bitwise_not.default, aten.logical_not.default}
 _SAME = {aten.expand.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.contiguous.default}
-_SAME |= {aten.alias.default, aten.clone.default}
+_SAME |= {aten.alias.default, aten.clone.default, aten._to_copy.default}
+_VIEWS = {aten.unsqueeze.default, aten.view.default, aten.reshape.default}
 
 
 def parts_of(node: fx.Node, role: Role | None = None) -> list[Part]:
     """The terms of the bias `node`."""
     is_bool = node.meta["val"].dtype == torch.bool
     role = role or (Role.KEEP if is_bool else Role.ADD)
-    if node.target in _SAME and _dtype_class(node.args[0]) == _dtype_class(node):
+    if (node.target in _SAME and _dtype_class(node.args[0]) == _dtype_class(node)) or _adds_leading_dims(node):
         return parts_of(node.args[0], role)  # type: ignore[arg-type]
     if is_bool:
         if node.target in _NOT and _dtype_class(node.args[0]) == "bool":
@@ -80,6 +81,15 @@ def parts_of(node: fx.Node, role: Role | None = None) -> list[Part]:
     if node.target is aten.where.ScalarOther and node.args[2] == -math.inf:
         return [*parts_of(node.args[0], Role.KEEP), *parts_of(node.args[1])]  # type: ignore[arg-type]
     return [Part(node, role)]
+
+
+def _adds_leading_dims(node: fx.Node) -> bool:
+    """Whether the result has the same shape once dims of size 1 are added at the front, and so broadcasts the same."""
+    if node.target not in _VIEWS:
+        return False
+    before, after = sizes_of(node.args[0]), sizes_of(node)  # type: ignore[arg-type]
+    added = len(after) - len(before)
+    return added >= 0 and after == (*(sympy.Integer(1),) * added, *before)
 
 
 def _dtype_class(node: Any) -> str | None:
@@ -104,7 +114,7 @@ def read_part(part: Part, reader: Reader, indices: Indices) -> Reading:
 
 def masked_below(dtype: torch.dtype) -> float:
     """An added number that excludes a key from a softmax over scores of any sane size."""
-    return max(-1e9, torch.finfo(dtype).min / 2)
+    return max(-1e8, torch.finfo(dtype).min / 2)
 
 
 def _additive(value: Value, limit: float, node: fx.Node) -> Reading:
@@ -123,19 +133,21 @@ def _additive(value: Value, limit: float, node: fx.Node) -> Reading:
 
 _FINITE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.neg.default, aten.embedding.default}
 _FINITE |= {aten.unsqueeze.default, aten.permute.default, aten.transpose.int, aten.view.default, aten.reshape.default}
-_FINITE |= {aten.slice.Tensor, aten.index.Tensor, aten.abs.default, aten.tanh.default, aten.sigmoid.default}
+_FINITE |= {aten.unflatten.int, aten.flatten.using_ints, aten.repeat.default, aten.select.int, aten.slice.Tensor}
+_FINITE |= {aten.index.Tensor, aten.abs.default, aten.tanh.default, aten.sigmoid.default}
 
 
 def is_finite(node: fx.Node) -> bool:
     """Whether a bias provably excludes no key: it is made of integers and parameters by ops that keep numbers finite.
 
-    Parameters (placeholders that require a gradient) are taken to be finite.
+    Parameters (inputs that require a gradient) are taken to be finite; a buffer may hold a mask.
     """
     value = node.meta["val"]
     if not value.dtype.is_floating_point:
         return True
     if node.op == "placeholder":
-        return bool(value.requires_grad)
+        given = getattr(node.meta.get("grapharg"), "example", value)
+        return bool(getattr(given, "requires_grad", False))
     constants = [arg for arg in node.args if isinstance(arg, float)]
     if node.target not in _FINITE | _SAME or any(abs(c) > -masked_below(value.dtype) for c in constants):
         return False

@@ -1,0 +1,144 @@
+"""Who sends how much: one row per kind of collective in the final graphs of one rank.
+
+Counted on the graphs that run, after all passes, so that padding and fused messages are in it. `n` is the degree of
+the axis. The formulas are those of ring algorithms, which send the least (Thakur et al. 2005, as in `Collective.sent`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+import torch.fx as fx
+from torch.utils import _pytree as pytree
+
+from spcompile.attention.mask import AttentionMask
+from spcompile.attention.ring import Ring, backward_bytes, forward_bytes, message_numbers
+from spcompile.collectives import COLLECTIVES, axis_argument, call_arguments
+from spcompile.diagnostics import SourceLine, source_of
+from spcompile.mesh import MeshShape
+from spcompile.sizes import Size, expression, hint
+
+_spx, _c10d = torch.ops.spx, torch.ops._c10d_functional
+_RINGS = (_spx.ring_attention.default, _spx.ring_attention_backward.default)
+
+# c10d op -> (name of the row, bytes sent from bytes handed in and degree).
+_SENT: dict[str, tuple[str, Callable[[sympy.Expr, int], sympy.Expr]]] = {
+    "all_gather_into_tensor": ("all_gather", lambda local, n: (n - 1) * local),
+    "all_gather_into_tensor_coalesced": ("all_gather", lambda local, n: (n - 1) * local),
+    "reduce_scatter_tensor": ("reduce_scatter", lambda full, n: full * (n - 1) / n),
+    "reduce_scatter_tensor_coalesced": ("reduce_scatter", lambda full, n: full * (n - 1) / n),
+    "all_reduce": ("all_reduce", lambda full, n: 2 * full * (n - 1) / n),
+    "all_reduce_coalesced": ("all_reduce", lambda full, n: 2 * full * (n - 1) / n),
+    "all_to_all_single": ("all_to_all", lambda full, n: full * (n - 1) / n),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Collectives of one kind.
+
+    bytes: sent by each rank in all `count` of them together. layer: module path, `*` for any layer number.
+    origin: "attention", "activation", "parameter gradient".
+    """
+
+    op: str
+    axis: str
+    phase: str
+    count: int
+    bytes: sympy.Expr
+    layer: str
+    source: SourceLine | None
+    origin: str
+
+
+def communication(phase: str, gm: fx.GraphModule, mesh: MeshShape, trained: Sequence[bool]) -> list[Row]:
+    """The rows of a final graph, in order of first use.
+
+    trained: for every output of a backward graph, whether it is the gradient of a parameter.
+    """
+    gradients = _gradients_of_parameters(gm.graph, trained) if phase == "backward" else set()
+    found: dict[tuple[Any, ...], tuple[int, sympy.Expr]] = {}
+    for node in gm.graph.nodes:
+        sent = _sent(node, mesh)
+        if sent is None:
+            continue
+        op, axis, amount = sent
+        origin = "attention" if node.target in _RINGS else "parameter gradient" if node in gradients else "activation"
+        key = (op, axis, phase, layer_of(node), source_of(node), origin)
+        count, total = found.get(key, (0, sympy.Integer(0)))
+        found[key] = (count + 1, total + amount)
+    return [Row(op, axis, phase, n, b, layer, src, why) for (op, axis, phase, layer, src, why), (n, b) in found.items()]
+
+
+def layer_of(node: fx.Node) -> str:
+    """Path of the module that made a node, layer numbers as `*`; "" if unknown. Backward nodes name the forward's."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    path = re.sub(r"\['(\w+)'\]|\[(\d+)\]", r".\1\2", path).removeprefix("L.self").strip(".")
+    path = re.sub(r"(^|\.)(_modules|_orig_mod)(?=\.|$)", "", path).strip(".")
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
+
+
+def _sent(node: fx.Node, mesh: MeshShape) -> tuple[str, str, sympy.Expr] | None:
+    """(name, axis, bytes) of a node that communicates."""
+    target: Any = node.target
+    if axis_argument(target) is None:
+        return None
+    operand, named = call_arguments(target, node.args, node.kwargs)
+    if target in _RINGS:
+        return target._opname, named["axis"], _ring(node, named)
+    if target in COLLECTIVES:
+        values = fx.node.map_arg((operand, named), lambda n: n.meta["val"])
+        amount = expression(COLLECTIVES[target].sent(values[0], **values[1]))
+        return None if amount == 0 else (COLLECTIVES[target].name, named["axis"], amount)
+    if target.namespace == "_c10d_functional":
+        name, formula = _SENT[target._opname]
+        axis = node.meta.get("axis") or named["group_name"]
+        return name, axis, formula(_bytes(operand), mesh.size(axis))
+    assert target is _spx.positions.default, f"no formula for the bytes of {target}"
+    return None
+
+
+def _bytes(operand: Any) -> sympy.Expr:
+    vals = [n.meta["val"] for n in pytree.tree_leaves(operand)]
+    return sum((expression(v.numel()) * v.element_size() for v in vals), sympy.Integer(0))
+
+
+def _ring(node: fx.Node, named: Mapping[str, Any]) -> sympy.Expr:
+    """Bytes of a ring. How far keys travel is computed for the traced length."""
+    is_forward = node.target is _spx.ring_attention.default
+    arguments: dict[str, Any] = dict(named)
+    k, v = (arguments[name].meta["val"] for name in ("k", "v"))
+    q_length, k_length = (hint(_value(arguments[name])) for name in ("q_length", "k_length"))
+    ring = Ring(q_length, k_length, arguments["degree"], arguments["order"])
+    hops = ring.hops(AttentionMask.parse(arguments["mask"]))
+    B, G, T, H = (expression(size) for size in k.shape)
+    numbers = message_numbers(B, G, T, H, expression(v.shape[3]))  # type: ignore[arg-type]
+    formula = forward_bytes if is_forward else backward_bytes
+    return sympy.sympify(formula(numbers, hops, k.element_size()))
+
+
+def _value(size: Any) -> Size:
+    return size.meta["val"] if isinstance(size, fx.Node) else size
+
+
+def _gradients_of_parameters(graph: fx.Graph, trained: Sequence[bool]) -> set[fx.Node]:
+    """The collectives that complete gradients of parameters: nothing is computed between them and the output."""
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    outputs = pytree.tree_leaves(output.args[0])
+    flags = trained if len(trained) == len(outputs) else [False] * len(outputs)
+    found: set[fx.Node] = set()
+    for value, is_parameter in zip(outputs, flags, strict=True):
+        node = value
+        while is_parameter and isinstance(node, fx.Node) and node not in found and len(node.all_input_nodes) == 1:
+            if axis_argument(node.target) is not None:
+                found.add(node)
+            node = node.all_input_nodes[0]
+    return found

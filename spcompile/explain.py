@@ -1,0 +1,161 @@
+"""`spcompile.explain`: what would be computed, sent and kept, without devices. Imports nothing until it is called."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch.fx as fx
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from spcompile.options import Options
+    from spcompile.plan import AttentionRow, PassRow, Plan, Sharding
+    from spcompile.program import LocalProgram
+    from spcompile.trace import Traced
+
+LARGEST = 10  # tensors in the report
+
+
+def explain(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any] | Sequence[Any],
+    mesh: Mapping[str, int] | DeviceMesh,
+    **options: Any,
+) -> Plan:
+    """What the backend would make of a model on a mesh; needs no process group, and computes nothing.
+
+    model: its weights may be real, fake or on `meta`. It is compiled for training if gradients are enabled.
+    example_inputs: keyword arguments (a dict) or positional ones; torch._dynamo.mark_dynamic works on them.
+    options: those of the backend, but `mesh`.
+
+    Raises:
+        SpcompileError: an illegal option or mesh, a model that is not one graph, a remark under strict.
+    """
+    from spcompile.meta_device import off_meta
+    from spcompile.options import Options
+    from spcompile.passes import PIPELINE
+    from spcompile.trace import compile_for, mesh_shape, through_dynamo
+
+    shape, chosen = mesh_shape(mesh), Options.parse(options)
+    plans: list[Plan] = []
+
+    def describe(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        own = {id(p) for p in model.parameters()}
+        traced = compile_for(*off_meta(gm, inputs), shape, chosen, PIPELINE)
+        plans.append(_plan(model, traced, chosen, [id(value) in own for value in inputs]))
+
+    through_dynamo(model, example_inputs, describe)
+    return plans[0]
+
+
+def _plan(model: nn.Module, traced: Traced, options: Options, trained: Sequence[bool]) -> Plan:
+    from spcompile.communication import communication
+    from spcompile.memory import largest_tensors, memory_of
+    from spcompile.plan import Plan
+
+    program = traced.program
+    final = traced.sharded.graphs
+    graphs, passes = _history(program)
+    return Plan(
+        model=type(model).__name__,
+        mesh=program.ctx.mesh,
+        options={name: getattr(options, name) for name in vars(options) if name != "mesh"},
+        sharding=_sharding(program),
+        attention=_attention(program),
+        collectives=[r for phase, gm in final.items() for r in communication(phase, gm, program.ctx.mesh, trained)],
+        memory=memory_of(final, traced.single.graphs, model.parameters()),
+        remarks=list(program.ctx.remarks.rows),
+        passes=passes,
+        largest_tensors=largest_tensors(final, LARGEST),
+        symbols=_symbols(program),
+        graphs=graphs,
+    )
+
+
+def _history(program: LocalProgram) -> tuple[dict[str, str], list[PassRow]]:
+    """Texts by name and passes in order. What ran on the backward graph alone has its name with "(backward)"."""
+    from spcompile.passes_api import Stage
+    from spcompile.plan import PassRow
+
+    graphs: dict[str, str] = {}
+    rows: list[PassRow] = []
+    finals: dict[str, str] = {}
+    pending = []
+    for snapshot in program.history.snapshots:
+        report = snapshot.report
+        if snapshot.name in ("forward", "backward", "inference"):
+            phase = snapshot.name
+            finals["forward" if phase == "inference" else phase] = snapshot.text
+            for earlier in pending:
+                suffix = " (backward)" if phase == "backward" else ""
+                graphs[earlier.name + suffix] = earlier.text
+                row = earlier.report
+                rows.append(PassRow(earlier.name, earlier.stage.value, phase, row.rewrites, row.milliseconds))
+            pending = []
+        elif snapshot.stage is Stage.SCHEDULE:
+            pending.append(snapshot)
+        else:
+            graphs[snapshot.name] = snapshot.text
+            if snapshot.name != "capture":
+                rows.append(PassRow(snapshot.name, snapshot.stage.value, "", report.rewrites, report.milliseconds))
+    return graphs | dict(sorted(finals.items(), reverse=True)), rows
+
+
+def _sharding(program: LocalProgram) -> Sharding:
+    """From the last GLOBAL graph: an op runs on shards if it chose a factor."""
+    import torch
+
+    from spcompile.layout import layout_of
+    from spcompile.plan import Sharding
+    from spcompile.reshard import is_reshard
+    from spcompile.sequence import local_length
+    from spcompile.sizes import expression
+
+    graph = _last_global(program)
+    calls = [n for n in graph.nodes if n.op == "call_function" and not is_reshard(n)]
+    on_shards = [n for n in calls if (layout := layout_of(n)) is not None and layout.choice]
+    lengths = [n.args[0].meta["val"].shape[2] for n in on_shards if n.target is torch.ops.spx.attention.default]
+    order = program.ctx.order
+    if not lengths:
+        return Sharding(order, len(on_shards), len(calls), None, None)
+    local = local_length(lengths[0], program.ctx.mesh.size("cp"), order)
+    return Sharding(order, len(on_shards), len(calls), expression(lengths[0]), expression(local))
+
+
+def _last_global(program: LocalProgram) -> fx.Graph:
+    from spcompile.passes_api import Stage
+
+    gm = [s.gm for s in program.history.snapshots if s.stage is Stage.GLOBAL][-1]
+    assert gm is not None
+    return gm.graph
+
+
+def _attention(program: LocalProgram) -> list[AttentionRow]:
+    import torch
+
+    from spcompile.plan import AttentionRow
+    from spcompile.sizes import hint
+
+    parallel = program.ctx.mesh.world_size > 1
+    kinds: Counter[tuple[str, int, int, str]] = Counter()
+    for node in _last_global(program).find_nodes(op="call_function", target=torch.ops.spx.attention.default):
+        q, k = node.args[0].meta["val"], node.args[1].meta["val"]
+        strategy = node.meta.get("custom", {}).get("spx_attention", "ring") if parallel else "one device"
+        kinds[(strategy, hint(q.shape[1]), hint(k.shape[1]), str(node.args[9]))] += 1
+    return [AttentionRow(strategy, n, heads, kv, mask) for (strategy, heads, kv, mask), n in kinds.items()]
+
+
+def _symbols(program: LocalProgram) -> dict[str, str]:
+    """Every symbol that is the size of an input, and of which dim."""
+    import torch
+
+    found: dict[str, str] = {}
+    for node in program.captured.graph.find_nodes(op="placeholder"):
+        val = node.meta.get("val")
+        for dim, size in enumerate(val.shape if isinstance(val, torch.Tensor) else ()):
+            if isinstance(size, torch.SymInt) and str(size) not in found:
+                found[str(size)] = f"size {dim} of {node.name.strip('_').removeprefix('l_')}"
+    return found

@@ -1,0 +1,146 @@
+"""Takes a model through Dynamo without process groups: for `explain`, which computes nothing, and for `verify`."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import nn
+
+from spcompile.backend import refuse_graph_break
+from spcompile.diagnostics import CaptureFailed, GraphBreak, IllegalMesh
+from spcompile.dynamo_settings import ignore_library_logging
+from spcompile.emit import Emission, emit
+from spcompile.graph import copy_graph
+from spcompile.mesh import MeshShape
+from spcompile.options import Options
+from spcompile.passes_api import Pass
+from spcompile.pipeline import History
+from spcompile.program import LocalProgram, build
+
+Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any] | None]
+Inputs = Mapping[str, Any] | Sequence[Any]
+
+# From this pass on a graph is about more than one device; what stands before it is the model itself.
+FIRST_PARALLEL_PASS = "choose-attention"
+
+
+class _Stop(BaseException):
+    """Leaves the model at its first compiled call. Not an Exception: the model's own handlers must not catch it."""
+
+
+@dataclass
+class Traced:
+    """A model compiled for one mesh, with nothing bound to processes.
+
+    sharded: the graphs of one rank; single: those of one device, with the same attention ops and the same partitioner.
+    """
+
+    program: LocalProgram
+    sharded: Emission
+    single: Emission
+
+
+def mesh_shape(mesh: Any) -> MeshShape:
+    """From `{"cp": 8}` or a DeviceMesh.
+
+    Raises:
+        IllegalMesh: unknown axes, axes that are not implemented, a mesh without names, or something else.
+    """
+    if isinstance(mesh, Mapping):
+        shape = MeshShape.of(mesh)
+    elif getattr(mesh, "mesh_dim_names", None) is not None:
+        shape = MeshShape.of(dict(zip(mesh.mesh_dim_names, mesh.mesh.shape, strict=True)))
+    else:
+        raise IllegalMesh(f"mesh={mesh!r}", legal='a dict of axis sizes as {"cp": 8}, or a DeviceMesh with axis names')
+    shape.require_supported()
+    return shape
+
+
+def through_dynamo(model: nn.Module, example_inputs: Inputs, backend: Backend) -> Any:
+    """Call the model once, compiled by `backend`; None if `backend` returns None instead of a callable.
+
+    Compiles a fresh function around the model, so that what the user compiled or will compile is not touched.
+
+    Raises:
+        GraphBreak: the model is not one graph.
+        CaptureFailed: nothing of the model was traced.
+        Exception: whatever `backend` raised, unwrapped.
+    """
+    ignore_library_logging()
+    failures: list[Exception] = []
+    graphs: list[fx.GraphModule] = []
+
+    def once(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        run = None
+        try:
+            refuse_graph_break(gm)
+            if graphs:
+                raise GraphBreak("Dynamo made a second graph of it", legal="a model that traces with fullgraph=True")
+            run = backend(gm, inputs)
+        except Exception as error:
+            failures.append(error)
+        graphs.append(gm)
+        return run or _stop
+
+    args = () if isinstance(example_inputs, Mapping) else tuple(example_inputs)
+    kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
+    entry = types.FunctionType(_entry.__code__.replace(), globals())
+    result = None
+    # Sizes seen in an earlier call of this function must not make those of this call symbols.
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        try:
+            result = torch.compile(entry, backend=once)(model, args, kwargs)
+        except _Stop:
+            pass
+    if failures:
+        raise failures[0]
+    if not graphs:
+        raise CaptureFailed(f"Dynamo found nothing to compile in {type(model).__name__}", legal="a model that computes")
+    return result
+
+
+def _entry(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return self(*args, **kwargs)
+
+
+def _stop(*_: Any) -> Any:
+    raise _Stop
+
+
+def compile_for(
+    gm: fx.GraphModule, inputs: Sequence[Any], mesh: MeshShape, options: Options, pipeline: Sequence[Pass]
+) -> Traced:
+    """All stages on a Dynamo graph, inside a Dynamo backend; forward and backward are both made at once."""
+    names = [p.name for p in pipeline]
+    serial = set(names[: names.index(FIRST_PARALLEL_PASS)])
+    if mesh.world_size == 1:
+        pipeline = [p for p in pipeline if p.name in serial]
+        options = replace(options, passes={name: wish for name, wish in options.passes.items() if name in serial})
+    program = build(gm, inputs, mesh, options, pipeline, History(keep_graphs=True))
+    if mesh.world_size == 1:
+        program.ctx.remarks.add("SPR401", "one rank: nothing is sharded", strict_error=False)
+    single = _single(program, serial)
+    return Traced(program, emitted(program), emitted(single))
+
+
+def _single(program: LocalProgram, serial: set[str]) -> LocalProgram:
+    """The same program before anything in it was about several devices."""
+    snapshots = [s for s in program.history.snapshots if s.name in serial or s.name == "capture"]
+    before = snapshots[-1].gm
+    assert before is not None
+    gm = fx.GraphModule(before, copy_graph(before.graph))
+    ctx = replace(program.ctx, mesh=MeshShape(()))
+    return replace(program, gm=gm, ctx=ctx, history=History(), schedule=[])
+
+
+def emitted(program: LocalProgram) -> Emission:
+    """The final graphs of a program, not bound to processes; forward and backward are both made at once."""
+    emission = Emission(program, bind=lambda graph: None)
+    with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+        emit(emission, "eager")
+    return emission

@@ -1,0 +1,325 @@
+"""Runs the plain model and the graphs of its program on the same inputs, forward and backward, and compares them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.utils import _pytree as pytree
+
+import spcompile.attention.specs  # noqa: F401  (the simulator must know attention)
+from spcompile import sequence
+from spcompile.diagnostics import IllegalModel, IllegalOption
+from spcompile.memory import saved_values
+from spcompile.mesh import MeshShape
+from spcompile.options import Options
+from spcompile.outputs import NotComputedTensor
+from spcompile.passes_api import Pass, Stage
+from spcompile.pipeline import Snapshot
+from spcompile.program import LocalProgram
+from spcompile.simulate import Simulator
+from spcompile.trace import Inputs, Traced, compile_for, through_dynamo
+from spcompile.verify_report import Report, TensorError
+
+Observer = Callable[[fx.Node, list[Any]], None]
+DEFAULT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+MIXED_TOLERANCE = 1e-6  # a float64 model that computes something in float32
+ROUNDING = 8  # units in the last place of the largest gradient: what less is, is rounding
+
+
+@dataclass
+class Eager:
+    """The plain model's results. outputs: by name; weights: what each differentiated output is multiplied with."""
+
+    outputs: dict[str, Any]
+    weights: dict[str, Tensor]
+    gradients: dict[int, Tensor | None]  # by id of the parameter or input
+
+
+@dataclass
+class Outcome:
+    """Outputs and gradients of one run, per rank. outputs: by place in the user's graph."""
+
+    outputs: dict[int, list[Tensor]]
+    gradients: dict[int, list[Tensor | None]]  # by place among the inputs
+
+
+@dataclass
+class Trial:
+    """One traced model with the inputs of one call, and the results it should have.
+
+    outputs, weights: by place among the outputs of the user's graph; gradients: by place among its inputs.
+    """
+
+    traced: Traced
+    arguments: list[Any]
+    rng: Tensor
+    outputs: dict[int, tuple[str, Tensor]] = field(default_factory=dict)
+    weights: dict[int, Tensor] = field(default_factory=dict)
+    gradients: dict[int, tuple[str, Tensor | None]] = field(default_factory=dict)
+    tolerance: float = 0.0
+    rounding: float = 0.0
+
+    @property
+    def program(self) -> LocalProgram:
+        """The program before autograd."""
+        return self.traced.program
+
+    def run(self, snapshot: Snapshot, observe: Observer | None = None) -> Outcome:
+        """A graph before autograd: a GLOBAL one on one device, a LOCAL one on all ranks."""
+        assert snapshot.gm is not None
+        mesh = MeshShape(()) if snapshot.stage is Stage.GLOBAL else self.program.ctx.mesh
+        everything = snapshot.name == "capture"
+        places = {i: i if everything else out.index for i, out in enumerate(self.program.outputs)}
+        ranks = range(mesh.world_size)
+        inputs = [_replicas(self.arguments) for _ in ranks]
+        torch.set_rng_state(self.rng)
+        with torch.enable_grad():
+            found = Simulator(mesh).run(snapshot.gm, inputs, observe)
+        outputs = {i: [found[rank][place] for rank in ranks] for i, place in places.items() if place is not None}
+        dims = {i: out.dim if len(ranks) > 1 else None for i, out in enumerate(self.program.outputs)}
+        roots = [(x, w) for i in self.weights for x, w in zip(outputs[i], self._parts(i, dims[i]), strict=False)]
+        if roots:
+            torch.autograd.backward([x for x, _ in roots], [w for _, w in roots])
+        gradients = {i: [inputs[rank][i].grad for rank in ranks] for i in self.gradients}
+        return Outcome({i: self._whole(i, values, dims[i]) for i, values in outputs.items()}, gradients)
+
+    def run_final(self, graphs: Mapping[str, fx.GraphModule]) -> Outcome | str:
+        """The forward and the backward graph, or the graph for inference; text if they have another form."""
+        mesh, program = self.program.ctx.mesh, self.program
+        ranks = range(mesh.world_size)
+        forward = graphs.get("forward") or graphs["inference"]
+        computed = [i for i, out in enumerate(program.outputs) if out.index is not None]
+        saved = saved_values(forward.graph, graphs["backward"].graph) if "backward" in graphs else []
+        torch.set_rng_state(self.rng)
+        with torch.no_grad():
+            found = Simulator(mesh).run(forward, [_replicas(self.arguments) for _ in ranks])
+            if len(found[0]) != len(computed) + len(saved):
+                return "final graphs not run: they return more than outputs and saved values"
+            outputs = {i: [found[rank][at] for rank in ranks] for at, i in enumerate(computed)}
+            dims = {i: out.dim if len(ranks) > 1 else None for i, out in enumerate(program.outputs)}
+            whole = {i: self._whole(i, values, dims[i]) for i, values in outputs.items()}
+            if "backward" not in graphs:
+                return Outcome(whole, {})
+            kept = _in_order_of_backward(saved, [list(values[len(computed) :]) for values in found])
+            places = [n for n in graphs["backward"].graph.nodes if n.op == "placeholder"][len(saved) :]
+            tangents = [i for i in computed if _is_differentiable(program, i)]
+            if len(places) != len(tangents):
+                return "final graphs not run: backward takes something else than the gradients of the outputs"
+            given = [[self._part(i, dims[i], rank, outputs[i][rank]) for i in tangents] for rank in ranks]
+            grads = Simulator(mesh).run(graphs["backward"], [[*kept[r], *given[r]] for r in ranks])
+        if len(grads[0]) != len(self.arguments):
+            return "final graphs not compared: backward does not return one gradient for each input"
+        return Outcome(whole, {i: [grads[rank][i] for rank in ranks] for i in self.gradients})
+
+    def errors(self, graph: str, outcome: Outcome) -> list[TensorError]:
+        """One row per tensor."""
+        rows = []
+        for i, (name, expected) in self.outputs.items():
+            if i in outcome.outputs:
+                rows.append(self._error(graph, "output", name, outcome.outputs[i], expected, 0.0))
+        top = max((largest(g) for _, g in self.gradients.values() if g is not None), default=0.0)
+        for i, (name, gradient) in self.gradients.items():
+            if i in outcome.gradients and not (gradient is None and all(g is None for g in outcome.gradients[i])):
+                like = self.arguments[i]
+                wanted = torch.zeros_like(like) if gradient is None else gradient
+                found = [torch.zeros_like(like) if g is None else g for g in outcome.gradients[i]]
+                rows.append(self._error(graph, "gradient", name, found, wanted, self.rounding * top))
+        return rows
+
+    def _error(
+        self, graph: str, kind: str, name: str, found: Sequence[Tensor], expected: Tensor, rounding: float
+    ) -> TensorError:
+        if any(x.shape != expected.shape for x in found):
+            return TensorError(graph, kind, name, float("inf"), float("inf"), False)
+        worst, scale = max(difference(x, expected) for x in found), largest(expected)
+        relative = worst / scale if scale else (0.0 if worst == 0 else float("inf"))
+        tolerance = self.tolerance if expected.is_floating_point() else 0.0
+        return TensorError(graph, kind, name, worst, relative, relative <= tolerance or worst <= rounding)
+
+    def _whole(self, i: int, values: list[Tensor], dim: int | None) -> list[Tensor]:
+        values = [x.detach() for x in values]
+        shape = self.program.outputs[i].shape
+        if dim is None or shape is None:
+            return values
+        return [sequence.restore_all(values, dim, int(shape[dim]), "contiguous")]
+
+    def _parts(self, i: int, dim: int | None) -> list[Tensor]:
+        degree = self.program.ctx.mesh.world_size
+        weight = self.weights[i]
+        return [weight] * degree if dim is None else [_take(weight, dim, rank, degree) for rank in range(degree)]
+
+    def _part(self, i: int, dim: int | None, rank: int, output: Tensor) -> Tensor:
+        return self._parts(i, dim)[rank] if i in self.weights else torch.zeros_like(output)
+
+
+def _take(x: Tensor, dim: int, rank: int, degree: int) -> Tensor:
+    return sequence.take(x, dim, rank, degree, "contiguous")
+
+
+def compare(
+    model: nn.Module,
+    example_inputs: Inputs,
+    mesh: MeshShape,
+    options: Options,
+    pipeline: Sequence[Pass],
+    tolerance: float | None,
+) -> Report:
+    """See `spcompile.verify`."""
+    from spcompile.bisect import culprit_of
+
+    _require_real(model)
+    cpu_rng = torch.get_rng_state()
+    try:
+        eager = run_eager(model, example_inputs, options)
+        trial = trial_of(model, example_inputs, mesh, options, pipeline, eager, cpu_rng)
+        trial.tolerance, trial.rounding = _tolerances(trial.program.captured, tolerance)
+        last = [s for s in trial.program.history.snapshots if s.stage is not Stage.SCHEDULE][-1]
+        rows = trial.errors("local", trial.run(last))
+        final = trial.run_final(trial.traced.sharded.graphs)
+        notes = [final] if isinstance(final, str) else []
+        rows += [] if isinstance(final, str) else trial.errors("final", final)
+        report = Report(mesh, trial.tolerance, rows, remarks=list(trial.program.ctx.remarks.rows), notes=notes)
+        report.culprit = None if report.ok else culprit_of(trial)
+        return report
+    finally:
+        torch.set_rng_state(cpu_rng)
+
+
+def _require_real(model: nn.Module) -> None:
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_meta or isinstance(value, FakeTensor):
+            legal = "real weights: build the model on a device, or model.to_empty(...) and initialise it"
+            raise IllegalModel(f"{name} has no data, and verify computes", legal=f"{legal}; explain() needs none")
+
+
+def run_eager(model: nn.Module, example_inputs: Inputs, options: Options) -> Eager:
+    """The plain model, forward and backward; its buffers are put back."""
+    args = () if isinstance(example_inputs, Mapping) else tuple(example_inputs)
+    kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
+    before = [(b, b.clone()) for b in model.buffers()]
+    outputs = named_leaves(model(*args, **kwargs))
+    weights = _weights(outputs, options)
+    leaves = [*model.parameters(), *(x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))]
+    wanted = [x for x in leaves if x.requires_grad and x.is_leaf]
+    grads: Sequence[Tensor | None] = [None] * len(wanted)
+    if weights and wanted:
+        roots = [outputs[name] for name in weights]
+        grads = torch.autograd.grad(roots, wanted, list(weights.values()), allow_unused=True)
+    with torch.no_grad():
+        for buffer, old in before:
+            if not torch.equal(buffer, old):
+                buffer.copy_(old)
+    return Eager(outputs, weights, {id(x): g for x, g in zip(wanted, grads, strict=True)})
+
+
+def named_leaves(result: Any) -> dict[str, Any]:
+    """The leaves of a model's result by path."""
+    paths, _ = pytree.tree_flatten_with_path(result)
+    return {pytree.keystr(path).strip("[]'.") or "output": leaf for path, leaf in paths}
+
+
+def _weights(outputs: Mapping[str, Any], options: Options) -> dict[str, Tensor]:
+    """1 for the loss, the first differentiable scalar; without one, random numbers for every output."""
+    floating = {n: x for n, x in outputs.items() if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad}
+    loss = next((name for name, x in floating.items() if x.ndim == 0), None)
+    if loss is not None:
+        return {loss: torch.ones_like(floating[loss])}
+    if options.outputs == "loss":
+        raise IllegalOption('outputs="loss" for a model that returns no loss', legal='outputs="full" or "sharded"')
+    generator = torch.Generator().manual_seed(0)
+    return {n: torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) for n, x in floating.items()}
+
+
+def trial_of(
+    model: nn.Module,
+    example_inputs: Inputs,
+    mesh: MeshShape,
+    options: Options,
+    pipeline: Sequence[Pass],
+    eager: Eager,
+    rng: Tensor,
+) -> Trial:
+    """Trace the model and find which of its graph's inputs and outputs are which of the plain model's."""
+    trials: list[Trial] = []
+    returned: list[Tensor] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        traced = compile_for(gm, inputs, mesh, options, pipeline)
+        captured = traced.program.history.snapshots[0]
+
+        def run(*arguments: Any) -> list[Tensor]:
+            trial = Trial(traced, list(arguments), rng)
+            trials.append(trial)
+            found = trial.run(captured).outputs
+            computed = [out.index is not None for out in traced.program.outputs]
+            returned.extend(found[i][0] if computed[i] else NotComputedTensor() for i in range(len(computed)))
+            return returned
+
+        return run
+
+    result = named_leaves(through_dynamo(model, example_inputs, backend))
+    trial = trials[0]
+    place = {id(x): i for i, x in enumerate(returned)}
+    for name, leaf in result.items():
+        expected = eager.outputs.get(name)
+        if id(leaf) in place and isinstance(expected, Tensor) and not isinstance(leaf, NotComputedTensor):
+            trial.outputs[place[id(leaf)]] = (name, expected.detach())
+            if name in eager.weights:
+                trial.weights[place[id(leaf)]] = eager.weights[name]
+    names = {id(p): name for name, p in model.named_parameters()}
+    for i, value in enumerate(trial.arguments):
+        if id(value) in eager.gradients:
+            trial.gradients[i] = (names.get(id(value), f"input {i}"), eager.gradients[id(value)])
+    return trial
+
+
+def _replicas(arguments: Sequence[Any]) -> list[Any]:
+    return [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in arguments]
+
+
+def _in_order_of_backward(saved: Sequence[fx.Node], values: list[list[Any]]) -> list[list[Any]]:
+    """Forward returns saved tensors, then saved sizes; backward takes sizes first."""
+    order = sorted(range(len(saved)), key=lambda at: isinstance(saved[at].meta.get("val"), Tensor))
+    return [[rank[at] for at in order] for rank in values]
+
+
+def _is_differentiable(program: LocalProgram, i: int) -> bool:
+    index = program.outputs[i].index
+    output = next(n for n in reversed(program.gm.graph.nodes) if n.op == "output")
+    value = output.args[0][index]  # type: ignore[index, union-attr, call-overload]
+    return isinstance(value, fx.Node) and value.meta["val"].is_floating_point()
+
+
+def _tolerances(captured: fx.GraphModule, wanted: float | None) -> tuple[float, float]:
+    """(tolerance, rounding) by the floating dtypes in the graph."""
+    vals = [v for n in captured.graph.nodes for v in pytree.tree_leaves(n.meta.get("val")) if isinstance(v, Tensor)]
+    dtypes = {v.dtype for v in vals if v.is_floating_point()} or {torch.float32}
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    mixed = coarsest is torch.float32 and torch.float64 in dtypes
+    default = MIXED_TOLERANCE if mixed else DEFAULT_TOLERANCE.get(coarsest, 5e-2)
+    return default if wanted is None else wanted, ROUNDING * torch.finfo(coarsest).eps
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest absolute difference; of integers, how many differ. inf where just one is NaN."""
+    found, expected = found.detach(), expected.detach()
+    if expected.numel() == 0:
+        return 0.0
+    if not expected.is_floating_point():
+        return float((found != expected).sum())
+    agree = (found == expected) | (found.isnan() & expected.isnan())
+    worst = torch.where(agree, 0.0, (found - expected).abs()).max()
+    return float("inf") if worst.isnan() else float(worst)
+
+
+def largest(x: Tensor) -> float:
+    """The largest absolute value."""
+    if x.numel() == 0:
+        return 0.0
+    return float(x.detach().to(torch.float64).abs().nan_to_num(posinf=0.0).max())

@@ -1,0 +1,228 @@
+"""`verify`: right programs agree with the plain model, and of a wrong pass it names the pass and the value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.fx as fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import spcompile.passes
+from spcompile import verify
+from spcompile.diagnostics import IllegalModel, IllegalOption, UnknownOption
+from spcompile.passes_api import Context, Pass, Stage
+
+aten, spx = torch.ops.aten, torch.ops.spx
+F64 = torch.float64
+
+
+class Block(nn.Module):
+    """One attention layer with a norm, a dropout and a loss; `labels_BS` may be left out."""
+
+    def __init__(self, heads: int = 2, width: int = 8, vocab: int = 11, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.tokens = nn.Embedding(vocab, width, dtype=F64)
+        self.norm = nn.LayerNorm(width, dtype=F64)
+        self.qkv = nn.Linear(width, 3 * width, dtype=F64)
+        self.head = nn.Linear(width, vocab, dtype=F64)
+
+    def forward(self, ids_BS: Tensor, labels_BS: Tensor | None = None) -> dict[str, Tensor]:
+        B, S = ids_BS.shape
+        x_BSD = self.tokens(ids_BS)
+        q, k, v = (t.view(B, S, self.heads, -1).transpose(1, 2) for t in self.qkv(self.norm(x_BSD)).chunk(3, -1))
+        y_BNSH = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y_BSD = F.dropout(y_BNSH.transpose(1, 2).flatten(2), self.dropout)
+        logits_BSV = self.head(x_BSD + y_BSD)
+        if labels_BS is None:
+            return {"logits": logits_BSV}
+        return {"loss": F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten()), "logits": logits_BSV}
+
+
+def batch(length: int = 10, rows: int = 2) -> dict[str, Tensor]:
+    labels = torch.randint(11, (rows, length))
+    labels[0, : length // 3] = -100
+    return {"ids_BS": torch.randint(11, (rows, length)), "labels_BS": labels}
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+@pytest.mark.parametrize("outputs", ["full", "loss", "sharded"])
+def test_every_tensor_of_a_right_program_agrees(degree: int, outputs: str) -> None:
+    model, inputs = Block(), batch()
+    report = verify(model, inputs, mesh={"cp": degree}, attention="ring", outputs=outputs)
+    assert report.ok, str(report)
+    expected = {("gradient", name) for name, _ in model.named_parameters()} | {("output", "loss")}
+    expected |= set() if outputs == "loss" else {("output", "logits")}
+    for graph in ("local", "final"):
+        assert {(row.kind, row.name) for row in report.rows if row.graph == graph} == expected
+    assert max(row.relative for row in report.rows if row.name != "qkv.bias") < 1e-12
+    assert report.to_dict()["ok"] is True
+    assert "agree" in str(report)
+
+
+def test_without_a_loss_all_outputs_are_differentiated() -> None:
+    inputs = batch(7)
+    del inputs["labels_BS"]
+    report = verify(Block(), inputs, mesh={"cp": 2}, outputs="sharded")
+    assert report.ok, str(report)
+    assert {row.name for row in report.rows} >= {"logits", "tokens.weight", "head.bias"}
+    with pytest.raises(IllegalOption, match="no loss"):
+        verify(Block(), inputs, mesh={"cp": 2}, outputs="loss")
+
+
+def test_dropout_draws_what_the_plain_model_draws() -> None:
+    report = verify(Block(dropout=0.5), batch(), mesh={"cp": 2})
+    assert report.ok, str(report)
+
+
+def test_inference_compares_outputs_only() -> None:
+    with torch.no_grad():
+        report = verify(Block(), batch(), mesh={"cp": 2})
+    assert report.ok, str(report)
+    assert {row.kind for row in report.rows} == {"output"}
+
+
+def test_the_model_and_the_generator_are_left_as_they_were() -> None:
+    model, inputs = Block(dropout=0.5), batch()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    state = torch.get_rng_state()
+    verify(model, inputs, mesh={"cp": 2})
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_weights_without_data_are_refused() -> None:
+    with torch.device("meta"):
+        model = Block()
+    with pytest.raises(IllegalModel, match="real weights"):
+        verify(model, batch(), mesh={"cp": 2})
+    with pytest.raises(UnknownOption):
+        verify(Block(), batch(), mesh={"cp": 2}, atention="ring")
+
+
+@dataclass(frozen=True)
+class Sabotage(Pass):
+    """Changes the second argument of the first call of an op, in the graph of one stage."""
+
+    name: ClassVar[str] = "sabotage"
+    stage: ClassVar[Stage] = Stage.GLOBAL
+    target: Any = None
+    change: Any = None
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        node = next(n for n in gm.graph.nodes if n.target is self.target)
+        self.change(node)
+        gm.recompile()
+        return 1
+
+
+class LocalSabotage(Sabotage):
+    stage = Stage.LOCAL
+
+
+class ScheduleSabotage(Sabotage):
+    stage = Stage.SCHEDULE
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        return super().run(gm, ctx) if any(n.target is self.target for n in gm.graph.nodes) else 0
+
+
+def broken_pipeline(monkeypatch: pytest.MonkeyPatch, after: str, sabotage: Pass) -> None:
+    passes = list(spcompile.passes.PIPELINE)
+    at = next(i for i, p in enumerate(passes) if p.name == after) + 1
+    monkeypatch.setattr(spcompile.passes, "PIPELINE", (*passes[:at], sabotage, *passes[at:]))
+
+
+def scale_mask(node: fx.Node) -> None:
+    node.args = (*node.args[:-1], node.args[-1] * 1.01)
+
+
+def drop_vary(node: fx.Node) -> None:
+    """What the verifier of graphs would refuse: a vary that is another op with the same value and no sum behind it."""
+    node.target = aten.alias.default
+    node.args = node.args[:1]
+
+
+def double(node: fx.Node) -> None:
+    with node.graph.inserting_after(node):
+        twice = node.graph.call_function(aten.mul.Tensor, (node, 2.0))
+    twice.meta = dict(node.meta)
+    node.replace_all_uses_with(twice, delete_user_cb=lambda user: user is not twice)
+
+
+def test_a_wrong_value_is_traced_to_pass_and_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_pipeline(monkeypatch, "recognize-loss", Sabotage(spx.attention.default, scale_mask))
+    report = verify(Block(), batch(), mesh={"cp": 2})
+    assert not report.ok
+    culprit = report.culprit
+    assert culprit is not None
+    assert culprit.pass_name == "sabotage"
+    assert culprit.what == "value"
+    assert culprit.source is not None
+    assert "scaled_dot_product_attention" in culprit.source.text
+    assert "first wrong after pass sabotage" in str(report)
+    assert report.to_dict()["culprit"]["pass"] == "sabotage"
+
+
+def test_a_wrong_value_in_one_ranks_graph_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_pipeline(monkeypatch, "parallelize-attention", LocalSabotage(aten.layer_norm.default, scale_eps))
+    report = verify(Block(), batch(), mesh={"cp": 2})
+    assert not report.ok
+    assert report.culprit is not None
+    assert report.culprit.pass_name == "sabotage"
+
+
+def scale_eps(node: fx.Node) -> None:
+    node.args = (*node.args[:4], 0.5)
+
+
+def test_a_lowering_that_is_wrong_is_found_across_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The LOCAL graph has other shapes than the GLOBAL one: values are put together before they are compared."""
+    from spcompile.lowering import Lower
+
+    right = Lower.run_node
+
+    def wrong(self: Lower, n: fx.Node) -> Any:
+        result = right(self, n)
+        return result * 1.5 if n.target is aten.dropout.default or n.name == "chosen" else result
+
+    marked = Sabotage(aten.layer_norm.default, lambda node: setattr(node, "name", "chosen"))
+    broken_pipeline(monkeypatch, "recognize-loss", replace(marked))
+    monkeypatch.setattr(Lower, "run_node", wrong)
+    report = verify(Block(), batch(), mesh={"cp": 2})
+    assert report.culprit is not None
+    assert report.culprit.pass_name == "lower"
+    assert report.culprit.what == "value"
+    assert report.culprit.source is not None
+    assert "self.norm(x_BSD)" in report.culprit.source.text
+
+
+def test_a_right_loss_with_wrong_gradients_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spcompile.lowering import Lower
+
+    right = Lower.reshard
+
+    def without_sum(self: Lower, x: Tensor, src: str, dst: str, dims: Any) -> Tensor:
+        return x * 1.0 if (src, dst) == ("I", "R") else right(self, x, src, dst, dims)
+
+    monkeypatch.setattr(Lower, "reshard", without_sum)
+    monkeypatch.setattr("spcompile.pipeline.verify_graph", lambda *args, **kwargs: None)
+    report = verify(Block(), batch(), mesh={"cp": 2})
+    wrong = {(row.kind, row.name) for row in report.rows if not row.ok}
+    assert ("gradient", "head.weight") in wrong
+    assert not any(kind == "output" for kind, _ in wrong)
+    assert report.culprit is not None
+    assert (report.culprit.pass_name, report.culprit.what) == ("lower", "gradient")
+
+
+def test_a_pass_behind_autograd_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_pipeline(monkeypatch, "lower-collectives", ScheduleSabotage(aten.embedding_dense_backward.default, double))
+    report = verify(Block(), batch(), mesh={"cp": 2})
+    assert {row.graph for row in report.rows if not row.ok} == {"final"}
+    assert report.culprit is not None
+    assert report.culprit.pass_name == "sabotage"

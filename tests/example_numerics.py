@@ -9,7 +9,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-import spcompile.attention.specs  # noqa: F401  (the simulator learns ring attention)
+import spcompile.attention_specs  # noqa: F401  (the simulator learns ring attention)
 from spcompile.capture import capture
 from spcompile.diagnostics import Remark
 from spcompile.example_runs import with_dynamo_graph

@@ -17,7 +17,7 @@ LAYERS = (
     # errors, graphs, sizes: know torch only
     "diagnostics dynamo_settings graph sequence sizes splice torch_private saved_bytes traffic",
     # meshes, dims, ops that communicate, attention
-    "mesh options spaces capture attention collectives",
+    "autocast mesh options spaces capture attention collectives",
     "printer rules states symbolic_mask agreement simulate communication memory verify_report",
     "passes_api index_spaces attention_specs meta_device plan plan_html",
     # where the axes go
@@ -26,8 +26,8 @@ LAYERS = (
     "cut lowering program dump",
     # the whole machine
     "outputs emit",
-    "backend",
-    "trace",
+    "backend example_runs",
+    "trace docs",
     "trial bisect",
     "explain verify",
     # what a user starts
@@ -36,7 +36,7 @@ LAYERS = (
     "train",
     "cli",
 )
-SEES_PASSES = {"backend", "explain", "verify", "cli"}  # the only modules that import spcompile.passes
+SEES_PASSES = {"backend", "explain", "verify", "docs", "cli"}  # the only modules that import spcompile.passes
 NOT_FOR_PASSES = {"backend", "emit", "cli", "train"}  # what a pass must not know
 
 

@@ -85,14 +85,14 @@ def _fuse(bucket: list[fx.Node]) -> None:
         node.graph.erase_node(node)
 
 
-def _two_layers(x_BNSH: Tensor, w_HH: Tensor, u_HH: Tensor) -> Tensor:
-    h_BNSH = torch.nn.functional.scaled_dot_product_attention(x_BNSH @ w_HH, x_BNSH, x_BNSH)
-    return (h_BNSH @ u_HH).sum()
+def _attention_of_two_weights(x_BNSH: Tensor, q_HH: Tensor, k_HH: Tensor) -> Tensor:
+    k_BNSH = x_BNSH @ k_HH
+    return torch.nn.functional.scaled_dot_product_attention(x_BNSH @ q_HH, k_BNSH, k_BNSH)
 
 
 def _inputs() -> tuple[Tensor, ...]:
     x_BNSH = torch.randn(1, 4, 7, 2, dtype=torch.float64)
-    return (x_BNSH, *(torch.randn(2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)))
+    return x_BNSH, *(torch.randn(2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
 
-EXAMPLE = Example(_two_layers, _inputs, options={"attention": "ring", "balance": "contiguous"})
+EXAMPLE = Example(_attention_of_two_weights, _inputs, options={"attention": "ring"})

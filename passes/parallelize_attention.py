@@ -85,7 +85,8 @@ def _ulysses(node: fx.Node) -> None:
     args = (q, k_local, v.args[0], q_documents, k_documents, key_valid)  # type: ignore[union-attr]
     out = splice(ulysses_attention, (*args, mask, scale, q_length, k_length, axis, degree, order), like=node)
     for user in list(node.users):
-        assert (user.target, user.args[1]) == (operator.getitem, 0), "the LSE of a Ulysses attention stays inside"
+        assert user.target is operator.getitem
+        assert user.args[1] == 0, "the LSE of a Ulysses attention stays inside"
         user.replace_all_uses_with(out)
         node.graph.erase_node(user)
     node.graph.erase_node(node)

@@ -13,7 +13,7 @@ import torch.fx as fx
 from spcompile.agreement import Agreement, first_difference
 from spcompile.autocast import autocast_off
 from spcompile.diagnostics import GraphBreak
-from spcompile.dump import dump_to
+from spcompile.dump import Dump
 from spcompile.dynamo_settings import ignore_library_logging
 from spcompile.emit import Emission, callable_of, emit
 from spcompile.mesh import RuntimeMesh, runtime_mesh
@@ -64,7 +64,8 @@ def plain(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: str) -> C
 def _compile(
     gm: fx.GraphModule, inputs: Sequence[Any], options: Options, mesh: RuntimeMesh, agreement: Agreement
 ) -> Callable[..., Any]:
-    history = History(on_snapshot=dump_to(options.dump) if options.dump else None)
+    dump = Dump(options.dump) if options.dump else None
+    history = History(on_snapshot=dump.snapshot if dump else None)
     program = build(gm, inputs, mesh.shape, options, PIPELINE, history)
     for remark in program.ctx.remarks.rows:
         log.info("%s", remark)
@@ -73,6 +74,8 @@ def _compile(
     groups = {axis: mesh.group_name(axis) for axis, size in mesh.shape.axes if size > 1}
 
     def agree(phase: str, final: fx.GraphModule) -> None:
+        if dump is not None:
+            dump.python(phase, final)
         agreement.require(format_graph(final), first_difference)
 
     emission = Emission(program, bind=functools.partial(bind_axes, groups=groups), finished=agree)

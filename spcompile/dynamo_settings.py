@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+
+
+class _WithLibraryMethods(set[Callable[..., Any]]):
+    """A set that also holds the methods that libraries have added to Logger by now.
+
+    A library such as transformers may be imported after this; Dynamo asks while it traces.
+    """
+
+    def __contains__(self, method: object) -> bool:
+        return super().__contains__(method) or method in added_by_libraries()
+
+    def __iter__(self) -> Iterator[Callable[..., Any]]:
+        return iter([*super().__iter__(), *added_by_libraries()])
 
 
 def ignore_library_logging() -> None:
@@ -13,8 +28,14 @@ def ignore_library_logging() -> None:
     Dynamo knows the standard methods; an added one ends the graph in the middle of a model. Ignored means: not called
     in compiled code. Idempotent; called when the backend is looked up.
     """
-    added = {m for n, m in vars(logging.Logger).items() if callable(m) and _is_foreign(n, m)}
-    torch._dynamo.config.ignore_logging_functions = {*torch._dynamo.config.ignore_logging_functions, *added}
+    given = torch._dynamo.config.ignore_logging_functions
+    if not isinstance(given, _WithLibraryMethods):
+        torch._dynamo.config.ignore_logging_functions = _WithLibraryMethods(given)
+
+
+def added_by_libraries() -> list[Callable[..., Any]]:
+    """The methods of logging.Logger that the standard library did not define."""
+    return [m for n, m in vars(logging.Logger).items() if callable(m) and _is_foreign(n, m)]
 
 
 def _is_foreign(name: str, method: object) -> bool:

@@ -18,14 +18,15 @@ from spcompile.layout import NodeLayout, layout_of
 from spcompile.propagate import Choice, Place, is_prefix, place_of, space_at
 from spcompile.reshard import is_reshard, parse_place
 from spcompile.rules.base import LocalCall, tensor_operands, tensor_results
-from spcompile.sequence import chunks_per_rank, local_length
+from spcompile.sequence import chunks_per_rank, local_length, pad
 from spcompile.sizes import Size, divides, same
 from spcompile.spaces import Space, leaves
 
 spx = torch.ops.spx
 
-# What padding holds where rows enter. Nobody reads what becomes of it, but with 0 an op like x / x.norm() would make
-# NaN, and NaN times the zero gradient of such rows would reach the gradients of parameters.
+# What padding holds behind attention. Nobody reads what becomes of it, but with 0 an op like x / x.norm() would make
+# NaN, and NaN times the zero gradient of such rows would reach the gradients of parameters. Where rows enter, padding
+# repeats the last row: as finite as a real one, and an index that is in range.
 BENIGN = 1.0
 
 
@@ -187,9 +188,8 @@ class Lower(fx.Interpreter):
         split = self.split
         capacity, length = split.capacity(space), space.find().size
         if not same(capacity, length):
-            shape = [*x.shape[:dim], capacity - length, *x.shape[dim + 1 :]]
-            x = torch.cat([x, x.new_full(shape, _padding_of(x))], dim)
-        return spx.shard(x, dim, split.axis, split.degree, split.order, _padding_of(x))
+            x = pad(x, dim, capacity, fill=None)
+        return spx.shard(x, dim, split.axis, split.degree, split.order, None)
 
     def attention(self, n: fx.Node, args: tuple[Any, ...]) -> Any:
         """Query rows local, keys and values gathered: right as it stands; `parallelize-attention` improves it."""
@@ -221,11 +221,6 @@ class Lower(fx.Interpreter):
             within = torch.arange(size, dtype=torch.int32, device=device)
             positions = (positions[:, None] * size + within).flatten()
         return positions
-
-
-def _padding_of(x: Tensor) -> float:
-    """Integers are often indices: 0 is in range."""
-    return BENIGN if x.is_floating_point() else 0.0
 
 
 def _dims_of(value: fx.Node) -> list[list[Space]]:

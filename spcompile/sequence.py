@@ -54,18 +54,20 @@ def positions(length: int, rank: int, degree: int, order: str, device: torch.dev
     return torch.cat([offsets + c * chunk for c in chunks_of(rank, degree, order)])
 
 
-def pad(x: Tensor, dim: int, length: int, fill: float = 0) -> Tensor:
-    """`x` grown at the end of `dim` to `length` elements of value `fill`."""
-    missing = length - x.shape[dim]
+def pad(x: Tensor, dim: int, length: int, fill: float | None = 0) -> Tensor:
+    """`x` grown at the end of `dim` to `length` elements of value `fill`; None: its last element, repeated."""
+    size = x.shape[dim]
+    missing = length - size
     if isinstance(missing, int) and missing == 0:
         return x
     shape = list(x.shape)
     shape[dim] = missing
-    return torch.cat([x, x.new_full(shape, fill)], dim)
+    padding = x.narrow(dim, size - 1, 1).detach().expand(shape) if fill is None else x.new_full(shape, fill)
+    return torch.cat([x, padding], dim)
 
 
-def take(x: Tensor, dim: int, rank: int, degree: int, order: str, fill: float = 0) -> Tensor:
-    """The part of the global `x` that `rank` holds: `local_length` elements along `dim`, padded with `fill`."""
+def take(x: Tensor, dim: int, rank: int, degree: int, order: str, fill: float | None = 0) -> Tensor:
+    """The part of the global `x` that `rank` holds: `local_length` elements along `dim`, padded as by `pad`."""
     chunk = chunk_length(x.shape[dim], degree, order)
     padded = pad(x, dim, chunk * chunks_per_rank(order) * degree, fill)
     parts = [padded.narrow(dim, c * chunk, chunk) for c in chunks_of(rank, degree, order)]

@@ -44,7 +44,7 @@ def leaves_of(inputs: Sequence[Any]) -> list[Tensor]:
 
 def on_one_device(function: Callable[..., Any], inputs: Sequence[Any]) -> Numbers:
     given = copies(inputs)
-    torch.manual_seed(0)  # the same random numbers for every form of a program
+    torch.manual_seed(3)
     outputs = as_list(function(*given))
     return outputs, list(torch.autograd.grad(outputs, leaves_of(given), cotangents(outputs)))
 
@@ -53,7 +53,7 @@ def on_all_ranks(gm: fx.GraphModule, inputs: Sequence[Any], mesh: Mapping[str, i
     """Every rank gets the whole inputs and must return the whole outputs and gradients."""
     shape = MeshShape.of(mesh)
     given = [copies(inputs) for _ in range(shape.world_size)]
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     results = [as_list(outputs) for outputs in Simulator(shape).run(gm, given)]
     flat = [x for outputs in results for x in outputs]
     leaves = [leaf for rank_inputs in given for leaf in leaves_of(rank_inputs)]

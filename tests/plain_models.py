@@ -172,7 +172,7 @@ class RunningSum(nn.Module):
         for layer in self.layers:
             x = x + layer(x)
             x = x + self.plain(x)
-        count = torch.arange(1, words.shape[1] + 1, dtype=x.dtype)
+        count = torch.arange(1, words.shape[1] + 1)
         x = x + x.cumsum(1) / count[:, None]
         return F.cross_entropy(self.head(x).flatten(0, 1), answers.flatten())
 

@@ -84,7 +84,7 @@ def mixes_positions(x: Tensor) -> Tensor:
 
 
 def drops(x: Tensor) -> Tensor:
-    return F.dropout(attend(x), 0.5)
+    return torch.bernoulli(attend(x).sigmoid())
 
 
 def has_no_rule(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from example_numerics import captured, compiled_locally
 from torch import Tensor
 
 from spcompile.diagnostics import IllegalOption, InvalidGraph, Remarks
-from spcompile.dump import dump_to
+from spcompile.dump import Dump
 from spcompile.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.passes import PIPELINE
@@ -119,7 +119,7 @@ def test_history_has_the_text_after_every_pass() -> None:
 
 def test_dump_files(tmp_path: Path) -> None:
     gm = captured(attend, torch.randn(2, 8, 4))
-    history = History(on_snapshot=dump_to(str(tmp_path)))
+    history = History(on_snapshot=Dump(str(tmp_path)).snapshot)
     run_passes(gm, PIPELINE[:2], context(), history)
     (folder,) = (tmp_path / "rank0").iterdir()
     assert sorted(f.name for f in folder.iterdir()) == [

@@ -10,27 +10,28 @@ from torch import Tensor
 from spcompile import sequence
 from spcompile.collectives.base import Call, Size, define, packed, rank_in, with_size
 
-SCHEMA = "shard(Tensor x, int dim, str axis, int degree, str order, float fill) -> Tensor"
+SCHEMA = "shard(Tensor x, int dim, str axis, int degree, str order, float? fill) -> Tensor"
 
 DRAWING = """\
 rank 0   [a b c d e]        [a b]
 rank 1   [a b c d e]   ->   [c d]
-rank 2   [a b c d e]        [e fill]"""
+rank 2   [a b c d e]        [e fill], or [e e]"""
 
 
-def fake(x: Tensor, dim: int, axis: str, degree: int, order: str, fill: float) -> Tensor:
+def fake(x: Tensor, dim: int, axis: str, degree: int, order: str, fill: float | None) -> Tensor:
     return x.new_empty(with_size(x.shape, dim, sequence.local_length(x.shape[dim], degree, order)))
 
 
-def spec(parts: Sequence[Tensor], dim: int, axis: str, degree: int, order: str, fill: float) -> list[Tensor]:
+def spec(parts: Sequence[Tensor], dim: int, axis: str, degree: int, order: str, fill: float | None) -> list[Tensor]:
     return [packed(sequence.take(x, dim, rank, degree, order, fill)) for rank, x in enumerate(parts)]
 
 
-def eager(x: Tensor, dim: int, axis: str, degree: int, order: str, fill: float) -> Tensor:
+def eager(x: Tensor, dim: int, axis: str, degree: int, order: str, fill: float | None) -> Tensor:
     """As sequence.take, but without a padded copy of the whole of `x`."""
     length = x.shape[dim]
     chunk = sequence.chunk_length(length, degree, order)
-    out = x.new_full(with_size(x.shape, dim, sequence.local_length(length, degree, order)), fill)
+    out = x.new_empty(with_size(x.shape, dim, sequence.local_length(length, degree, order)))
+    out.copy_(x.narrow(dim, length - 1, 1).detach()) if fill is None else out.fill_(fill)
     for i, c in enumerate(sequence.chunks_of(rank_in(axis), degree, order)):
         present = min(chunk, length - c * chunk)
         if present > 0:
@@ -38,12 +39,12 @@ def eager(x: Tensor, dim: int, axis: str, degree: int, order: str, fill: float) 
     return out
 
 
-def dual(x: Tensor, dim: int, axis: str, degree: int, order: str, fill: float) -> Call:
+def dual(x: Tensor, dim: int, axis: str, degree: int, order: str, fill: float | None) -> Call:
     arguments = {"dim": dim, "length": x.shape[dim], "axis": axis, "degree": degree, "order": order, "to": "I"}
     return Call(arguments, torch.ops.spx.all_gather.default)
 
 
-def sent(x: Tensor, dim: int, axis: str, degree: int, order: str, fill: float) -> Size:
+def sent(x: Tensor, dim: int, axis: str, degree: int, order: str, fill: float | None) -> Size:
     return 0
 
 
@@ -55,7 +56,7 @@ def examples(length: int, degree: int) -> Iterator[Call]:
 
 SHARD = define(
     SCHEMA,
-    summary="Every rank takes its part of dim `dim`; what is missing to equal parts is filled with `fill`.",
+    summary="Every rank takes its part of dim `dim`; padding is `fill`, or repeats the last element if None.",
     states={"": ("I", "S")},
     drawing=DRAWING,
     formula="0",

@@ -1,4 +1,4 @@
-"""Models written without spcompile in mind: the sequence is found in the graph, whatever it is called and wherever it is."""
+"""Models written without spcompile in mind: the sequence is found in the graph, whatever and wherever it is."""
 
 from __future__ import annotations
 

@@ -113,8 +113,9 @@ def _split(parts: list[Part], reader: Reader, indices: Indices, sizes: tuple[Int
         try:
             readings[part] = read_part(part, reader, indices)
         except Unreadable as stop:
-            where = stop.node or part.node
-            dense.append((part, f"{where.target} has no symbolic form", where))
+            stopped_at = stop.node or part.node
+            dense.append((part, f"{stopped_at.target} has no symbolic form", stopped_at))
+    where: fx.Node | None
     while True:
         total = sympy.And(*(reading.condition for reading in readings.values()))
         try:

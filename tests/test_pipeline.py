@@ -128,3 +128,15 @@ def test_dump_files(tmp_path: Path) -> None:
         "01-recognize-mask.txt",
     ]
     assert (folder / "00-recognize-attention.txt").read_text() == history.snapshots[0].text
+
+
+def test_dumped_python_runs(tmp_path: Path) -> None:
+    x = torch.randn(2, 8, 4)
+    gm = captured(attend, x)
+    dump = Dump(str(tmp_path))
+    dump.python("forward", gm)
+    found: dict[str, object] = {}
+    exec((dump.folder / "forward.py").read_text(), found)
+    forward = found["forward"]
+    assert callable(forward)
+    torch.testing.assert_close(forward(None, x), gm(x))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -69,8 +71,9 @@ def _compile(
     program = build(gm, inputs, mesh.shape, options, PIPELINE, history)
     for remark in program.ctx.remarks.rows:
         log.info("%s", remark)
+    key = f"{next(_numbers)}{' of random numbers' if program.draws_random_numbers else ''}"
     if not program.is_sharded:
-        return _checked(plain(gm, inputs, options.compiler), "not sharded", agreement)
+        return _checked(plain(gm, inputs, options.compiler), key, agreement, program.draws_random_numbers)
     groups = {axis: mesh.group_name(axis) for axis, size in mesh.shape.axes if size > 1}
 
     def agree(phase: str, final: fx.GraphModule) -> None:
@@ -82,25 +85,33 @@ def _compile(
     with autocast_off():
         compiled = emit(emission, options.compiler)
     PROGRAMS.append((program, emission))
-    key = str(len(PROGRAMS))
-    return _checked(restore_outputs(compiled, program, mesh), key, agreement)
+    return _checked(restore_outputs(compiled, program, mesh), key, agreement, program.draws_random_numbers)
 
 
-PROGRAMS: list[tuple[LocalProgram, Emission]] = []
+PROGRAMS: list[tuple[LocalProgram, Emission]] = []  # all compiles of this process, to look into
+_numbers = itertools.count()
 
 
-def _checked(run: Callable[..., Any], key: str, agreement: Agreement) -> Callable[..., Any]:
-    """Before every call all ranks must be about to run the same graph on the same shapes."""
+def _checked(run: Callable[..., Any], key: str, agreement: Agreement, is_random: bool) -> Callable[..., Any]:
+    """Before every call all ranks must be about to run the same graph on the same shapes.
+
+    Random numbers are drawn for whole tensors on every rank: their state must be the same as well.
+    """
     if not agreement.checks_calls:
         return run
 
     @functools.wraps(run)
     def call(*args: Any) -> Any:
         shapes = " ".join(str(tuple(a.shape)) if isinstance(a, torch.Tensor) else str(a) for a in args)
-        agreement.require(f"runs graph {key} on {shapes}")
+        state = f" with random state {_random_state()} (seed {torch.initial_seed()})" if is_random else ""
+        agreement.require(f"runs graph {key} on {shapes}{state}")
         return run(*args)
 
     return call
+
+
+def _random_state() -> str:
+    return hashlib.sha256(bytes(torch.get_rng_state().tolist())).hexdigest()[:8]
 
 
 @functools.cache

@@ -116,7 +116,7 @@ def ulysses_attention(
         k_BGsH, v_BGsV = k_BGsH.repeat_interleave(repeats, 1), v_BGsV.repeat_interleave(repeats, 1)
     whole = exchange_for_heads((q_BNsH, k_BGsH, v_BGsV), (q_length, k_length, k_length), axis, degree, order)
     out_BnSV, _ = spx.attention(*whole, None, None, q_documents, k_documents, key_valid, None, mask, scale)
-    parts_RBnsV = sequence.split(out_BnSV, 2, degree, order)
+    parts_RBnsV = sequence.split(out_BnSV, 2, degree, order, fill=None)
     heads_RBnsV = spx.all_to_all(parts_RBnsV.contiguous(), axis, degree)
     return heads_RBnsV.movedim(0, 1).flatten(1, 2)
 

@@ -60,6 +60,10 @@ def pad(x: Tensor, dim: int, length: int, fill: float | None = 0) -> Tensor:
     missing = length - size
     if isinstance(missing, int) and missing == 0:
         return x
+    if fill is None and not isinstance(missing, int):
+        # One op: a padding of symbolic size would guard on whether it is empty, and so on the length modulo the ranks.
+        last = torch.arange(length, device=x.device).clamp(max=size - 1)
+        return x.index_select(dim, last)
     shape = list(x.shape)
     shape[dim] = missing
     padding = x.narrow(dim, size - 1, 1).detach().expand(shape) if fill is None else x.new_full(shape, fill)
@@ -86,10 +90,18 @@ def restore(ranks: Tensor, dim: int, length: int, order: str) -> Tensor:
         degree = 2 * degree
     joined = ranks.movedim(0, dim)
     shape = [*joined.shape[:dim], degree * joined.shape[dim + 1], *joined.shape[dim + 2 :]]
-    return joined.reshape(shape).narrow(dim, 0, length)
+    return beginning(joined.reshape(shape), dim, length)
 
 
-def split(x: Tensor, dim: int, degree: int, order: str, fill: float = 0) -> Tensor:
+def beginning(x: Tensor, dim: int, length: int) -> Tensor:
+    """The first `length` elements of `dim`. With a symbolic length a copy: whether a view of it is contiguous, which
+    tracing asks, depends on whether there was padding, and the answer would be a guard."""
+    if isinstance(length, int):
+        return x.narrow(dim, 0, length)
+    return x.index_select(dim, torch.arange(length, device=x.device))
+
+
+def split(x: Tensor, dim: int, degree: int, order: str, fill: float | None = 0) -> Tensor:
     """The inverse of `restore`: [..., length, ...] -> [degree, ..., local, ...], rank r's part at index r."""
     per_rank = chunks_per_rank(order)
     chunk = chunk_length(x.shape[dim], degree, order)

@@ -116,7 +116,10 @@ def _inductor(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> 
         return compile_fx_inner(graph_module, example_inputs, **kwargs)
 
     patches = {"joint_custom_pre_pass": _PrepareJoint()}
-    return callable_of(compile_fx(gm, inputs, inner_compile=inner, config_patches=patches))
+    # Autograd's own cache would skip the SCHEDULE stage and return code that is bound to another mesh's groups. The
+    # cache of Inductor below it sees the bound graph, and stays on.
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        return callable_of(compile_fx(gm, inputs, inner_compile=inner, config_patches=patches))
 
 
 def callable_of(compiled: Any) -> Callable[..., Any]:

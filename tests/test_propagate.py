@@ -25,7 +25,8 @@ class Builder:
 
     def input(self, *shape: int, grad: bool = False) -> fx.Node:
         node = self.graph.placeholder(f"x{len(self.graph.nodes)}")
-        node.meta["val"] = self.mode.from_tensor(torch.randn(*shape).requires_grad_(grad))
+        node.meta["val"] = self.mode.from_tensor(torch.randn(*shape))
+        node.meta["trainable"] = grad
         return node
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:

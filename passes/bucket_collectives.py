@@ -17,7 +17,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from spcompile.collectives import call_arguments
-from spcompile.passes_api import Context, Pass, Stage
+from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.sizes import numel_hint
 from spcompile.splice import splice
 
@@ -83,3 +83,16 @@ def _fuse(bucket: list[fx.Node]) -> None:
     for node, result in zip(bucket, results, strict=True):
         node.replace_all_uses_with(result)
         node.graph.erase_node(node)
+
+
+def _attention_of_two_weights(x_BNSH: Tensor, q_HH: Tensor, k_HH: Tensor) -> Tensor:
+    k_BNSH = x_BNSH @ k_HH
+    return torch.nn.functional.scaled_dot_product_attention(x_BNSH @ q_HH, k_BNSH, k_BNSH)
+
+
+def _inputs() -> tuple[Tensor, ...]:
+    x_BNSH = torch.randn(1, 4, 7, 2, dtype=torch.float64)
+    return x_BNSH, *(torch.randn(2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+
+EXAMPLE = Example(_attention_of_two_weights, _inputs, options={"attention": "ring"})

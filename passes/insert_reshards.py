@@ -96,13 +96,14 @@ def _reshard_operands(node: fx.Node, axis: str, made: Made, first: fx.Node, ctx:
 
 
 def _remark_gather(operand: fx.Node, user: fx.Node, layout: NodeLayout | None, ctx: Context) -> None:
-    size = tuple(operand.meta["val"].shape)
+    gathered = f"its operand {tuple(operand.meta['val'].shape)} is gathered"
+    op = user.target
     if layout is None or layout.call is None:
-        ctx.remarks.add("SPR102", f"{user.target} has no sharding rule; its operand {size} is gathered", user)
+        ctx.remarks.add("SPR102", f"{op} has no sharding rule; {gathered}", user)
+    elif isinstance(op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in op.tags:
+        ctx.remarks.add("SPR302", f"{op} draws random numbers for the whole tensor; {gathered}", user)
     else:
-        ctx.remarks.add(
-            "SPR103", f"{user.target} mixes positions of the sequence; its operand {size} is gathered", user
-        )
+        ctx.remarks.add("SPR103", f"{op} mixes positions of the sequence; {gathered}", user)
 
 
 def _reshard_outputs(output: fx.Node, axis: str, made: Made, first: fx.Node, ctx: Context) -> None:

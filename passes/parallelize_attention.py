@@ -61,14 +61,11 @@ def _is_gathered(node: fx.Node) -> bool:
 
 
 def _remark_kept(node: fx.Node, ctx: Context) -> None:
-    """Rows that are a product, as those of an image, are split by its first factor; a beginning by the whole's layout."""
+    """The rows of an image are split by its first dim, a beginning by the layout of the whole: no ring's layout."""
     k: Any = node.args[1]
     if hint(k.meta["val"].shape[2]) > 1:
-        ctx.remarks.add(
-            "SPR202",
-            "the rows are a product of dims or the beginning of a longer dim: keys and values are gathered",
-            node,
-        )
+        why = "its rows are a product of dims, or the beginning of a longer one"
+        ctx.remarks.add("SPR202", f"keys and values of an attention are gathered: {why}", node)
 
 
 def _ring(node: fx.Node) -> None:
@@ -88,7 +85,8 @@ def _ulysses(node: fx.Node) -> None:
     args = (q, k_local, v.args[0], q_documents, k_documents, key_valid)  # type: ignore[union-attr]
     out = splice(ulysses_attention, (*args, mask, scale, q_length, k_length, axis, degree, order), like=node)
     for user in list(node.users):
-        assert (user.target, user.args[1]) == (operator.getitem, 0), "the LSE of a Ulysses attention stays inside"
+        assert user.target is operator.getitem
+        assert user.args[1] == 0, "the LSE of a Ulysses attention stays inside"
         user.replace_all_uses_with(out)
         node.graph.erase_node(user)
     node.graph.erase_node(node)

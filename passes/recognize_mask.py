@@ -113,8 +113,9 @@ def _split(parts: list[Part], reader: Reader, indices: Indices, sizes: tuple[Int
         try:
             readings[part] = read_part(part, reader, indices)
         except Unreadable as stop:
-            where = stop.node or part.node
-            dense.append((part, f"{where.target} has no symbolic form", where))
+            stopped_at = stop.node or part.node
+            dense.append((part, f"{stopped_at.target} has no symbolic form", stopped_at))
+    where: fx.Node | None
     while True:
         total = sympy.And(*(reading.condition for reading in readings.values()))
         try:
@@ -152,34 +153,41 @@ def _remark(ctx: Context, part: Part, why: str, where: fx.Node) -> None:
 def _write(split: _Split, reader: Reader, node: fx.Node, bias: fx.Node) -> _Operands | None:
     q: Any = node.args[Q_]
     k: Any = node.args[K_]
-    structure = split.structure
+    made: list[fx.Node] = []
+
+    def new(target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        made.append(call(node.graph, target, args, kwargs, like=bias, before=node))
+        return made[-1]
+
     try:
-        key_valid = None
-        if structure.mask.key_padding:
-            key_valid = _writer(reader, node, bias, K_).condition(structure.key_valid)
-        q_documents = k_documents = None
-        if structure.mask.documents:
-            k_documents = _writer(reader, node, bias, K_).document_id(structure.document_ids)
-            q_documents = k_documents
-            if sizes_of(q)[2] != sizes_of(k)[2]:
-                q_documents = _writer(reader, node, bias, Q_).document_id(structure.document_ids)
+        key_valid, q_documents, k_documents = _vectors(split.structure, reader, q, k, new)
     except Unwritable:
+        for useless in reversed(made):
+            node.graph.erase_node(useless)
         return None
-
-    def new(target: Callable[..., Any], *args: Any) -> fx.Node:
-        return call(node.graph, target, args, like=bias, before=node)
-
     rest = join([part for part, _, _ in split.dense], new)
-    return _Operands(str(structure.mask), q_documents, k_documents, key_valid, full_bias(rest, q, k, new))
+    return _Operands(str(split.structure.mask), q_documents, k_documents, key_valid, full_bias(rest, q, k, new))
 
 
-def _writer(reader: Reader, node: fx.Node, bias: fx.Node, side: int) -> VectorWriter:
-    operand: Any = node.args[side]
-    value: Tensor = operand.meta["val"]
-    length: Any = value.shape[2]
-    if not isinstance(length, int):
-        length = call(node.graph, aten.sym_size.int, (operand, 2), like=bias, before=node)
-    return VectorWriter(reader.leaves, sizes_of(operand)[0], length, value.device, bias, node)
+def _vectors(
+    structure: Structure, reader: Reader, q: fx.Node, k: fx.Node, new: Callable[..., fx.Node]
+) -> tuple[fx.Node | None, fx.Node | None, fx.Node | None]:
+    """The key validity and the document ids of queries and keys, each [B or 1, length], where the mask has them."""
+
+    def writer(side: fx.Node) -> VectorWriter:
+        value: Tensor = side.meta["val"]
+        length: Any = value.shape[2]
+        if not isinstance(length, int):
+            length = new(aten.sym_size.int, side, 2)
+        return VectorWriter(reader.leaves, sizes_of(side)[0], length, value.device, new)
+
+    key_valid = writer(k).condition(structure.key_valid) if structure.mask.key_padding else None
+    if not structure.mask.documents:
+        return key_valid, None, None
+    k_documents = writer(k).document_id(structure.document_ids)
+    if sizes_of(q)[2] == sizes_of(k)[2]:
+        return key_valid, k_documents, k_documents
+    return key_valid, writer(q).document_id(structure.document_ids), k_documents
 
 
 def _is_mutated(bias: fx.Node) -> bool:

@@ -42,7 +42,7 @@ class Agreement:
         """
         self._count += 1
         # AOTAutograd compiles under a fake mode; this communicates for real. And under the Python dispatcher, which
-        # gloo's threads would inherit: they would wait for the GIL that a checked collective holds (debug level DETAIL).
+        # gloo's threads would inherit: they would wait for the GIL that a checked collective holds (level DETAIL).
         with unset_fake_temporarily(), no_python_dispatcher():
             if self._hashes_equal(text):
                 return

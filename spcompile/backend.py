@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +15,7 @@ import torch.fx as fx
 from spcompile.agreement import Agreement, first_difference
 from spcompile.autocast import autocast_off
 from spcompile.diagnostics import GraphBreak
-from spcompile.dump import dump_to
+from spcompile.dump import Dump
 from spcompile.dynamo_settings import ignore_library_logging
 from spcompile.emit import Emission, callable_of, emit
 from spcompile.mesh import RuntimeMesh, runtime_mesh
@@ -64,40 +66,52 @@ def plain(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: str) -> C
 def _compile(
     gm: fx.GraphModule, inputs: Sequence[Any], options: Options, mesh: RuntimeMesh, agreement: Agreement
 ) -> Callable[..., Any]:
-    history = History(on_snapshot=dump_to(options.dump) if options.dump else None)
+    dump = Dump(options.dump) if options.dump else None
+    history = History(on_snapshot=dump.snapshot if dump else None)
     program = build(gm, inputs, mesh.shape, options, PIPELINE, history)
     for remark in program.ctx.remarks.rows:
         log.info("%s", remark)
+    key = f"{next(_numbers)}{' of random numbers' if program.draws_random_numbers else ''}"
     if not program.is_sharded:
-        return _checked(plain(gm, inputs, options.compiler), "not sharded", agreement)
+        return _checked(plain(gm, inputs, options.compiler), key, agreement, program.draws_random_numbers)
     groups = {axis: mesh.group_name(axis) for axis, size in mesh.shape.axes if size > 1}
 
     def agree(phase: str, final: fx.GraphModule) -> None:
+        if dump is not None:
+            dump.python(phase, final)
         agreement.require(format_graph(final), first_difference)
 
     emission = Emission(program, bind=functools.partial(bind_axes, groups=groups), finished=agree)
     with autocast_off():
         compiled = emit(emission, options.compiler)
     PROGRAMS.append((program, emission))
-    key = str(len(PROGRAMS))
-    return _checked(restore_outputs(compiled, program, mesh), key, agreement)
+    return _checked(restore_outputs(compiled, program, mesh), key, agreement, program.draws_random_numbers)
 
 
-PROGRAMS: list[tuple[LocalProgram, Emission]] = []
+PROGRAMS: list[tuple[LocalProgram, Emission]] = []  # all compiles of this process, to look into
+_numbers = itertools.count()
 
 
-def _checked(run: Callable[..., Any], key: str, agreement: Agreement) -> Callable[..., Any]:
-    """Before every call all ranks must be about to run the same graph on the same shapes."""
+def _checked(run: Callable[..., Any], key: str, agreement: Agreement, is_random: bool) -> Callable[..., Any]:
+    """Before every call all ranks must be about to run the same graph on the same shapes.
+
+    Random numbers are drawn for whole tensors on every rank: their state must be the same as well.
+    """
     if not agreement.checks_calls:
         return run
 
     @functools.wraps(run)
     def call(*args: Any) -> Any:
         shapes = " ".join(str(tuple(a.shape)) if isinstance(a, torch.Tensor) else str(a) for a in args)
-        agreement.require(f"runs graph {key} on {shapes}")
+        state = f" with random state {_random_state()} (seed {torch.initial_seed()})" if is_random else ""
+        agreement.require(f"runs graph {key} on {shapes}{state}")
         return run(*args)
 
     return call
+
+
+def _random_state() -> str:
+    return hashlib.sha256(bytes(torch.get_rng_state().tolist())).hexdigest()[:8]
 
 
 @functools.cache

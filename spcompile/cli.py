@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json as json_text
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 from rich.console import Console
 
-from spcompile.diagnostics import IllegalMesh, SpcompileError
+from spcompile.diagnostics import IllegalMesh, IllegalOption, SpcompileError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -121,9 +122,12 @@ def explain(
     seq: int = 4096,
     batch: int = 1,
     dtype: str = "bfloat16",
+    attention: str | None = None,
+    outputs: str | None = None,
     settings: Settings = None,
     option: Options = None,
-    save: Path | None = None,
+    html: Path | None = None,
+    graph: str | None = None,
     json: Json = False,
 ) -> int:
     """Tell what would be computed, sent and kept where; needs no devices.
@@ -133,15 +137,24 @@ def explain(
         seq: Tokens in a row.
         batch: Rows in a batch.
         dtype: Of weights and activations.
-        save: Also write the report as an HTML page.
+        attention: The backend's option: auto, ring or ulysses.
+        outputs: The backend's option: full, sharded or loss.
+        html: Also write the plan as an HTML page, with the graph after every pass.
+        graph: Print the graph after this pass instead ("forward", "backward": the final ones).
     """
     import spcompile
 
     built, inputs = _built(model, seq, batch, dtype, "meta", settings)
-    plan = spcompile.explain(built, inputs, mesh=parse_mesh(mesh or ["cp=2"]), **_settings(option))
-    if save is not None:
-        plan.save(str(save))
-    print(json_text.dumps(plan.to_dict()) if json else str(plan))
+    options = _given(attention=attention, outputs=outputs) | _settings(option)
+    plan = spcompile.explain(built, inputs, mesh=parse_mesh(mesh or ["cp=2"]), **options)
+    if html is not None:
+        plan.save(str(html))
+    if graph is not None:
+        if graph not in plan.graphs:
+            raise IllegalOption(f"--graph {graph!r}", legal=", ".join(plan.graphs))
+        print(plan.graph(graph), end="")
+    else:
+        print(json_text.dumps(plan.to_dict()) if json else str(plan))
     return 0
 
 
@@ -154,6 +167,8 @@ def verify(
     seq: int = 64,
     batch: int = 1,
     dtype: str = "float64",
+    attention: str | None = None,
+    outputs: str | None = None,
     settings: Settings = None,
     option: Options = None,
     json: Json = False,
@@ -167,26 +182,42 @@ def verify(
         seq: Tokens in a row.
         batch: Rows in a batch.
         dtype: Of weights and activations.
+        attention: The backend's option: auto, ring or ulysses.
+        outputs: The backend's option: full, sharded or loss.
     """
     import spcompile
 
     built, inputs = _built(model, seq, batch, dtype, "cpu", settings)
-    report = spcompile.verify(built, inputs, mesh=parse_mesh(mesh or ["cp=2"]), **_settings(option))
+    options = _given(attention=attention, outputs=outputs) | _settings(option)
+    report = spcompile.verify(built, inputs, mesh=parse_mesh(mesh or ["cp=2"]), **options)
     print(json_text.dumps(report.to_dict()) if json else str(report))
     return 0 if report.ok else 1
 
 
 @app.command
 def passes(*, json: Json = False) -> int:
-    """List the passes in the order in which they run."""
+    """List the passes in the order in which they run, with what must run before them and their options."""
     from spcompile.passes import PIPELINE
 
-    rows = [{"name": p.name, "stage": p.stage.value, "summary": p.summary} for p in PIPELINE]
+    rows: list[dict[str, Any]] = [
+        {
+            "name": p.name,
+            "stage": p.stage.value,
+            "summary": p.summary,
+            "after": sorted(p.after),
+            "options": {field.name: getattr(p, field.name) for field in dataclasses.fields(p)},
+        }
+        for p in PIPELINE
+    ]
     if json:
-        print(json_text.dumps(rows))
-    else:
-        for row in rows:
-            print(f"{row['stage']:<9} {row['name']:<24} {row['summary']}")
+        print(json_text.dumps(rows, default=str))
+        return 0
+    for row in rows:
+        print(f"{row['stage']:<9} {row['name']:<22} {row['summary']}")
+        options = ", ".join(f"{key}={value!r}" for key, value in row["options"].items())
+        for label, text in (("after", ", ".join(row["after"])), ("options", options)):
+            if text:
+                print(f"{'':<32} {label}: {text}")
     return 0
 
 
@@ -203,6 +234,11 @@ def parse_mesh(parts: list[str]) -> dict[str, int]:
             raise IllegalMesh(f"--mesh {part!r}", legal="axis=size, each axis once, as cp=8 or tp=2,cp=4")
         sizes[axis] = int(size)
     return sizes
+
+
+def _given(**options: str | None) -> dict[str, Any]:
+    """The options that were given: the others keep the backend's defaults."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _settings(lines: list[str] | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 import torch.fx as fx
 from torch.utils import _pytree as pytree
 
+import spcompile.attention.op  # noqa: F401  (defines the ops)
 from spcompile.attention.mask import AttentionMask
 from spcompile.attention.ring import Ring, backward_bytes, forward_bytes, message_numbers
 from spcompile.collectives import COLLECTIVES, axis_argument, call_arguments
@@ -120,7 +121,7 @@ def _ring(node: fx.Node, named: Mapping[str, Any]) -> sympy.Expr:
     ring = Ring(q_length, k_length, arguments["degree"], arguments["order"])
     hops = ring.hops(AttentionMask.parse(arguments["mask"]))
     B, G, T, H = (expression(size) for size in k.shape)
-    numbers = message_numbers(B, G, T, H, expression(v.shape[3]))  # type: ignore[arg-type]
+    numbers = message_numbers(B, G, T, H, expression(v.shape[3]))
     formula = forward_bytes if is_forward else backward_bytes
     return sympy.sympify(formula(numbers, hops, k.element_size()))
 

@@ -4,27 +4,46 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
 from pathlib import Path
+
+import torch.fx as fx
 
 from spcompile.pipeline import Snapshot
 from spcompile.printer import unified_diff
 
+FINAL = ("forward", "backward", "inference")
+_HEADER = """import torch
+from torch import device, inf, nan
+
+import spcompile.attention.op  # defines the attention ops
+import spcompile.collectives  # defines the collectives
+
+"""
 _counter = itertools.count()
 
 
-def dump_to(folder: str) -> Callable[[Snapshot], None]:
-    """A listener that writes each snapshot to DIR/rank<r>/graph<k>/<number>-<pass>.txt and its diff beside it."""
-    rank = os.environ.get("RANK", "0")
-    target = Path(folder) / f"rank{rank}" / f"graph{next(_counter)}"
-    target.mkdir(parents=True, exist_ok=True)
-    texts: list[str] = []
+class Dump:
+    """Writes one compile to DIR/rank<r>/graph<k>/: the folder is new for every graph of a process."""
 
-    def write(snapshot: Snapshot) -> None:
-        number = f"{len(texts):02d}-{snapshot.name}"
-        (target / f"{number}.txt").write_text(snapshot.text)
-        if texts and snapshot.name not in ("forward", "backward", "inference"):
-            (target / f"{number}.diff").write_text(unified_diff(texts[-1], snapshot.text))
-        texts.append(snapshot.text)
+    def __init__(self, folder: str) -> None:
+        rank = os.environ.get("RANK", "0")
+        self.folder = Path(folder) / f"rank{rank}" / f"graph{next(_counter)}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._texts: list[str] = []
 
-    return write
+    def snapshot(self, snapshot: Snapshot) -> None:
+        """<number>-<pass>.txt, and what the pass changed in <number>-<pass>.diff."""
+        number = f"{len(self._texts):02d}-{snapshot.name}"
+        (self.folder / f"{number}.txt").write_text(snapshot.text)
+        if self._texts and snapshot.name not in FINAL:
+            (self.folder / f"{number}.diff").write_text(unified_diff(self._texts[-1], snapshot.text))
+        self._texts.append(snapshot.text)
+
+    def python(self, phase: str, gm: fx.GraphModule) -> None:
+        """<phase>.py: the final graph as a Python function over plain tensors; axes are c10d group names to fill in."""
+        (self.folder / f"{phase}.py").write_text(python_of(gm))
+
+
+def python_of(gm: fx.GraphModule) -> str:
+    """A module that defines `forward(self, ...)`: call it with None for self. It is for reading and for experiments."""
+    return _HEADER + gm.code.lstrip("\n")

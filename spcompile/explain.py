@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from spcompile.options import Options
+    from spcompile.pipeline import Snapshot
     from spcompile.plan import AttentionRow, PassRow, Plan, Sharding
     from spcompile.program import LocalProgram
     from spcompile.trace import Traced
@@ -83,7 +85,7 @@ def _history(program: LocalProgram) -> tuple[dict[str, str], list[PassRow]]:
     graphs: dict[str, str] = {}
     rows: list[PassRow] = []
     finals: dict[str, str] = {}
-    pending = []
+    pending: list[Snapshot] = []
     for snapshot in program.history.snapshots:
         report = snapshot.report
         if snapshot.name in ("forward", "backward", "inference"):
@@ -157,5 +159,5 @@ def _symbols(program: LocalProgram) -> dict[str, str]:
         val = node.meta.get("val")
         for dim, size in enumerate(val.shape if isinstance(val, torch.Tensor) else ()):
             if isinstance(size, torch.SymInt) and str(size) not in found:
-                found[str(size)] = f"size {dim} of {node.name.strip('_').removeprefix('l_')}"
+                found[str(size)] = f"size {dim} of input {re.sub(r'^l_(kwargs_|args_)?|_$', '', node.name)}"
     return found

@@ -51,9 +51,10 @@ def find_index_spaces(graph: fx.Graph) -> IndexSpaces:
             spaces.values[node] = [spaces.values[operand(node, 0)][result_number(node)]]
             continue
         rule = rule_of(node) if node.op == "call_function" else None
-        if rule is not None:
-            spaces.calls[node] = _bind(node, rule, spaces)
-            spaces.values[node] = [_result_dims(dims, spaces.calls[node]) for dims in rule.results]
+        call = _bind(node, rule, spaces) if rule is not None else None
+        if call is not None:
+            spaces.calls[node] = call
+            spaces.values[node] = [_result_dims(dims, call) for dims in call.rule.results]
         else:
             spaces.values[node] = [_fresh(value) for value in examples]
     return spaces
@@ -63,14 +64,18 @@ def _fresh(value: torch.Tensor) -> Dims:
     return [[] if same(size, 1) else [Space(size)] for size in value.shape]
 
 
-def _bind(node: fx.Node, rule: OpRule, spaces: IndexSpaces) -> OpSpaces:
-    """Tie the factors of a rule to the spaces of the operands, then make new spaces for those only in results."""
+def _bind(node: fx.Node, rule: OpRule, spaces: IndexSpaces) -> OpSpaces | None:
+    """Tie the factors of a rule to the spaces of the operands, then make new spaces for those only in results.
+
+    None where two operands' symbolic sizes cannot be shown to agree: the call counts as one without a rule.
+    """
     call = OpSpaces(rule)
     for read, dims in zip(tensor_operands(node), rule.operands, strict=True):
         for value_dim, factor_names in zip(spaces.values[read][0], dims, strict=True):
             wanted = [call.factors.setdefault(f, [Space(rule.sizes[f])]) for f in factor_names]
             agreed = unify([space for group in wanted for space in group], value_dim)
-            assert agreed or not factor_names, f"{node}: {rule.text()} does not fit its operand {read}"
+            if factor_names and not agreed:
+                return None
     for factor, size in rule.sizes.items():
         call.factors.setdefault(factor, [Space(size)])
     return call

@@ -136,9 +136,9 @@ def _bytes(node: fx.Node) -> sympy.Expr:
 
 
 def _peak(graph: fx.Graph) -> tuple[int, sympy.Expr]:
-    """(estimate, expression) of the most bytes alive at once, parameters aside, while a graph runs op by op and frees after the last use."""
+    """(estimate, expression) of the most bytes alive at once, parameters aside, if values die with their last use."""
     order = {node: at for at, node in enumerate(graph.nodes)}
-    dies = {node: at for node, at in order.items()}
+    dies = dict(order)
     for node, at in order.items():
         dies.update((root_of(operand), at) for operand in node.all_input_nodes)
     values = [n for n in order if n.op in ("placeholder", "call_function") and root_of(n) is n and not _is_parameter(n)]

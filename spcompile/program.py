@@ -50,6 +50,12 @@ class LocalProgram:
         """Whether anything was sharded at all."""
         return any(n.op == "call_function" and "spx" in str(n.target) and _has_axis(n) for n in self.gm.graph.nodes)
 
+    @property
+    def draws_random_numbers(self) -> bool:
+        """Whether a call of the graph changes the random state."""
+        tag = torch.Tag.nondeterministic_seeded
+        return any(tag in getattr(n.target, "tags", ()) for n in self.gm.graph.nodes)
+
 
 def _has_axis(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)

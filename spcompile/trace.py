@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -92,11 +93,8 @@ def through_dynamo(model: nn.Module, example_inputs: Inputs, backend: Backend) -
     entry = types.FunctionType(_entry.__code__.replace(), globals())
     result = None
     # Sizes seen in an earlier call of this function must not make those of this call symbols.
-    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
-        try:
-            result = torch.compile(entry, backend=once)(model, args, kwargs)
-        except _Stop:
-            pass
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False), contextlib.suppress(_Stop):
+        result = torch.compile(entry, backend=once)(model, args, kwargs)
     if failures:
         raise failures[0]
     if not graphs:

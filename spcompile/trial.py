@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
-import spcompile.attention.specs  # noqa: F401  (the simulator must know attention)
+import spcompile.attention_specs  # noqa: F401  (the simulator must know attention)
 from spcompile import sequence
 from spcompile.diagnostics import IllegalModel, IllegalOption
 from spcompile.memory import saved_values
@@ -292,7 +292,7 @@ def _in_order_of_backward(saved: Sequence[fx.Node], values: list[list[Any]]) -> 
 def _is_differentiable(program: LocalProgram, i: int) -> bool:
     index = program.outputs[i].index
     output = next(n for n in reversed(program.gm.graph.nodes) if n.op == "output")
-    value = output.args[0][index]  # type: ignore[index, union-attr, call-overload]
+    value = output.args[0][index]
     return isinstance(value, fx.Node) and value.meta["val"].is_floating_point()
 
 

@@ -102,9 +102,8 @@ class Report:
         for line in (*map(str, self.remarks), *self.notes):
             console.print(line, soft_wrap=True)
         wrong = sum(not row.ok for row in self.rows)
-        console.print(
-            f"{wrong} of {len(self.rows)} tensors are wrong" if wrong else f"all {len(self.rows)} tensors agree"
-        )
+        count = len(self.rows)
+        console.print(f"{wrong} of {count} tensors are wrong" if wrong else f"all {count} tensors agree")
         if self.culprit is not None:
             console.print(str(self.culprit), soft_wrap=True)
         return out.getvalue().rstrip() + "\n"

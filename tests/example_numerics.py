@@ -9,11 +9,14 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-import spcompile.attention.specs  # noqa: F401  (the simulator learns ring attention)
+import spcompile.attention_specs  # noqa: F401  (the simulator learns ring attention)
+from spcompile.capture import capture
+from spcompile.diagnostics import Remark
 from spcompile.example_runs import with_dynamo_graph
 from spcompile.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.passes import PIPELINE
+from spcompile.printer import op_name
 from spcompile.program import LocalProgram, build
 from spcompile.simulate import Simulator
 
@@ -41,6 +44,7 @@ def leaves_of(inputs: Sequence[Any]) -> list[Tensor]:
 
 def on_one_device(function: Callable[..., Any], inputs: Sequence[Any]) -> Numbers:
     given = copies(inputs)
+    torch.manual_seed(3)
     outputs = as_list(function(*given))
     return outputs, list(torch.autograd.grad(outputs, leaves_of(given), cotangents(outputs)))
 
@@ -49,6 +53,7 @@ def on_all_ranks(gm: fx.GraphModule, inputs: Sequence[Any], mesh: Mapping[str, i
     """Every rank gets the whole inputs and must return the whole outputs and gradients."""
     shape = MeshShape.of(mesh)
     given = [copies(inputs) for _ in range(shape.world_size)]
+    torch.manual_seed(3)
     results = [as_list(outputs) for outputs in Simulator(shape).run(gm, given)]
     flat = [x for outputs in results for x in outputs]
     leaves = [leaf for rank_inputs in given for leaf in leaves_of(rank_inputs)]
@@ -102,3 +107,28 @@ def check_pipeline(
     for rank in on_all_ranks(program.gm, given, mesh):
         assert_equal(rank, expected)
     return program
+
+
+def captured(function: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
+    """What capture makes of a function; its placeholders in the order in which the function uses its inputs."""
+    return with_dynamo_graph(function, inputs, capture)
+
+
+def after_pass(name: str, function: Callable[..., Any], inputs: Sequence[Any], degree: int = 2, **options: Any) -> Any:
+    """The program after the pipeline up to and with the pass `name`."""
+    names = [p.name for p in PIPELINE]
+    passes = PIPELINE[: names.index(name) + 1]
+
+    def work(gm: fx.GraphModule, given: Sequence[Any]) -> LocalProgram:
+        return build(gm, given, MeshShape.of({"cp": degree}), Options(**options), passes)
+
+    return with_dynamo_graph(function, inputs, work)
+
+
+def nodes_of(program: LocalProgram, op: str) -> list[fx.Node]:
+    """The calls of an op, by its printed name."""
+    return [n for n in program.gm.graph.nodes if n.op == "call_function" and op_name(n) == op]
+
+
+def remarks_of(program: LocalProgram, code: str) -> list[Remark]:
+    return [remark for remark in program.ctx.remarks.rows if remark.code == code]

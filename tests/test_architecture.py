@@ -17,24 +17,26 @@ LAYERS = (
     # errors, graphs, sizes: know torch only
     "diagnostics dynamo_settings graph sequence sizes splice torch_private saved_bytes traffic",
     # meshes, dims, ops that communicate, attention
-    "mesh options spaces capture attention collectives",
-    "printer rules states symbolic_mask agreement simulate",
-    "passes_api index_spaces",
+    "autocast mesh options spaces capture attention collectives",
+    "printer rules states symbolic_mask agreement simulate communication memory verify_report",
+    "passes_api index_spaces attention_specs meta_device plan plan_html",
     # where the axes go
     "propagate verifier",
     "layout reshard pipeline",
     "cut lowering program dump",
     # the whole machine
     "outputs emit",
-    "backend explain",
-    "verify",
+    "backend example_runs",
+    "trace docs",
+    "trial bisect",
+    "explain verify",
     # what a user starts
     "model_spec train_report",
     "train_progress",
     "train",
     "cli",
 )
-SEES_PASSES = {"backend", "explain", "cli"}  # the only modules that import spcompile.passes
+SEES_PASSES = {"backend", "explain", "verify", "docs", "cli"}  # the only modules that import spcompile.passes
 NOT_FOR_PASSES = {"backend", "emit", "cli", "train"}  # what a pass must not know
 
 

@@ -98,4 +98,4 @@ def test_the_count_is_honest(p: Pass) -> None:
 @PASSES
 def test_the_example_shows_the_pass_at_work(p: Pass) -> None:
     decides_only = p.name in ("choose-attention", "annotate-sharding")
-    assert decides_only or all(step.rewrites for step in run(p).steps)
+    assert decides_only or any(step.rewrites for step in run(p).steps)

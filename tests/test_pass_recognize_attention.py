@@ -30,7 +30,7 @@ l_v_: "f64[2, 2, 12, 4]" = input
 attention_default: "(f64[2, 4, 12, 4], f64[2, 4, 12])" = spx.attention(l_q_, l_k_, l_v_, None, None, None, None, None, None, 'causal', 0.5)
 getitem: "f64[2, 4, 12, 4]" = attention_default[0]
 return (getitem,)
-""",
+""",  # noqa: E501
         )
 
     def test_written_out(self) -> None:
@@ -43,7 +43,7 @@ l_v_: "f64[2, 4, 12, 4]" = input
 attention_default: "(f64[2, 4, 12, 4], f64[2, 4, 12])" = spx.attention(l_q_, l_k_, l_v_, None, None, None, None, None, None, 'causal', 0.5)
 getitem: "f64[2, 4, 12, 4]" = attention_default[0]
 return (getitem,)
-""",
+""",  # noqa: E501
         )
 
 

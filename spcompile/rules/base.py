@@ -116,6 +116,11 @@ def registered_ops() -> list[Any]:
     return list(_REGISTRY)
 
 
+def registered_rules() -> Mapping[Any, Rule]:
+    """Every op that has a rule, with the function that makes it."""
+    return dict(_REGISTRY)
+
+
 def tensor_operands(node: fx.Node) -> list[fx.Node]:
     """The tensor operands of a call in argument order, lists flattened, SymInts and numbers left out."""
     import torch

@@ -20,6 +20,7 @@ from spcompile.symbolic_mask.values import (
     Unreadable,
     Value,
     lift,
+    size,
     to_condition,
     to_float,
     to_number,
@@ -27,6 +28,8 @@ from spcompile.symbolic_mask.values import (
 from spcompile.symbolic_mask.views import IndexSpace, Indices, size_expr, sizes_of, step
 
 aten = torch.ops.aten
+LARGEST = 64  # parts of a value that is read on; choices between choices grow exponentially
+
 Read = Callable[["Reader", fx.Node, Indices], Value]
 _READERS: dict[Any, Read] = {}
 
@@ -82,7 +85,8 @@ class Reader:
         read = _READERS.get(node.target) if node.op == "call_function" else None
         if read is None:
             return _constant_attribute(node) if node.op == "get_attr" else stop(node)
-        return as_dtype(read(self, node, indices), node.meta["val"].dtype)
+        value = as_dtype(read(self, node, indices), node.meta["val"].dtype)
+        return value if size(value) <= LARGEST else stop(node)
 
     def _leaf(self, node: fx.Node, indices: Indices, stopped_at: fx.Node) -> Value:
         dtype = node.meta["val"].dtype

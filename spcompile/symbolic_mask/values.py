@@ -139,7 +139,7 @@ def select(condition: Boolean, then: Value, other: Value) -> Value:
         return other
     then, other = _under(condition, then), _under(negate(condition), other)
     if is_bool(then) and is_bool(other):
-        return sympy.Or(sympy.And(condition, then), sympy.And(negate(condition), other))
+        return then if then == other else sympy.Or(sympy.And(condition, then), sympy.And(negate(condition), other))
     if _same(then, other):
         return then
     if is_int(then) and is_int(other):
@@ -158,6 +158,17 @@ def lift(function: Callable[..., Value], *operands: Value) -> Value:
             other = [_under(negate(choice.condition), o) for o in operands]
             return select(choice.condition, lift(function, *then), lift(function, *other))
     return function(*operands)
+
+
+def size(value: Value) -> int:
+    """How many numbers, literals and terms of sums the value is made of."""
+    if isinstance(value, Select):
+        return size(value.condition) + size(value.then) + size(value.other)
+    if isinstance(value, sympy.And | sympy.Or):
+        return sum(map(size, value.args))
+    if isinstance(value, sympy.Ge | sympy.Eq | sympy.Ne):
+        return size(value.lhs)
+    return sum(1 + len(term.atoms(sympy.floor)) for term in sympy.Add.make_args(value)) if is_int(value) else 1
 
 
 def to_condition(value: Value) -> Boolean:

@@ -16,7 +16,6 @@ import torch
 import torch.fx as fx
 from sympy.logic.boolalg import Boolean
 
-from spcompile.graph import call
 from spcompile.symbolic_mask.match import B, K
 from spcompile.symbolic_mask.values import Element, Int
 from spcompile.symbolic_mask.views import size_expr, sizes_of
@@ -30,19 +29,18 @@ class Unwritable(Exception):
 
 @dataclass(frozen=True)
 class VectorWriter:
-    """Writes vectors of one length in front of one node.
+    """Writes vectors of one length.
 
     leaves: the nodes behind Element look-ups.
     batch: the batch size; length: an int, or a node with the SymInt.
-    like: gives new nodes their origin; before: the node in front of which they go.
+    new: makes a call node from its target and arguments.
     """
 
     leaves: Mapping[str, fx.Node]
     batch: Int
     length: int | fx.Node
     device: torch.device
-    like: fx.Node
-    before: fx.Node
+    new: Callable[..., fx.Node]
 
     def condition(self, condition: Boolean) -> fx.Node:
         """A bool [B or 1, T]. K stands for the position.
@@ -63,46 +61,43 @@ class VectorWriter:
 
     def _pair(self, first: fx.Node, second: fx.Node) -> fx.Node:
         # (a, b) -> a * (max b - min b + 1) + b is injective
-        low = self._call(aten.amin.default, second)
-        span = self._call(aten.add.Tensor, self._call(aten.sub.Tensor, self._call(aten.amax.default, second), low), 1)
-        return self._call(aten.add.Tensor, self._call(aten.mul.Tensor, first, span), second)
-
-    def _call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        return call(self.before.graph, target, args, kwargs, like=self.like, before=self.before)
+        low = self.new(aten.amin.default, second)
+        span = self.new(aten.add.Tensor, self.new(aten.sub.Tensor, self.new(aten.amax.default, second), low), 1)
+        return self.new(aten.add.Tensor, self.new(aten.mul.Tensor, first, span), second)
 
     def _spread(self, vector: fx.Node | int) -> fx.Node:
         if not isinstance(vector, fx.Node):
             raise Unwritable
         if sizes_of(vector)[1] == size_expr(self.length):
             return vector
-        return self._call(aten.expand.default, vector, [-1, self.length])
+        return self.new(aten.expand.default, vector, [-1, self.length])
 
     def _condition(self, condition: Boolean) -> fx.Node:
         if isinstance(condition, sympy.And | sympy.Or):
             op = aten.logical_and.default if isinstance(condition, sympy.And) else aten.logical_or.default
             parts = [self._condition(arg) for arg in sorted(condition.args, key=sympy.default_sort_key)]
-            return reduce(lambda a, b: self._call(op, a, b), parts)
+            return reduce(lambda a, b: self.new(op, a, b), parts)
         e = condition.lhs
         if isinstance(e, Element) and self.leaves[e.node_name].meta["val"].dtype == torch.bool:
             valid = self._look_up(e)
-            return valid if isinstance(condition, sympy.Ne) else self._call(aten.logical_not.default, valid)
+            return valid if isinstance(condition, sympy.Ne) else self.new(aten.logical_not.default, valid)
         ops = {sympy.Ge: aten.ge.Scalar, sympy.Eq: aten.eq.Scalar, sympy.Ne: aten.ne.Scalar}
         constant, rest = e.as_coeff_Add()
         numbers = self._integers(rest)
         if not isinstance(numbers, fx.Node) or not constant.is_Integer:
             raise Unwritable
-        return self._call(ops[type(condition)], numbers, int(-constant))
+        return self.new(ops[type(condition)], numbers, int(-constant))
 
     def _integers(self, e: Int) -> fx.Node | int:
         if e.is_Integer:
             return int(e)
         if e == K:
-            positions = self._call(aten.arange.default, self.length, dtype=torch.int64, device=self.device)
-            return self._call(aten.unsqueeze.default, positions, 0)
+            positions = self.new(aten.arange.default, self.length, dtype=torch.int64, device=self.device)
+            return self.new(aten.unsqueeze.default, positions, 0)
         if isinstance(e, Element):
             vector = self._look_up(e)
             if vector.meta["val"].dtype == torch.bool:
-                vector = self._call(aten.to.dtype, vector, torch.int64)
+                vector = self.new(aten.to.dtype, vector, torch.int64)
             return vector
         if isinstance(e, sympy.Add):
             return reduce(self._sum, (self._integers(term) for term in e.args))
@@ -110,18 +105,18 @@ class VectorWriter:
             factor, rest = e.as_coeff_Mul()
             if factor.is_Integer and factor != 1:
                 numbers = self._integers(rest)
-                return self._call(aten.mul.Tensor, numbers, int(factor))
+                return self.new(aten.mul.Tensor, numbers, int(factor))
         if isinstance(e, sympy.floor):
             numerator, divisor = sympy.fraction(sympy.together(e.args[0]))
             if divisor.is_Integer:
                 numbers = self._integers(sympy.expand(numerator))
-                return self._call(aten.floor_divide.default, numbers, int(divisor))
+                return self.new(aten.floor_divide.default, numbers, int(divisor))
         raise Unwritable
 
     def _sum(self, a: fx.Node | int, b: fx.Node | int) -> fx.Node | int:
         if isinstance(a, fx.Node):
-            return self._call(aten.add.Tensor, a, b)
-        return self._call(aten.add.Tensor, b, a) if isinstance(b, fx.Node) else a + b
+            return self.new(aten.add.Tensor, a, b)
+        return self.new(aten.add.Tensor, b, a) if isinstance(b, fx.Node) else a + b
 
     def _look_up(self, element: Element) -> fx.Node:
         vector = self.leaves[element.node_name]
@@ -135,15 +130,15 @@ class VectorWriter:
                 vector = self._cut(vector, dim, int(offset))
                 dims.append(K)
             elif i.is_Integer:
-                vector = self._call(aten.select.int, vector, dim, int(i))
+                vector = self.new(aten.select.int, vector, dim, int(i))
             else:
                 raise Unwritable
         if dims == [K, B]:
-            vector = self._call(aten.transpose.int, vector, 0, 1)
+            vector = self.new(aten.transpose.int, vector, 0, 1)
         elif dims in ([K], []):
-            vector = self._call(aten.unsqueeze.default, vector, 0)
+            vector = self.new(aten.unsqueeze.default, vector, 0)
         if K not in dims:
-            vector = self._call(aten.unsqueeze.default, vector, 1)
+            vector = self.new(aten.unsqueeze.default, vector, 1)
         return vector
 
     def _cut(self, vector: fx.Node, dim: int, start: int) -> fx.Node:
@@ -154,4 +149,4 @@ class VectorWriter:
             if not isinstance(self.length, int):
                 raise Unwritable
             end = operator.add(self.length, start)
-        return self._call(aten.slice.Tensor, vector, dim, start, end)
+        return self.new(aten.slice.Tensor, vector, dim, start, end)

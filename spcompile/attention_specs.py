@@ -23,7 +23,7 @@ def positions(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
 
 def ring_gradients(
     calls: Sequence[tuple[Any, ...]], results: Sequence[tuple[Tensor, ...]], grads: Sequence[tuple[Tensor, ...]]
-) -> list[tuple[Tensor | None, ...]]:
+) -> list[Sequence[Tensor | None]]:
     """Per rank the gradients of q, k, v and the bias; three arguments without gradients stand between them."""
     wants_bias = [isinstance(call[_BIAS], Tensor) and call[_BIAS].is_floating_point() for call in calls]
     ranks = [

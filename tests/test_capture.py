@@ -1,0 +1,172 @@
+"""capture: a pure graph of pre-dispatch ATen, with the meaning of the Dynamo graph."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.nn.functional as F
+from example_numerics import assert_equal, captured, on_one_device
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
+
+from spcompile.capture import capture
+from spcompile.diagnostics import source_of
+from spcompile.example_runs import with_dynamo_graph
+from spcompile.printer import op_name
+
+
+def x(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def ops(gm: fx.GraphModule) -> list[str]:
+    return [op_name(n) for n in gm.graph.nodes if n.op == "call_function"]
+
+
+def captures(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
+    """The captured graph; its numbers are checked."""
+
+    def work(gm: fx.GraphModule, given: Any) -> fx.GraphModule:
+        found = capture(gm, given)
+        assert_equal(on_one_device(found, given), on_one_device(gm.forward, given))
+        return found
+
+    return with_dynamo_graph(function, inputs, work)
+
+
+def test_composite_ops_stay_one_node() -> None:
+    def model(h: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+        h = F.layer_norm(F.linear(h, w), (4,)).unsqueeze(1)
+        y = F.scaled_dot_product_attention(h, h, h)
+        return F.cross_entropy(y.flatten(0, 2), labels)
+
+    found = ops(captures(model, x(2, 3, 4), x(4, 4), torch.randint(0, 4, (6,))))
+    assert [name.split(".")[1] for name in found if "unsqueeze" not in name and "reshape" not in name] == [
+        "linear",
+        "layer_norm",
+        "scaled_dot_product_attention",
+        "cross_entropy_loss",
+    ]
+
+
+def test_nodes_know_the_line_that_made_them() -> None:
+    gm = captures(lambda h: h.sin(), x(3))  # this line
+    (node,) = [n for n in gm.graph.nodes if n.op == "call_function"]
+    source = source_of(node)
+    assert source is not None
+    assert source.text.endswith("# this line")
+
+
+def test_mutations_are_functionalised() -> None:
+    def model(h: Tensor) -> Tensor:
+        y = h * 2
+        y.add_(1.0)
+        y[:, 0] = 0.0
+        y.masked_fill_(y > 2, 2.0)
+        return y
+
+    gm = captures(model, x(3, 4))
+    assert not [n for n in gm.graph.nodes if n.op == "call_function" and n.target._schema.is_mutable]
+
+
+def test_a_mutated_input_is_written_back() -> None:
+    def model(h: Tensor, count: Tensor) -> Tensor:
+        count.add_(1)
+        return h * count
+
+    def work(gm: fx.GraphModule, given: Any) -> list[Tensor]:
+        found = capture(gm, given)
+        copies = [value.detach().clone() for value in given]
+        found(*copies)
+        return copies
+
+    counts = with_dynamo_graph(model, [x(3), torch.tensor(4.0)], work)
+    assert 5.0 in [float(value) for value in counts if value.ndim == 0]
+
+
+def test_no_grad_becomes_detach_on_what_leaves_the_region() -> None:
+    def model(h: Tensor) -> Tensor:
+        with torch.no_grad():
+            inner = (h * 3).sin()
+        return h * inner
+
+    gm = captures(model, x(3, 4))
+    assert ops(gm) == ["aten.mul", "aten.sin", "aten.detach", "aten.mul"]
+
+
+def test_views_become_reshapes_and_nothing_is_left_without_meaning() -> None:
+    gm = captures(lambda h: h.view(12).clone().contiguous().view(4, 3).sin(), x(3, 4))
+    assert ops(gm) == ["aten.reshape", "aten.reshape", "aten.sin"]
+
+
+def test_an_output_that_is_a_clone_stays_its_own_tensor() -> None:
+    assert ops(captures(lambda h: h.sin().clone(), x(3))) == ["aten.sin", "aten.clone"]
+
+
+def test_constants_are_folded() -> None:
+    gm = captures(lambda h: h * torch.tensor(8.0, dtype=torch.float64), x(3))
+    assert ops(gm)[0] == "aten.full"
+    assert not [n for n in gm.graph.nodes if n.op == "get_attr"]
+
+
+def test_checkpointed_regions_are_opened_with_their_tags() -> None:
+    def block(h: Tensor, w: Tensor) -> Tensor:
+        return (h @ w).sin()
+
+    def model(h: Tensor, w: Tensor) -> Tensor:
+        h = checkpoint(block, h, w, use_reentrant=False)
+        return checkpoint(block, h, w, use_reentrant=False).cos()
+
+    gm = captures(model, x(3, 4), x(4, 4))
+    tags = {n.name: n.meta.get("recompute") for n in gm.graph.nodes if n.op == "call_function"}
+    assert tags == {
+        "matmul": CheckpointPolicy.PREFER_RECOMPUTE,
+        "sin": CheckpointPolicy.PREFER_RECOMPUTE,
+        "matmul_1": CheckpointPolicy.PREFER_RECOMPUTE,
+        "sin_1": CheckpointPolicy.PREFER_RECOMPUTE,
+        "cos": None,
+    }
+    regions = [n.meta.get("ac_graph_id") for n in gm.graph.nodes if n.op == "call_function"]
+    assert len(set(regions)) == 3  # two regions and outside
+
+
+def test_placeholders_keep_the_names_of_dynamo() -> None:
+    def work(gm: fx.GraphModule, given: Any) -> tuple[list[str], list[str]]:
+        graphs = gm, capture(gm, given)
+        first, second = ([n.name for n in g.graph.nodes if n.op == "placeholder"] for g in graphs)
+        return first, second
+
+    first, second = with_dynamo_graph(lambda h, w: h @ w, [x(3, 4), x(4, 4)], work)
+    assert first == second
+
+
+def test_a_marked_length_stays_a_symbol() -> None:
+    h = x(2, 7, 4)
+    torch._dynamo.mark_dynamic(h, 1)
+    found: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, given: Any) -> Any:
+        found.append(capture(gm, given))
+        return gm.forward
+
+    torch.compile(lambda h: h.reshape(-1, 4) * 2, backend=backend, fullgraph=True)(h)
+    (gm,) = found
+    symbols = [n for n in gm.graph.nodes if n.op == "placeholder" and isinstance(n.meta["val"], torch.SymInt)]
+    assert len(symbols) == 1
+    assert all("val" in n.meta for n in gm.graph.nodes if n.op != "output")
+
+
+def test_several_results() -> None:
+    gm = captures(lambda h: h.split(2, 1)[0] * h.aminmax(dim=1)[1][:, None], x(3, 4))
+    assert [n.target for n in gm.graph.nodes if n.op == "call_function"].count(operator.getitem) >= 1
+
+
+def test_code_without_lines_is_captured() -> None:
+    space: dict[str, Any] = {}
+    exec("def model(h):\n    return h.sin()", space)
+    gm = captured(space["model"], x(3))
+    assert all(n.meta.get("stack_trace") or n.meta.get("spx_origin") for n in gm.graph.nodes if n.op == "call_function")

@@ -1,0 +1,80 @@
+"""Options and meshes: what is not legal is an error that names what is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from spcompile.diagnostics import IllegalMesh, IllegalOption, NoProcessGroup, UnknownOption
+from spcompile.mesh import MeshShape, runtime_mesh
+from spcompile.options import Options
+
+
+def test_defaults() -> None:
+    options = Options.parse(None)
+    assert (options.attention, options.balance, options.outputs) == ("auto", "zigzag", "full")
+    assert options == Options.parse({})
+
+
+@pytest.mark.parametrize(("key", "near"), [("atention", "attention"), ("output", "outputs"), ("mash", "mesh")])
+def test_an_unknown_key_names_the_nearest(key: str, near: str) -> None:
+    with pytest.raises(UnknownOption, match=rf"SP101 unknown option: '{key}' \(did you mean '{near}'\?\)"):
+        Options.parse({key: 1})
+
+
+def test_a_key_like_none_lists_all() -> None:
+    with pytest.raises(UnknownOption, match=r"(?s)'zzz'\n  legal: mesh, attention, balance, .*strict"):
+        Options.parse({"zzz": 1})
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"attention": "rings"}, "did you mean 'ring'"),
+        ({"balance": "zig-zag"}, "did you mean 'zigzag'"),
+        ({"outputs": "shard"}, "did you mean 'sharded'"),
+        ({"compiler": "gcc"}, "legal: 'inductor', 'eager'"),
+        ({"strict": 1}, "legal: True, False"),
+        ({"dump": 3}, "a folder's path"),
+        ({"passes": ["lower"]}, "a dict from pass names"),
+    ],
+)
+def test_illegal_values(given: dict[str, Any], text: str) -> None:
+    with pytest.raises(IllegalOption, match=text):
+        Options.parse(given)
+
+
+def test_the_fingerprint_tells_options_apart_but_not_where_they_dump() -> None:
+    assert Options(dump="a").fingerprint() == Options(dump="b").fingerprint()
+    assert Options(attention="ring").fingerprint() != Options().fingerprint()
+
+
+def test_mesh_shapes() -> None:
+    mesh = MeshShape.of({"tp": 2, "cp": 4})
+    assert (mesh.size("cp"), mesh.size("dp"), mesh.world_size, str(mesh)) == (4, 1, 8, "tp=2 cp=4")
+
+
+@pytest.mark.parametrize("sizes", [{"sp": 2}, {"cp": 0}, {"cp": 2.0}, {"cp": True}])
+def test_illegal_meshes(sizes: dict[str, Any]) -> None:
+    with pytest.raises(IllegalMesh, match="SP103"):
+        MeshShape.of(sizes)
+
+
+def test_one_process_needs_no_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert runtime_mesh(None, "cpu") is None
+
+
+def test_a_launched_world_without_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(NoProcessGroup, match=r"(?s)SP104.*init_process_group"):
+        runtime_mesh(None, "cpu")
+
+
+def test_a_device_mesh_without_names() -> None:
+    class Nameless:
+        mesh_dim_names = None
+
+    with pytest.raises(IllegalMesh, match="without axis names"):
+        runtime_mesh(Nameless(), "cpu")  # type: ignore[arg-type]

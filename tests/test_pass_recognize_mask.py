@@ -1,0 +1,551 @@
+"""recognize-mask: hand-written masks and those that transformers builds, with numerics of the whole graph."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import expecttest
+import pytest
+import torch
+import torch.nn.functional as F
+from recognition import Rewritten, difference, qkv, rewrite, run_passes
+from torch import Tensor
+
+from spcompile.capture import capture
+from spcompile.passes.recognize_mask import EXAMPLES
+
+INF = math.inf
+LENGTH = 12
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def indices(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None, :]
+
+
+def lowest_unless(mask: Tensor) -> Tensor:
+    lowest = torch.tensor(torch.finfo(torch.float64).min, dtype=torch.float64)
+    return torch.where(mask, torch.zeros((), dtype=torch.float64), lowest)
+
+
+class TestGoldenText(expecttest.TestCase):
+    maxDiff = None
+
+    def test_packed_window(self) -> None:
+        self.assertExpectedInline(
+            rewrite(EXAMPLES[0].function, EXAMPLES[0].inputs()).text,
+            """\
+l_positions_: "i64[2, 12]" = input
+l_q_: "f64[2, 2, 12, 4]" = input
+l_k_: "f64[2, 2, 12, 4]" = input
+l_v_: "f64[2, 2, 12, 4]" = input
+slice_1: "i64[2, 1]" = aten.slice(l_positions_, 1, 0, 1)
+sub: "i64[2, 1]" = aten.sub(slice_1, 1)
+diff: "i64[2, 12]" = aten.diff(l_positions_, 1, -1, sub)
+ne: "b8[2, 12]" = aten.ne(diff, 1)
+cumsum: "i64[2, 12]" = aten.cumsum(ne, -1)
+attention_default: "(f64[2, 2, 12, 4], f64[2, 2, 12])" = spx.attention(l_q_, l_k_, l_v_, None, None, cumsum, cumsum, None, None, 'causal window=4 documents', 0.5)
+getitem: "f64[2, 2, 12, 4]" = attention_default[0]
+return (getitem,)
+""",  # noqa: E501
+        )
+
+    def test_padded(self) -> None:
+        self.assertExpectedInline(
+            rewrite(EXAMPLES[1].function, EXAMPLES[1].inputs()).text,
+            """\
+l_q_: "f64[2, 2, 12, 4]" = input
+l_k_: "f64[2, 2, 12, 4]" = input
+l_attention_mask_: "i64[2, 12]" = input
+l_v_: "f64[2, 2, 12, 4]" = input
+ne_scalar: "b8[2, 12]" = aten.ne(l_attention_mask_, 0)
+attention_default: "(f64[2, 2, 12, 4], f64[2, 2, 12])" = spx.attention(l_q_, l_k_, l_v_, None, None, None, None, ne_scalar, None, 'causal key_padding', 0.5)
+getitem: "f64[2, 2, 12, 4]" = attention_default[0]
+return (getitem,)
+""",  # noqa: E501
+        )
+
+    def test_part_of_a_mask(self) -> None:
+        def model(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+            i, j = indices(q, k)
+            return attend(q, k, v, (j <= i) & allowed)
+
+        self.assertExpectedInline(
+            rewrite(model, (*qkv(), torch.rand(2, 1, LENGTH, LENGTH) < 0.7)).text,
+            """\
+l_q_: "f64[2, 4, 12, 6]" = input
+l_k_: "f64[2, 4, 12, 6]" = input
+l_allowed_: "b8[2, 1, 12, 12]" = input
+l_v_: "f64[2, 4, 12, 6]" = input
+attention_default: "(f64[2, 4, 12, 6], f64[2, 4, 12])" = spx.attention(l_q_, l_k_, l_v_, None, None, None, None, None, l_allowed_, 'causal', 0.4082482904638631)
+getitem: "f64[2, 4, 12, 6]" = attention_default[0]
+return (getitem,)
+""",  # noqa: E501
+        )
+
+
+# Masks over positions alone: (name of the result, the mask from q and k).
+POSITIONAL: list[tuple[str, Callable[[Tensor, Tensor], Tensor]]] = [
+    ("full", lambda q, k: torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)),
+    ("full", lambda q, k: torch.zeros(q.shape[2], k.shape[2], dtype=q.dtype)),
+    ("causal", lambda q, k: torch.tril(torch.ones(q.shape[2], k.shape[2])).bool()),
+    ("causal", lambda q, k: torch.tril(torch.ones(1, 1, q.shape[2], k.shape[2])) == 1),
+    ("causal", lambda q, k: ~torch.triu(torch.ones(q.shape[2], k.shape[2], dtype=torch.bool), diagonal=1)),
+    ("causal", lambda q, k: torch.triu(torch.full((q.shape[2], k.shape[2]), -INF, dtype=q.dtype), diagonal=1)),
+    ("causal", lambda q, k: torch.full((q.shape[2], k.shape[2]), -1e9, dtype=q.dtype).triu(1)),
+    ("causal", lambda q, k: torch.arange(k.shape[2])[None, :] <= torch.arange(q.shape[2])[:, None]),
+    ("causal", lambda q, k: indices(q, k)[0] - indices(q, k)[1] >= 0),
+    ("causal", lambda q, k: ~(indices(q, k)[1] > indices(q, k)[0])),
+    ("causal", lambda q, k: indices(q, k)[1].lt(indices(q, k)[0] + 1)),
+    ("causal", lambda q, k: (1 - (indices(q, k)[1] <= indices(q, k)[0]).to(q.dtype)) * torch.finfo(q.dtype).min),
+    ("causal", lambda q, k: lowest_unless(indices(q, k)[1] <= indices(q, k)[0])),
+    ("causal", lambda q, k: torch.zeros(12, 12, dtype=q.dtype).masked_fill(indices(q, k)[1] > indices(q, k)[0], -INF)),
+    ("causal offset=-1", lambda q, k: torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(-1)),
+    ("causal offset=2", lambda q, k: torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(2)),
+    (
+        "causal window=4",
+        lambda q, k: (indices(q, k)[1] <= indices(q, k)[0]) & (indices(q, k)[0] - indices(q, k)[1] < 4),
+    ),
+    ("causal window=4", lambda q, k: torch.ones(12, 12).tril().bool() * torch.ones(12, 12).triu(-3).bool()),
+    ("causal window=100", lambda q, k: torch.ones(12, 12).tril().bool() & torch.ones(12, 12).triu(-99).bool()),
+    (
+        "causal window=5",
+        lambda q, k: (
+            torch.full((12, 12), -INF, dtype=q.dtype).triu(1) + torch.full((12, 12), -INF, dtype=q.dtype).tril(-5)
+        ),
+    ),
+    ("window=3 window_right=3", lambda q, k: (indices(q, k)[0] - indices(q, k)[1]).abs() < 3),
+    ("window=3 window_right=3", lambda q, k: (indices(q, k)[0] - indices(q, k)[1]).neg().abs() <= 2),
+    ("window=4 window_right=2", lambda q, k: torch.ones(12, 12).triu(-3).tril(1).bool()),
+    ("chunk=4", lambda q, k: indices(q, k)[0] // 4 == indices(q, k)[1] // 4),
+    (
+        "causal chunk=5",
+        lambda q, k: (
+            (indices(q, k)[0].div(5, rounding_mode="floor") == indices(q, k)[1] // 5) & torch.ones(12, 12).tril().bool()
+        ),
+    ),
+    ("causal prefix=5", lambda q, k: (indices(q, k)[1] <= indices(q, k)[0]) | (indices(q, k)[1] < 5)),
+    (
+        "causal documents",
+        lambda q, k: (indices(q, k)[1] <= indices(q, k)[0]) & (indices(q, k)[0] % 3 == indices(q, k)[1] % 3),
+    ),
+    (
+        "causal window=4",
+        lambda q, k: torch.cat(
+            [
+                torch.ones(12, 12).tril().triu(-3).bool()[:4],
+                (indices(q, k)[0][4:] - indices(q, k)[1] < 4) & (indices(q, k)[0][4:] >= indices(q, k)[1]),
+            ]
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", range(len(POSITIONAL)))
+def test_positional_masks(case: int) -> None:
+    expected, build = POSITIONAL[case]
+    found = rewrite(lambda q, k, v: attend(q, k, v, build(q, k)), qkv())
+    assert str(found.mask) == expected
+    assert (LENGTH, LENGTH) not in {size[-2:] for size in found.sizes()}, found.text
+    assert not found.remarks.rows
+
+
+def test_queries_that_are_fewer_than_keys() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i, j = indices(q, k)
+        return attend(q, k, v, j <= i + (k.shape[2] - q.shape[2]))
+
+    assert str(rewrite(model, qkv(queries=5, keys=12)).mask) == "causal offset=7"
+
+
+def test_one_sequence() -> None:
+    inputs = tuple(x[:1].detach().requires_grad_() for x in qkv())
+    valid = (torch.arange(LENGTH) < 9)[None]
+    found = rewrite(
+        lambda q, k, v, m: attend(q, k, v, m[:, None, None, :] & torch.ones(12, 12).tril().bool()), (*inputs, valid)
+    )
+    assert str(found.mask) == "causal key_padding"
+
+
+# Masks over data.
+LENGTHS = torch.tensor([12, 7])
+VALID = torch.arange(LENGTH)[None] < LENGTHS[:, None]
+LEFT = VALID.flip(1)
+DOCUMENTS = torch.tensor([[0] * 5 + [1] * 7, [3] * 2 + [1] * 6 + [3] * 4])
+
+KEYS: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
+    "bool mask": (lambda m, q: m[:, None, None, :], VALID),
+    "bool mask, left": (lambda m, q: m[:, None, None, :], LEFT),
+    "int mask": (lambda m, q: m[:, None, None, :].bool(), VALID.long()),
+    "int mask, expanded": (lambda m, q: (m[:, None, None, :] != 0).expand(2, 1, LENGTH, LENGTH), LEFT.int()),
+    "lengths": (lambda m, q: (torch.arange(LENGTH) < m[:, None])[:, None, None, :], LENGTHS),
+    "transposed": (lambda m, q: m.t()[:, None, None, :], VALID.t().contiguous()),
+    "longer mask": (lambda m, q: m[:, None, None, :LENGTH], torch.cat([LEFT, LEFT], 1)),
+    "two masks": (lambda m, q: (m & (torch.arange(LENGTH) != 3))[:, None, None, :], VALID),
+    "padding id": (lambda m, q: m.ne(0).unsqueeze(1).unsqueeze(2), VALID * torch.arange(5, 17)),
+    "additive": (lambda m, q: torch.zeros(2, 1, 1, LENGTH, dtype=q.dtype).masked_fill(~m[:, None, None], -INF), LEFT),
+    "by index": (lambda m, q: m[torch.arange(2)[:, None, None, None], torch.arange(LENGTH)[None, None, None]], VALID),
+    "4-D": (lambda m, q: m, VALID[:, None, None]),
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_key_padding(name: str, causal: bool) -> None:
+    build, data = KEYS[name]
+
+    def model(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        mask = build(m, q)
+        if not causal:
+            return attend(q, k, v, mask)
+        i, j = indices(q, k)
+        return attend(q, k, v, (j <= i) & mask if mask.dtype == torch.bool else torch.where(j <= i, mask, -INF))
+
+    found = rewrite(model, (*qkv(), data))
+    assert str(found.mask) == ("causal key_padding" if causal else "key_padding")
+    assert found.attentions[0].args[7].meta["val"].shape == (2, LENGTH)  # type: ignore[union-attr]
+    assert (LENGTH, LENGTH) not in {size[-2:] for size in found.sizes()}
+
+
+def test_an_additive_mask_that_need_not_be_zero_or_one_stays_a_small_bias() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        return attend(q, k, v, ((1.0 - m[:, None, None, :].to(q.dtype)) * -1e9).expand(-1, 1, LENGTH, -1))
+
+    found = rewrite(model, (*qkv(), VALID.long()))
+    assert found.masks == ["full + bias"]
+    assert found.codes == ["SPR201"]
+
+
+def test_finite_fills_stay_dense_where_a_row_may_have_no_key() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        i, j = indices(q, k)
+        mask = (j <= i) & m[:, None, None, :]
+        return attend(q, k, v, lowest_unless(mask))
+
+    found = rewrite(model, (*qkv(), LEFT))
+    assert found.masks == ["full + bias"]
+    assert "finite" in found.remarks.rows[0].text
+
+
+def test_finite_fill_with_documents_has_a_key_in_every_row() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, d: Tensor) -> Tensor:
+        i, j = indices(q, k)
+        mask = (j <= i) & (d[:, None, :, None] == d[:, None, None, :])
+        return attend(q, k, v, lowest_unless(mask))
+
+    assert str(rewrite(model, (*qkv(), DOCUMENTS)).mask) == "causal documents"
+
+
+def test_documents() -> None:
+    found = rewrite(lambda q, k, v, d: attend(q, k, v, d[:, None, :, None] == d[:, None, None, :]), (*qkv(), DOCUMENTS))
+    assert str(found.mask) == "documents"
+    assert found.attentions[0].args[5] is found.attentions[0].args[6]
+
+
+def test_two_kinds_of_documents_are_paired() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, d: Tensor, e: Tensor) -> Tensor:
+        same = (d[:, None, :, None] == d[:, None, None, :]) & (e[:, None, :, None] == e[:, None, None, :])
+        return attend(q, k, v, same)
+
+    found = rewrite(model, (*qkv(), DOCUMENTS, -(torch.arange(LENGTH) // 3)[None].expand(2, -1).contiguous()))
+    assert str(found.mask) == "documents"
+
+
+def packed(positions: Tensor, starts: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    documents = starts(positions).cumsum(-1)
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    return positions[:, None, :, None], positions[:, None, None, :], same
+
+
+POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6], [7, 8, 9, 0, 1, 2, 3, 9, 10, 11, 2, 3]])
+STARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "diff, prepended": lambda p: torch.diff(p, prepend=p[:, :1] - 1) != 1,
+    "diff, negated": lambda p: ~(torch.diff(p, prepend=p[:, :1] - 1) == 1),
+    "diff as int": lambda p: (torch.diff(p, prepend=p[:, :1] - 1) != 1).long(),
+    "shifted by cat": lambda p: p != torch.cat([p[:, :1] - 1, p[:, :-1]], 1) + 1,
+    "or": lambda p: (torch.diff(p, prepend=p[:, :1] - 1) != 1) | (p == 0),
+}
+
+
+@pytest.mark.parametrize("starts", STARTS)
+def test_packed_positions(starts: str) -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+        p_q, p_k, same = packed(p, STARTS[starts])
+        return attend(q, k, v, (p_k <= p_q) & (p_q - p_k < 5) & same)
+
+    assert str(rewrite(model, (*qkv(), POSITIONS)).mask) == "causal window=5 documents"
+
+
+NOT_PACKED: dict[str, Callable[[Tensor], Tensor]] = {
+    "falls only": lambda p: torch.diff(p, prepend=p[:, :1] - 1) < 0,
+    "zero only": lambda p: p == 0,
+    "and": lambda p: (torch.diff(p, prepend=p[:, :1] - 1) != 1) & (p == 0),
+    "step of two": lambda p: torch.diff(p, prepend=p[:, :1] - 1) != 2,
+    "signed": lambda p: torch.diff(p, prepend=p[:, :1] - 1) - 1,
+}
+
+
+@pytest.mark.parametrize("starts", NOT_PACKED)
+def test_positions_that_need_not_grow_by_one_are_not_indices(starts: str) -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
+        p_q, p_k, same = packed(p, NOT_PACKED[starts])
+        return attend(q, k, v, (p_k <= p_q) & same)
+
+    found = rewrite(model, (*qkv(), POSITIONS))
+    assert found.masks == ["documents + bias"]
+    assert found.codes == ["SPR201"]
+
+
+def test_positions_that_are_a_range_vanish() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        positions = (torch.arange(q.shape[2])[None] + 3).expand(2, -1)
+        p_q, p_k, same = packed(positions, STARTS["diff, prepended"])
+        return attend(q, k, v, (p_k <= p_q) & same)
+
+    assert str(rewrite(model, qkv()).mask) == "causal"
+
+
+UNREADABLE: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], list[str]]] = {
+    "a dense input": (lambda m, q, k: m, (torch.rand(LENGTH, LENGTH) < 0.8,), ["full + bias"]),
+    "a dense input and causal": (
+        lambda m, q, k: m & torch.ones(LENGTH, LENGTH).tril().bool(),
+        (torch.rand(LENGTH, LENGTH) < 0.8,),
+        ["causal + bias"],
+    ),
+    "neither of two": (
+        lambda m, q, k: ~(m | torch.ones(LENGTH, LENGTH).triu(1).bool()),
+        (torch.rand(2, 1, LENGTH, LENGTH) < 0.2,),
+        ["causal + bias"],
+    ),
+    "a bias and causal": (
+        lambda m, q, k: m + torch.full((LENGTH, LENGTH), -INF, dtype=m.dtype).triu(1),
+        (torch.randn(4, LENGTH, LENGTH, dtype=torch.float64).requires_grad_(),),
+        ["causal + bias"],
+    ),
+    "a bias, masked twice": (
+        lambda m, q, k: (
+            m.masked_fill(~VALID.clone()[:, None, None], -INF) + torch.full((12, 12), -INF).double().triu(1)
+        ),
+        (torch.randn(1, 4, LENGTH, LENGTH, dtype=torch.float64).requires_grad_(),),
+        ["causal key_padding + bias"],
+    ),
+    "heads that differ": (
+        lambda m, q, k: torch.arange(LENGTH)[None, :] <= torch.arange(LENGTH)[:, None] + torch.arange(4)[:, None, None],
+        (),
+        ["full + bias"],
+    ),
+    "queries that are invalid": (
+        lambda m, q, k: m[:, None, :, None] & m[:, None, None, :],
+        (VALID,),
+        ["key_padding + bias"],
+    ),
+    "nothing": (lambda m, q, k: torch.zeros(LENGTH, LENGTH, dtype=torch.bool), (), ["full + bias"]),
+    "small fill": (lambda m, q, k: torch.full((LENGTH, LENGTH), -3.0, dtype=q.dtype).triu(1), (), ["full + bias"]),
+    "global tokens": (
+        lambda m, q, k: (
+            (torch.arange(12) < 2)[None] | (torch.arange(12) < 2)[:, None] | torch.ones(12, 12).tril().bool()
+        ),
+        (),
+        ["full + bias"],
+    ),
+    "indices that wrap": (lambda m, q, k: m[:, torch.arange(LENGTH) - 3][:, None, None, :], (VALID,), ["key_padding"]),
+    "narrow integers wrap": (
+        lambda m, q, k: (torch.arange(12)[:, None].to(torch.uint8) - torch.arange(12).to(torch.uint8)) < 5,
+        (),
+        ["full + bias"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read_stays_dense(name: str) -> None:
+    build, data, expected = UNREADABLE[name]
+    model = lambda q, k, v, *m: attend(q, k, v, build(m[0] if m else None, q, k))  # noqa: E731
+    found = rewrite(model, (*qkv(), *data))
+    assert found.masks == expected
+    assert bool(found.remarks.rows) == ("bias" in expected[0])
+
+
+def test_a_mask_in_a_buffer_is_data() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.ones(64, 64, dtype=torch.bool).tril())
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend(q, k, v, self.mask[:LENGTH, :LENGTH])  # type: ignore[index]
+
+    found = rewrite(Model(), qkv())
+    assert found.masks == ["full + bias"]
+    assert found.codes == ["SPR201"]
+    assert found.remarks.rows[0].where is not None
+
+
+def test_vectors_that_cannot_be_written_leave_no_trace() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        even = m.repeat_interleave(2, 1)  # m[b, t // 2]: no slice of m
+        return attend(q, k, v, even[:, None, None, :] & (torch.arange(LENGTH) != 3))
+
+    found = rewrite(model, (*qkv(), VALID[:, ::2].contiguous()))
+    assert found.masks == ["full + bias"]
+    assert found.codes == ["SPR201"]
+
+
+def test_fewer_queries_than_keys_take_a_part_of_the_documents() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, d: Tensor) -> Tensor:
+        return attend(q, k, v, d[:, None, : q.shape[2], None] == d[:, None, None, :])
+
+    found = rewrite(model, (*qkv(queries=5, keys=12), DOCUMENTS))
+    assert str(found.mask) == "documents"
+    assert [n.meta["val"].shape[1] for n in found.attentions[0].args[5:7]] == [5, 12]  # type: ignore[union-attr]
+
+
+def test_a_mask_that_is_written_in_place_is_functional_after_capture() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = torch.full((LENGTH, LENGTH), -INF, dtype=q.dtype)
+        mask.triu_(1)
+        mask.masked_fill_(torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(-3), -INF)
+        return attend(q, k, v, mask)
+
+    assert str(rewrite(model, qkv()).mask) == "causal window=3"
+
+
+def test_layers_share_one_reading() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        mask = (torch.arange(LENGTH) < m[:, None])[:, None, None, :] & torch.ones(LENGTH, LENGTH).tril().bool()
+        return attend(attend(q, k, v, mask), k, v, mask)
+
+    first, second = rewrite(model, (*qkv(), LENGTHS)).attentions
+    assert first.args[7] is second.args[7]
+
+
+DYNAMIC: dict[str, tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]] = {
+    "causal": ("causal", lambda q, k, *m: indices(q, k)[1] <= indices(q, k)[0], ()),
+    "tril": ("causal", lambda q, k, *m: torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(), ()),
+    "window": ("window=3 window_right=3", lambda q, k, *m: (indices(q, k)[0] - indices(q, k)[1]).abs() < 3, ()),
+    "lengths": ("key_padding", lambda q, k, m: (torch.arange(k.shape[2]) < m[:, None])[:, None, None, :], (LENGTHS,)),
+    "parity": ("documents", lambda q, k, *m: indices(q, k)[0] % 3 == indices(q, k)[1] % 3, ()),
+    "packed": (
+        "causal documents",
+        lambda q, k, p: (lambda p_q, p_k, same: (p_k <= p_q) & same)(*packed(p, STARTS["diff, prepended"])),
+        (POSITIONS,),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_symbolic_lengths(name: str) -> None:
+    expected, build, data = DYNAMIC[name]
+    found = rewrite(lambda q, k, v, *m: attend(q, k, v, build(q, k, *m)), (*qkv(), *data), dynamic=2)
+    assert str(found.mask) == expected
+    assert isinstance(found.attentions[0].meta["val"][0].shape[2], torch.SymInt)
+
+
+def transformers_models() -> dict[str, tuple[str, str, dict[str, Any]]]:
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 50,
+    }
+    grouped = {**small, "num_key_value_heads": 2}
+    gpt2 = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0}
+    no_dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    bert = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+    return {
+        "llama": ("LlamaForCausalLM", "LlamaConfig", grouped),
+        "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", grouped),
+        "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**grouped, "head_dim": 8}),
+        "mistral": ("MistralForCausalLM", "MistralConfig", {**grouped, "sliding_window": 8}),
+        "gpt2": ("GPT2LMHeadModel", "GPT2Config", {**gpt2, **no_dropout}),
+        "bert": ("BertForMaskedLM", "BertConfig", {**small, **bert}),
+    }
+
+
+TOKENS = 24
+CALLS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no cache": {"use_cache": False},
+    "padded": {"attention_mask": (torch.arange(TOKENS) < torch.tensor([[24], [15]])).long()},
+    "left padded": {"attention_mask": (torch.arange(TOKENS) >= torch.tensor([[0], [5]])).long()},
+    "packed": {
+        "position_ids": torch.cat([torch.arange(10), torch.arange(14)])[None].expand(2, -1).contiguous(),
+        "use_cache": False,
+    },
+}
+
+
+def compile_model(model: torch.nn.Module, inputs: dict[str, Any]) -> Rewritten:
+    """The model's graph after both passes; its output and all gradients equal the plain model's."""
+    reference = copy.deepcopy(model)
+    found: list[Rewritten] = []
+
+    def backend(gm: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        captured = capture(gm, examples)
+        found.append(run_passes(captured))
+        return captured.forward
+
+    torch._dynamo.reset()
+    logits = [torch.compile(model, backend=backend)(**inputs).logits, reference(**inputs).logits]
+    for value in logits:
+        (value.double() * torch.linspace(-1, 1, value.numel()).view_as(value)).sum().backward()
+    assert difference(*(x.detach() for x in logits)) < 1e-10
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        assert difference(a.grad, b.grad) < 1e-9 * max(1.0, float(b.grad.abs().max()) if b.grad is not None else 0)
+    return found[0]
+
+
+def transformers_calls() -> list[Any]:
+    """Every model with every call that it has; the ones that show nothing new are slow tests."""
+    new = {"llama": set(CALLS), "mistral": {"plain", "packed"}, "gpt2": {"plain"}, "bert": {"plain", "padded"}}
+    cases = []
+    for name in transformers_models():
+        for call in CALLS:
+            for dynamic in (False, True):
+                is_slow = call not in new.get(name, set()) or (dynamic and (name, call) != ("llama", "packed"))
+                marks = [pytest.mark.slow] if is_slow else []
+                if name != "bert" or call not in ("no cache", "packed"):
+                    cases.append(pytest.param(name, call, dynamic, marks=marks))
+    return cases
+
+
+@pytest.mark.parametrize(("name", "call", "dynamic"), transformers_calls())
+def test_transformers(name: str, call: str, dynamic: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    model_name, config_name, sizes = transformers_models()[name]
+    model = getattr(transformers, model_name)(getattr(transformers, config_name)(**sizes)).double()
+    inputs = {"input_ids": torch.randint(0, 50, (2, TOKENS)), **copy.deepcopy(CALLS[call])}
+    if dynamic:
+        for value in inputs.values():
+            if isinstance(value, Tensor):
+                torch._dynamo.mark_dynamic(value, 1)
+    found = compile_model(model, inputs)
+    words = [] if name == "bert" else ["causal"]
+    words += ["window=8"] if name == "mistral" else []
+    words += ["documents"] if call == "packed" else []
+    words += ["key_padding"] if "padded" in call else []
+    assert found.masks == [" ".join(words) or "full"]
+    assert not found.remarks.rows
+    grouped = name not in ("gpt2", "bert")
+    assert [n.args[1].meta["val"].shape[1] for n in found.attentions] == [2 if grouped else 4]  # type: ignore[union-attr]
+    assert not [op for op in found.ops() if "scaled_dot" in op or "tril" in op]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "bert"])
+def test_transformers_written_out(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    model_name, config_name, sizes = transformers_models()[name]
+    config = getattr(transformers, config_name)(**sizes, attn_implementation="eager")
+    model = getattr(transformers, model_name)(config)
+    found: list[Rewritten] = []
+    compiled = torch.compile(model, backend=lambda gm, ex: found.append(run_passes(capture(gm, ex))) or gm.forward)
+    compiled(input_ids=torch.randint(0, 50, (2, TOKENS)))
+    expected = {"mistral": "causal window=8", "bert": "full"}.get(name, "causal")
+    assert found[0].masks == [expected]

@@ -1,0 +1,49 @@
+"""Every model in the simulator on mesh sizes that no machine here has processes for: 3 and 8 ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hf_models
+import pytest
+import torch
+
+import spcompile
+from spcompile.model_spec import build
+
+DEGREES = pytest.mark.parametrize("degree", [3, 8])
+ATTENTION = pytest.mark.parametrize("attention", ["ring", "ulysses", "auto"])
+
+
+def agrees(model: torch.nn.Module, inputs: Any, degree: int, attention: str) -> None:
+    report = spcompile.verify(model, inputs, mesh={"cp": degree}, attention=attention)
+    assert report.ok, str(report)
+    assert not any(remark.code == "SPR101" for remark in report.remarks), "nothing was sharded"
+
+
+@pytest.mark.slow
+@DEGREES
+@ATTENTION
+@pytest.mark.parametrize("name", ["models:gpt-tiny", "models:llama-tiny", "models:bert-tiny"])
+def test_plain_models(name: str, attention: str, degree: int) -> None:
+    torch.manual_seed(0)
+    built = build(name, seq=21, device="cpu", dtype="float64", settings={})
+    agrees(built.model, built.example_inputs(2, 21, "cpu"), degree, attention)
+
+
+@pytest.mark.slow
+@DEGREES
+@ATTENTION
+@pytest.mark.parametrize("name", hf_models.MODELS)
+def test_hugging_face_models(name: str, attention: str, degree: int, default_float64: None) -> None:
+    torch.manual_seed(0)
+    model = hf_models.build(name)
+    agrees(model, hf_models.inputs(0, model=name, kind="right padding", length=21), degree, attention)
+
+
+@pytest.fixture
+def default_float64() -> Any:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)

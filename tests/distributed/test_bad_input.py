@@ -67,6 +67,31 @@ def other_options() -> str:
     return refusal(lambda: model(ids()))
 
 
+def one_typo() -> str:
+    return options_refused({"attention": ["ring", "rings"][dist.get_rank()]})
+
+
+def breaks_alone() -> str:
+    model = compiled([pm.SelfAttention, Breaks][dist.get_rank()]())
+    return refusal(lambda: model(torch.ones(2, 16, pm.WIDTH)))
+
+
+class Scaled(pm.SelfAttention):
+    """Attention, times a number."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(x, mask) * self.by
+
+
+def other_graphs() -> str:
+    model = compiled(Scaled([2.0, 3.0][dist.get_rank()]))
+    return refusal(lambda: model(torch.ones(2, 16, pm.WIDTH)))
+
+
 def recompiles_alone() -> str:
     """Rank 1 passes a length that it has not compiled, while rank 0 runs what it has."""
     model = compiled(models.build("gpt-tiny"))
@@ -90,6 +115,9 @@ def other_cached_graph() -> str:
         (other_lengths, ["(2, 16)", "(2, 17)"]),
         (other_dtypes, ["float32", "float64"]),
         (other_options, ["attention='ring'", "attention='ulysses'"]),
+        (one_typo, ["went on", "SP102", "did you mean 'ring'?"]),
+        (breaks_alone, ["went on", "SP301", "print(x.sum())"]),
+        (other_graphs, ["the compiled graphs differ at line", ", 2.0)", ", 3.0)"]),
         (recompiles_alone, ["(2, 16)", "(2, 24)"]),
         (other_cached_graph, ["(2, 16)", "(2, 24)"]),
     ],
@@ -110,6 +138,7 @@ def options_refused(options: dict[str, Any]) -> str:
     [
         ({"atention": "ring"}, ["SP101", "'atention'", "did you mean 'attention'?", "legal: "]),
         ({"attention": "rings"}, ["SP102", "attention='rings'", "did you mean 'ring'?", "'ulysses'"]),
+        ({"mesh": "cp"}, ["SP103", "mesh='cp'", "DeviceMesh"]),
         ({"compiler": 3}, ["SP102", "compiler=3", "'inductor', 'eager'"]),
     ],
 )

@@ -10,7 +10,17 @@ import plain_models as pm
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import EXACT, FLOAT32, Case, assert_same, compare_parameters, compare_tensors, default_dtype, error, recorded
+from oracle import (
+    EXACT,
+    FLOAT32,
+    Case,
+    assert_same,
+    compare_parameters,
+    compare_tensors,
+    default_dtype,
+    error,
+    recorded,
+)
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from worker_pool import WorkerPool
@@ -82,7 +92,11 @@ def evaluate() -> dict[str, float]:
         compiled.compile(backend="spcompile", options={"compiler": "eager"})
         batch = tokens(0)
         errors = {}
-        for name, context in (("eval", torch.enable_grad), ("no_grad", torch.no_grad), ("inference", torch.inference_mode)):
+        for name, context in (
+            ("eval", torch.enable_grad),
+            ("no_grad", torch.no_grad),
+            ("inference", torch.inference_mode),
+        ):
             with context():
                 errors[name] = error(plain(**batch), compiled(**batch))
         assert torch.isfinite(compiled.train()(**batch))

@@ -6,8 +6,9 @@ and every rank raises the same error. So a rank that recompiles while another ru
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -18,6 +19,7 @@ from spcompile.mesh import RuntimeMesh
 from spcompile.torch_private import no_python_dispatcher, unset_fake_temporarily
 
 TIMEOUT = timedelta(seconds=30)
+STOPPED = "stopped with "
 
 
 class Agreement:
@@ -28,14 +30,17 @@ class Agreement:
         self._count = 0
 
     @property
+    def count(self) -> int:
+        """How many comparisons there were: equal on all ranks, also where a compile failed on one of them."""
+        return self._count
+
+    @property
     def checks_calls(self) -> bool:
         """Whether every call is compared too: not on accelerators, where it would wait for the device."""
         return self._mesh.device_mesh.device_type == "cpu"
 
-    def require(self, text: str, explain: Callable[[dict[int, str]], str] | None = None) -> None:
+    def require(self, text: str) -> None:
         """Every rank must call this with the same text.
-
-        explain: turns {rank: text} into the message; by default every rank's text is shown.
 
         Raises:
             RanksDisagree: the same error on all ranks.
@@ -46,10 +51,23 @@ class Agreement:
         with unset_fake_temporarily(), no_python_dispatcher():
             if self._hashes_equal(text):
                 return
-        texts = self._exchange(text)
-        raise RanksDisagree(
-            (explain or _list_texts)(texts), legal="the same model, options and input shapes everywhere"
-        )
+            texts = self._exchange(text)
+        raise RanksDisagree(_explain(texts), legal="the same model, options and input shapes everywhere")
+
+    @contextlib.contextmanager
+    def shared_errors(self) -> Iterator[None]:
+        """Ranks on which the block does not end well tell the others, which wait for them at their next comparison.
+
+        Raises:
+            RanksDisagree: on all ranks, if not all of them failed with the same text.
+        """
+        try:
+            yield
+        except RanksDisagree:
+            raise
+        except Exception as error:
+            self.require(f"{STOPPED}{error}")
+            raise
 
     def _hashes_equal(self, text: str) -> bool:
         digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
@@ -80,6 +98,15 @@ class Agreement:
 
 def _list_texts(texts: dict[int, str]) -> str:
     return "\n" + "\n".join(f"  rank {rank}: {text}" for rank, text in texts.items())
+
+
+def _explain(texts: dict[int, str]) -> str:
+    """The error's text; it depends on nothing else, since ranks that wait do not know what the others compare."""
+    if any(text.startswith(STOPPED) for text in texts.values()):
+        return _list_texts({rank: text if text.startswith(STOPPED) else "went on" for rank, text in texts.items()})
+    if any("\n" in text for text in texts.values()):
+        return first_difference(texts)
+    return _list_texts(texts)
 
 
 def first_difference(texts: dict[int, str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from spcompile.agreement import Agreement, first_difference
+from spcompile.agreement import Agreement
 from spcompile.autocast import autocast_off
 from spcompile.diagnostics import GraphBreak
 from spcompile.dump import Dump
@@ -45,15 +44,17 @@ def spcompile(
     Raises:
         SpcompileError: before any collective of the model runs, with the same text on every rank.
     """
-    chosen = Options.parse(options)
-    mesh = runtime_mesh(chosen.mesh, _device_type(example_inputs))
+    mesh = runtime_mesh((options or {}).get("mesh"), _device_type(example_inputs))
     if mesh is None:
+        chosen = Options.parse(options)
         log.info("SPR401 world size 1: compiled without sharding")
         return plain(gm, example_inputs, chosen.compiler)
     agreement = _agreement(mesh.key, mesh)
-    agreement.require(_signature(example_inputs, chosen))
-    refuse_graph_break(gm)
-    return _compile(gm, example_inputs, chosen, mesh, agreement)
+    with agreement.shared_errors():
+        chosen = Options.parse(options)
+        agreement.require(_signature(example_inputs, chosen))
+        refuse_graph_break(gm)
+        return _compile(gm, example_inputs, chosen, mesh, agreement)
 
 
 def plain(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: str) -> Callable[..., Any]:
@@ -71,7 +72,7 @@ def _compile(
     program = build(gm, inputs, mesh.shape, options, PIPELINE, history)
     for remark in program.ctx.remarks.rows:
         log.info("%s", remark)
-    key = f"{next(_numbers)}{' of random numbers' if program.draws_random_numbers else ''}"
+    key = f"{agreement.count}{' of random numbers' if program.draws_random_numbers else ''}"
     if not program.is_sharded:
         return _checked(plain(gm, inputs, options.compiler), key, agreement, program.draws_random_numbers)
     groups = {axis: mesh.group_name(axis) for axis, size in mesh.shape.axes if size > 1}
@@ -79,7 +80,7 @@ def _compile(
     def agree(phase: str, final: fx.GraphModule) -> None:
         if dump is not None:
             dump.python(phase, final)
-        agreement.require(format_graph(final), first_difference)
+        agreement.require(format_graph(final))
 
     emission = Emission(program, bind=functools.partial(bind_axes, groups=groups), finished=agree)
     with autocast_off():
@@ -89,7 +90,6 @@ def _compile(
 
 
 PROGRAMS: list[tuple[LocalProgram, Emission]] = []  # all compiles of this process, to look into
-_numbers = itertools.count()
 
 
 def _checked(run: Callable[..., Any], key: str, agreement: Agreement, is_random: bool) -> Callable[..., Any]:

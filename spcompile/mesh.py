@@ -90,13 +90,15 @@ def runtime_mesh(mesh: DeviceMesh | None, device_type: str) -> RuntimeMesh | Non
         NoProcessGroup: the launcher set WORLD_SIZE > 1 but no process group exists.
         IllegalMesh: unnamed axes, or names that mean nothing here.
     """
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     if mesh is None:
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else _launched_world_size()
         if world == 1:
             return None
         mesh = init_device_mesh(device_type, (world,), mesh_dim_names=("cp",))
+    if not isinstance(mesh, DeviceMesh):
+        raise IllegalMesh(f"mesh={mesh!r}", legal="a DeviceMesh with named axes")
     if mesh.mesh_dim_names is None:
         raise IllegalMesh("a DeviceMesh without axis names", legal=f"mesh_dim_names out of {', '.join(AXES)}")
     shape = MeshShape.of(dict(zip(mesh.mesh_dim_names, mesh.mesh.shape, strict=True)))

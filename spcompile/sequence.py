@@ -94,8 +94,9 @@ def restore(ranks: Tensor, dim: int, length: int, order: str) -> Tensor:
 
 
 def beginning(x: Tensor, dim: int, length: int) -> Tensor:
-    """The first `length` elements of `dim`. With a symbolic length a copy: whether a view of it is contiguous, which
-    tracing asks, depends on whether there was padding, and the answer would be a guard.
+    """The first `length` elements of `dim`; with a symbolic length a copy.
+
+    Tracing asks whether a view is contiguous. That depends on whether there was padding: the answer would be a guard.
     """
     if isinstance(length, int):
         return x.narrow(dim, 0, length)

@@ -13,6 +13,7 @@ Ops which must know their rank (shard, mask_padding, reorder, ring attention) st
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from spcompile.collectives import COLLECTIVES, Collective, axis_argument, call_arguments, erase_identities
 from spcompile.diagnostics import InvalidGraph, source_of
 from spcompile.passes_api import Context, Example, Pass, Stage
+from spcompile.torch_private import detect_fake_mode
 
 _KEPT_META = ("stack_trace", "nn_module_stack", "seq_nr", "partitioner_tag", "recompute", "ac_graph_id")
 
@@ -96,7 +98,8 @@ def _inline(node: fx.Node, collective: Collective) -> None:
     """Trace `lowered` on the example values of the call and put its nodes in place of the call; its name stays."""
     lowered, arguments = _bound_call(node, collective)
     values = [argument.meta["val"] for argument in arguments]
-    body = make_fx(lowered)(*values).graph
+    with detect_fake_mode(values) or nullcontext():  # also for tensors that `lowered` makes from nothing
+        body = make_fx(lowered)(*values).graph
     body.eliminate_dead_code()
     copies = dict(zip(body.find_nodes(op="placeholder"), arguments, strict=True))
     with node.graph.inserting_before(node):

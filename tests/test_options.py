@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch.distributed.device_mesh import DeviceMesh
 
 from spcompile.diagnostics import IllegalMesh, IllegalOption, NoProcessGroup, UnknownOption
 from spcompile.mesh import MeshShape, runtime_mesh
@@ -73,8 +74,6 @@ def test_a_launched_world_without_a_process_group(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_device_mesh_without_names() -> None:
-    class Nameless:
-        mesh_dim_names = None
-
+    nameless = DeviceMesh("cpu", [0], _init_backend=False, _rank=0)
     with pytest.raises(IllegalMesh, match="without axis names"):
-        runtime_mesh(Nameless(), "cpu")  # type: ignore[arg-type]
+        runtime_mesh(nameless, "cpu")

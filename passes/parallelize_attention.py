@@ -17,7 +17,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from spcompile import sequence
-from spcompile.graph import call
+from spcompile.graph import call, operand
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.sizes import hint
 from spcompile.splice import splice
@@ -68,22 +68,28 @@ def _remark_kept(node: fx.Node, ctx: Context) -> None:
         ctx.remarks.add("SPR202", f"keys and values of an attention are gathered: {why}", node)
 
 
+def _before_gathers(node: fx.Node) -> tuple[fx.Node, fx.Node, tuple[Any, ...]]:
+    """The local keys and values behind the gathers, and (query length, key length, axis, degree, order)."""
+    gather = operand(node, 1)
+    _, _, k_length, axis, degree, order, _ = gather.args
+    q_length = operand(node, 3).args[0]
+    return operand(gather, 0), operand(operand(node, 2), 0), (q_length, k_length, axis, degree, order)
+
+
 def _ring(node: fx.Node) -> None:
-    q, k, v, positions, _, q_documents, k_documents, key_valid, bias, mask, scale = node.args
-    k_local, _, k_length, axis, degree, order, _ = k.args  # type: ignore[union-attr]
-    q_length = positions.args[0]  # type: ignore[union-attr]
-    args = (q, k_local, v.args[0], q_documents, k_documents, key_valid, bias, mask, scale)  # type: ignore[union-attr]
-    new = call(node.graph, spx.ring_attention.default, (*args, q_length, k_length, axis, degree, order), like=node)
+    q, _, _, _, _, q_documents, k_documents, key_valid, bias, mask, scale = node.args
+    k, v, layout = _before_gathers(node)
+    args = (q, k, v, q_documents, k_documents, key_valid, bias, mask, scale)
+    new = call(node.graph, spx.ring_attention.default, (*args, *layout), like=node)
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
 
 
 def _ulysses(node: fx.Node) -> None:
-    q, k, v, positions, _, q_documents, k_documents, key_valid, _, mask, scale = node.args
-    k_local, _, k_length, axis, degree, order, _ = k.args  # type: ignore[union-attr]
-    q_length = positions.args[0]  # type: ignore[union-attr]
-    args = (q, k_local, v.args[0], q_documents, k_documents, key_valid)  # type: ignore[union-attr]
-    out = splice(ulysses_attention, (*args, mask, scale, q_length, k_length, axis, degree, order), like=node)
+    q, _, _, _, _, q_documents, k_documents, key_valid, _, mask, scale = node.args
+    k, v, layout = _before_gathers(node)
+    args = (q, k, v, q_documents, k_documents, key_valid, mask, scale)
+    out = splice(ulysses_attention, (*args, *layout), like=node)
     for user in list(node.users):
         assert user.target is operator.getitem
         assert user.args[1] == 0, "the LSE of a Ulysses attention stays inside"

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from spcompile.passes.annotate_sharding import AnnotateSharding
+from spcompile.passes.annotate_tensor_parallel import AnnotateTensorParallel
 from spcompile.passes.bucket_collectives import BucketCollectives
+from spcompile.passes.cancel_collectives import CancelCollectives
 from spcompile.passes.choose_attention import ChooseAttention
+from spcompile.passes.hoist_shard import HoistShard
 from spcompile.passes.insert_reshards import InsertReshards
+from spcompile.passes.insert_tensor_reshards import InsertTensorReshards
 from spcompile.passes.lower import LowerToLocal
 from spcompile.passes.lower_collectives import LowerCollectives
+from spcompile.passes.lower_tensor_parallel import LowerTensorParallel
 from spcompile.passes.parallelize_attention import ParallelizeAttention
 from spcompile.passes.recognize_attention import RecognizeAttention
 from spcompile.passes.recognize_loss import RecognizeLoss
 from spcompile.passes.recognize_mask import RecognizeMask
+from spcompile.passes.sink_all_gather import SinkAllGather
+from spcompile.passes.split_all_reduce import SplitAllReduce
 from spcompile.passes.split_dropout import SplitDropout
+from spcompile.passes.split_projections import SplitProjections
 from spcompile.passes_api import Pass
 
 PIPELINE: tuple[Pass, ...] = (
@@ -24,7 +32,16 @@ PIPELINE: tuple[Pass, ...] = (
     ChooseAttention(),  # reads masks and head counts; the order of the sequence follows from it
     AnnotateSharding(),  # on the final global ops, since it holds their factors
     InsertReshards(),  # decides with the whole graph annotated
-    LowerToLocal(),  # the only change of shapes
+    LowerToLocal(),  # shapes change: one rank of cp, the whole of tp
+    # The same once more for tp, on what cp left.
+    SplitProjections(),  # a fused projection has one factor where its parts have heads
+    AnnotateTensorParallel(),  # on the final products
+    InsertTensorReshards(),  # Megatron without sequence parallelism: AllReduces
+    SplitAllReduce(),  # makes AllGathers that can move
+    SinkAllGather(),  # down, as far as the sequence passes
+    HoistShard(),  # up, from where sunk gathers met whole operands
+    CancelCollectives(),  # when all have moved
+    LowerTensorParallel(),  # shapes change: one rank
     # LOCAL stage: one rank's graph.
     ParallelizeAttention(),  # while gathers of keys and values still stand beside their attention
     # SCHEDULE stage: forward and backward graphs after autograd.

@@ -13,10 +13,10 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.index_spaces import IndexSpaces, find_index_spaces
-from spcompile.layout import NodeLayout, show
+from spcompile.index_spaces import find_index_spaces
+from spcompile.layout import annotate
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.propagate import Placements, propagate, sequence_seeds
+from spcompile.propagate import propagate, sequence_seeds
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,9 @@ class AnnotateSharding(Pass):
         seeds = sequence_seeds(spaces)
         if not seeds:
             _remark_no_sequence(gm.graph, ctx)
-        placements = propagate(gm.graph, spaces, seeds)
-        for node in gm.graph.nodes:
-            node.meta.pop("layout", None)
-            node.meta.pop("sharding", None)
-            if node in spaces.values:
-                node.meta["layout"] = _layout(node, spaces, placements)
+        if ctx.mesh.size("cp") == 1:
+            seeds = {}
+        annotate(gm.graph, "cp", spaces, propagate(gm.graph, spaces, seeds))
         return 0
 
 
@@ -49,19 +46,6 @@ def _remark_no_sequence(graph: fx.Graph, ctx: Context) -> None:
         ctx.remarks.add("SPR101", "no attention over a sequence was found; the graph runs replicated")
     else:
         ctx.remarks.add("SPR301", "every query has length 1; the graph runs replicated", attention, strict_error=False)
-
-
-def _layout(node: fx.Node, spaces: IndexSpaces, placements: Placements) -> NodeLayout:
-    dims = spaces.values[node]
-    layout = NodeLayout(dims, spaces.calls.get(node))
-    if node in placements.choices:
-        layout.choice["cp"] = placements.choices[node]
-    for number in range(len(dims)):
-        place = placements.places.get((node, number))
-        if place is not None:
-            layout.places.setdefault("cp", {})[number] = place
-            show(node, "cp", str(place))
-    return layout
 
 
 def _attention_over_flat_rows(x_BSD: Tensor, w_DD: Tensor) -> Tensor:

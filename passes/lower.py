@@ -25,8 +25,11 @@ class LowerToLocal(Pass):
 
     name: ClassVar[str] = "lower"
     stage: ClassVar[Stage] = Stage.GLOBAL
+    leaves: ClassVar[Stage | None] = Stage.LOCAL
     after: ClassVar[frozenset[str]] = frozenset({"insert-reshards"})
     summary: ClassVar[str] = "turns global shapes into per-rank shapes and reshards into spx collectives"
+
+    split_axis: ClassVar[str] = "cp"
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         """Replace the graph by its local form; returns the number of reshards lowered."""
@@ -35,13 +38,14 @@ class LowerToLocal(Pass):
             return 0
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         mode, fakes = fake_inputs([n.meta["val"] for n in placeholders])
-        split = SplitDims("cp", ctx.mesh.size("cp"), ctx.order)
+        axis = self.split_axis
+        split = SplitDims(axis, ctx.mesh.size(axis), ctx.order if axis == "cp" else "contiguous")
         with mode, fx.traceback.preserve_node_meta():
             local = make_fx(Lower(gm, split).run, pre_dispatch=True)(*fakes)
         for new, old in zip((n for n in local.graph.nodes if n.op == "placeholder"), placeholders, strict=True):
             new._rename(old.name)
             new.target = new.name
-            new.meta["trainable"] = old.meta.get("trainable", False)
+            new.meta.update({key: old.meta[key] for key in ("trainable", "state") if key in old.meta})
         local.graph.eliminate_dead_code()
         for node in local.graph.nodes:
             if node.op == "call_function" and "stack_trace" not in node.meta:

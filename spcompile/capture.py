@@ -113,16 +113,23 @@ def _unwrap(tensor: Any) -> Any:
 
 
 def _name_placeholders(captured: fx.GraphModule, original: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """Give the placeholders the names Dynamo chose, and note which are trainable: tracing forgets both."""
+    """Give the placeholders the names Dynamo chose, and note which are trainable and which are the model's own state."""
     names = [n for n in original.graph.nodes if n.op == "placeholder"]
     nodes = [n for n in captured.graph.nodes if n.op == "placeholder"]
     for node, source, given in zip(nodes, names, inputs, strict=True):
         node.meta["trainable"] = isinstance(given, torch.Tensor) and given.requires_grad
+        node.meta["state"] = _is_state(source)
         node._rename(source.name)
         node.target = node.name
         for key in ("grapharg", "tensor_dict"):
             if key in source.meta:
                 node.meta[key] = source.meta[key]
+
+
+def _is_state(placeholder: fx.Node) -> bool:
+    """Whether Dynamo read this input from a module: a parameter or a buffer."""
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    return source is not None and "NN_MODULE" in source.guard_source.name
 
 
 def normalise(gm: fx.GraphModule) -> None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch.fx as fx
 
-from spcompile.index_spaces import Dims, OpSpaces
-from spcompile.propagate import Choice, Place
+from spcompile.index_spaces import Dims, IndexSpaces, OpSpaces
+from spcompile.propagate import Choice, Place, Placements
 
 
 @dataclass
@@ -38,3 +38,25 @@ def layout_of(node: fx.Node) -> NodeLayout | None:
 def show(node: fx.Node, axis: str, state: str) -> None:
     """Record a state for the printed graph."""
     node.meta.setdefault("sharding", {})[axis] = state
+
+
+def annotate(graph: fx.Graph, axis: str, spaces: IndexSpaces, placements: Placements) -> None:
+    """Leave on every node a new layout: its spaces, and on `axis` its choice and places."""
+    for node in graph.nodes:
+        node.meta.pop("layout", None)
+        node.meta["sharding"] = {k: v for k, v in node.meta.get("sharding", {}).items() if k != axis}
+        if node in spaces.values:
+            node.meta["layout"] = _layout(node, axis, spaces, placements)
+
+
+def _layout(node: fx.Node, axis: str, spaces: IndexSpaces, placements: Placements) -> NodeLayout:
+    dims = spaces.values[node]
+    layout = NodeLayout(dims, spaces.calls.get(node))
+    if node in placements.choices:
+        layout.choice[axis] = placements.choices[node]
+    for number in range(len(dims)):
+        place = placements.places.get((node, number))
+        if place is not None:
+            layout.places.setdefault(axis, {})[number] = place
+            show(node, axis, str(place))
+    return layout

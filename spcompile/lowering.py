@@ -7,6 +7,7 @@ form, everything else runs as it is. The traced graph is the LOCAL graph; its sh
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from spcompile.spaces import Space, leaves
 
 spx = torch.ops.spx
 
-# What padding holds behind attention. Nobody reads what becomes of it, but with 0 an op like x / x.norm() would make
+# What padding holds behind attention and a reduce-scatter. Nobody reads what becomes of it, but with 0 an op like
+# x / x.norm() would make
 # NaN, and NaN times the zero gradient of such rows would reach the gradients of parameters. Where rows enter, padding
 # repeats the last row: as finite as a real one, and an index that is in range.
 BENIGN = 1.0
@@ -48,6 +50,21 @@ class SplitDims:
         """Whether some rank may hold padding."""
         chunks = self.degree * chunks_per_rank(self.order)
         return not (same(self.capacity(space), space.find().size) and divides(chunks, space.find().size))
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """`rules.base.Ranks` as ops of the graph being traced."""
+
+    split: SplitDims
+
+    def first(self, length: Size, device: torch.device) -> Tensor:
+        assert self.split.order == "contiguous"
+        return spx.positions(length, self.split.axis, self.split.degree, self.split.order, device=device)[0]
+
+    def gather(self, x: Tensor) -> Tensor:
+        degree = self.split.degree
+        return spx.all_gather(x.unsqueeze(0), 0, degree, self.split.axis, degree, "contiguous", "I")
 
 
 class Lower(fx.Interpreter):
@@ -81,9 +98,9 @@ class Lower(fx.Interpreter):
         self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         """A call over a factor that is split."""
-        call = layout.call
+        call, split = layout.call, self.split
         assert call is not None
-        if n.target is spx.attention.default:
+        if choice.factor in call.rule.paired:
             return self.attention(n, args)
         if is_prefix(call, choice):
             return args[0]
@@ -97,7 +114,7 @@ class Lower(fx.Interpreter):
         global_size: Size = 1
         for space in call.leaves_of(choice.factor):
             global_size = global_size * space.find().size
-        return call.rule.local(LocalCall(args, kwargs, shapes, choice.factor, global_size, self.split.degree))
+        return call.rule.local(LocalCall(args, kwargs, shapes, choice.factor, global_size, split.degree, _Ranks(split)))
 
     def local_size(self, dim: list[Space], place: Place | None, index: int) -> Size:
         """Local size of tensor dim number `index`, a product of spaces."""
@@ -169,8 +186,8 @@ class Lower(fx.Interpreter):
         if source is not None:
             return self.on_split_dim(x, dims, source, True, lambda x, dim, space: self.gather(x, dim, space, dst))
         if target is not None:
-            assert src == "I", (src, dst)
-            return self.on_split_dim(x, dims, target, False, self.take)
+            assert src in "IP", (src, dst)
+            return self.on_split_dim(x, dims, target, False, self.take if src == "I" else self.scatter)
         if (src, dst) == ("I", "R"):
             return spx.vary(x, axis, degree)
         assert src == "P", (src, dst)
@@ -190,6 +207,14 @@ class Lower(fx.Interpreter):
         if not same(capacity, length):
             x = pad(x, dim, capacity, fill=None)
         return spx.shard(x, dim, split.axis, split.degree, split.order, None)
+
+    def scatter(self, x: Tensor, dim: int, space: Space) -> Tensor:
+        """P -> S. Padding behind the sum is benign."""
+        split = self.split
+        if not same(split.capacity(space), space.find().size):
+            x = pad(x, dim, split.capacity(space))
+        part = spx.reduce_scatter(x, dim, split.axis, split.degree, split.order)
+        return self.mask_benignly(part, dim, space) if split.padded(space) else part
 
     def attention(self, n: fx.Node, args: tuple[Any, ...]) -> Any:
         """Query rows local, keys and values gathered: right as it stands; `parallelize-attention` improves it."""

@@ -42,14 +42,14 @@ class MeshShape:
         return dict(self.axes).get(axis, 1)
 
     def require_supported(self) -> None:
-        """Only `cp` is implemented: any other axis with more than one rank is refused, not ignored.
+        """`dp` is not implemented: with more than one rank it is refused, not ignored.
 
         Raises:
             IllegalMesh: names the axis.
         """
         for name, size in self.axes:
-            if name != "cp" and size > 1:
-                raise IllegalMesh(f"axis {name!r} of size {size} is not implemented yet", legal="a mesh over cp alone")
+            if name == "dp" and size > 1:
+                raise IllegalMesh(f"axis {name!r} of size {size} is not implemented yet", legal="a mesh over tp and cp")
 
     @property
     def world_size(self) -> int:

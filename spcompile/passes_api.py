@@ -63,12 +63,16 @@ class Pass:
     """Base of all passes: a frozen dataclass whose fields are the options.
 
     run() changes the graph in place. Every single rewrite preserves meaning. It must be idempotent.
+    leaves: the stage of the graph behind the pass, where it is not `stage`.
+    axis: the pass runs only on meshes with more than one rank along it.
     """
 
     name: ClassVar[str]
     stage: ClassVar[Stage]
     after: ClassVar[frozenset[str]] = frozenset()
     summary: ClassVar[str] = ""
+    axis: ClassVar[str | None] = None
+    leaves: ClassVar[Stage | None] = None
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         """Rewrite the graph; returns the number of rewrites."""

@@ -103,7 +103,7 @@ def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history
         rewrites = p.run(gm, ctx)
         report = PassReport(rewrites, count_changes(before, op_counts(gm.graph)))
         report.milliseconds = (time.perf_counter() - start) * 1e3
-        stage = Stage.LOCAL if p.name == "lower" else p.stage
+        stage = p.leaves or p.stage
         try:
             verify_graph(
                 gm, stage, ctx.mesh, sharded_outputs=ctx.options.outputs == "sharded", trainable=_trainable(gm)

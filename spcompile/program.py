@@ -75,7 +75,7 @@ def build(
     Raises:
         SpcompileError: the graph cannot be captured, or a remark came under strict.
     """
-    passes = configure(pipeline, options.passes)
+    passes = [p for p in configure(pipeline, options.passes) if p.axis is None or mesh.size(p.axis) > 1]
     check_order(passes)
     ctx = Context(mesh, options, Remarks(strict=options.strict))
     history = history or History()
@@ -91,9 +91,11 @@ def _build(
     work = fx.GraphModule(captured, copy_graph(captured.graph))
     history.add("capture", Stage.GLOBAL, work, ctx, PassReport())
     outputs = _select_outputs(work, options)
-    run_passes(work, [p for p in passes if p.stage is Stage.GLOBAL and p.name != "lower"], ctx, history)
+    before_autograd = [p for p in passes if p.stage is not Stage.SCHEDULE]
+    lower = next((i for i, p in enumerate(before_autograd) if p.name == "lower"), len(before_autograd))
+    run_passes(work, before_autograd[:lower], ctx, history)
     _note_split_outputs(work, outputs, options)
-    run_passes(work, [p for p in passes if p.name == "lower" or p.stage is Stage.LOCAL], ctx, history)
+    run_passes(work, before_autograd[lower:], ctx, history)
     schedule = [p for p in passes if p.stage is Stage.SCHEDULE]
     return LocalProgram(work, list(inputs), outputs, ctx, history, captured, schedule)
 

@@ -9,6 +9,7 @@ chain of who placed it.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch.fx as fx
@@ -96,7 +97,7 @@ def _shardable(call: OpSpaces, choice: Choice) -> Choice | None:
     if choice.factor in rule.replicated or choice.factor in rule.prefix_of:
         return None
     in_results = any(choice.factor in dim for result in rule.results for dim in result)
-    return choice if in_results or choice.factor in rule.reductions else None
+    return choice if in_results or choice.factor in rule.reductions or choice.factor in rule.completed else None
 
 
 def _prefixes(call: OpSpaces, factor: str) -> list[str]:
@@ -109,8 +110,13 @@ def is_prefix(call: OpSpaces, choice: Choice) -> bool:
 
 
 def shards_results(call: OpSpaces, choice: Choice) -> bool:
-    """Whether the results are split (else they are partial sums)."""
+    """Whether the results are split."""
     return any(place_of(dims, call, choice) for dims in call.rule.results)
+
+
+def leaves_sums(call: OpSpaces, choice: Choice) -> bool:
+    """Whether the results are partial sums."""
+    return not shards_results(call, choice) and choice.factor not in call.rule.completed
 
 
 def propagate(graph: fx.Graph, spaces: IndexSpaces, seeds: dict[fx.Node, Choice]) -> Placements:
@@ -128,7 +134,7 @@ def propagate(graph: fx.Graph, spaces: IndexSpaces, seeds: dict[fx.Node, Choice]
             return
         found.choices[node] = choice
         call = spaces.calls[node]
-        _follow_prefix(call, choice)
+        follow_prefix(call, choice)
         for read, dims in zip(tensor_operands(node), call.rule.operands, strict=True):
             place = place_of(dims, call, choice)
             if place is not None:
@@ -155,13 +161,13 @@ def propagate(graph: fx.Graph, spaces: IndexSpaces, seeds: dict[fx.Node, Choice]
                 if result_number(user) == number:
                     reach((user, 0), place, value)
             elif user in spaces.calls:
-                made = _choice_as_operand(user, node, spaces.calls[user], place)
+                made = choice_as_operand(user, node, spaces.calls[user], place)
                 if made is not None:
                     choose(user, made, value)
     return found
 
 
-def _choice_as_operand(user: fx.Node, value: fx.Node, call: OpSpaces, place: Place) -> Choice | None:
+def choice_as_operand(user: fx.Node, value: fx.Node, call: OpSpaces, place: Place) -> Choice | None:
     """The choice that `user` makes when it meets `value` split at `place`, at the first operand that allows one."""
     for read, dims in zip(tensor_operands(user), call.rule.operands, strict=True):
         choice = choice_at(dims, call, place) if read is value else None
@@ -170,7 +176,7 @@ def _choice_as_operand(user: fx.Node, value: fx.Node, call: OpSpaces, place: Pla
     return None
 
 
-def _follow_prefix(call: OpSpaces, choice: Choice) -> None:
+def follow_prefix(call: OpSpaces, choice: Choice) -> None:
     """The beginning of a sharded dim keeps the longer dim's layout over the ranks."""
     for prefix, whole in call.rule.prefix_of.items():
         if whole == choice.factor:
@@ -183,11 +189,22 @@ def sequence_seeds(spaces: IndexSpaces) -> dict[fx.Node, Choice]:
     """The calls whose rule pairs factors, attention, choose their leading one: the query's rows."""
     seeds: dict[fx.Node, Choice] = {}
     for node, call in spaces.calls.items():
-        in_results = {factor for dims in call.rule.results for dim in dims for factor in dim}
-        for leader in call.rule.paired:
-            if leader in in_results - call.rule.replicated:  # a query of length 1 has no factor
-                seeds[node] = Choice(leader)
+        leader = _leader(call)
+        if leader is not None:
+            seeds[node] = Choice(leader)
     return seeds
+
+
+def _leader(call: OpSpaces) -> str | None:
+    in_results = {factor for dims in call.rule.results for dim in dims for factor in dim}
+    found = [leader for leader in call.rule.paired if leader in in_results - call.rule.replicated]
+    return found[0] if found else None  # a query of length 1 has no factor
+
+
+def sequence_families(calls: Mapping[fx.Node, OpSpaces]) -> set[Space]:
+    """The families of spaces that the query rows of attention run over: the sequences of a graph."""
+    leaders = ((call, _leader(call)) for call in calls.values())
+    return {call.leaves_of(leader)[0].family() for call, leader in leaders if leader is not None}
 
 
 def space_at(dims: list[list[Space]], place: Place) -> Space:

@@ -24,6 +24,7 @@ LAYERS = (
     "propagate verifier",
     "layout reshard pipeline",
     "cut lowering program dump",
+    "resharding tensor_parallel",
     # the whole machine
     "outputs emit",
     "backend example_runs",

@@ -789,8 +789,11 @@ def test_an_op_has_one_rule() -> None:
 @pytest.mark.parametrize(
     ("bias", "expected"),
     [
-        (None, "[b] [n] s [h], [b] [g] t [h], [b] [g] t [v] -> [b] [n] s [v], [b] [n] s"),
-        ((1, 1, 5, 6), "[b] [n] s [h], [b] [g] t [h], [b] [g] t [v], 1 1 s [m03] -> [b] [n] s [v], [b] [n] s"),
+        (None, "b (g r) s [h], b g t [h], b g t [v] -> b (g r) s [v], b (g r) s"),
+        (
+            (1, 4, 5, 6),
+            "b (g r) s [h], b g t [h], b g t [v], 1 (g r) s [bias3] -> b (g r) s [v], b (g r) s",
+        ),
     ],
 )
 def test_keys_of_attention_are_split_with_its_rows(bias: tuple[int, ...] | None, expected: str) -> None:

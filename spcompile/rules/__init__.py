@@ -1,9 +1,10 @@
-"""Sharding rules of ATen ops, one file per family. Importing the package registers all of them."""
+"""Sharding rules of ATen and spx ops, one file per family. Importing the package registers all of them."""
 
 from __future__ import annotations
 
 from spcompile.rules import (
     attention,
+    collectives,
     creation,
     elementwise,
     indexing,
@@ -36,6 +37,7 @@ __all__ = [
     "Rule",
     "Size",
     "attention",
+    "collectives",
     "creation",
     "elementwise",
     "indexing",

@@ -6,38 +6,48 @@ import torch
 import torch.fx as fx
 
 import spcompile.attention.op  # noqa: F401  (defines the op)
-from spcompile.rules.base import Dims, OpRule, register, tensor_operands
-from spcompile.sizes import Size, same
+from spcompile.rules.base import Dims, OpRule, register
+from spcompile.sizes import Size, quotient, same
 
 
 @register(torch.ops.spx.attention.default)
 def attention(node: fx.Node) -> OpRule:
-    """Q "b n s h", k "b g t h", v "b g t v" -> out "b n s v", lse "b n s"; t follows s.
+    """Q "b (g r) s h", k "b g t h", v "b g t v" -> out "b (g r) s v", lse "b (g r) s"; t follows s.
 
-    The mask's vectors and the columns of a dense bias are read whole: their factors are replicated.
+    Query head i reads key head i // r. The mask's vectors and the columns of a dense bias are read whole: their
+    factors are replicated.
     """
-    q, k, v, *rest = tensor_operands(node)
-    q_BNSH, k_BGTH, v_BGTV = (x.meta["val"] for x in (q, k, v))
-    sizes: dict[str, Size] = dict(zip("bnsh", q_BNSH.shape, strict=True))
-    sizes |= {"g": k_BGTH.shape[1], "t": k_BGTH.shape[2], "v": v_BGTV.shape[3]}
-    bias = node.args[8] if len(node.args) > 8 else None
-    operands: list[Dims] = [_dims("bnsh", sizes), _dims("bgth", sizes), _dims("bgtv", sizes)]
-    for number, operand in enumerate(rest):
-        names = [f"m{number}{dim}" for dim in range(operand.meta["val"].ndim)]
-        if operand is bias:
-            names = [name if name in "bns" else f"m{number}3" for name in "bnst"]
-        extents = operand.meta["val"].shape
-        operands.append(tuple(() if same(e, 1) else (name,) for name, e in zip(names, extents, strict=True)))
-        sizes |= {name: e for name, e in zip(names, extents, strict=True) if not same(e, 1) and name not in sizes}
-    shardable = {"b", "n", "s", "t"} if same(sizes["n"], sizes["g"]) and not rest else {"s", "t"}
+    roles = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    read = {role: arg for role, arg in zip(roles, node.args, strict=False) if isinstance(arg, fx.Node)}
+    q, k, v = (read[role].meta["val"] for role in "qkv")
+    sizes: dict[str, Size] = dict(zip("bnsh", q.shape, strict=True)) | dict(zip("gtv", (*k.shape[1:3], v.shape[3]), strict=True))
+    sizes["r"] = quotient(sizes.pop("n"), sizes["g"])
+    batch, heads, rows = (_present(sizes, *names) for names in ("b", "gr", "s"))
+    layouts: dict[str, Dims] = {
+        "q": (batch, heads, rows, _present(sizes, "h")),
+        "k": tuple(_present(sizes, name) for name in "bgth"),
+        "v": tuple(_present(sizes, name) for name in "bgtv"),
+    }
+    shared = {"bias": (batch, heads, rows), "q_documents": (batch,), "k_documents": (batch,), "key_valid": (batch,)}
+    for role in read.keys() - layouts.keys():
+        dims: list[tuple[str, ...]] = []
+        for dim, size in enumerate(read[role].meta["val"].shape):
+            own = f"{role}{dim}"
+            common = shared.get(role, ())
+            dims.append(() if same(size, 1) else common[dim] if dim < len(common) else (own,))
+            sizes[own] = size
+        layouts[role] = tuple(dims)
+    operands = tuple(layouts[role] for role in read if isinstance(read[role].meta.get("val"), torch.Tensor))
+    used = {name for dims in operands for dim in dims for name in dim}
     return OpRule(
-        operands=tuple(operands),
-        results=(_dims("bnsv", sizes), _dims("bns", sizes)),
-        sizes=sizes,
-        replicated=frozenset(sizes) - shardable,
+        operands=operands,
+        results=((batch, heads, rows, _present(sizes, "v")), (batch, heads, rows)),
+        sizes={name: size for name, size in sizes.items() if name in used},
+        replicated=frozenset(used) - set("bgrst"),
         paired={"s": "t"},
     )
 
 
-def _dims(names: str, sizes: dict[str, Size]) -> Dims:
-    return tuple(() if same(sizes[name], 1) else (name,) for name in names)
+def _present(sizes: dict[str, Size], *names: str) -> tuple[str, ...]:
+    """A dim that is the product of the factors of these names; those of size 1 do not count."""
+    return tuple(name for name in names if not same(sizes[name], 1))

@@ -14,14 +14,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import torch
     import torch.fx as fx
     from torch import Tensor
 
 Size = Any  # int or SymInt
 Dims = tuple[tuple[str, ...], ...]
+
+
+class Ranks(Protocol):
+    """What a local form may ask the ranks of the axis, on which its factor is split contiguously."""
+
+    def first(self, length: Size, device: torch.device) -> Tensor:
+        """Global index, int32 [], of this rank's first element of a dim of `length`."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """All ranks' `x` [...] as [degree, ...], invariant."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,7 @@ class LocalCall:
     shapes: local shape of every result.
     degree: how many ranks the chosen factor is split over.
     factor: name of the chosen factor; global_size: its global size.
+    ranks: the other ranks, for a local form that needs them.
     """
 
     args: tuple[Any, ...]
@@ -40,6 +52,7 @@ class LocalCall:
     factor: str
     global_size: Size
     degree: int
+    ranks: Ranks | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,7 @@ class OpRule:
     sizes: global size of each factor.
     reductions: for each factor that is only in operands and may be sharded: "sum" (the only one that is differentiable
         through a plain all-reduce).
+    completed: factors that are only in operands, and over which `local` gives the complete result, not a partial one.
     replicated: factors that this op cannot compute on shards.
     fills: for a reduction over a padded factor: {operand index: value the padding must have}. Default: 0 for operand 0.
     paired: operand dims that are sharded together with a factor although they are another index space:
@@ -66,6 +80,7 @@ class OpRule:
     results: tuple[Dims, ...]
     sizes: Mapping[str, Size]
     reductions: Mapping[str, str] = field(default_factory=dict)
+    completed: frozenset[str] = frozenset()
     replicated: frozenset[str] = frozenset()
     fills: Mapping[int, float] = field(default_factory=lambda: {0: 0.0})
     paired: Mapping[str, str] = field(default_factory=dict)
@@ -78,6 +93,7 @@ class OpRule:
         left = ", ".join(self._tensor(dims) for dims in self.operands)
         right = ", ".join(self._tensor(dims) for dims in self.results)
         notes = [f"{factor}: {kind}" for factor, kind in self.reductions.items()]
+        notes += [f"{factor}: complete" for factor in sorted(self.completed)]
         return f"{left} -> {right}".lstrip() + (f" | {', '.join(notes)}" if notes else "")
 
     def _tensor(self, dims: Dims) -> str:

@@ -50,6 +50,7 @@ def build(
     results: Sequence[Layout],
     *,
     sums: Collection[Factor] = (),
+    completes: Collection[Factor] = (),
     fills: Mapping[str, float] | None = None,
     local: Callable[[LocalCall], Any] | None = None,
     prefix_of: Mapping[Factor, Factor] | None = None,
@@ -59,6 +60,7 @@ def build(
 
     operands: the layout of every tensor argument by schema name (of a list argument: a list of layouts).
     sums: the factors that are reduced by a sum; those of them that are replicated are dropped.
+    completes: the factors that are only in operands and over which `local` gives complete results; dropped likewise.
     fills: what the padding of a summed factor must hold, by argument name; default 0 in the first operand.
     prefix_of, unread: as in OpRule, with factors and argument names.
     """
@@ -73,6 +75,7 @@ def build(
         results=named_results,
         sizes={name: factor.size for factor, name in names.items()},
         reductions={names[f]: "sum" for f in names if f in sums and not f.replicated},
+        completed=frozenset(names[f] for f in names if f in completes and not f.replicated),
         replicated=frozenset(name for factor, name in names.items() if factor.replicated),
         fills={0: 0.0} if fills is None else {i: fills[owner] for i, owner in enumerate(owners) if owner in fills},
         local=local,
@@ -137,5 +140,5 @@ def _check_factors(node: fx.Node, rule: OpRule) -> None:
     """A factor that may be sharded must reach a result or be summed; else its shards would just be lost."""
     read = [dims for i, dims in enumerate(rule.operands) if i not in rule.unread]
     in_results = {factor for dims in rule.results for dim in dims for factor in dim}
-    lost = {factor for dims in read for dim in dims for factor in dim} - in_results - set(rule.reductions)
+    lost = {factor for dims in read for dim in dims for factor in dim} - in_results - set(rule.reductions) - rule.completed
     assert lost <= rule.replicated, f"rule of {node.format_node()}: {lost - rule.replicated} lost in {rule.text()}"

@@ -12,8 +12,8 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.rules.base import OpRule, register, tensor_results
-from spcompile.rules.calls import arguments, overloads, same
+from spcompile.rules.base import LocalCall, OpRule, register, tensor_results
+from spcompile.rules.calls import arguments, bind, overloads, same
 from spcompile.rules.factors import Dim, Factor, broadcast, build, factors
 
 aten = torch.ops.aten
@@ -21,12 +21,31 @@ aten = torch.ops.aten
 
 @register(aten.embedding.default)
 def embedding(node: fx.Node) -> OpRule:
-    """`[d] c, a b -> a b c`."""
+    """`d c, a b -> a b c | d: sum`: of a split table every rank looks up the rows it has, the others are 0."""
     args = arguments(node)
     rows, width = factors(args["weight"].shape)
-    rows.replicated = True
     places = factors(args["indices"].shape)
-    return build(node, {"weight": [rows, width], "indices": places}, [[*places, width]])
+
+    def local(call: LocalCall) -> Any:
+        if (call.factor,) == rule.operands[0][0]:
+            return _own_rows(call)
+        return aten.embedding.default(*call.args, **call.kwargs)
+
+    operands = {"weight": [rows, width], "indices": places}
+    rule = build(node, operands, [[*places, width]], sums=[rows], fills={}, local=local)
+    return rule
+
+
+def _own_rows(call: LocalCall) -> Tensor:
+    """The rows that this rank's part of the table holds; zeros for all others."""
+    args = bind(aten.embedding.default, call.args, call.kwargs)
+    table, indices = args["weight"], args["indices"]
+    assert call.ranks is not None
+    place = indices - call.ranks.first(call.global_size, table.device)
+    is_here = (place >= 0) & (place < table.shape[0])
+    found = aten.embedding.default(table, place.where(is_here, 0))
+    trained = is_here & (indices != args["padding_idx"])  # the row of padding_idx gets no gradient
+    return found.where(trained.unsqueeze(-1), found.detach().where(is_here.unsqueeze(-1), 0))
 
 
 @register(aten.index_select.default)

@@ -1,6 +1,6 @@
 """Losses. `reduction="sum"` leaves partial sums; a mean by the number of elements is a sum over the global number.
 
-A cross-entropy's mean divides by the number of valid rows, or by their weights, which no rank knows: its rows are
+A cross entropy over split classes is in `vocabulary`. A cross-entropy's mean divides by the number of valid rows, or by their weights, which no rank knows: its rows are
 replicated here, and a pass rewrites it to a sum and a count.
 """
 
@@ -17,6 +17,7 @@ from spcompile.rules.base import LocalCall, OpRule, register
 from spcompile.rules.calls import arguments, bind, overloads
 from spcompile.rules.factors import broadcast, build, factors
 from spcompile.rules.reductions import global_count, partial_mean
+from spcompile.rules.vocabulary import vocabulary_parallel
 
 aten = torch.ops.aten
 NONE, MEAN, SUM = 0, 1, 2  # ATen's codes of `reduction`
@@ -38,20 +39,32 @@ ELEMENTWISE: dict[Any, dict[str, float]] = {
 
 @register(*overloads(CLASSIFICATION))
 def classification(node: fx.Node) -> OpRule | None:
-    """`a [c] b, a b -> a b` without reduction, else `-> ()`; None for targets that are probabilities."""
+    """`a [c] b, a b -> a b` without reduction, else `-> ()`; None for targets that are probabilities.
+
+    A cross entropy over logits [a, c] may have its classes split.
+    """
     args = arguments(node)
     dims, target = factors(args["self"].shape), args["target"]
     if target.dtype.is_floating_point or target.ndim != len(dims) - 1:
         return None
     classes = dims[min(1, len(dims) - 1)]
     rows = [factor for factor in dims if factor is not classes]
-    classes.replicated = True
+    is_entropy = node.target is aten.cross_entropy_loss.default
+    classes.replicated = not (is_entropy and len(dims) == 2 and args["reduction"] != MEAN and args["weight"] is None)
     for factor in rows:
         factor.replicated = args["reduction"] == MEAN
     operands = {"self": dims, "target": rows, "weight": [classes]}
     out = rows if args["reduction"] == NONE else []
     sums = rows if args["reduction"] == SUM else []
-    return build(node, operands, [out], sums=sums, fills={"target": float(args["ignore_index"])})
+
+    def local(call: LocalCall) -> Any:
+        if (call.factor,) == rule.operands[0][-1]:
+            return vocabulary_parallel(call)
+        return node.target(*call.args, **call.kwargs)  # type: ignore[operator]
+
+    fills = {"target": float(args["ignore_index"])}
+    rule = build(node, operands, [out], sums=sums, completes=[classes], fills=fills, local=local)
+    return rule
 
 
 @register(*ELEMENTWISE)

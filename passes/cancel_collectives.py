@@ -1,8 +1,8 @@
 """cancel-collectives: two changes of state that undo each other, or are one, become none, or one.
 
-    S -> I -> S    the same place: nothing
-    S -> I -> R    S -> R: the gradient, a sum in parts, is reduce-scattered instead of reduced and then cut
-    P -> I -> S    P -> S: a ReduceScatter
+S -> I -> S    the same place: nothing
+S -> I -> R    S -> R: the gradient, a sum in parts, is reduce-scattered instead of reduced and then cut
+P -> I -> S    P -> S: a ReduceScatter
 """
 
 from __future__ import annotations

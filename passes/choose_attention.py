@@ -17,6 +17,7 @@ from torch import Tensor
 from spcompile.attention.mask import AttentionMask
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.sizes import hint
+from spcompile.tensor_parallel import heads_on_a_rank
 
 spx = torch.ops.spx
 
@@ -28,6 +29,7 @@ class ChooseAttention(Pass):
     name: ClassVar[str] = "choose-attention"
     stage: ClassVar[Stage] = Stage.GLOBAL
     after: ClassVar[frozenset[str]] = frozenset({"recognize-mask"})
+    axis: ClassVar[str | None] = "cp"
     summary: ClassVar[str] = "chooses ring or Ulysses by head counts and bytes, and the order of the sequence"
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
@@ -36,7 +38,7 @@ class ChooseAttention(Pass):
         attentions = [n for n in gm.graph.nodes if n.target is spx.attention.default]
         order = "contiguous"
         for node in attentions:
-            strategy, why = choose(node, degree, ctx.options.attention)
+            strategy, why = choose(node, degree, ctx.options.attention, ctx.mesh.size("tp"))
             asked = ctx.options.attention
             node.meta["custom"] = {**node.meta.get("custom", {}), "spx_attention": strategy}
             if asked in (strategy, "auto"):
@@ -50,10 +52,10 @@ class ChooseAttention(Pass):
         return 0
 
 
-def choose(node: fx.Node, degree: int, asked: str) -> tuple[str, str]:
-    """(strategy, reason) for one attention: "ring" or "ulysses"."""
+def choose(node: fx.Node, degree: int, asked: str, tensor_degree: int = 1) -> tuple[str, str]:
+    """(strategy, reason) for one attention: "ring" or "ulysses". Only the heads that tp leaves on a rank count."""
     q_BNSH, k_BGTH, v_BGTV = (node.args[i].meta["val"] for i in range(3))  # type: ignore[union-attr]
-    heads, kv_heads = hint(q_BNSH.shape[1]), hint(k_BGTH.shape[1])
+    heads, kv_heads = heads_on_a_rank(hint(q_BNSH.shape[1]), hint(k_BGTH.shape[1]), tensor_degree)
     misfit = _ulysses_misfit(heads, kv_heads, degree, has_bias=node.args[8] is not None)
     if misfit is not None:
         return "ring", misfit

@@ -64,12 +64,10 @@ def _passes(value: fx.Node, shard: fx.Node) -> Choice | None:
 
 
 def _mlp_with_positions(x_BSD: Tensor, table_TD: Tensor, up_DF: Tensor, down_FD: Tensor) -> Tensor:
-    positions_S = torch.arange(x_BSD.shape[1])
-    h_BSD = x_BSD + torch.nn.functional.embedding(positions_S, table_TD)
-    h_B1SD = h_BSD.unsqueeze(1)
+    h_B1SD = x_BSD.unsqueeze(1)
     y_BSD = torch.nn.functional.scaled_dot_product_attention(h_B1SD, h_B1SD, h_B1SD).squeeze(1)
-    n_BSD = torch.nn.functional.layer_norm(y_BSD, (y_BSD.shape[-1],))
-    return h_BSD + torch.nn.functional.gelu(n_BSD @ up_DF) @ down_FD
+    places_SD = torch.nn.functional.embedding(torch.arange(x_BSD.shape[1]), table_TD)
+    return places_SD.tanh() + torch.nn.functional.gelu(y_BSD @ up_DF) @ down_FD
 
 
 def _inputs() -> tuple[Tensor, ...]:

@@ -1,13 +1,12 @@
 """split-projections: a product's bias, and its cuts into several projections, become ops of their own.
 
-    linear(x, w, b)                  linear(x, w) + b                           a sum that tp splits must add b once
-    split(linear(x, w), [q, k, v])   linear(x, w_q), linear(x, w_k), linear(x, w_v)   each has heads of its own to split
-    split(x @ w + b, ...)            likewise, through additions and changes of leading dims
+linear(x, w, b)                  linear(x, w) + b                           a sum that tp splits must add b once
+split(linear(x, w), [q, k, v])   linear(x, w_q), linear(x, w_k), linear(x, w_v)   each has heads of its own to split
+split(x @ w + b, ...)            likewise, through additions and changes of leading dims
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -45,7 +44,7 @@ class SplitProjections(Pass):
             _cut_projection(node)
         slices = [n for n in graph.nodes if n.target is aten.slice.Tensor and _is_slice_of_projection(n)]
         for node in slices:
-            replace(node, _part(node.args[0], *_range(node), like=node))  # type: ignore[arg-type]
+            replace(node, _part(node.args[0], *_range(node), like=node))
         if biased or cuts or slices:
             graph.eliminate_dead_code()
             gm.recompile()
@@ -96,15 +95,10 @@ def _range(node: fx.Node) -> tuple[int, int]:
 def _comes_from_product(x: fx.Node) -> bool:
     """Whether the last dim of `x` is that of a weight, up to additions and changes of leading dims."""
     if x.target in (aten.linear.default, aten.mm.default, aten.matmul.default):
-        return not tuple_has_batch(x) and len(x.users) == 1 or x.target is aten.linear.default
+        return len(shape_of(x.args[1])) == 2  # type: ignore[arg-type]
     if x.target is aten.add.Tensor and not x.kwargs:
         return any(is_tensor(a) and _comes_from_product(a) for a in x.args if isinstance(a, fx.Node))
     return _keeps_last_dim(x) and _comes_from_product(x.args[0])  # type: ignore[arg-type]
-
-
-def tuple_has_batch(product: fx.Node) -> bool:
-    """Whether the second operand of a matmul is no matrix."""
-    return len(shape_of(product.args[1])) != 2  # type: ignore[arg-type]
 
 
 def _keeps_last_dim(x: fx.Node) -> bool:
@@ -156,7 +150,7 @@ def _sizes(reshape: fx.Node) -> Sequence[Any]:
 def _fused(x_BSD: Tensor, w_DF: Tensor, b_F: Tensor, out_DD: Tensor) -> Tensor:
     q, k, v = torch.addmm(b_F, x_BSD.reshape(-1, 4), w_DF).reshape(2, 7, 12).split(4, dim=2)
     heads = [t.reshape(2, 7, 2, 2).transpose(1, 2) for t in (q, k, v)]
-    y_BNSH = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+    y_BNSH = torch.nn.functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
     return y_BNSH.transpose(1, 2).reshape(2, 7, 4) @ out_DD
 
 

@@ -113,7 +113,7 @@ def _unwrap(tensor: Any) -> Any:
 
 
 def _name_placeholders(captured: fx.GraphModule, original: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """Give the placeholders the names Dynamo chose, and note which are trainable and which are the model's own state."""
+    """Give the placeholders the names Dynamo chose, and note which are trainable and which are state."""
     names = [n for n in original.graph.nodes if n.op == "placeholder"]
     nodes = [n for n in captured.graph.nodes if n.op == "placeholder"]
     for node, source, given in zip(nodes, names, inputs, strict=True):

@@ -78,8 +78,8 @@ def run_example(
         if p.stage is Stage.SCHEDULE:
             return _after_autograd(p, earlier, gm, inputs, shape, options)
         program = build(gm, inputs, shape, options, earlier)
-        local_before = any(q.name == "lower" for q in earlier)
-        step = _step(p, "", program.gm, program.ctx, is_local=(local_before, local_before or p.name == "lower"))
+        lowers = [q.leaves is Stage.LOCAL for q in (*earlier, p) if q.axis is None or shape.size(q.axis) > 1]
+        step = _step(p, "", program.gm, program.ctx, is_local=(any(lowers[:-1]), any(lowers)))
         return ExampleRun(gm.forward, list(inputs), program.ctx, [step])
 
     return with_dynamo_graph(example.function, example.inputs(), work)

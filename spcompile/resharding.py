@@ -8,6 +8,7 @@ import torch
 import torch.fx as fx
 
 from spcompile.cut import Use, uses_of
+from spcompile.graph import operand
 from spcompile.layout import NodeLayout, layout_of, show
 from spcompile.propagate import Choice, follow_prefix, place_of, sequence_families
 from spcompile.reshard import is_reshard, parse_place, reshard
@@ -35,8 +36,7 @@ def reshard_to(value: fx.Node, axis: str, src: str, dst: str, *, origin: str) ->
         if is_reshard(user) and user.args[1:] == (axis, src, dst):
             return user
     graph = value.graph
-    first = next(n for n in graph.nodes if n.op != "placeholder") if value.op == "placeholder" else None
-    with graph.inserting_before(first) if first is not None else graph.inserting_after(value):
+    with graph.inserting_before(_first(graph)) if value.op == "placeholder" else graph.inserting_after(value):
         node = graph.call_function(reshard, (value, axis, src, dst))
     source = layout_of(value)
     assert source is not None
@@ -46,6 +46,12 @@ def reshard_to(value: fx.Node, axis: str, src: str, dst: str, *, origin: str) ->
     node.meta["spx_origin"] = f"{origin}: {value.name}"
     show(node, axis, dst)
     return node
+
+
+def _first(graph: fx.Graph) -> fx.Node:
+    """The first node behind the placeholders and the reshards of them."""
+    inputs = (n for n in graph.nodes if n.op != "placeholder")
+    return next(n for n in inputs if not is_reshard(n) or operand(n, 0).op != "placeholder")
 
 
 def target_of(use: Use, axis: str, *, runs_sharded: bool) -> str:
@@ -65,11 +71,11 @@ def run_sharded(node: fx.Node, axis: str, choice: Choice, *, origin: str) -> Non
     layout.choice[axis] = choice
     uses = iter(uses_of(node, axis))
 
-    def convert(operand: fx.Node) -> fx.Node:
-        if not isinstance(operand.meta.get("val"), torch.Tensor):
-            return operand
-        state, target = state_of(operand, axis), target_of(next(uses), axis, runs_sharded=True)
-        return operand if state == target else reshard_to(operand, axis, state, target, origin=origin)
+    def convert(read: fx.Node) -> fx.Node:
+        if not isinstance(read.meta.get("val"), torch.Tensor):
+            return read
+        state, target = state_of(read, axis), target_of(next(uses), axis, runs_sharded=True)
+        return read if state == target else reshard_to(read, axis, state, target, origin=origin)
 
     node.args = fx.node.map_arg(node.args, convert)
     node.kwargs = fx.node.map_arg(node.kwargs, convert)
@@ -93,7 +99,9 @@ def hand_over(value: fx.Node, axis: str, src: str, *, origin: str) -> fx.Node:
 def families_of_sequences(graph: fx.Graph) -> set[Space]:
     """The sequences of a graph with layouts."""
     layouts = ((n, layout_of(n)) for n in graph.nodes if n.op == "call_function")
-    return sequence_families({n: layout.call for n, layout in layouts if layout is not None and layout.call is not None})
+    return sequence_families(
+        {n: layout.call for n, layout in layouts if layout is not None and layout.call is not None}
+    )
 
 
 def sequence_place(value: fx.Node, sequences: Iterable[Space]) -> str | None:

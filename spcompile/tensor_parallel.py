@@ -54,13 +54,33 @@ def tensor_seeds(graph: fx.Graph, spaces: IndexSpaces, degree: int) -> TensorSee
     return TensorSeeds(search.seeds, kept)
 
 
-def _heads(call: OpSpaces, degree: int) -> Choice | None:
-    """Groups of heads if they divide evenly, else heads of a group, else whichever are enough; the rest is padding."""
-    sizes = {name: hint(call.rule.sizes[name]) for name in ("g", "r") if name in call.rule.sizes}
-    sizes = {name: size for name, size in sizes.items() if len(call.leaves_of(name)) == 1 and size > 1}
-    even = [name for name, size in sizes.items() if size % degree == 0]
+def split_heads(groups: int, per_group: int, degree: int) -> str:
+    """Which factor of the query heads tp splits: "g", the groups that share a key/value head, or "r", heads of a group.
+
+    Groups if they divide evenly, else heads of a group, else whichever are enough; the rest is padding.
+    """
+    sizes = {"g": groups, "r": per_group}
+    even = [name for name, size in sizes.items() if size > 1 and size % degree == 0]
     enough = [name for name, size in sizes.items() if size >= degree]
-    return Choice((even or enough or list(sizes))[0]) if sizes else None
+    return (even or enough or sorted(sizes, key=lambda name: -sizes[name]))[0]
+
+
+def heads_on_a_rank(heads: int, groups: int, degree: int) -> tuple[int, int]:
+    """(query heads, key/value heads) of one rank of tp, padding included."""
+    per_group = heads // groups
+    if degree == 1 or heads == 1:
+        return heads, groups
+    if split_heads(groups, per_group, degree) == "g":
+        return -(-groups // degree) * per_group, -(-groups // degree)
+    return groups * -(-per_group // degree), groups
+
+
+def _heads(call: OpSpaces, degree: int) -> Choice | None:
+    groups, per_group = (hint(call.rule.sizes.get(name, 1)) for name in ("g", "r"))
+    if groups * per_group == 1:
+        return None
+    factor = split_heads(groups, per_group, degree)
+    return Choice(factor) if len(call.leaves_of(factor)) == 1 else None
 
 
 @dataclass

@@ -20,7 +20,9 @@ def attention(node: fx.Node) -> OpRule:
     roles = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     read = {role: arg for role, arg in zip(roles, node.args, strict=False) if isinstance(arg, fx.Node)}
     q, k, v = (read[role].meta["val"] for role in "qkv")
-    sizes: dict[str, Size] = dict(zip("bnsh", q.shape, strict=True)) | dict(zip("gtv", (*k.shape[1:3], v.shape[3]), strict=True))
+    sizes: dict[str, Size] = dict(zip("bnsh", q.shape, strict=True)) | dict(
+        zip("gtv", (*k.shape[1:3], v.shape[3]), strict=True)
+    )
     sizes["r"] = quotient(sizes.pop("n"), sizes["g"])
     batch, heads, rows = (_present(sizes, *names) for names in ("b", "gr", "s"))
     layouts: dict[str, Dims] = {

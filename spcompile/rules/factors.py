@@ -140,5 +140,7 @@ def _check_factors(node: fx.Node, rule: OpRule) -> None:
     """A factor that may be sharded must reach a result or be summed; else its shards would just be lost."""
     read = [dims for i, dims in enumerate(rule.operands) if i not in rule.unread]
     in_results = {factor for dims in rule.results for dim in dims for factor in dim}
-    lost = {factor for dims in read for dim in dims for factor in dim} - in_results - set(rule.reductions) - rule.completed
+    lost = (
+        {factor for dims in read for dim in dims for factor in dim} - in_results - set(rule.reductions) - rule.completed
+    )
     assert lost <= rule.replicated, f"rule of {node.format_node()}: {lost - rule.replicated} lost in {rule.text()}"

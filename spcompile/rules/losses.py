@@ -1,7 +1,7 @@
 """Losses. `reduction="sum"` leaves partial sums; a mean by the number of elements is a sum over the global number.
 
-A cross entropy over split classes is in `vocabulary`. A cross-entropy's mean divides by the number of valid rows, or by their weights, which no rank knows: its rows are
-replicated here, and a pass rewrites it to a sum and a count.
+A cross-entropy's mean divides by the number of valid rows, or by their weights, which no rank knows: its rows are
+replicated here, and a pass rewrites it to a sum and a count. Over split classes it is computed in `vocabulary`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def classification(node: fx.Node) -> OpRule | None:
     sums = rows if args["reduction"] == SUM else []
 
     def local(call: LocalCall) -> Any:
-        if (call.factor,) == rule.operands[0][-1]:
+        if call.factor in rule.completed:
             return vocabulary_parallel(call)
         return node.target(*call.args, **call.kwargs)  # type: ignore[operator]
 

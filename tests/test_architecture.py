@@ -25,7 +25,7 @@ LAYERS = (
     "layout reshard pipeline",
     "cut lowering program dump",
     # the whole machine
-    "outputs emit",
+    "outputs recompute emit",
     "backend example_runs",
     "trace docs",
     "trial bisect",

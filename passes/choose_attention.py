@@ -1,9 +1,9 @@
 """choose-attention: ring or Ulysses for every attention, and the order of the sequence that suits them.
 
 Ulysses exchanges heads for sequence: (P-1)/P^2 * s*b*d*(2a + 2max(g, P)) elements a pass, and in the backward again
-what it does not save, the result and repeated keys and values. A ring moves keys and values: 2(P-1)/P * s*b*g*d forward,
-and twice that plus fp32 gradients backward (Liu et al. 2023; counted as in spcompile.attention.ring). "auto" takes the
-fewer bytes forward and backward, where the head counts allow both.
+what it does not save, the result and repeated keys and values. A ring moves keys and values: 2(P-1)/P * s*b*g*d
+forward, and twice that plus fp32 gradients backward (Liu et al. 2023; counted as in spcompile.attention.ring). "auto"
+takes the fewer bytes forward and backward, where the head counts allow both.
 """
 
 from __future__ import annotations

@@ -193,10 +193,10 @@ def test_figures_of_a_dynamic_length_are_expressions_of_it() -> None:
         return int(size.subs(dict.fromkeys(size.free_symbols, 64)).doit())
 
     assert {str(x) for x in plan.memory.saved_activation_bytes.free_symbols} == {symbol}
-    for name in ("saved_activation_bytes_one_device", "parameter_bytes", "gradient_bytes"):
+    kept = ("saved_activation_bytes", "saved_activation_bytes_one_device", "parameter_bytes", "gradient_bytes")
+    for name in kept:  # masked copies of padding, which 64 does not have, are not saved
         assert at_64(getattr(plan.memory, name)) == getattr(static.memory, name)
-    for name in ("saved_activation_bytes", "peak_bytes"):  # with masks of padding that 64 does not need
-        assert at_64(getattr(plan.memory, name)) >= getattr(static.memory, name)
+    assert at_64(plan.memory.peak_bytes) > sum(at_64(getattr(plan.memory, name)) for name in (kept[0], *kept[2:]))
     ring = {row.phase: row.bytes for row in plan.collectives if row.origin == "attention"}
     for row in static.collectives:
         if row.origin == "attention":

@@ -1,8 +1,9 @@
 """choose-attention: ring or Ulysses for every attention, and the order of the sequence that suits them.
 
-Ulysses exchanges heads for sequence: (P-1)/P^2 * s*b*d*(2a + 2max(g, P)) elements a pass. A ring moves keys and values:
-2(P-1)/P * s*b*g*d forward, and twice that plus fp32 gradients backward (Liu et al. 2023; counted as in
-spcompile.attention.bytes). "auto" takes the fewer bytes forward and backward, where the head counts allow both.
+Ulysses exchanges heads for sequence: (P-1)/P^2 * s*b*d*(2a + 2max(g, P)) elements a pass, and in the backward again
+what it does not save, the result and repeated keys and values. A ring moves keys and values: 2(P-1)/P * s*b*g*d
+forward, and twice that plus fp32 gradients backward (Liu et al. 2023; counted as in spcompile.attention.ring). "auto"
+takes the fewer bytes forward and backward, where the head counts allow both.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def _elements(heads: int, kv_heads: int, width: tuple[int, int], degree: int, it
     """Bytes sent per rank and token of the whole sequence, forward and backward: (Ulysses, ring)."""
     qk, v = width
     sent = max(kv_heads, degree)
-    ulysses = 2 * (degree - 1) / degree**2 * (heads * (qk + v) + sent * (qk + v)) * itemsize
+    again = heads * v + (sent * (qk + v) if kv_heads < degree else 0)
+    ulysses = (degree - 1) / degree**2 * (2 * (heads + sent) * (qk + v) + again) * itemsize
     wide = max(itemsize, 4)
     ring = (qk + v) * kv_heads / degree * ((degree - 1) * 2 * itemsize + degree * wide)
     return ulysses, ring

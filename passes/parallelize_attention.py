@@ -3,7 +3,8 @@
 Before: attention(q local, all_gather(k), all_gather(v), positions). After, on the same values,
     ring      ring_attention(q, k, v): keys and values travel, one op with the loop inside (Liu et al. 2023)
     ulysses   all_to_all(q, k, v in one message) -> attention over the whole sequence for a part of the heads
-              -> all_to_all back (Jacobs et al. 2023)
+              -> all_to_all back (Jacobs et al. 2023), made again in the backward, since saving its result beside its
+              operand would be saving it twice
 """
 
 from __future__ import annotations
@@ -115,31 +116,39 @@ def ulysses_attention(
 ) -> Tensor:
     """Attention with heads split instead of the sequence; s is the local, S the whole length. Returns [B, N, s, V].
 
-    One message carries q, k and v. Fewer key/value heads than ranks are repeated up to one a rank.
+    One message carries q, k and v. Fewer key/value heads than ranks are repeated up to one a rank, and travel apart:
+    the backward exchanges them again, so that they are saved unrepeated. It exchanges the result again, too: of that,
+    attention's backward needs what it returned, and the next projection's what came back.
     """
     if k_BGsH.shape[1] < degree:
         repeats = degree // k_BGsH.shape[1]
         k_BGsH, v_BGsV = k_BGsH.repeat_interleave(repeats, 1), v_BGsV.repeat_interleave(repeats, 1)
-    whole = exchange_for_heads((q_BNsH, k_BGsH, v_BGsV), (q_length, k_length, k_length), axis, degree, order)
+        (q_BnSH,) = exchange_for_heads((q_BNsH,), (q_length,), axis, degree, order)
+        k_B1SH, v_B1SV = exchange_for_heads((k_BGsH, v_BGsV), (k_length, k_length), axis, degree, order, recompute=True)
+        whole = [q_BnSH, k_B1SH, v_B1SV]
+    else:
+        lengths = (q_length, k_length, k_length)
+        whole = exchange_for_heads((q_BNsH, k_BGsH, v_BGsV), lengths, axis, degree, order)
     out_BnSV, _ = spx.attention(*whole, None, None, q_documents, k_documents, key_valid, None, mask, scale)
-    parts_RBnsV = sequence.split(out_BnSV, 2, degree, order, fill=None)
-    heads_RBnsV = spx.all_to_all(parts_RBnsV.contiguous(), axis, degree)
-    return heads_RBnsV.movedim(0, 1).flatten(1, 2)
+    parts_RBsnV = sequence.split(out_BnSV.transpose(1, 2), 1, degree, order, fill=None)
+    heads_RBsnV = spx.all_to_all(parts_RBsnV.contiguous(), axis, degree, recompute=True)
+    return heads_RBsnV.movedim(0, 2).flatten(2, 3).transpose(1, 2)
 
 
 def exchange_for_heads(
-    tensors: tuple[Tensor, ...], lengths: tuple[Any, ...], axis: str, degree: int, order: str
+    tensors: tuple[Tensor, ...], lengths: tuple[Any, ...], axis: str, degree: int, order: str, recompute: bool = False
 ) -> list[Tensor]:
     """[B, heads, s, d] of every tensor -> [B, heads/degree, S, d], in one all-to-all if their s agree."""
     if len({str(x.shape[2]) for x in tensors}) > 1:
-        return [exchange_for_heads((x,), (n,), axis, degree, order)[0] for x, n in zip(tensors, lengths, strict=True)]
+        pairs = zip(tensors, lengths, strict=True)
+        return [exchange_for_heads((x,), (n,), axis, degree, order, recompute)[0] for x, n in pairs]
     packed = []
     for x in tensors:
         b, heads, s, d = x.shape
         grouped_RBshd = x.reshape(b, degree, heads // degree, s, d).permute(1, 0, 3, 2, 4)
         packed.append(grouped_RBshd.reshape(degree, b, s, heads // degree * d))
     message = packed[0].contiguous() if len(packed) == 1 else torch.cat(packed, -1)
-    received_RBsX = spx.all_to_all(message, axis, degree)
+    received_RBsX = spx.all_to_all(message, axis, degree, recompute)
     whole_BSX = sequence.restore(received_RBsX, 1, lengths[0], order)
     result, start = [], 0
     for x in tensors:

@@ -44,7 +44,8 @@ class Row:
     """Collectives of one kind.
 
     bytes: sent by each rank in all `count` of them together. layer: module path, `*` for any layer number.
-    origin: "attention", "activation", "parameter gradient".
+    origin: "attention" (a ring), "activation", "activation again" (one that is not saved, recomputed in the backward),
+    "parameter gradient".
     """
 
     op: str
@@ -69,11 +70,17 @@ def communication(phase: str, gm: fx.GraphModule, mesh: MeshShape, trained: Sequ
         if sent is None:
             continue
         op, axis, amount = sent
-        origin = "attention" if node.target in _RINGS else "parameter gradient" if node in gradients else "activation"
+        origin = "parameter gradient" if node in gradients else _origin(node, phase)
         key = (op, axis, phase, layer_of(node), source_of(node), origin)
         count, total = found.get(key, (0, sympy.Integer(0)))
         found[key] = (count + 1, total + amount)
     return [Row(op, axis, phase, n, b, layer, src, why) for (op, axis, phase, layer, src, why), (n, b) in found.items()]
+
+
+def _origin(node: fx.Node, phase: str) -> str:
+    if node.target in _RINGS:
+        return "attention"
+    return "activation again" if phase == "backward" and "recompute" in node.meta else "activation"
 
 
 def layer_of(node: fx.Node) -> str:

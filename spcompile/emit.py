@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch.utils.checkpoint import CheckpointPolicy
 
 from spcompile.collectives import erase_identities
 from spcompile.graph import copy_graph
 from spcompile.passes_api import PassReport, Stage
 from spcompile.pipeline import run_passes
 from spcompile.program import LocalProgram
+from spcompile.recompute import tag_recomputed
 from spcompile.torch_private import (
     CustomGraphPass,
     aot_autograd,
@@ -23,8 +23,6 @@ from spcompile.torch_private import (
     make_boxed_func,
     min_cut_rematerialization_partition,
 )
-
-spx = torch.ops.spx
 
 
 @dataclass
@@ -57,15 +55,9 @@ class Emission:
 
 
 def prepare_joint(graph: fx.Graph) -> None:
-    """On the joint graph: drop identities, whose work was to create a gradient, and never save what was gathered.
-
-    A gathered activation is gathered again in the backward (Korthikanti et al. 2022): its shard is what is saved.
-    """
+    """On the joint graph: drop identities, whose work was to create a gradient, and say what must not be saved."""
     erase_identities(graph)
-    for node in graph.nodes:
-        if node.target is spx.all_gather.default and node.args[-1] == "R":
-            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-            node.meta.setdefault("ac_graph_id", -1)
+    tag_recomputed(graph)
 
 
 class _PrepareJoint(CustomGraphPass):
@@ -75,7 +67,7 @@ class _PrepareJoint(CustomGraphPass):
         prepare_joint(graph)
 
     def uuid(self) -> str:
-        return "spcompile.prepare_joint.1"
+        return "spcompile.prepare_joint.2"
 
 
 def emit(emission: Emission, compiler: str) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ LAYERS = (
     "cut lowering program dump",
     "resharding tensor_parallel",
     # the whole machine
-    "outputs emit",
+    "outputs recompute emit",
     "backend example_runs",
     "trace docs",
     "trial bisect",

@@ -91,13 +91,15 @@ def test_bytes_of_a_causal_ring(degree: int) -> None:
 
 @pytest.mark.parametrize("degree", [2, 4])
 def test_bytes_of_ulysses(degree: int) -> None:
-    """q, k, v in one message and the result in another, of each of which 1/degree stays; the same backward."""
+    """q, k, v in one message and the result in another, of each of which 1/degree stays; backward the result again."""
     length, layers = 64, 2
     plan = plan_of(degree, length, layers, attention="ulysses")
-    sent = layers * 4 * (length // degree) * WIDTH * 4 * (degree - 1) // degree
-    for phase in ("forward", "backward"):
-        assert total(plan, op="all_to_all", phase=phase) == sent
-        assert sum(row.count for row in plan.collectives if (row.op, row.phase) == ("all_to_all", phase)) == 2 * layers
+    one = layers * (length // degree) * WIDTH * 4 * (degree - 1) // degree
+    for phase, tensors, messages in (("forward", 4, 2), ("backward", 4 + 1, 2 + 1)):
+        assert total(plan, op="all_to_all", phase=phase) == tensors * one
+        rows = [row for row in plan.collectives if (row.op, row.phase) == ("all_to_all", phase)]
+        assert sum(row.count for row in rows) == messages * layers
+    assert total(plan, origin="activation again") == one
 
 
 def test_every_parameter_gradient_is_summed_once() -> None:
@@ -191,10 +193,10 @@ def test_figures_of_a_dynamic_length_are_expressions_of_it() -> None:
         return int(size.subs(dict.fromkeys(size.free_symbols, 64)).doit())
 
     assert {str(x) for x in plan.memory.saved_activation_bytes.free_symbols} == {symbol}
-    for name in ("saved_activation_bytes_one_device", "parameter_bytes", "gradient_bytes"):
+    kept = ("saved_activation_bytes", "saved_activation_bytes_one_device", "parameter_bytes", "gradient_bytes")
+    for name in kept:  # masked copies of padding, which 64 does not have, are not saved
         assert at_64(getattr(plan.memory, name)) == getattr(static.memory, name)
-    for name in ("saved_activation_bytes", "peak_bytes"):  # with masks of padding that 64 does not need
-        assert at_64(getattr(plan.memory, name)) >= getattr(static.memory, name)
+    assert at_64(plan.memory.peak_bytes) > sum(at_64(getattr(plan.memory, name)) for name in (kept[0], *kept[2:]))
     ring = {row.phase: row.bytes for row in plan.collectives if row.origin == "attention"}
     for row in static.collectives:
         if row.origin == "attention":

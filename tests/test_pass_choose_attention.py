@@ -35,7 +35,8 @@ def strategy(program: LocalProgram) -> str:
         (4, 4, 2, "ulysses"),  # fewer bytes
         (3, 3, 2, "ring"),  # heads do not divide
         (12, 3, 2, "ring"),  # key heads and ranks do not divide each other
-        (8, 2, 4, "ulysses"),  # key heads repeated up to one a rank
+        (4, 2, 4, "ulysses"),  # key heads repeated up to one a rank
+        (8, 2, 4, "ring"),  # the same, and with more that is exchanged again in the backward
         (16, 1, 2, "ring"),  # one key head: little to send around
     ],
 )

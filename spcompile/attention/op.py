@@ -1,8 +1,10 @@
 """The attention ops of the spx namespace: schema, implementation, fake and autograd, and the ring's list-of-ranks form.
 
 B batch, N query heads, G key heads, S query rows, T keys, H head size of q and k, V of v. `mask` is the text of an
-`AttentionMask`; document ids, key validity and the bias's columns are in the natural order of the sequence. Results are
-contiguous whatever the strides of the inputs are. Importing this module defines the ops.
+`AttentionMask`; document ids, key validity and the bias's columns are in the natural order of the sequence. The memory
+order of results does not depend on the strides of the inputs: `out` lies in memory as [B, S, N, V], so that the next
+projection reads it as [B, S, N * V] and both save one tensor; all else is contiguous. Importing this module defines
+the ops.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ def _attention(
         k_runs,
         blocks.reordered(scores, q_order),
     )
-    return _owned(_unsorted(out, q_order)), _owned(_unsorted(lse, q_order))
+    return _rows_first(_unsorted(out, q_order)), _owned(_unsorted(lse, q_order))
 
 
 def _attention_backward(
@@ -131,10 +133,10 @@ def _ring(
     degree: int,
     order: str,
 ) -> Requests[tuple[Tensor, Tensor]]:
-    """One rank of the ring, results owned and contiguous; the arguments are those of spx::ring_attention."""
+    """One rank of the ring; the arguments are those of spx::ring_attention."""
     scores = Scores(AttentionMask.parse(mask), scale, q_documents, k_documents, key_valid, bias)
     out, lse = yield from ring_forward(q, k, v, scores, Ring(q_length, k_length, degree, order), rank)
-    return _owned(out), _owned(lse)
+    return _rows_first(out), _owned(lse)
 
 
 def _ring_backward(
@@ -213,13 +215,20 @@ def _owned(x: Tensor) -> Tensor:
     return x if alone and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
 
 
+def _rows_first(out: Tensor) -> Tensor:
+    """`out` [B, N, S, V], alone in its storage and in memory as [B, S, N, V]."""
+    out_BSNV = _owned(out.transpose(1, 2))
+    return out_BSNV.view(-1).view(out_BSNV.shape).transpose(1, 2)  # twice: a size of 1 may have kept any stride
+
+
 def _bias_result(dbias: Tensor | None, bias: Tensor | None, q: Tensor) -> Tensor:
     return q.new_empty(0) if dbias is None or bias is None else _owned(dbias.to(bias.dtype))
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     B, N, S, _ = q.shape
-    return q.new_empty((B, N, S, v.shape[3])), q.new_empty((B, N, S), dtype=accumulation_dtype(q.dtype))
+    out_BSNV = q.new_empty((B, S, N, v.shape[3]))
+    return out_BSNV.transpose(1, 2), q.new_empty((B, N, S), dtype=accumulation_dtype(q.dtype))
 
 
 def _fake_backward(

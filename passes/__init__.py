@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from spcompile.passes.annotate_data_parallel import AnnotateDataParallel
 from spcompile.passes.annotate_sharding import AnnotateSharding
 from spcompile.passes.annotate_tensor_parallel import AnnotateTensorParallel
 from spcompile.passes.bucket_collectives import BucketCollectives
 from spcompile.passes.cancel_collectives import CancelCollectives
 from spcompile.passes.choose_attention import ChooseAttention
 from spcompile.passes.hoist_shard import HoistShard
+from spcompile.passes.insert_data_reshards import InsertDataReshards
 from spcompile.passes.insert_reshards import InsertReshards
 from spcompile.passes.insert_tensor_reshards import InsertTensorReshards
 from spcompile.passes.lower import LowerToLocal
 from spcompile.passes.lower_collectives import LowerCollectives
+from spcompile.passes.lower_data_parallel import LowerDataParallel
 from spcompile.passes.lower_tensor_parallel import LowerTensorParallel
 from spcompile.passes.parallelize_attention import ParallelizeAttention
 from spcompile.passes.recognize_attention import RecognizeAttention
@@ -29,6 +32,11 @@ PIPELINE: tuple[Pass, ...] = (
     RecognizeMask(),  # reads the dense masks that recognize-attention left as biases
     RecognizeLoss(),  # means over tokens must be sums and counts before tokens are split
     SplitDropout(),  # behind recognize-attention, which looks for the dropout of eager attention
+    # Axis dp: whole rows, of which each rank has its own.
+    AnnotateDataParallel(),  # reads what the losses sum over
+    InsertDataReshards(),  # losses and gradients of weights are summed
+    LowerDataParallel(),  # no shape changes
+    # Axis cp: the sequence.
     ChooseAttention(),  # reads masks and head counts; the order of the sequence follows from it
     AnnotateSharding(),  # on the final global ops, since it holds their factors
     InsertReshards(),  # decides with the whole graph annotated

@@ -46,13 +46,13 @@ class InsertReshards(Pass):
 
 
 def _settle(graph: fx.Graph, axis: str, sharded: set[fx.Node]) -> None:
-    """Drop the choices and places of everything that runs replicated."""
+    """Drop the choices and places of everything that runs replicated; inputs stay where they come in parts."""
     for node in graph.nodes:
         layout = layout_of(node)
         if layout is None:
             continue
         source = node.args[0] if node.target is operator.getitem else node
-        if source in sharded:
+        if source in sharded or (axis == "dp" and node.op == "placeholder"):
             for number, place in layout.places.get(axis, {}).items():
                 show(node, axis, str(place) if number == 0 else node.meta["sharding"][axis])
             continue
@@ -107,7 +107,8 @@ def _reshard_outputs(output: fx.Node, axis: str, ctx: Context) -> None:
         if not isinstance(value.meta.get("val"), torch.Tensor):
             return value
         state = state_of(value, axis)
-        if not state.startswith("S") or (axis == "cp" and ctx.options.outputs == "sharded"):
+        stays = axis == "dp" or (axis == "cp" and ctx.options.outputs == "sharded")
+        if stays or not state.startswith("S"):
             return value
         return reshard_to(value, axis, state, "I", origin="insert-reshards")
 

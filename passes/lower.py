@@ -17,6 +17,7 @@ from spcompile.capture import fake_inputs
 from spcompile.lowering import Lower, SplitDims
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.reshard import is_reshard
+from spcompile.resharding import state_of
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,16 @@ class LowerToLocal(Pass):
             return 0
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         mode, fakes = fake_inputs([n.meta["val"] for n in placeholders])
-        axis = self.split_axis
-        split = SplitDims(axis, ctx.mesh.size(axis), ctx.order if axis == "cp" else "contiguous")
+        split = self.split(ctx)
         with mode, fx.traceback.preserve_node_meta():
             local = make_fx(Lower(gm, split).run, pre_dispatch=True)(*fakes)
         for new, old in zip((n for n in local.graph.nodes if n.op == "placeholder"), placeholders, strict=True):
             new._rename(old.name)
             new.target = new.name
-            new.meta.update({key: old.meta[key] for key in ("trainable", "state") if key in old.meta})
+            new.meta.update({key: old.meta[key] for key in ("trainable", "state", "arrives") if key in old.meta})
+            place = state_of(old, split.axis)
+            if place != "I":
+                new.meta["arrives"] = {**new.meta.get("arrives", {}), split.axis: "S"}
         local.graph.eliminate_dead_code()
         for node in local.graph.nodes:
             if node.op == "call_function" and "stack_trace" not in node.meta:
@@ -56,6 +59,11 @@ class LowerToLocal(Pass):
         gm.graph = local.graph
         gm.recompile()
         return count
+
+    def split(self, ctx: Context) -> SplitDims:
+        """How dims are laid out over the axis."""
+        axis = self.split_axis
+        return SplitDims(axis, ctx.mesh.size(axis), ctx.order if axis == "cp" else "contiguous")
 
 
 def _attention_and_loss(x_BSD: Tensor, w_DD: Tensor, labels_BS: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ Every call that may run sharded is a node of a flow network; on the source's sid
     a copy     where a call runs replicated: every rank repeats its work  (bytes of the results, weight 1)
     a slice    where a replicated call's value is taken in parts          (free forward; a gather backward)
 Calls on the path of a gradient always run sharded if they may: repeating them is never cheaper. So the cut decides
-over masks, positions and labels only, and stays small. On `tp` every choice was made for its weights, and stands.
+over masks, positions and labels only, and stays small. On other axes every choice stands: on `tp` it was made for
+its weights, on `dp` nobody has the whole.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def sharded_calls(graph: fx.Graph, axis: str) -> set[fx.Node]:
     """The calls that shall run sharded on `axis`, out of those that chose a factor."""
     gradient = needs_gradient(graph)
     candidates = [n for n in graph.nodes if (layout := layout_of(n)) is not None and axis in layout.choice]
-    forced = {n for n in candidates if axis == "tp" or n in gradient or _is_seed(layout_of(n))}
+    forced = {n for n in candidates if axis != "cp" or n in gradient or _is_seed(layout_of(n))}
     network = nx.DiGraph()
     network.add_nodes_from(("sharded", "replicated"))
     for node in candidates:

@@ -104,6 +104,12 @@ class CaptureFailed(SpcompileError, RuntimeError):
     code, title = "SP302", "cannot capture"
 
 
+class BatchNotSplit(SpcompileError, RuntimeError):
+    """The rows of the batch cannot be told apart, so that ranks of dp could not each compute their own."""
+
+    code, title = "SP303", "the batch cannot be split over dp"
+
+
 class StrictRemark(SpcompileError, RuntimeError):
     """A remark, raised since `strict=True`."""
 

@@ -46,10 +46,30 @@ class SplitDims:
         """Indices of a split space that one rank holds, padding included."""
         return local_length(self.capacity(space), self.degree, self.order)
 
+    def whole(self, space: Space) -> Size:
+        """Indices of a split space over all ranks."""
+        return space.find().size
+
     def padded(self, space: Space) -> bool:
         """Whether some rank may hold padding."""
         chunks = self.degree * chunks_per_rank(self.order)
         return not (same(self.capacity(space), space.find().size) and divides(chunks, space.find().size))
+
+
+class OwnParts(SplitDims):
+    """An axis whose ranks were given their parts from outside: sizes in the graph are those of one part."""
+
+    def local(self, space: Space) -> Size:
+        """The size itself."""
+        return space.find().size
+
+    def whole(self, space: Space) -> Size:
+        """All ranks have equally many."""
+        return space.find().size * self.degree
+
+    def padded(self, space: Space) -> bool:
+        """A part has no padding."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -112,8 +132,8 @@ class Lower(fx.Interpreter):
             for dims, names in zip(layout.dims, call.rule.results, strict=True)
         )
         global_size: Size = 1
-        for space in call.leaves_of(choice.factor):
-            global_size = global_size * space.find().size
+        for part, space in enumerate(call.leaves_of(choice.factor)):
+            global_size = global_size * (split.whole(space) if part == choice.part else space.find().size)
         return call.rule.local(LocalCall(args, kwargs, shapes, choice.factor, global_size, split.degree, _Ranks(split)))
 
     def local_size(self, dim: list[Space], place: Place | None, index: int) -> Size:
@@ -185,6 +205,9 @@ class Lower(fx.Interpreter):
             raise AssertionError(f"no collective from {src} to {dst}: {whole}")
         if source is not None:
             return self.on_split_dim(x, dims, source, True, lambda x, dim, space: self.gather(x, dim, space, dst))
+        if target is not None and isinstance(split, OwnParts):
+            assert src == "I", (src, dst)
+            return spx.vary(x, axis, degree) if x.is_floating_point() else x  # made by every rank for its own part
         if target is not None:
             assert src in "IP", (src, dst)
             return self.on_split_dim(x, dims, target, False, self.take if src == "I" else self.scatter)

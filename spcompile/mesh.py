@@ -41,16 +41,6 @@ class MeshShape:
         """Number of ranks along `axis`; 1 if the mesh has no such axis."""
         return dict(self.axes).get(axis, 1)
 
-    def require_supported(self) -> None:
-        """`dp` is not implemented: with more than one rank it is refused, not ignored.
-
-        Raises:
-            IllegalMesh: names the axis.
-        """
-        for name, size in self.axes:
-            if name == "dp" and size > 1:
-                raise IllegalMesh(f"axis {name!r} of size {size} is not implemented yet", legal="a mesh over tp and cp")
-
     @property
     def world_size(self) -> int:
         """Number of ranks of the whole mesh."""
@@ -102,7 +92,6 @@ def runtime_mesh(mesh: DeviceMesh | None, device_type: str) -> RuntimeMesh | Non
     if mesh.mesh_dim_names is None:
         raise IllegalMesh("a DeviceMesh without axis names", legal=f"mesh_dim_names out of {', '.join(AXES)}")
     shape = MeshShape.of(dict(zip(mesh.mesh_dim_names, mesh.mesh.shape, strict=True)))
-    shape.require_supported()
     return RuntimeMesh(shape, mesh) if shape.world_size > 1 else None
 
 

@@ -91,6 +91,11 @@ def _trainable(gm: fx.GraphModule) -> list[str]:
     return [n.name for n in gm.graph.nodes if n.op == "placeholder" and n.meta.get("trainable")]
 
 
+def _arrivals(gm: fx.GraphModule) -> dict[str, Mapping[str, str]]:
+    """The states of inputs that come in parts."""
+    return {n.name: n.meta["arrives"] for n in gm.graph.nodes if n.op == "placeholder" and "arrives" in n.meta}
+
+
 def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history: History) -> None:
     """Run passes of one stage in order, verifying the graph after each.
 
@@ -106,7 +111,12 @@ def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history
         stage = p.leaves or p.stage
         try:
             verify_graph(
-                gm, stage, ctx.mesh, sharded_outputs=ctx.options.outputs == "sharded", trainable=_trainable(gm)
+                gm,
+                stage,
+                ctx.mesh,
+                sharded_outputs=ctx.options.outputs == "sharded",
+                input_states=_arrivals(gm),
+                trainable=_trainable(gm),
             )
         except InvalidGraph as error:
             raise InvalidGraph(f"after pass {p.name}: {error.found}", where=error.where, legal=error.legal) from error

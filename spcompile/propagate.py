@@ -119,8 +119,16 @@ def leaves_sums(call: OpSpaces, choice: Choice) -> bool:
     return not shards_results(call, choice) and choice.factor not in call.rule.completed
 
 
-def propagate(graph: fx.Graph, spaces: IndexSpaces, seeds: dict[fx.Node, Choice]) -> Placements:
-    """Spread the seeds' choices over the graph to a fixed point; breadth first, so nearer seeds win."""
+def propagate(
+    graph: fx.Graph,
+    spaces: IndexSpaces,
+    seeds: Mapping[fx.Node, Choice],
+    inputs: Mapping[fx.Node, Place] | None = None,
+) -> Placements:
+    """Spread the seeds' choices, and where inputs are split, over the graph to a fixed point.
+
+    Breadth first, so nearer seeds win.
+    """
     found = Placements()
     queue: deque[tuple[fx.Node, int]] = deque()
 
@@ -146,6 +154,8 @@ def propagate(graph: fx.Graph, spaces: IndexSpaces, seeds: dict[fx.Node, Choice]
 
     for node, choice in seeds.items():
         choose(node, choice, None)
+    for node, place in (inputs or {}).items():
+        reach((node, 0), place, None)
     while queue:
         value = queue.popleft()
         node, number = value

@@ -55,8 +55,9 @@ def check_states(
         if axis is not None and axis not in dict(mesh.axes):
             raise invalid(node, f"axis {axis!r} is not in the mesh {mesh}")
     gradient = needs_gradient(graph, trainable)
+    outputs = "IS" if sharded_outputs else "I"
     for axis, degree in mesh.axes:
-        infer_states(graph, axis, degree, gradient, input_states, outputs="IS" if sharded_outputs else "I")
+        infer_states(graph, axis, degree, gradient, input_states, outputs=outputs if axis != "dp" else "IS")
 
 
 def needs_gradient(graph: fx.Graph, trainable: Collection[str] | None = None) -> set[fx.Node]:

@@ -50,16 +50,13 @@ def mesh_shape(mesh: Any) -> MeshShape:
     """From `{"cp": 8}` or a DeviceMesh.
 
     Raises:
-        IllegalMesh: unknown axes, axes that are not implemented, a mesh without names, or something else.
+        IllegalMesh: unknown axes, a mesh without names, or something else.
     """
     if isinstance(mesh, Mapping):
-        shape = MeshShape.of(mesh)
-    elif getattr(mesh, "mesh_dim_names", None) is not None:
-        shape = MeshShape.of(dict(zip(mesh.mesh_dim_names, mesh.mesh.shape, strict=True)))
-    else:
-        raise IllegalMesh(f"mesh={mesh!r}", legal='a dict of axis sizes as {"cp": 8}, or a DeviceMesh with axis names')
-    shape.require_supported()
-    return shape
+        return MeshShape.of(mesh)
+    if getattr(mesh, "mesh_dim_names", None) is not None:
+        return MeshShape.of(dict(zip(mesh.mesh_dim_names, mesh.mesh.shape, strict=True)))
+    raise IllegalMesh(f"mesh={mesh!r}", legal='a dict of axis sizes as {"cp": 8}, or a DeviceMesh with axis names')
 
 
 def through_dynamo(model: nn.Module, example_inputs: Inputs, backend: Backend) -> Any:

@@ -1,0 +1,81 @@
+"""annotate-data-parallel: find the batch, of which every rank of `dp` passes its own part.
+
+Before: the program of one rank on its own rows. After: every value that has rows of the batch is split over `dp`, and
+everything that sums over rows leaves a part of a sum. Shapes stay: they are one rank's already.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from spcompile.diagnostics import BatchNotSplit
+from spcompile.index_spaces import IndexSpaces, find_index_spaces
+from spcompile.layout import annotate
+from spcompile.passes_api import Context, Example, Pass, Stage
+from spcompile.propagate import Choice, Place, propagate
+from spcompile.rules.base import tensor_results
+from spcompile.sizes import same
+
+
+@dataclass(frozen=True)
+class AnnotateDataParallel(Pass):
+    """Attach a NodeLayout to every node; axis `dp` spreads from the batch of every attention and from the inputs."""
+
+    name: ClassVar[str] = "annotate-data-parallel"
+    stage: ClassVar[Stage] = Stage.GLOBAL
+    after: ClassVar[frozenset[str]] = frozenset({"recognize-attention", "recognize-mask", "recognize-loss"})
+    summary: ClassVar[str] = "finds the rows of the batch, of which each rank of dp has its own"
+    axis: ClassVar[str | None] = "dp"
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        """Annotate; rewrites nothing.
+
+        Raises:
+            BatchNotSplit: no attention over several rows, or a weight with rows of the batch.
+        """
+        spaces = find_index_spaces(gm.graph)
+        seeds = {
+            node: Choice("b") for node, call in spaces.calls.items() if call.rule.paired and "b" in call.rule.sizes
+        }
+        if not seeds:
+            raise BatchNotSplit(
+                "no attention over a batch was found", legal="two rows or more on every rank of dp, or DDP over dp"
+            )
+        placements = propagate(gm.graph, spaces, seeds, _inputs_with_rows(gm.graph, spaces, seeds))
+        for node in gm.graph.find_nodes(op="placeholder"):
+            if node.meta.get("trainable") and (node, 0) in placements.places:
+                raise BatchNotSplit(f"{node.name} requires a gradient and has rows of the batch", legal="DDP over dp")
+        annotate(gm.graph, "dp", spaces, placements)
+        return 0
+
+
+def _inputs_with_rows(graph: fx.Graph, spaces: IndexSpaces, seeds: dict[fx.Node, Choice]) -> dict[fx.Node, Place]:
+    """The user's tensors whose first dim is as long as the batch."""
+    node, choice = next(iter(seeds.items()))
+    rows = spaces.calls[node].rule.sizes[choice.factor]
+    found = {}
+    for placeholder in graph.find_nodes(op="placeholder"):
+        values = tensor_results(placeholder)
+        is_user = not placeholder.meta.get("state") and not placeholder.meta.get("trainable")
+        if is_user and values and values[0].ndim and same(values[0].shape[0], rows):
+            found[placeholder] = Place(0)
+    return found
+
+
+def _loss_of_rows(x_BSD: Tensor, w_DD: Tensor, labels_BS: Tensor) -> Tensor:
+    h_B1SD = (x_BSD @ w_DD).unsqueeze(1)
+    y_BSD = torch.nn.functional.scaled_dot_product_attention(h_B1SD, h_B1SD, h_B1SD, is_causal=True).squeeze(1)
+    return torch.nn.functional.cross_entropy(y_BSD[:, :-1].flatten(0, 1), labels_BS[:, 1:].flatten())
+
+
+def _inputs() -> tuple[Tensor, ...]:
+    w_DD = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    return torch.randn(2, 7, 4, dtype=torch.float64), w_DD, torch.randint(0, 4, (2, 7))
+
+
+EXAMPLE = Example(_loss_of_rows, _inputs, mesh=(("dp", 2),))

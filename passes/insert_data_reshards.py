@@ -1,0 +1,46 @@
+"""insert-data-reshards: what insert-reshards does, for axis `dp`.
+
+Before: weights are read by every rank's own rows, sums over rows are parts. After: weights vary (their gradients are
+summed over `dp`), sums are completed. What would need the rows of other ranks is an error: nobody has them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.fx as fx
+
+from spcompile.diagnostics import BatchNotSplit, source_of
+from spcompile.graph import operand
+from spcompile.passes.annotate_data_parallel import EXAMPLE as _LOSS
+from spcompile.passes.insert_reshards import InsertReshards
+from spcompile.passes_api import Context
+from spcompile.resharding import reshards_of
+
+EXAMPLE = _LOSS
+
+
+@dataclass(frozen=True)
+class InsertDataReshards(InsertReshards):
+    """Insert the reshards of axis `dp`."""
+
+    name: ClassVar[str] = "insert-data-reshards"
+    after: ClassVar[frozenset[str]] = frozenset({"annotate-data-parallel"})
+    summary: ClassVar[str] = "sums losses and the gradients of weights over dp"
+    axis: ClassVar[str | None] = "dp"
+    split_axis: ClassVar[str] = "dp"
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        """Insert; returns how many.
+
+        Raises:
+            BatchNotSplit: an op reads the rows of other ranks.
+        """
+        count = super().run(gm, ctx)
+        for gather in (*reshards_of(gm.graph, "dp", "S", "I"), *reshards_of(gm.graph, "dp", "S", "R")):
+            user = next(iter(gather.users))
+            shape = tuple(operand(gather, 0).meta["val"].shape)
+            found = f"{user.target} mixes rows of the batch, {shape} here, and every rank of dp has its own"
+            raise BatchNotSplit(found, where=source_of(user), legal="ops on each row alone, or DDP over dp")
+        return count

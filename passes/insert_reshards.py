@@ -17,9 +17,10 @@ from torch import Tensor
 from spcompile.cut import sharded_calls, uses_of
 from spcompile.layout import NodeLayout, layout_of, show
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.propagate import leaves_sums
-from spcompile.reshard import is_reshard
+from spcompile.propagate import Place, leaves_sums
+from spcompile.reshard import is_reshard, parse_place
 from spcompile.resharding import hand_over, reshard_to, state_of, target_of
+from spcompile.spaces import leaves
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,22 @@ def _reshard_outputs(output: fx.Node, axis: str, ctx: Context) -> None:
         if not isinstance(value.meta.get("val"), torch.Tensor):
             return value
         state = state_of(value, axis)
-        stays = axis == "dp" or (axis == "cp" and ctx.options.outputs == "sharded")
-        if stays or not state.startswith("S"):
+        place = parse_place(state)
+        if place is None or _may_stay_split(value, axis, place, ctx):
             return value
         return reshard_to(value, axis, state, "I", origin="insert-reshards")
 
     output.args = fx.node.map_arg(output.args, convert)
+
+
+def _may_stay_split(value: fx.Node, axis: str, place: Place, ctx: Context) -> bool:
+    """Whether an output in parts is what the user gets: rows of the batch, and under "sharded" whole dims over cp."""
+    layout = layout_of(value)
+    assert layout is not None
+    if axis == "dp":
+        return place.part == 0
+    is_whole_dim = len(leaves(layout.dims[0][place.dim])) == 1
+    return axis == "cp" and ctx.options.outputs == "sharded" and is_whole_dim
 
 
 def _complete_sums(node: fx.Node, axis: str) -> None:

@@ -39,8 +39,8 @@ class Agreement:
         """Whether every call is compared too: not on accelerators, where it would wait for the device."""
         return self._mesh.device_mesh.device_type == "cpu"
 
-    def require(self, text: str) -> None:
-        """Every rank must call this with the same text.
+    def require(self, text: str, *, but_over: str | None = None) -> None:
+        """Every rank must call this, with the same text as all ranks at its place of axis `but_over`.
 
         Raises:
             RanksDisagree: the same error on all ranks.
@@ -49,7 +49,7 @@ class Agreement:
         # AOTAutograd compiles under a fake mode; this communicates for real. And under the Python dispatcher, which
         # gloo's threads would inherit: they would wait for the GIL that a checked collective holds (level DETAIL).
         with unset_fake_temporarily(), no_python_dispatcher():
-            if self._hashes_equal(text):
+            if self._hashes_equal(text, but_over):
                 return
             texts = self._exchange(text)
         raise RanksDisagree(_explain(texts), legal="the same model, options and input shapes everywhere")
@@ -69,12 +69,12 @@ class Agreement:
             self.require(f"{STOPPED}{error}")
             raise
 
-    def _hashes_equal(self, text: str) -> bool:
+    def _hashes_equal(self, text: str, but_over: str | None) -> bool:
         digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
         mesh = self._mesh.device_mesh
         mine = torch.tensor([digest], dtype=torch.int64, device=mesh.device_type)
         for axis, size in self._mesh.shape.axes:
-            if size == 1:
+            if size == 1 or axis == but_over:
                 continue
             parts = [torch.empty_like(mine) for _ in range(size)]
             dist.all_gather(parts, mine, group=mesh.get_group(axis))

@@ -95,7 +95,8 @@ PROGRAMS: list[tuple[LocalProgram, Emission]] = []  # all compiles of this proce
 def _checked(run: Callable[..., Any], key: str, agreement: Agreement, is_random: bool) -> Callable[..., Any]:
     """Before every call all ranks must be about to run the same graph on the same shapes.
 
-    Random numbers are drawn for whole tensors on every rank: their state must be the same as well.
+    Random numbers are drawn for whole tensors on every rank: their state must be the same as well, but over dp, whose
+    ranks have other rows.
     """
     if not agreement.checks_calls:
         return run
@@ -103,8 +104,10 @@ def _checked(run: Callable[..., Any], key: str, agreement: Agreement, is_random:
     @functools.wraps(run)
     def call(*args: Any) -> Any:
         shapes = " ".join(str(tuple(a.shape)) if isinstance(a, torch.Tensor) else str(a) for a in args)
-        state = f" with random state {_random_state()} (seed {torch.initial_seed()})" if is_random else ""
-        agreement.require(f"runs graph {key} on {shapes}{state}")
+        agreement.require(f"runs graph {key} on {shapes}")
+        if is_random:
+            state = f"with random state {_random_state()} (seed {torch.initial_seed()})"
+            agreement.require(f"runs graph {key} {state}", but_over="dp")
         return run(*args)
 
     return call

@@ -32,34 +32,33 @@ class NotComputedTensor(torch.Tensor):
 
 def restore_outputs(compiled: Callable[..., Any], program: LocalProgram, mesh: RuntimeMesh) -> Callable[..., Any]:
     """Wrap a compiled local graph so that it returns what the user's graph returns, in order."""
-    if all(o.index == i and o.dim is None for i, o in enumerate(program.outputs)):
+    as_dtensors = program.ctx.options.outputs == "sharded"
+    if all(o.index == i and not (o.dims and as_dtensors) for i, o in enumerate(program.outputs)):
         return compiled
 
     def run(*args: Any) -> list[Any]:
         computed = compiled(*args)
-        return [_restore(output, computed, mesh) for output in program.outputs]
+        return [_restore(output, computed, mesh, as_dtensors) for output in program.outputs]
 
     return run
 
 
-def _restore(output: Output, computed: Any, mesh: RuntimeMesh) -> Any:
+def _restore(output: Output, computed: Any, mesh: RuntimeMesh, as_dtensors: bool) -> Any:
     if output.index is None:
         return NotComputedTensor()
     value = computed[output.index]
-    return value if output.dim is None else _as_dtensor(value, output, mesh)
+    return _as_dtensor(value, output, mesh) if as_dtensors and output.dims else value
 
 
 def _as_dtensor(local: Tensor, output: Output, mesh: RuntimeMesh) -> DTensor:
-    """A DTensor split over the sequence: DTensor's uneven shards hold no padding, so it is cut off."""
-    assert output.dim is not None
+    """A DTensor split over the sequence and the batch: its uneven shards hold no padding, so it is cut off."""
     assert output.shape is not None
-    axis = "cp"
-    rank = mesh.device_mesh.get_local_rank(axis)
-    length = int(output.shape[output.dim])
-    chunk = sequence.chunk_length(length, mesh.shape.size(axis), "contiguous")
-    valid = max(0, min(chunk, length - rank * chunk))
-    placements: list[Placement] = [Shard(output.dim) if name == axis else Replicate() for name, _ in mesh.shape.axes]
     shape = torch.Size(int(s) for s in output.shape)
+    for axis, dim in output.dims.items():
+        chunk = sequence.chunk_length(shape[dim], mesh.shape.size(axis), "contiguous")
+        valid = max(0, min(chunk, shape[dim] - mesh.device_mesh.get_local_rank(axis) * chunk))
+        local = local.narrow(dim, 0, valid)
+    dims = output.dims
+    placements: list[Placement] = [Shard(dims[name]) if name in dims else Replicate() for name, _ in mesh.shape.axes]
     stride = torch.empty(shape, device="meta").stride()
-    part = local.narrow(output.dim, 0, valid)
-    return DTensor.from_local(part, mesh.device_mesh, placements, run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(local, mesh.device_mesh, placements, run_check=False, shape=shape, stride=stride)

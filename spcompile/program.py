@@ -13,11 +13,12 @@ from spcompile.autocast import autocast_off
 from spcompile.capture import capture
 from spcompile.diagnostics import Remarks
 from spcompile.graph import copy_graph
-from spcompile.layout import layout_of
 from spcompile.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.passes_api import Context, Pass, PassReport, Stage
 from spcompile.pipeline import History, check_order, configure, run_passes
+from spcompile.reshard import parse_place
+from spcompile.resharding import state_of
 
 
 @dataclass
@@ -25,11 +26,12 @@ class Output:
     """What became of one output of the user's graph.
 
     index: its place among the outputs of the local graph; None if it is not computed.
-    dim: the tensor dim over which it is left split (outputs="sharded"); None if it is whole.
+    dims: the tensor dims over which axes leave it split: `dp` its rows, `cp` under outputs="sharded".
+    shape: of the whole over all axes, where it is split or not computed.
     """
 
     index: int | None
-    dim: int | None = None
+    dims: dict[str, int] = field(default_factory=dict)
     shape: tuple[Any, ...] | None = None
 
 
@@ -92,10 +94,13 @@ def _build(
     history.add("capture", Stage.GLOBAL, work, ctx, PassReport())
     outputs = _select_outputs(work, options)
     before_autograd = [p for p in passes if p.stage is not Stage.SCHEDULE]
-    lower = next((i for i, p in enumerate(before_autograd) if p.name == "lower"), len(before_autograd))
-    run_passes(work, before_autograd[:lower], ctx, history)
-    _note_split_outputs(work, outputs, options)
-    run_passes(work, before_autograd[lower:], ctx, history)
+    done = 0
+    for index, p in enumerate(before_autograd):
+        if p.leaves is Stage.LOCAL:  # layouts are gone behind it
+            run_passes(work, before_autograd[done:index], ctx, history)
+            _note_split_outputs(work, outputs, p.axis or "cp", ctx)
+            done = index
+    run_passes(work, before_autograd[done:], ctx, history)
     schedule = [p for p in passes if p.stage is Stage.SCHEDULE]
     return LocalProgram(work, list(inputs), outputs, ctx, history, captured, schedule)
 
@@ -123,15 +128,17 @@ def _select_outputs(gm: fx.GraphModule, options: Options) -> list[Output]:
     return outputs
 
 
-def _note_split_outputs(gm: fx.GraphModule, outputs: list[Output], options: Options) -> None:
-    """outputs="sharded": remember over which dim each output is left split."""
-    if options.outputs != "sharded":
-        return
+def _note_split_outputs(gm: fx.GraphModule, outputs: list[Output], axis: str, ctx: Context) -> None:
+    """Remember over which dim the axis leaves each output split."""
     values = _output_node(gm.graph).args[0]
     assert isinstance(values, (tuple, list))
     for output in outputs:
         value = values[output.index] if output.index is not None else None
-        layout = layout_of(value) if isinstance(value, fx.Node) else None
-        place = layout.place("cp") if layout is not None else None
+        place = parse_place(state_of(value, axis)) if isinstance(value, fx.Node) else None
         if place is not None and isinstance(value, fx.Node):
-            output.dim, output.shape = place.dim, tuple(value.meta["val"].shape)
+            output.dims[axis] = place.dim
+            if output.shape is None:
+                output.shape = tuple(value.meta["val"].shape)
+            if axis == "dp":
+                rows = output.shape[place.dim] * ctx.mesh.size(axis)
+                output.shape = (*output.shape[: place.dim], rows, *output.shape[place.dim + 1 :])

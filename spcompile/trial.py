@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 import spcompile.attention_specs  # noqa: F401  (the simulator must know attention)
-from spcompile import sequence
+from spcompile.collectives import axis_argument
 from spcompile.diagnostics import IllegalModel, IllegalOption
 from spcompile.memory import saved_values
 from spcompile.mesh import MeshShape
@@ -22,6 +22,7 @@ from spcompile.outputs import NotComputedTensor
 from spcompile.passes_api import Pass, Stage
 from spcompile.pipeline import Snapshot
 from spcompile.program import LocalProgram
+from spcompile.rank_parts import coordinates, part_of, split_batch, whole_of
 from spcompile.simulate import Simulator
 from spcompile.trace import Inputs, Traced, compile_for, through_dynamo
 from spcompile.verify_report import Report, TensorError
@@ -53,11 +54,13 @@ class Outcome:
 class Trial:
     """One traced model with the inputs of one call, and the results it should have.
 
+    arguments: of dp's first rank; rows: by place among them, those that are each dp rank's own.
     outputs, weights: by place among the outputs of the user's graph; gradients: by place among its inputs.
     """
 
     traced: Traced
     arguments: list[Any]
+    rows: dict[int, list[Tensor]]
     rng: Tensor
     outputs: dict[int, tuple[str, Tensor]] = field(default_factory=dict)
     weights: dict[int, Tensor] = field(default_factory=dict)
@@ -70,40 +73,56 @@ class Trial:
         """The program before autograd."""
         return self.traced.program
 
+    @property
+    def mesh(self) -> MeshShape:
+        """The mesh of the program."""
+        return self.program.ctx.mesh
+
+    def is_complete(self, snapshot: Snapshot) -> bool:
+        """Whether a graph computes what the plain model does: before dp is lowered it has one rank's rows only."""
+        assert snapshot.gm is not None
+        return self.mesh.size("dp") == 1 or _communicates(snapshot.gm.graph)
+
+    def inputs(self, rank: int, mesh: MeshShape) -> list[Any]:
+        """The arguments of one rank, as new leaves."""
+        row = coordinates(mesh, rank).get("dp", 0)
+        values = [self.rows[i][row] if i in self.rows else x for i, x in enumerate(self.arguments)]
+        return [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in values]
+
     def run(self, snapshot: Snapshot, observe: Observer | None = None) -> Outcome:
         """A graph before autograd: a GLOBAL one on one device, a LOCAL one on all ranks."""
         assert snapshot.gm is not None
-        mesh = MeshShape(()) if snapshot.stage is Stage.GLOBAL else self.program.ctx.mesh
+        mesh = self.mesh if snapshot.stage is Stage.LOCAL or _communicates(snapshot.gm.graph) else MeshShape(())
         everything = snapshot.name == "capture"
         places = {i: i if everything else out.index for i, out in enumerate(self.program.outputs)}
         ranks = range(mesh.world_size)
-        inputs = [_replicas(self.arguments) for _ in ranks]
+        inputs = [self.inputs(rank, mesh) for rank in ranks]
         torch.set_rng_state(self.rng)
         with torch.enable_grad():
             found = Simulator(mesh).run(snapshot.gm, inputs, observe)
         outputs = {i: [found[rank][place] for rank in ranks] for i, place in places.items() if place is not None}
-        dims = {i: out.dim if len(ranks) > 1 else None for i, out in enumerate(self.program.outputs)}
-        roots = [(x, w) for i in self.weights for x, w in zip(outputs[i], self._parts(i, dims[i]), strict=False)]
+        dims = self._dims(mesh)
+        roots = [(x, self._weight(i, dims[i], mesh, r)) for i in self.weights for r, x in enumerate(outputs[i])]
         if roots:
             torch.autograd.backward([x for x, _ in roots], [w for _, w in roots])
         gradients = {i: [inputs[rank][i].grad for rank in ranks] for i in self.gradients}
-        return Outcome({i: self._whole(i, values, dims[i]) for i, values in outputs.items()}, gradients)
+        return Outcome({i: self._whole(i, values, dims[i], mesh) for i, values in outputs.items()}, gradients)
 
     def run_final(self, graphs: Mapping[str, fx.GraphModule]) -> Outcome | str:
         """The forward and the backward graph, or the graph for inference; text if they have another form."""
-        mesh, program = self.program.ctx.mesh, self.program
+        mesh, program = self.mesh, self.program
         ranks = range(mesh.world_size)
         forward = graphs.get("forward") or graphs["inference"]
         computed = [i for i, out in enumerate(program.outputs) if out.index is not None]
         saved = saved_values(forward.graph, graphs["backward"].graph) if "backward" in graphs else []
         torch.set_rng_state(self.rng)
         with torch.no_grad():
-            found = Simulator(mesh).run(forward, [_replicas(self.arguments) for _ in ranks])
+            found = Simulator(mesh).run(forward, [self.inputs(rank, mesh) for rank in ranks])
             if len(found[0]) != len(computed) + len(saved):
                 return "final graphs not run: they return more than outputs and saved values"
             outputs = {i: [found[rank][at] for rank in ranks] for at, i in enumerate(computed)}
-            dims = {i: out.dim if len(ranks) > 1 else None for i, out in enumerate(program.outputs)}
-            whole = {i: self._whole(i, values, dims[i]) for i, values in outputs.items()}
+            dims = self._dims(mesh)
+            whole = {i: self._whole(i, values, dims[i], mesh) for i, values in outputs.items()}
             if "backward" not in graphs:
                 return Outcome(whole, {})
             kept = _in_order_of_backward(saved, [list(values[len(computed) :]) for values in found])
@@ -111,7 +130,7 @@ class Trial:
             tangents = [i for i in computed if _is_differentiable(program, i)]
             if len(places) != len(tangents):
                 return "final graphs not run: backward takes something else than the gradients of the outputs"
-            given = [[self._part(i, dims[i], rank, outputs[i][rank]) for i in tangents] for rank in ranks]
+            given = [[self._tangent(i, dims[i], rank, outputs[i][rank]) for i in tangents] for rank in ranks]
             grads = Simulator(mesh).run(graphs["backward"], [[*kept[r], *given[r]] for r in ranks])
         if len(grads[0]) != len(self.arguments):
             return "final graphs not compared: backward does not return one gradient for each input"
@@ -127,8 +146,10 @@ class Trial:
         for i, (name, gradient) in self.gradients.items():
             if i in outcome.gradients and not (gradient is None and all(g is None for g in outcome.gradients[i])):
                 like = self.arguments[i]
-                wanted = torch.zeros_like(like) if gradient is None else gradient
+                wanted = gradient if gradient is not None else torch.zeros_like(like)
                 found = [torch.zeros_like(like) if g is None else g for g in outcome.gradients[i]]
+                if i in self.rows and gradient is not None and len(found) == self.mesh.world_size:
+                    found = whole_of(found, {"dp": 0}, wanted.shape, self.mesh)
                 rows.append(self._error(graph, "gradient", name, found, wanted, self.rounding * top))
         return rows
 
@@ -142,24 +163,21 @@ class Trial:
         tolerance = self.tolerance if expected.is_floating_point() else 0.0
         return TensorError(graph, kind, name, worst, relative, relative <= tolerance or worst <= rounding)
 
-    def _whole(self, i: int, values: list[Tensor], dim: int | None) -> list[Tensor]:
+    def _dims(self, mesh: MeshShape) -> list[dict[str, int]]:
+        """Of every output, the dims that the axes of `mesh` leave split."""
+        axes = dict(mesh.axes)
+        return [{axis: dim for axis, dim in out.dims.items() if axis in axes} for out in self.program.outputs]
+
+    def _whole(self, i: int, values: list[Tensor], dims: dict[str, int], mesh: MeshShape) -> list[Tensor]:
         values = [x.detach() for x in values]
         shape = self.program.outputs[i].shape
-        if dim is None or shape is None:
-            return values
-        return [sequence.restore_all(values, dim, int(shape[dim]), "contiguous")]
+        return values if not dims or shape is None else whole_of(values, dims, shape, mesh)
 
-    def _parts(self, i: int, dim: int | None) -> list[Tensor]:
-        degree = self.program.ctx.mesh.world_size
-        weight = self.weights[i]
-        return [weight] * degree if dim is None else [_take(weight, dim, rank, degree) for rank in range(degree)]
+    def _weight(self, i: int, dims: dict[str, int], mesh: MeshShape, rank: int) -> Tensor:
+        return part_of(self.weights[i], dims, mesh, rank)
 
-    def _part(self, i: int, dim: int | None, rank: int, output: Tensor) -> Tensor:
-        return self._parts(i, dim)[rank] if i in self.weights else torch.zeros_like(output)
-
-
-def _take(x: Tensor, dim: int, rank: int, degree: int) -> Tensor:
-    return sequence.take(x, dim, rank, degree, "contiguous")
+    def _tangent(self, i: int, dims: dict[str, int], rank: int, output: Tensor) -> Tensor:
+        return self._weight(i, dims, self.mesh, rank) if i in self.weights else torch.zeros_like(output)
 
 
 def compare(
@@ -245,7 +263,10 @@ def trial_of(
     eager: Eager,
     rng: Tensor,
 ) -> Trial:
-    """Trace the model and find which of its graph's inputs and outputs are which of the plain model's."""
+    """Trace the model on the rows of dp's first rank; find which of its inputs and outputs are the plain model's."""
+    per_rank = split_batch(example_inputs, mesh.size("dp"))
+    rows = {id(parts[0]): parts for parts in zip(*map(_values, per_rank), strict=True) if parts[0] is not parts[-1]}
+    whole = {id(part): id(x) for part, x in zip(_values(per_rank[0]), _values(example_inputs), strict=True)}
     trials: list[Trial] = []
     returned: list[Tensor] = []
 
@@ -254,7 +275,8 @@ def trial_of(
         captured = traced.program.history.snapshots[0]
 
         def run(*arguments: Any) -> list[Tensor]:
-            trial = Trial(traced, list(arguments), rng)
+            own = {i: list(rows[id(x)]) for i, x in enumerate(arguments) if id(x) in rows}
+            trial = Trial(traced, list(arguments), own, rng)
             trials.append(trial)
             found = trial.run(captured).outputs
             computed = [out.index is not None for out in traced.program.outputs]
@@ -263,7 +285,7 @@ def trial_of(
 
         return run
 
-    result = named_leaves(through_dynamo(model, example_inputs, backend))
+    result = named_leaves(through_dynamo(model, per_rank[0], backend))
     trial = trials[0]
     place = {id(x): i for i, x in enumerate(returned)}
     for name, leaf in result.items():
@@ -274,13 +296,18 @@ def trial_of(
                 trial.weights[place[id(leaf)]] = eager.weights[name]
     names = {id(p): name for name, p in model.named_parameters()}
     for i, value in enumerate(trial.arguments):
-        if id(value) in eager.gradients:
-            trial.gradients[i] = (names.get(id(value), f"input {i}"), eager.gradients[id(value)])
+        given = whole.get(id(value), id(value))
+        if given in eager.gradients:
+            trial.gradients[i] = (names.get(given, f"input {i}"), eager.gradients[given])
     return trial
 
 
-def _replicas(arguments: Sequence[Any]) -> list[Any]:
-    return [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in arguments]
+def _values(inputs: Inputs) -> list[Any]:
+    return list(inputs.values() if isinstance(inputs, Mapping) else inputs)
+
+
+def _communicates(graph: fx.Graph) -> bool:
+    return any(axis_argument(n.target) is not None for n in graph.nodes)
 
 
 def _in_order_of_backward(saved: Sequence[fx.Node], values: list[list[Any]]) -> list[list[Any]]:

@@ -18,13 +18,14 @@ LAYERS = (
     "diagnostics dynamo_settings graph sequence sizes splice torch_private saved_bytes traffic",
     # meshes, dims, ops that communicate, attention
     "autocast mesh options spaces capture attention collectives",
+    "rank_parts",
     "printer rules states symbolic_mask agreement simulate communication memory verify_report",
     "passes_api index_spaces attention_specs meta_device plan plan_html",
     # where the axes go
     "propagate verifier",
     "layout reshard pipeline",
-    "cut lowering program dump",
-    "resharding tensor_parallel",
+    "cut lowering dump",
+    "resharding tensor_parallel program",
     # the whole machine
     "outputs recompute emit",
     "backend example_runs",

@@ -263,7 +263,7 @@ def test_errors() -> None:
         explain(Nothing(), (ids,), mesh={"cp": 2})
     with pytest.raises(UnknownOption):
         explain(Model(), (ids,), mesh={"cp": 2}, atention="ring")
-    for mesh in ({"sp": 2}, {"dp": 2}, {"cp": 0}, 8):
+    for mesh in ({"sp": 2}, {"cp": 0}, 8):
         with pytest.raises(IllegalMesh, match="legal"):
             explain(Model(), (ids,), mesh=mesh)  # type: ignore[arg-type]
     with pytest.raises(StrictRemark):

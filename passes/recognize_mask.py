@@ -79,8 +79,8 @@ class RecognizeMask(Pass):
                 done[key] = _recognize(node, bias, ctx)
             new = done[key]
             if new is not None:
-                head, scale = node.args[:Q_DOCUMENTS], node.args[MASK + 1]
-                node.args = (*head, new.q_documents, new.k_documents, new.key_valid, new.bias, new.mask, scale)
+                head, tail = node.args[:Q_DOCUMENTS], node.args[MASK + 1 :]
+                node.args = (*head, new.q_documents, new.k_documents, new.key_valid, new.bias, new.mask, *tail)
                 rewrites += 1
         if rewrites:
             erase_dead(gm)

@@ -132,6 +132,7 @@ REMARKS: dict[str, str] = {
     "SPR204": "the attention strategy that was asked for does not fit, another was taken",
     "SPR301": "query length 1 (decoding): the graph runs replicated",
     "SPR302": "random numbers are drawn for the whole tensor on every rank, so that they equal one device's",
+    "SPR303": "dropout of attention weights follows from seeds and positions: equal on any number of ranks",
     "SPR401": "world size 1: compiled without sharding",
 }
 

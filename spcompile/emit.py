@@ -25,6 +25,7 @@ from spcompile.torch_private import (
 )
 
 spx = torch.ops.spx
+_SEEDS = (torch.ops.aten.randint.low, torch.ops.aten.randint.default)
 
 
 @dataclass
@@ -60,12 +61,15 @@ def prepare_joint(graph: fx.Graph) -> None:
     """On the joint graph: drop identities, whose work was to create a gradient, and never save what was gathered.
 
     A gathered activation is gathered again in the backward (Korthikanti et al. 2022): its shard is what is saved.
+    Seeds are saved: drawn again, they would be others.
     """
     erase_identities(graph)
     for node in graph.nodes:
         if node.target is spx.all_gather.default and node.args[-1] == "R":
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             node.meta.setdefault("ac_graph_id", -1)
+        elif node.target in _SEEDS:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 class _PrepareJoint(CustomGraphPass):
@@ -75,7 +79,7 @@ class _PrepareJoint(CustomGraphPass):
         prepare_joint(graph)
 
     def uuid(self) -> str:
-        return "spcompile.prepare_joint.1"
+        return "spcompile.prepare_joint.2"
 
 
 def emit(emission: Emission, compiler: str) -> Callable[..., Any]:

@@ -176,7 +176,9 @@ class TestDropout:
     def test_share_and_independence(self, p: float) -> None:
         """Shares of heads, rows and columns, and of pairs of neighbours, within five standard deviations."""
         side = 512
-        factors = Dropout(p, torch.tensor([[1, 2], [3, 2**31]])).factors(torch.arange(side), torch.arange(side), torch.double)
+        factors = Dropout(p, torch.tensor([[1, 2], [3, 2**31]])).factors(
+            torch.arange(side), torch.arange(side), torch.double
+        )
         fell = (factors == 0).double()
         assert set(factors.unique().tolist()) == {0.0, float(torch.tensor(1.0).double() / (1 - p))}
 

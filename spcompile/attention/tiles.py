@@ -40,9 +40,7 @@ class Tile:
         return x.narrow(2, self.k_offset, self.k.length)
 
 
-def tiles(
-    block: Block, heads: int, device: torch.device, dtype: torch.dtype = torch.float32
-) -> Iterator[Tile]:
+def tiles(block: Block, heads: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Iterator[Tile]:
     """The tiles of a block.
 
     heads: how many [S, T] score matrices a kernel holds at a time (batch times heads). dtype: of dropout's factors.

@@ -203,7 +203,7 @@ def test_written_out_causal(model: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("model", [baddbmm, scale_first])
 def test_written_out_with_a_bias(model: Callable[..., Any]) -> None:
     found = rewrite(model, qkv())
-    assert found.masks == ["causal + bias"]
+    assert found.masks == ["causal + alibi"]
 
 
 def test_written_out_with_a_learned_bias() -> None:

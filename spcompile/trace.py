@@ -22,6 +22,7 @@ from spcompile.options import Options
 from spcompile.passes_api import Pass
 from spcompile.pipeline import History
 from spcompile.program import LocalProgram, build
+from spcompile.torch_private import RestartAnalysis
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any] | None]
 Inputs = Mapping[str, Any] | Sequence[Any]
@@ -83,6 +84,8 @@ def through_dynamo(model: nn.Module, example_inputs: Inputs, backend: Backend) -
             if graphs:
                 raise GraphBreak("Dynamo made a second graph of it", legal="a model that traces with fullgraph=True")
             run = backend(gm, inputs)
+        except RestartAnalysis:
+            raise
         except Exception as error:
             failures.append(error)
         graphs.append(gm)

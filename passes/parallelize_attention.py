@@ -94,11 +94,10 @@ def _ulysses(node: fx.Node) -> None:
         # Its part of the heads is taken from the value before it varies: then the gradient comes back by a gather.
         if isinstance(x, fx.Node) and x.target is spx.vary.default and hint(x.meta["val"].shape[_BY_HEAD[place]]) > 1:
             data[place] = x.args[0]
-    out = splice(ulysses_attention, (q, k, v, *data, *layout), like=node)
+    results = splice(ulysses_attention, (q, k, v, *data, *layout), like=node)
     for user in list(node.users):
         assert user.target is operator.getitem
-        assert user.args[1] == 0, "the LSE of a Ulysses attention stays inside"
-        user.replace_all_uses_with(out)
+        user.replace_all_uses_with(results[user.args[1]])
         node.graph.erase_node(user)
     node.graph.erase_node(node)
 
@@ -127,8 +126,10 @@ def ulysses_attention(
     axis: str,
     degree: int,
     order: str,
-) -> Tensor:
-    """Attention with heads split instead of the sequence; s is the local, S the whole length. Returns [B, N, s, V].
+) -> tuple[Tensor, Tensor]:
+    """Attention with heads split instead of the sequence; s is the local, S the whole length.
+
+    Returns [B, N, s, V] and the log-sum-exp [B, N, s], whose exchange is dropped where nobody reads it.
 
     One message carries q, k and v. Fewer key/value heads than ranks are repeated up to one a rank. bias [B|1, N|1, 1,
     T], slopes [N], sinks [N] and seeds [B, N] are whole on every rank, which takes those of its heads.
@@ -143,10 +144,15 @@ def ulysses_attention(
     whole = exchange_for_heads((q_BNsH, k_BGsH, v_BGsV), (q_length, k_length, k_length), axis, degree, order)
     data = (None, None, q_documents, k_documents, key_valid, of_heads(bias, 1), mask, scale)
     more = (of_heads(alibi_slopes, 0), of_heads(sinks, 0), of_heads(dropout_seed, 1), softcap, dropout_p)
-    out_BnSV, _ = spx.attention(*whole, *data, *more)
-    parts_RBnsV = sequence.split(out_BnSV, 2, degree, order, fill=None)
-    heads_RBnsV = spx.all_to_all(parts_RBnsV.contiguous(), axis, degree)
-    return heads_RBnsV.movedim(0, 1).flatten(1, 2)
+    out_BnSV, lse_BnS = spx.attention(*whole, *data, *more)
+    return exchange_for_rows(out_BnSV, axis, degree, order), exchange_for_rows(lse_BnS, axis, degree, order)
+
+
+def exchange_for_rows(x_BnS: Tensor, axis: str, degree: int, order: str) -> Tensor:
+    """[B, heads/degree, S, ...] -> [B, heads, s, ...]."""
+    parts_RBns = sequence.split(x_BnS, 2, degree, order, fill=None)
+    heads_RBns = spx.all_to_all(parts_RBns.contiguous(), axis, degree)
+    return heads_RBns.movedim(0, 1).flatten(1, 2)
 
 
 def exchange_for_heads(

@@ -47,10 +47,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a part means. finite: keys that are not seen get a large negative number, not -inf."""
+    """What a part means. fills: the numbers that stand for keys which are not seen."""
 
     condition: Boolean
-    finite: bool
+    fills: frozenset[float] = frozenset({-math.inf})
+
+    @property
+    def finite(self) -> bool:
+        """Whether a row without keys may be something else than zeros."""
+        return bool(self.fills - {-math.inf})
 
 
 _AND = {aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default}
@@ -108,7 +113,7 @@ def read_part(part: Part, reader: Reader, indices: Indices) -> Reading:
     value = reader.operand(part.node, indices)
     if part.role is not Role.ADD:
         condition = to_condition(value)
-        return Reading(condition if part.role is Role.KEEP else negate(condition), finite=False)
+        return Reading(condition if part.role is Role.KEEP else negate(condition))
     return _additive(value, masked_below(part.node.meta["val"].dtype), part.node)
 
 
@@ -123,11 +128,11 @@ def _additive(value: Value, limit: float, node: fx.Node) -> Reading:
         condition = sympy.Or(
             sympy.And(value.condition, then.condition), sympy.And(negate(value.condition), other.condition)
         )
-        return Reading(condition, then.finite or other.finite)
+        return Reading(condition, then.fills | other.fills)
     if value == 0:
-        return Reading(sympy.true, finite=False)
+        return Reading(sympy.true, frozenset())
     if isinstance(value, float) and value <= limit:
-        return Reading(sympy.false, finite=value != -math.inf)
+        return Reading(sympy.false, frozenset({value}))
     raise Unreadable(node)
 
 

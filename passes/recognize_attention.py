@@ -10,8 +10,8 @@ same on any number of ranks, one among them, but not those that the plain model 
 
 Rows without any key. scaled_dot_product_attention with a bool mask or -inf gives zeros and zero gradients there (torch
 2.13), as spx.attention does. The written-out form with -inf gives NaN; here the row becomes zero. With a *finite* fill
-that replaces scores (masked_fill with finfo.min) such a row is uniform over all keys, so that form is only taken where
-every row provably has a key.
+such a row is uniform over all keys: where some row may have no key, one mask that replaces scores (masked_fill with
+finfo.min) is taken, and the mean of all values put into those rows; others are refused unless recognize-mask can do it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from torch import Tensor
 
 import spcompile.attention.op  # noqa: F401  (defines spx::attention)
 from spcompile.attention.mask import AttentionMask
-from spcompile.graph import argument, call, erase_dead, replace, shape_of
+from spcompile.graph import argument, call, erase_dead, operand, replace, shape_of
 from spcompile.passes_api import Context, Example, Pass, Stage
+from spcompile.rows_without_keys import with_uniform_rows
+from spcompile.splice import splice
 from spcompile.symbolic_mask.eager import SOFTMAX, EagerAttention, NotAttention, Product, Refused, Term, match_eager
+from spcompile.symbolic_mask.fills import NotKnown, must_average
 from spcompile.symbolic_mask.heads import before_repeat, by_head, heads_in_batch
-from spcompile.symbolic_mask.match import B, H, K, Q, every_row_has_a_key
-from spcompile.symbolic_mask.parts import Part, Role, full_bias, is_finite, join, masked_below, read_part
-from spcompile.symbolic_mask.reader import Reader
-from spcompile.symbolic_mask.values import Unreadable
-from spcompile.symbolic_mask.views import IndexSpace, sizes_of
+from spcompile.symbolic_mask.parts import Part, Role, full_bias, join, masked_below, parts_of
+from spcompile.symbolic_mask.views import sizes_of
 
 aten = torch.ops.aten
 
@@ -158,6 +158,8 @@ def _rewrite_sdpa(node: fx.Node, new: _Builder) -> None:
         raise Refused("a number of query heads that is no multiple of the key heads", node)
     if mask is not None and shape_of(mask)[:-2] and len(shape_of(mask)) > 4:
         raise Refused("a mask of rank above 4", node)
+    if mask is not None:
+        _must_average(parts_of(mask), {}, q, k, _More())
     is_causal = AttentionMask(causal=bool(argument(node, 5, "is_causal", False)))
     out = new.attention(q, k, v, mask, is_causal, scale, _More(dropout=dropout))
     replace(node, new(aten.squeeze.dim, out, 1) if rank == 3 else out)
@@ -180,10 +182,12 @@ def _rewrite_eager(found: EagerAttention, new: _Builder) -> None:
     if not all(h.is_Integer and heads.is_Integer and heads % h == 0 for h in (sizes_of(k)[1], sizes_of(v)[1])):
         raise Refused("a number of query heads that is no multiple of the key heads", found.scores.node)
     _check_layout(found, q, k, v)
-    bias = _bias(found, unfold, q, k, new)
+    bias, average = _bias(found, unfold, q, k, new)
     q, k, v = _one_dtype(q, k, v, new)
     sinks = None if found.sinks is None else _sinks(found.sinks, q, new)
     out = new.attention(q, k, v, bias, AttentionMask(), found.scale, _More(found.softcap, sinks, found.dropout))
+    if average:
+        out = _averaged(out, found, new)
     dtype = found.result.node.meta["val"].dtype
     if out.meta["val"].dtype != dtype:
         out = new(aten.to.dtype, out, dtype)
@@ -194,6 +198,13 @@ def _rewrite_eager(found: EagerAttention, new: _Builder) -> None:
     elif len(shape_of(found.result.node)) == 3:
         out = new(aten.flatten.using_ints, out, 0, 1)
     replace(found.result.node, out)
+
+
+def _averaged(out: fx.Node, found: EagerAttention, new: _Builder) -> fx.Node:
+    """The output with the mean of all values in rows without keys: their scores were replaced by a finite number."""
+    both = operand(out, 0)
+    lse = new(operator.getitem, both, 1)
+    return splice(with_uniform_rows, (out, lse, *both.args[:3], found.scale, False), like=found.result.node)
 
 
 def _operands(found: EagerAttention, new: _Builder) -> tuple[fx.Node, fx.Node, fx.Node, int]:
@@ -265,8 +276,10 @@ def _one_dtype(q: fx.Node, k: fx.Node, v: fx.Node, new: _Builder) -> tuple[fx.No
     return tuple(x if x.meta["val"].dtype == widest else new(aten.to.dtype, x, widest) for x in (q, k, v))  # type: ignore[return-value]
 
 
-def _bias(found: EagerAttention, heads: int, q: fx.Node, k: fx.Node, new: _Builder) -> fx.Node | None:
+def _bias(found: EagerAttention, heads: int, q: fx.Node, k: fx.Node, new: _Builder) -> tuple[fx.Node | None, bool]:
+    """All terms as one bias, and whether rows without keys average all values."""
     parts = []
+    replaced = {}
     for term in found.terms:
         node = _unfolded(term, heads, found, new)
         if term.fill is None:
@@ -277,13 +290,18 @@ def _bias(found: EagerAttention, heads: int, q: fx.Node, k: fx.Node, new: _Build
             if node.meta["val"].dtype != torch.bool:
                 node = new(aten.to.dtype, node, torch.bool)
             parts.append(Part(node, Role.DROP if term.masked else Role.KEEP))
-    fills = [(term, term.fill * term.factor) for term in found.terms if term.fill is not None]
-    finite = [term for term, fill in fills if fill != -math.inf]
-    if any(fill > masked_below(term.at.meta["val"].dtype) for term, fill in fills):
+            replaced[parts[-1]] = term.fill * term.factor
+    if any(fill > masked_below(found.logits.meta["val"].dtype) for fill in replaced.values()):
         raise Refused("masked scores are not replaced by a large negative number", found.scores.node)
-    if finite and not _has_keys(parts, q, k):
-        raise Refused("masked scores get a finite fill and some row may have no key", finite[0].node)
-    return join(parts, new)
+    average = _must_average(parts, replaced, q, k, _More(found.softcap, found.sinks))
+    return join(parts, new), average
+
+
+def _must_average(parts: list[Part], replaced: dict[Part, float], q: fx.Node, k: fx.Node, more: _More) -> bool:
+    try:
+        return must_average(parts, replaced, q, k, more.sinks is not None, more.softcap != 0)
+    except NotKnown as stop:
+        raise Refused("masked scores get a finite fill and some row may have no key", stop.node) from None
 
 
 def _unfolded(term: Term, heads: int, found: EagerAttention, new: _Builder) -> fx.Node:
@@ -296,22 +314,6 @@ def _unfolded(term: Term, heads: int, found: EagerAttention, new: _Builder) -> f
     if sizes_of(node)[0] != sizes_of(found.scores.node)[0]:
         raise Refused("a bias of another rank than the scores", node)
     return new(aten.unflatten.int, node, 0, [-1, heads])
-
-
-def _has_keys(parts: list[Part], q: fx.Node, k: fx.Node) -> bool:
-    """Whether every row provably has a key that no part excludes."""
-    space = IndexSpace()
-    sizes = (*sizes_of(q)[:3], sizes_of(k)[2])
-    indices = tuple(space.add(symbol.name, size) for symbol, size in zip((B, H, Q, K), sizes, strict=True))
-    reader = Reader(space)
-    conditions = []
-    for part in parts:
-        try:
-            conditions.append(read_part(part, reader, indices).condition)
-        except Unreadable:
-            if part.role is not Role.ADD or not is_finite(part.node):
-                return False
-    return every_row_has_a_key(sympy.And(*conditions), sizes[2], sizes[3])
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

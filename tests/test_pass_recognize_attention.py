@@ -299,9 +299,19 @@ def returned_weights(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return weights @ v, weights
 
 
-def finite_fill_without_proof(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def lowest_unless(keep: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.where(keep, torch.zeros((), dtype=dtype), torch.full((), torch.finfo(dtype).min, dtype=dtype))
+
+
+def capped_with_a_finite_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     keep = (torch.arange(k.shape[2]) < q.detach()[:, 0, 0, :1] * 3 + 4)[:, None, None, :]
-    return (q @ k.mT).masked_fill(~keep, torch.finfo(q.dtype).min).softmax(-1) @ v
+    return (capped(q @ k.mT) + lowest_unless(keep, q.dtype)).softmax(-1) @ v
+
+
+def two_finite_masks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keep = (torch.arange(k.shape[2]) < q.detach()[:, 0, 0, :1] * 3 + 4)[:, None, None, :]
+    scores = (q @ k.mT).masked_fill(~keep, torch.finfo(q.dtype).min)
+    return scores.masked_fill(~causal(q, k), torch.finfo(q.dtype).min).softmax(-1) @ v
 
 
 def small_fill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -340,7 +350,8 @@ REFUSED = {
     masked_inside_of_the_cap: "inside of a softcap",
     capped_twice: "softcap of a softcap",
     returned_weights: "weights are read",
-    finite_fill_without_proof: "finite fill",
+    capped_with_a_finite_bias: "finite fill",
+    two_finite_masks: "finite fill",
     small_fill: "large negative",
     broadcast_scores: "no multiple of the key heads",
     over_queries: "not over the keys",
@@ -356,6 +367,46 @@ def test_refused_with_a_remark(model: Callable[..., Any]) -> None:
     assert REFUSED[model] in remark.text
     assert remark.where is not None
     assert remark.where.file.endswith("test_pass_recognize_attention.py")
+
+
+LENGTHS = torch.tensor([0, 7])
+
+
+def of_lengths(k: Tensor, lengths: Tensor) -> Tensor:
+    """The last keys of each sequence, all of none of the first: under a causal mask some rows have no key."""
+    return (torch.arange(k.shape[2]) >= k.shape[2] - lengths[:, None])[:, None, None, :]
+
+
+def filled(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    keep = of_lengths(k, lengths) & causal(q, k)
+    return (q @ k.mT * 0.3).masked_fill(~keep, torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+def filled_behind_a_cap_and_a_bias(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    keep = of_lengths(k, lengths) & causal(q, k)
+    scores = capped(q @ k.mT * 0.3) + torch.arange(k.shape[2], dtype=q.dtype)
+    return torch.where(keep, scores, -1e9).softmax(-1) @ v
+
+
+def added(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    k, v = (x[:, :2].repeat_interleave(2, 1) for x in (k, v))
+    keep = of_lengths(k, lengths) & causal(q, k)
+    return (q @ k.mT * 0.3 + lowest_unless(keep, q.dtype)).softmax(-1) @ v
+
+
+def added_with_sinks(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    keep = of_lengths(k, lengths) & causal(q, k)
+    scores = capped(q @ k.mT) + lowest_unless(keep, q.dtype)
+    return torch.cat([scores, column(torch.arange(4.0).to(q.dtype), scores)], -1).softmax(-1)[..., :-1] @ v
+
+
+@pytest.mark.parametrize("model", [filled, filled_behind_a_cap_and_a_bias, added, added_with_sinks])
+def test_rows_without_keys_and_a_finite_fill(model: Callable[..., Any]) -> None:
+    """Such rows are uniform over all keys; added to scores, the fill leaves these their gradient."""
+    found = rewrite(model, (*qkv(), LENGTHS))
+    assert found.masks[0].startswith("causal key_padding")
+    assert found.attentions[0].args[8] is None
+    assert (12, 12) not in {size[-2:] for size in found.sizes()}
 
 
 @pytest.mark.parametrize("written_out", [False, True])

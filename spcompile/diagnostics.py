@@ -134,6 +134,7 @@ REMARKS: dict[str, str] = {
     "SPR302": "random numbers are drawn for the whole tensor on every rank, so that they equal one device's",
     "SPR303": "dropout of attention weights follows from seeds and positions: equal on any number of ranks",
     "SPR401": "world size 1: compiled without sharding",
+    "SPR402": "world size 1: the graph cannot be captured, so attention and masks stay as they are",
 }
 
 

@@ -25,6 +25,7 @@ LAYERS = (
     "propagate verifier",
     "layout reshard pipeline",
     "cut lowering program dump",
+    "one_device",
     # the whole machine
     "outputs emit",
     "backend example_runs",

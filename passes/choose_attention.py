@@ -57,7 +57,9 @@ def choose(node: fx.Node, degree: int, asked: str, tensor_degree: int = 1) -> tu
     """(strategy, reason) for one attention: "ring" or "ulysses". Only the heads that tp leaves on a rank count."""
     q_BNSH, k_BGTH, v_BGTV = (node.args[i].meta["val"] for i in range(3))  # type: ignore[union-attr]
     heads, kv_heads = heads_on_a_rank(hint(q_BNSH.shape[1]), hint(k_BGTH.shape[1]), tensor_degree)
-    misfit = _ulysses_misfit(heads, kv_heads, degree, has_bias=node.args[8] is not None)
+    bias = node.args[8]
+    has_rows = isinstance(bias, fx.Node) and hint(bias.meta["val"].shape[2]) != 1
+    misfit = _ulysses_misfit(heads, kv_heads, degree, has_rows)
     if misfit is not None:
         return "ring", misfit
     if asked != "auto":
@@ -68,12 +70,12 @@ def choose(node: fx.Node, degree: int, asked: str, tensor_degree: int = 1) -> tu
     return strategy, f"{heads} heads, {kv_heads} key/value heads, {ulysses:.4g} against {ring:.4g} bytes a token"
 
 
-def _ulysses_misfit(heads: int, kv_heads: int, degree: int, has_bias: bool) -> str | None:
+def _ulysses_misfit(heads: int, kv_heads: int, degree: int, bias_has_rows: bool) -> str | None:
     if heads % degree:
         return f"{heads} heads do not divide by cp = {degree}"
     if kv_heads % degree and degree % kv_heads:
         return f"{kv_heads} key/value heads and cp = {degree} do not divide each other"
-    if has_bias:
+    if bias_has_rows:
         return "its dense mask is split by query rows"
     return None
 

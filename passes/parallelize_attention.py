@@ -78,25 +78,33 @@ def _before_gathers(node: fx.Node) -> tuple[fx.Node, fx.Node, tuple[Any, ...]]:
 
 
 def _ring(node: fx.Node) -> None:
-    q, _, _, _, _, q_documents, k_documents, key_valid, bias, mask, scale = node.args
+    q, _, _, _, _, q_documents, k_documents, key_valid, bias, mask, scale, *more = node.args
     k, v, layout = _before_gathers(node)
     args = (q, k, v, q_documents, k_documents, key_valid, bias, mask, scale)
-    new = call(node.graph, spx.ring_attention.default, (*args, *layout), like=node)
+    new = call(node.graph, spx.ring_attention.default, (*args, *layout, *more), like=node)
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
 
 
 def _ulysses(node: fx.Node) -> None:
-    q, _, _, _, _, q_documents, k_documents, key_valid, _, mask, scale = node.args
+    q, _, _, _, _, *data = node.args
     k, v, layout = _before_gathers(node)
-    args = (q, k, v, q_documents, k_documents, key_valid, mask, scale)
-    out = splice(ulysses_attention, (*args, *layout), like=node)
+    data += [None, None, None, 0.0, 0.0][len(data) - 6 :]
+    for place in _BY_HEAD:
+        x = data[place]
+        # Its part of the heads is taken from the value before it varies: then the gradient comes back by a gather.
+        if isinstance(x, fx.Node) and x.target is spx.vary.default and hint(x.meta["val"].shape[_BY_HEAD[place]]) > 1:
+            data[place] = x.args[0]
+    results = splice(ulysses_attention, (q, k, v, *data, *layout), like=node)
     for user in list(node.users):
         assert user.target is operator.getitem
-        assert user.args[1] == 0, "the LSE of a Ulysses attention stays inside"
-        user.replace_all_uses_with(out)
+        user.replace_all_uses_with(results[user.args[1]])
         node.graph.erase_node(user)
     node.graph.erase_node(node)
+
+
+# Arguments of spx.attention with a dim of heads, by place behind the positions: bias, slopes, sinks and seeds.
+_BY_HEAD = {3: 1, 6: 0, 7: 0, 8: 1}
 
 
 def ulysses_attention(
@@ -106,20 +114,34 @@ def ulysses_attention(
     q_documents: Tensor | None,
     k_documents: Tensor | None,
     key_valid: Tensor | None,
+    bias: Tensor | None,
     mask: str,
     scale: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    dropout_seed: Tensor | None,
+    softcap: float,
+    dropout_p: float,
     q_length: Any,
     k_length: Any,
     axis: str,
     degree: int,
     order: str,
-) -> Tensor:
-    """Attention with heads split instead of the sequence; s is the local, S the whole length. Returns [B, N, s, V].
+) -> tuple[Tensor, Tensor]:
+    """Attention with heads split instead of the sequence; s is the local, S the whole length.
+
+    Returns [B, N, s, V] and the log-sum-exp [B, N, s], whose exchange is dropped where nobody reads it.
 
     One message carries q, k and v. Fewer key/value heads than ranks are repeated up to one a rank, and travel apart:
     the backward exchanges them again, so that they are saved unrepeated. It exchanges the result again, too: of that,
     attention's backward needs what it returned, and the next projection's what came back.
+    bias [B|1, N|1, 1, T], slopes [N], sinks [N] and seeds [B, N] are whole on every rank, which takes those of its
+    heads.
     """
+
+    def of_heads(x: Tensor | None, dim: int) -> Tensor | None:
+        return x if x is None or x.shape[dim] == 1 else spx.shard(x, dim, axis, degree, "contiguous", None)
+
     if k_BGsH.shape[1] < degree:
         repeats = degree // k_BGsH.shape[1]
         k_BGsH, v_BGsV = k_BGsH.repeat_interleave(repeats, 1), v_BGsV.repeat_interleave(repeats, 1)
@@ -129,8 +151,16 @@ def ulysses_attention(
     else:
         lengths = (q_length, k_length, k_length)
         whole = exchange_for_heads((q_BNsH, k_BGsH, v_BGsV), lengths, axis, degree, order)
-    out_BnSV, _ = spx.attention(*whole, None, None, q_documents, k_documents, key_valid, None, mask, scale)
-    parts_RBsnV = sequence.split(out_BnSV.transpose(1, 2), 1, degree, order, fill=None)
+    data = (None, None, q_documents, k_documents, key_valid, of_heads(bias, 1), mask, scale)
+    more = (of_heads(alibi_slopes, 0), of_heads(sinks, 0), of_heads(dropout_seed, 1), softcap, dropout_p)
+    out_BnSV, lse_BnS = spx.attention(*whole, *data, *more)
+    lse_BNs = exchange_for_rows(lse_BnS.unsqueeze(3), axis, degree, order).squeeze(3)
+    return exchange_for_rows(out_BnSV, axis, degree, order), lse_BNs
+
+
+def exchange_for_rows(x_BnSV: Tensor, axis: str, degree: int, order: str) -> Tensor:
+    """[B, heads/degree, S, V] -> [B, heads, s, V], in memory as [B, s, heads, V]."""
+    parts_RBsnV = sequence.split(x_BnSV.transpose(1, 2), 1, degree, order, fill=None)
     heads_RBsnV = spx.all_to_all(parts_RBsnV.contiguous(), axis, degree, recompute=True)
     return heads_RBsnV.movedim(0, 2).flatten(2, 3).transpose(1, 2)
 

@@ -1,13 +1,17 @@
 """recognize-attention: attention in any of its spellings becomes one spx.attention node.
 
 scaled_dot_product_attention, and softmax(q @ k^T * scale + bias, masked) @ v written out with matmul, bmm, baddbmm or
-einsum. Keys and values that the model repeated to the query heads are taken before the repeat. A dense mask becomes the
-`bias` (bool: True keeps); recognize-mask reads it.
+einsum, with a softcap, sinks and dropout where it has them. Keys and values that the model repeated to the query heads
+are taken before the repeat. A dense mask becomes the `bias` (bool: True keeps); recognize-mask reads it.
+
+Dropout of attention weights. Which weights the plain model drops, it draws for the whole [B, N, S, T] matrix, which a
+long sequence never builds. Here they follow from one seed for each sequence and head and from positions: they are the
+same on any number of ranks, one among them, but not those that the plain model would have drawn (SPR303).
 
 Rows without any key. scaled_dot_product_attention with a bool mask or -inf gives zeros and zero gradients there (torch
 2.13), as spx.attention does. The written-out form with -inf gives NaN; here the row becomes zero. With a *finite* fill
-that replaces scores (masked_fill with finfo.min) such a row is uniform over all keys, so that form is only taken where
-every row provably has a key.
+such a row is uniform over all keys: where some row may have no key, one mask that replaces scores (masked_fill with
+finfo.min) is taken, and the mean of all values put into those rows; others are refused unless recognize-mask can do it.
 """
 
 from __future__ import annotations
@@ -25,15 +29,15 @@ from torch import Tensor
 
 import spcompile.attention.op  # noqa: F401  (defines spx::attention)
 from spcompile.attention.mask import AttentionMask
-from spcompile.graph import argument, call, erase_dead, replace, shape_of
+from spcompile.graph import argument, call, erase_dead, operand, replace, shape_of
 from spcompile.passes_api import Context, Example, Pass, Stage
+from spcompile.rows_without_keys import with_uniform_rows
+from spcompile.splice import splice
 from spcompile.symbolic_mask.eager import SOFTMAX, EagerAttention, NotAttention, Product, Refused, Term, match_eager
-from spcompile.symbolic_mask.heads import before_repeat, heads_in_batch
-from spcompile.symbolic_mask.match import B, H, K, Q, every_row_has_a_key
-from spcompile.symbolic_mask.parts import Part, Role, full_bias, is_finite, join, masked_below, read_part
-from spcompile.symbolic_mask.reader import Reader
-from spcompile.symbolic_mask.values import Unreadable
-from spcompile.symbolic_mask.views import IndexSpace, sizes_of
+from spcompile.symbolic_mask.fills import NotKnown, must_average
+from spcompile.symbolic_mask.heads import before_repeat, by_head, heads_in_batch
+from spcompile.symbolic_mask.parts import Part, Role, full_bias, join, masked_below, parts_of
+from spcompile.symbolic_mask.views import sizes_of
 
 aten = torch.ops.aten
 
@@ -59,6 +63,7 @@ class RecognizeAttention(Pass):
                     _rewrite_eager(found, _Builder(found.result.node, made))
                 else:
                     continue
+                _remark_dropout(made, ctx)
             except (Refused, NotAttention) as stop:
                 for useless in reversed(made):
                     gm.graph.erase_node(useless)
@@ -71,6 +76,22 @@ class RecognizeAttention(Pass):
         return rewrites
 
 
+def _remark_dropout(made: list[fx.Node], ctx: Context) -> None:
+    for node in made:
+        if node.target is torch.ops.spx.attention.default and argument(node, 15, "dropout_p", 0.0):
+            text = "dropout of attention weights follows from seeds and positions; the plain model draws other numbers"
+            ctx.remarks.add("SPR303", text, node, strict_error=False)
+
+
+@dataclass(frozen=True)
+class _More:
+    """What else happens to the scores and weights; sinks [N]."""
+
+    softcap: float = 0.0
+    sinks: fx.Node | None = None
+    dropout: float = 0.0
+
+
 @dataclass(frozen=True)
 class _Builder:
     """Makes nodes in front of `at`, with its origin."""
@@ -78,20 +99,38 @@ class _Builder:
     at: fx.Node
     made: list[fx.Node]
 
-    def __call__(self, target: Callable[..., Any], *args: Any) -> fx.Node:
-        node = call(self.at.graph, target, args, like=self.at)
+    def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        node = call(self.at.graph, target, args, kwargs, like=self.at)
         self.made.append(node)
         return node
 
     def attention(
-        self, q: fx.Node, k: fx.Node, v: fx.Node, bias: fx.Node | None, mask: AttentionMask, scale: float
+        self,
+        q: fx.Node,
+        k: fx.Node,
+        v: fx.Node,
+        bias: fx.Node | None,
+        mask: AttentionMask,
+        scale: float,
+        more: _More,
     ) -> fx.Node:
         """The output of one spx.attention on [B, N, S, H], [B, G, T, H], [B, G, T, V]."""
         k, v = before_repeat(k), before_repeat(v)
         k, v = (self._same_heads(x, y) for x, y in ((k, v), (v, k)))
-        none = (None,) * 5
-        both = self(torch.ops.spx.attention.default, q, k, v, *none, full_bias(bias, q, k, self), str(mask), scale)
+        args: tuple[Any, ...] = (q, k, v, *(None,) * 5, full_bias(bias, q, k, self), str(mask), scale)
+        if more != _More():
+            seed = self._seed(q) if more.dropout else None
+            args = (*args, None, more.sinks, seed, more.softcap, more.dropout)
+        both = self(torch.ops.spx.attention.default, *args)
         return self(operator.getitem, both, 0)
+
+    def _seed(self, q: fx.Node) -> fx.Node:
+        """Random numbers [B, N], drawn once: never in a backward that computes this region again."""
+        B, N = (n if isinstance(n, int) else self(aten.sym_size.int, q, d) for d, n in enumerate(shape_of(q)[:2]))
+        node = self(aten.randint.low, 0, 2**32, [B, N], device=q.meta["val"].device)
+        for key in ("recompute", "ac_graph_id"):
+            node.meta.pop(key, None)
+        return node
 
     def _same_heads(self, x: fx.Node, y: fx.Node) -> fx.Node:
         """`x` with as many heads as the larger of `x` and `y` (keys and values that were repeated unequally)."""
@@ -101,8 +140,9 @@ class _Builder:
 
 def _rewrite_sdpa(node: fx.Node, new: _Builder) -> None:
     q, k, v, mask = (argument(node, i, name) for i, name in enumerate(("query", "key", "value", "attn_mask")))
-    if argument(node, 4, "dropout_p", 0.0) != 0.0:
-        raise Refused("dropout of attention weights", node)
+    dropout = float(argument(node, 4, "dropout_p", 0.0))
+    if dropout >= 1:
+        raise Refused("dropout of all attention weights", node)
     scale = _scale(argument(node, 6, "scale"), q, node)
     rank = len(shape_of(q))
     if rank not in (3, 4) or len(shape_of(k)) != rank or len(shape_of(v)) != rank:
@@ -118,8 +158,10 @@ def _rewrite_sdpa(node: fx.Node, new: _Builder) -> None:
         raise Refused("a number of query heads that is no multiple of the key heads", node)
     if mask is not None and shape_of(mask)[:-2] and len(shape_of(mask)) > 4:
         raise Refused("a mask of rank above 4", node)
+    if mask is not None:
+        _must_average(parts_of(mask), {}, q, k, _More())
     is_causal = AttentionMask(causal=bool(argument(node, 5, "is_causal", False)))
-    out = new.attention(q, k, v, mask, is_causal, scale)
+    out = new.attention(q, k, v, mask, is_causal, scale, _More(dropout=dropout))
     replace(node, new(aten.squeeze.dim, out, 1) if rank == 3 else out)
 
 
@@ -140,9 +182,12 @@ def _rewrite_eager(found: EagerAttention, new: _Builder) -> None:
     if not all(h.is_Integer and heads.is_Integer and heads % h == 0 for h in (sizes_of(k)[1], sizes_of(v)[1])):
         raise Refused("a number of query heads that is no multiple of the key heads", found.scores.node)
     _check_layout(found, q, k, v)
-    bias = _bias(found, unfold, q, k, new)
+    bias, average = _bias(found, unfold, q, k, new)
     q, k, v = _one_dtype(q, k, v, new)
-    out = new.attention(q, k, v, bias, AttentionMask(), found.scale)
+    sinks = None if found.sinks is None else _sinks(found.sinks, q, new)
+    out = new.attention(q, k, v, bias, AttentionMask(), found.scale, _More(found.softcap, sinks, found.dropout))
+    if average:
+        out = _averaged(out, found, new)
     dtype = found.result.node.meta["val"].dtype
     if out.meta["val"].dtype != dtype:
         out = new(aten.to.dtype, out, dtype)
@@ -153,6 +198,13 @@ def _rewrite_eager(found: EagerAttention, new: _Builder) -> None:
     elif len(shape_of(found.result.node)) == 3:
         out = new(aten.flatten.using_ints, out, 0, 1)
     replace(found.result.node, out)
+
+
+def _averaged(out: fx.Node, found: EagerAttention, new: _Builder) -> fx.Node:
+    """The output with the mean of all values in rows without keys: their scores were replaced by a finite number."""
+    both = operand(out, 0)
+    lse = new(operator.getitem, both, 1)
+    return splice(with_uniform_rows, (out, lse, *both.args[:3], found.scale, False), like=found.result.node)
 
 
 def _operands(found: EagerAttention, new: _Builder) -> tuple[fx.Node, fx.Node, fx.Node, int]:
@@ -178,10 +230,18 @@ def _check_layout(found: EagerAttention, q: fx.Node, k: fx.Node, v: fx.Node) -> 
     B, N, S, _ = sizes_of(q)
     T = sizes_of(k)[2]
     legal = {3: (sympy.expand(B * N), S, T), 4: (B, N, S, T)}
-    for node in (found.scores.node, found.softmax, *(term.at for term in found.terms)):
+    for node in (found.scores.node, found.logits, *(term.at for term in found.terms)):
         sizes = sizes_of(node)
         if sizes != legal[len(sizes)] or sizes_of(v)[2] != T:
             raise Refused("scores of another shape than queries times keys", node)
+
+
+def _sinks(column: fx.Node, q: fx.Node, new: _Builder) -> fx.Node:
+    """The sinks [N] behind the column [B, N, S, 1] of the scores."""
+    found = by_head(column, sizes_of(q)[1])
+    if found is None:
+        raise Refused("sinks that are not one number for each head", column)
+    return found if len(shape_of(found)) == 1 else new(aten.reshape.default, found, [-1])
 
 
 def _einsum_queries_keys(product: Product, new: _Builder) -> tuple[fx.Node, fx.Node]:
@@ -216,8 +276,10 @@ def _one_dtype(q: fx.Node, k: fx.Node, v: fx.Node, new: _Builder) -> tuple[fx.No
     return tuple(x if x.meta["val"].dtype == widest else new(aten.to.dtype, x, widest) for x in (q, k, v))  # type: ignore[return-value]
 
 
-def _bias(found: EagerAttention, heads: int, q: fx.Node, k: fx.Node, new: _Builder) -> fx.Node | None:
+def _bias(found: EagerAttention, heads: int, q: fx.Node, k: fx.Node, new: _Builder) -> tuple[fx.Node | None, bool]:
+    """All terms as one bias, and whether rows without keys average all values."""
     parts = []
+    replaced = {}
     for term in found.terms:
         node = _unfolded(term, heads, found, new)
         if term.fill is None:
@@ -228,13 +290,18 @@ def _bias(found: EagerAttention, heads: int, q: fx.Node, k: fx.Node, new: _Build
             if node.meta["val"].dtype != torch.bool:
                 node = new(aten.to.dtype, node, torch.bool)
             parts.append(Part(node, Role.DROP if term.masked else Role.KEEP))
-    fills = [(term, term.fill * term.factor) for term in found.terms if term.fill is not None]
-    finite = [term for term, fill in fills if fill != -math.inf]
-    if any(fill > masked_below(term.at.meta["val"].dtype) for term, fill in fills):
+            replaced[parts[-1]] = term.fill * term.factor
+    if any(fill > masked_below(found.logits.meta["val"].dtype) for fill in replaced.values()):
         raise Refused("masked scores are not replaced by a large negative number", found.scores.node)
-    if finite and not _has_keys(parts, q, k):
-        raise Refused("masked scores get a finite fill and some row may have no key", finite[0].node)
-    return join(parts, new)
+    average = _must_average(parts, replaced, q, k, _More(found.softcap, found.sinks))
+    return join(parts, new), average
+
+
+def _must_average(parts: list[Part], replaced: dict[Part, float], q: fx.Node, k: fx.Node, more: _More) -> bool:
+    try:
+        return must_average(parts, replaced, q, k, more.sinks is not None, more.softcap != 0)
+    except NotKnown as stop:
+        raise Refused("masked scores get a finite fill and some row may have no key", stop.node) from None
 
 
 def _unfolded(term: Term, heads: int, found: EagerAttention, new: _Builder) -> fx.Node:
@@ -247,22 +314,6 @@ def _unfolded(term: Term, heads: int, found: EagerAttention, new: _Builder) -> f
     if sizes_of(node)[0] != sizes_of(found.scores.node)[0]:
         raise Refused("a bias of another rank than the scores", node)
     return new(aten.unflatten.int, node, 0, [-1, heads])
-
-
-def _has_keys(parts: list[Part], q: fx.Node, k: fx.Node) -> bool:
-    """Whether every row provably has a key that no part excludes."""
-    space = IndexSpace()
-    sizes = (*sizes_of(q)[:3], sizes_of(k)[2])
-    indices = tuple(space.add(symbol.name, size) for symbol, size in zip((B, H, Q, K), sizes, strict=True))
-    reader = Reader(space)
-    conditions = []
-    for part in parts:
-        try:
-            conditions.append(read_part(part, reader, indices).condition)
-        except Unreadable:
-            if part.role is not Role.ADD or not is_finite(part.node):
-                return False
-    return every_row_has_a_key(sympy.And(*conditions), sizes[2], sizes[3])
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 A model that builds its mask by index arithmetic holds a [B, 1, S, T] tensor; at 128k positions that is 16 GiB a row.
 This pass reads one element of it as a formula over (b, q, k) and writes the formula as the attention's `mask` and a few
-vectors. Terms that cannot be read stay in a smaller dense bias.
+vectors. ALiBi, a slope for each head times the distance of key and query, becomes the slopes. Terms that cannot be read
+stay in a smaller dense bias.
 
 Rows without any key: scaled_dot_product_attention gives zeros there for bool masks and for -inf (checked with torch
 2.13, all dtypes, math and flash kernels, forward and gradients), and so does spx.attention. A *finite* fill such as
@@ -12,6 +13,8 @@ provably has a key: then the filled keys get weight exp(-1e8) = 0 either way.
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,8 +25,11 @@ import torch.fx as fx
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
-from spcompile.graph import call, erase_dead, shape_of
+from spcompile.graph import argument, call, erase_dead, replace, shape_of
 from spcompile.passes_api import Context, Example, Pass, Stage
+from spcompile.rows_without_keys import ABSORBS, with_uniform_rows
+from spcompile.splice import splice
+from spcompile.symbolic_mask.alibi import Linear, read_linear, slopes_of, sum_of, write_slopes
 from spcompile.symbolic_mask.match import B, H, K, Q, Structure, Unmatched, clauses, every_row_has_a_key, match
 from spcompile.symbolic_mask.parts import Part, Reading, Role, full_bias, is_finite, join, parts_of, read_part
 from spcompile.symbolic_mask.reader import Reader
@@ -34,7 +40,8 @@ from spcompile.symbolic_mask.views import IndexSpace, Indices, sizes_of
 aten = torch.ops.aten
 
 # Arguments of spx.attention by place.
-Q_, K_, Q_DOCUMENTS, K_DOCUMENTS, KEY_VALID, BIAS, MASK = 0, 1, 5, 6, 7, 8, 9
+Q_, K_, Q_DOCUMENTS, K_DOCUMENTS, KEY_VALID, BIAS, MASK, SLOPES, SINKS, SOFTCAP = 0, 1, 5, 6, 7, 8, 9, 11, 12, 14
+MORE = (None, None, None, 0.0, 0.0)  # the arguments from SLOPES on where they are left out
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,8 @@ class _Split:
     structure: Structure
     taken: tuple[Part, ...]
     dense: tuple[tuple[Part, str, fx.Node], ...]  # (part, why, the node to point at)
+    slopes: dict[fx.Node | None, float]
+    is_uniform: bool  # whether rows without keys average all values
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,8 @@ class _Operands:
     k_documents: fx.Node | None
     key_valid: fx.Node | None
     bias: fx.Node | None
+    slopes: fx.Node | None
+    is_uniform: bool
 
 
 @dataclass(frozen=True)
@@ -74,17 +85,39 @@ class RecognizeMask(Pass):
             bias = node.args[BIAS]
             if bias is None or node.args[MASK] != "full":
                 continue
-            key = (bias, *(sizes_of(node.args[i])[d] for i in (Q_, K_) for d in (0, 2)))
+            traits = _traits(node)
+            key = (bias, *traits, *(sizes_of(node.args[i])[d] for i in (Q_, K_) for d in (0, 2)))
             if key not in done:
                 done[key] = _recognize(node, bias, ctx)
             new = done[key]
             if new is not None:
-                head, scale = node.args[:Q_DOCUMENTS], node.args[MASK + 1]
-                node.args = (*head, new.q_documents, new.k_documents, new.key_valid, new.bias, new.mask, scale)
+                node.args = _with(new, node.args)
+                if new.is_uniform:
+                    _average_rows_without_keys(node)
                 rewrites += 1
         if rewrites:
             erase_dead(gm)
         return rewrites
+
+
+def _with(new: _Operands, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of an attention with new ones in their places."""
+    head, scale, more = args[:Q_DOCUMENTS], args[MASK + 1], args[SLOPES:]
+    if new.slopes is not None:
+        more = (new.slopes, *(more or MORE)[1:])
+    return (*head, new.q_documents, new.k_documents, new.key_valid, new.bias, new.mask, scale, *more)
+
+
+def _traits(node: fx.Node) -> tuple[bool, bool]:
+    """Whether the attention has sinks, and a softcap."""
+    return argument(node, SINKS, "sinks") is not None, argument(node, SOFTCAP, "softcap", 0.0) != 0
+
+
+def _average_rows_without_keys(node: fx.Node) -> None:
+    (out,) = (user for user in node.users if user.target is operator.getitem and user.args[1] == 0)
+    before, lse = (call(node.graph, operator.getitem, (node, i), like=out) for i in (0, 1))
+    q, k, v, scale = *node.args[:3], node.args[MASK + 1]
+    replace(out, splice(with_uniform_rows, (before, lse, q, k, v, scale, True), like=out))
 
 
 def _recognize(node: fx.Node, bias: fx.Node, ctx: Context) -> _Operands | None:
@@ -97,7 +130,7 @@ def _recognize(node: fx.Node, bias: fx.Node, ctx: Context) -> _Operands | None:
     sizes = (sizes_of(q)[0], sizes_of(q)[1], sizes_of(q)[2], sizes_of(k)[2])
     indices = tuple(space.add(symbol.name, size) for symbol, size in zip((B, H, Q, K), sizes, strict=True))
     reader = Reader(space)
-    split = _split(parts_of(bias), reader, indices, sizes)
+    split = _split(parts_of(bias), reader, indices, sizes, _traits(node))
     new = _write(split, reader, node, bias) if split.taken else None
     for part, why, where in split.dense if new is not None or not split.taken else ():
         _remark(ctx, part, why, where)
@@ -106,15 +139,22 @@ def _recognize(node: fx.Node, bias: fx.Node, ctx: Context) -> _Operands | None:
     return new
 
 
-def _split(parts: list[Part], reader: Reader, indices: Indices, sizes: tuple[Int, ...]) -> _Split:
+def _split(
+    parts: list[Part], reader: Reader, indices: Indices, sizes: tuple[Int, ...], traits: tuple[bool, bool]
+) -> _Split:
+    has_sinks, has_softcap = traits
     readings: dict[Part, Reading] = {}
+    linear: dict[Part, Linear] = {}
     dense: list[tuple[Part, str, fx.Node]] = []
     for part in parts:
         try:
             readings[part] = read_part(part, reader, indices)
         except Unreadable as stop:
             stopped_at = stop.node or part.node
-            dense.append((part, f"{stopped_at.target} has no symbolic form", stopped_at))
+            try:
+                linear[part] = read_linear(part.node, reader, indices)
+            except Unreadable:
+                dense.append((part, f"{stopped_at.target} has no symbolic form", stopped_at))
     where: fx.Node | None
     while True:
         total = sympy.And(*(reading.condition for reading in readings.values()))
@@ -126,13 +166,30 @@ def _split(parts: list[Part], reader: Reader, indices: Indices, sizes: tuple[Int
         else:
             refused = [p for p, r in readings.items() if r.finite]
             others_exclude_none = all(p.role is Role.ADD and is_finite(p.node) for p, _, _ in dense)
-            has_keys = others_exclude_none and every_row_has_a_key(total, sizes[2], sizes[3])
-            if not refused or has_keys:
-                return _Split(structure, tuple(readings), tuple(dense))
+            has_keys = has_sinks or (others_exclude_none and every_row_has_a_key(total, sizes[2], sizes[3]))
+            is_uniform = bool(refused) and not has_keys
+            can_average = others_exclude_none and not has_softcap and _is_one_fill(readings, parts)
+            if not is_uniform or can_average:
+                mask = structure.mask
+                is_causal = mask.causal and mask.offset <= 0 and mask.prefix is None
+                slopes = slopes_of(sum_of(linear[p] for p in parts if p in linear), is_causal, has_sinks)
+                if slopes is None:
+                    dense += [
+                        (p, "it is no slope times the distance of positions", p.node) for p in parts if p in linear
+                    ]
+                    linear, slopes = {}, {}
+                return _Split(structure, (*readings, *linear), tuple(dense), slopes, is_uniform)
             why, where = "its fill is finite and some row may have no key", None
         for part in refused:
             del readings[part]
             dense += [(part, why, where or part.node)] * parts.count(part)
+
+
+def _is_one_fill(readings: dict[Part, Reading], parts: list[Part]) -> bool:
+    """Whether all keys that are not seen get one number, which absorbs any score."""
+    masks = [part for part in parts if part in readings and readings[part].fills]
+    fills = [readings[part].fills for part in masks]
+    return len(masks) == 1 and len(fills[0]) == 1 and -math.inf < next(iter(fills[0])) <= ABSORBS
 
 
 def _explain(clause: Boolean, reader: Reader) -> tuple[str, fx.Node | None]:
@@ -161,12 +218,15 @@ def _write(split: _Split, reader: Reader, node: fx.Node, bias: fx.Node) -> _Oper
 
     try:
         key_valid, q_documents, k_documents = _vectors(split.structure, reader, q, k, new)
+        slopes = write_slopes(split.slopes, q, new)
     except Unwritable:
         for useless in reversed(made):
             node.graph.erase_node(useless)
         return None
     rest = join([part for part, _, _ in split.dense], new)
-    return _Operands(str(split.structure.mask), q_documents, k_documents, key_valid, full_bias(rest, q, k, new))
+    bias_left = full_bias(rest, q, k, new)
+    mask = str(split.structure.mask)
+    return _Operands(mask, q_documents, k_documents, key_valid, bias_left, slopes, split.is_uniform)
 
 
 def _vectors(

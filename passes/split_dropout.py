@@ -55,10 +55,23 @@ def _is_active(node: fx.Node) -> bool:
 
 
 def masked(x: Tensor, p: float) -> Tensor:
-    """dropout(x, p) in training, bit for bit: native_dropout scales the mask before it multiplies."""
-    ones = aten.ones.default(x.shape, dtype=x.dtype, device=x.device)
+    """dropout(x, p) in training, bit for bit: native_dropout scales the mask before it multiplies.
+
+    It draws in the order in which `x` lies in memory, so the mask is drawn in that order of dims.
+    """
+    order = _memory_order(x)
+    ones = aten.ones.default([x.shape[d] for d in order], dtype=x.dtype, device=x.device)
     keep = aten.ne.Scalar(aten.dropout.default(ones, p, True), 0)
+    if order != sorted(order):
+        keep = keep.permute([order.index(d) for d in range(x.ndim)])
     return x * (keep.to(x.dtype) * (1 / (1 - p)))
+
+
+def _memory_order(x: Tensor) -> list[int]:
+    """The dims of `x` from the largest stride to the smallest; as they are where strides are symbols."""
+    strides = x.stride()
+    known = all(isinstance(stride, int) for stride in strides)
+    return sorted(range(x.ndim), key=lambda d: -strides[d]) if known else list(range(x.ndim))
 
 
 def _dropout(x: Tensor) -> Tensor:

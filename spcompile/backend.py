@@ -18,6 +18,7 @@ from spcompile.dump import Dump
 from spcompile.dynamo_settings import ignore_library_logging
 from spcompile.emit import Emission, callable_of, emit
 from spcompile.mesh import RuntimeMesh, runtime_mesh
+from spcompile.one_device import recognise
 from spcompile.options import Options
 from spcompile.outputs import restore_outputs
 from spcompile.passes import PIPELINE
@@ -48,13 +49,26 @@ def spcompile(
     if mesh is None:
         chosen = Options.parse(options)
         log.info("SPR401 world size 1: compiled without sharding")
-        return plain(gm, example_inputs, chosen.compiler)
+        return _alone(gm, example_inputs, chosen)
     agreement = _agreement(mesh.key, mesh)
     with agreement.shared_errors():
         chosen = Options.parse(options)
         agreement.require(_signature(example_inputs, chosen))
         refuse_graph_break(gm)
         return _compile(gm, example_inputs, chosen, mesh, agreement)
+
+
+def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    program = recognise(gm, inputs, options, PIPELINE)
+    if program is None:
+        return plain(gm, inputs, options.compiler)
+    for remark in program.ctx.remarks.rows:
+        log.info("%s", remark)
+    emission = Emission(program, bind=lambda graph: None)
+    with autocast_off():
+        compiled = emit(emission, options.compiler)
+    PROGRAMS.append((program, emission))
+    return compiled
 
 
 def plain(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: str) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from spcompile.autocast import autocast_in, make_explicit
+from spcompile.custom_functions import with_own_gradient
 from spcompile.diagnostics import CaptureFailed, source_of
 from spcompile.torch_private import FunctionalTensor, FunctionalTensorMode, TracingContext, detect_fake_mode
 
@@ -27,7 +28,10 @@ _NO_MEANING = (aten._assert_tensor_metadata.default, aten.alias.default)
 
 
 class _KeepOrigin(fx.Interpreter):
-    """Runs a Dynamo graph so that traced nodes inherit stack_trace and nn_module_stack; opens checkpointed regions."""
+    """Runs a Dynamo graph so that traced nodes inherit stack_trace and nn_module_stack.
+
+    Opens checkpointed regions and custom autograd functions.
+    """
 
     def __init__(self, gm: fx.GraphModule, counter: list[int]) -> None:
         super().__init__(gm)
@@ -36,6 +40,10 @@ class _KeepOrigin(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is torch.ops.higher_order.tag_activation_checkpoint:
             return self._checkpointed(args)
+        if target is torch.ops.higher_order.autograd_function_apply:
+            forward, backward, *operands = args
+            outputs, saved = _KeepOrigin(forward, self._regions).run(*operands)
+            return with_own_gradient(operands, outputs, saved, backward)
         return super().call_function(target, args, kwargs)
 
     def _checkpointed(self, args: tuple[Any, ...]) -> Any:

@@ -138,10 +138,12 @@ REMARKS: dict[str, str] = {
     "SPR204": "the attention strategy that was asked for does not fit, another was taken",
     "SPR301": "query length 1 (decoding): the graph runs replicated",
     "SPR302": "random numbers are drawn for the whole tensor on every rank, so that they equal one device's",
+    "SPR303": "dropout of attention weights follows from seeds and positions: equal on any number of ranks",
     "SPR501": "what tensor parallelism has split is gathered for an op that needs it whole",
     "SPR502": "a weight is held whole by every rank of tp",
     "SPR503": "heads do not divide by tp: some ranks compute padding, or key/value heads are replicated",
     "SPR401": "world size 1: compiled without sharding",
+    "SPR402": "world size 1: the graph cannot be captured, so attention and masks stay as they are",
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from spcompile.collectives import erase_identities
 from spcompile.graph import copy_graph
@@ -23,6 +24,8 @@ from spcompile.torch_private import (
     make_boxed_func,
     min_cut_rematerialization_partition,
 )
+
+_SEEDS = (torch.ops.aten.randint.low, torch.ops.aten.randint.default)
 
 
 @dataclass
@@ -55,9 +58,15 @@ class Emission:
 
 
 def prepare_joint(graph: fx.Graph) -> None:
-    """On the joint graph: drop identities, whose work was to create a gradient, and say what must not be saved."""
+    """On the joint graph: drop identities, whose work was to create a gradient, and say what must not be saved.
+
+    Seeds are saved: drawn again, they would be others.
+    """
     erase_identities(graph)
     tag_recomputed(graph)
+    for node in graph.nodes:
+        if node.target in _SEEDS:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 class _PrepareJoint(CustomGraphPass):

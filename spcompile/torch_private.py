@@ -11,6 +11,9 @@ from torch._dispatch.python import no_python_dispatcher
 
 # torch 2.13: torch/_functorch/aot_autograd.py, partitioners.py; torch/_dynamo/backends/common.py
 from torch._dynamo.backends.common import aot_autograd
+
+# torch 2.13: torch/_dynamo/exc.py. Asks Dynamo to trace again, as with numbers in place of symbolic floats.
+from torch._dynamo.exc import RestartAnalysis
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
@@ -40,6 +43,7 @@ __all__ = [
     "CustomGraphPass",
     "FunctionalTensor",
     "FunctionalTensorMode",
+    "RestartAnalysis",
     "TracingContext",
     "aot_autograd",
     "compile_fx",

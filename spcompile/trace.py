@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,12 +23,10 @@ from spcompile.options import Options
 from spcompile.passes_api import Pass
 from spcompile.pipeline import History
 from spcompile.program import LocalProgram, build
+from spcompile.torch_private import RestartAnalysis
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any] | None]
 Inputs = Mapping[str, Any] | Sequence[Any]
-
-# From this pass on a graph is about more than one device; what stands before it is the model itself.
-FIRST_PARALLEL_PASS = "choose-attention"
 
 
 class _Stop(BaseException):
@@ -39,11 +38,13 @@ class Traced:
     """A model compiled for one mesh, with nothing bound to processes.
 
     sharded: the graphs of one rank; single: those of one device, with the same attention ops and the same partitioner.
+    serial: the passes before the first that is about an axis: behind them the graph is still the model itself.
     """
 
     program: LocalProgram
     sharded: Emission
     single: Emission
+    serial: frozenset[str]
 
 
 def mesh_shape(mesh: Any) -> MeshShape:
@@ -80,6 +81,8 @@ def through_dynamo(model: nn.Module, example_inputs: Inputs, backend: Backend) -
             if graphs:
                 raise GraphBreak("Dynamo made a second graph of it", legal="a model that traces with fullgraph=True")
             run = backend(gm, inputs)
+        except RestartAnalysis:
+            raise
         except Exception as error:
             failures.append(error)
         graphs.append(gm)
@@ -111,8 +114,7 @@ def compile_for(
     gm: fx.GraphModule, inputs: Sequence[Any], mesh: MeshShape, options: Options, pipeline: Sequence[Pass]
 ) -> Traced:
     """All stages on a Dynamo graph, inside a Dynamo backend; forward and backward are both made at once."""
-    names = [p.name for p in pipeline]
-    serial = set(names[: names.index(FIRST_PARALLEL_PASS)])
+    serial = frozenset(p.name for p in itertools.takewhile(lambda p: p.axis is None, pipeline))
     if mesh.world_size == 1:
         pipeline = [p for p in pipeline if p.name in serial]
         options = replace(options, passes={name: wish for name, wish in options.passes.items() if name in serial})
@@ -120,10 +122,10 @@ def compile_for(
     if mesh.world_size == 1:
         program.ctx.remarks.add("SPR401", "one rank: nothing is sharded", strict_error=False)
     single = _single(program, serial)
-    return Traced(program, emitted(program), emitted(single))
+    return Traced(program, emitted(program), emitted(single), serial)
 
 
-def _single(program: LocalProgram, serial: set[str]) -> LocalProgram:
+def _single(program: LocalProgram, serial: frozenset[str]) -> LocalProgram:
     """The same program before anything in it was about several devices."""
     snapshots = [s for s in program.history.snapshots if s.name in serial or s.name == "capture"]
     before = snapshots[-1].gm

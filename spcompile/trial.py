@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 import spcompile.attention_specs  # noqa: F401  (the simulator must know attention)
 from spcompile.collectives import axis_argument
 from spcompile.diagnostics import IllegalModel, IllegalOption
+from spcompile.graph import argument
 from spcompile.memory import saved_values
 from spcompile.mesh import MeshShape
 from spcompile.options import Options
@@ -30,6 +31,9 @@ from spcompile.verify_report import Report, TensorError
 Observer = Callable[[fx.Node, list[Any]], None]
 DEFAULT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 MIXED_TOLERANCE = 1e-6  # a float64 model that computes something in float32
+EXPECTED_OF_ONE_DEVICE = (
+    "attention has dropout: expected is what one device gets from the same graph, not the plain model"
+)
 ROUNDING = 8  # units in the last place of the largest gradient: what less is, is rounding
 
 
@@ -136,6 +140,24 @@ class Trial:
             return "final graphs not compared: backward does not return one gradient for each input"
         return Outcome(whole, {i: [grads[rank][i] for rank in ranks] for i in self.gradients})
 
+    def expect_of_one_device(self) -> bool:
+        """Where attention has dropout, expect what one device gets from the same graph; whether that is so.
+
+        The plain model draws other numbers there. Which those of the graph are, does not depend on ranks.
+
+        Raises:
+            IllegalOption: over dp, where one device has other rows than a rank.
+        """
+        before = [s for s in self.program.history.snapshots if s.name in (*self.traced.serial, "capture")][-1]
+        if before.gm is None or not _has_attention_dropout(before.gm):
+            return False
+        if self.rows:
+            raise IllegalOption("verify over dp of attention with dropout", legal="a mesh without dp, or model.eval()")
+        found = self.run(before)
+        self.outputs = {i: (name, found.outputs[i][0]) for i, (name, _) in self.outputs.items() if i in found.outputs}
+        self.gradients = {i: (name, found.gradients[i][0]) for i, (name, _) in self.gradients.items()}
+        return True
+
     def errors(self, graph: str, outcome: Outcome) -> list[TensorError]:
         """One row per tensor."""
         rows = []
@@ -180,6 +202,11 @@ class Trial:
         return self._weight(i, dims, self.mesh, rank) if i in self.weights else torch.zeros_like(output)
 
 
+def _has_attention_dropout(gm: fx.GraphModule) -> bool:
+    calls = gm.graph.find_nodes(op="call_function", target=torch.ops.spx.attention.default)
+    return any(argument(call, 15, "dropout_p", 0.0) for call in calls)
+
+
 def compare(
     model: nn.Module,
     example_inputs: Inputs,
@@ -197,10 +224,11 @@ def compare(
         eager = run_eager(model, example_inputs, options)
         trial = trial_of(model, example_inputs, mesh, options, pipeline, eager, cpu_rng)
         trial.tolerance, trial.rounding = _tolerances(trial.program.captured, tolerance)
+        notes = [EXPECTED_OF_ONE_DEVICE] if trial.expect_of_one_device() else []
         last = [s for s in trial.program.history.snapshots if s.stage is not Stage.SCHEDULE][-1]
         rows = trial.errors("local", trial.run(last))
         final = trial.run_final(trial.traced.sharded.graphs)
-        notes = [final] if isinstance(final, str) else []
+        notes += [final] if isinstance(final, str) else []
         rows += [] if isinstance(final, str) else trial.errors("final", final)
         report = Report(mesh, trial.tolerance, rows, remarks=list(trial.program.ctx.remarks.rows), notes=notes)
         report.culprit = None if report.ok else culprit_of(trial)

@@ -38,8 +38,10 @@ class Rewritten:
 
     @property
     def masks(self) -> list[str]:
-        """The mask of each attention; '+ bias' where something dense is left."""
-        return [f"{n.args[9]}{' + bias' if n.args[8] is not None else ''}" for n in self.attentions]
+        """The mask of each attention; '+ alibi' where it has slopes, '+ bias' where something dense is left."""
+        marks = [" + alibi" if len(n.args) > 11 and n.args[11] is not None else "" for n in self.attentions]
+        marks = [m + (" + bias" if n.args[8] is not None else "") for m, n in zip(marks, self.attentions, strict=True)]
+        return [f"{n.args[9]}{mark}" for n, mark in zip(self.attentions, marks, strict=True)]
 
     @property
     def mask(self) -> AttentionMask:

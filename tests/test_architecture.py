@@ -15,7 +15,8 @@ MAX_LINES = 400
 # spcompile/ from low to high: a module imports only from its own row and the rows above it. A folder counts as one.
 LAYERS = (
     # errors, graphs, sizes: know torch only
-    "diagnostics dynamo_settings graph sequence sizes splice torch_private saved_bytes traffic",
+    "diagnostics custom_functions dynamo_settings graph rows_without_keys sequence sizes",
+    "splice torch_private saved_bytes traffic",
     # meshes, dims, ops that communicate, attention
     "autocast mesh options spaces capture attention collectives",
     "rank_parts",
@@ -26,6 +27,7 @@ LAYERS = (
     "layout reshard pipeline",
     "cut lowering dump",
     "resharding tensor_parallel program",
+    "one_device",
     # the whole machine
     "outputs recompute emit",
     "backend example_runs",

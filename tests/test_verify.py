@@ -21,11 +21,13 @@ F64 = torch.float64
 
 
 class Block(nn.Module):
-    """One attention layer with a norm, a dropout and a loss; `labels_BS` may be left out."""
+    """One attention layer with a norm, dropouts and a loss; `labels_BS` may be left out."""
 
-    def __init__(self, heads: int = 2, width: int = 8, vocab: int = 11, dropout: float = 0.0) -> None:
+    def __init__(
+        self, heads: int = 2, width: int = 8, vocab: int = 11, dropout: float = 0.0, attention_dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout, self.attention_dropout = heads, dropout, attention_dropout
         self.tokens = nn.Embedding(vocab, width, dtype=F64)
         self.norm = nn.LayerNorm(width, dtype=F64)
         self.qkv = nn.Linear(width, 3 * width, dtype=F64)
@@ -35,7 +37,7 @@ class Block(nn.Module):
         B, S = ids_BS.shape
         x_BSD = self.tokens(ids_BS)
         q, k, v = (t.view(B, S, self.heads, -1).transpose(1, 2) for t in self.qkv(self.norm(x_BSD)).chunk(3, -1))
-        y_BNSH = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y_BNSH = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.attention_dropout)
         y_BSD = F.dropout(y_BNSH.transpose(1, 2).flatten(2), self.dropout)
         logits_BSV = self.head(x_BSD + y_BSD)
         if labels_BS is None:
@@ -72,6 +74,17 @@ def test_without_a_loss_all_outputs_are_differentiated() -> None:
     assert {row.name for row in report.rows} >= {"logits", "tokens.weight", "head.bias"}
     with pytest.raises(IllegalOption, match="no loss"):
         verify(Block(), inputs, mesh={"cp": 2}, outputs="loss")
+
+
+@pytest.mark.parametrize("attention", ["ring", "ulysses"])
+@pytest.mark.parametrize("degree", [1, 2])
+def test_attention_dropout_is_that_of_one_device(degree: int, attention: str) -> None:
+    """Forward, and the backward graph, which must not draw its seeds again."""
+    model = Block(dropout=0.5, attention_dropout=0.3)
+    report = verify(model, batch(), mesh={"cp": degree}, attention=attention)
+    assert report.ok, str(report)
+    assert {row.graph for row in report.rows} == {"local", "final"}
+    assert any("one device" in note for note in report.notes)
 
 
 def test_dropout_draws_what_the_plain_model_draws() -> None:

@@ -20,9 +20,7 @@ def attention(node: fx.Node) -> OpRule:
     roles = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     read = {role: arg for role, arg in zip(roles, node.args, strict=False) if isinstance(arg, fx.Node)}
     q, k, v = (read[role].meta["val"] for role in "qkv")
-    sizes: dict[str, Size] = dict(zip("bnsh", q.shape, strict=True)) | dict(
-        zip("gtv", (*k.shape[1:3], v.shape[3]), strict=True)
-    )
+    sizes: dict[str, Size] = dict(zip("bnshgtv", (*q.shape, *k.shape[1:3], v.shape[3]), strict=True))
     sizes["r"] = quotient(sizes.pop("n"), sizes["g"])
     batch, heads, rows = (_present(sizes, *names) for names in ("b", "gr", "s"))
     layouts: dict[str, Dims] = {
@@ -30,7 +28,12 @@ def attention(node: fx.Node) -> OpRule:
         "k": tuple(_present(sizes, name) for name in "bgth"),
         "v": tuple(_present(sizes, name) for name in "bgtv"),
     }
-    shared = {"bias": (batch, heads, rows), "q_documents": (batch,), "k_documents": (batch,), "key_valid": (batch,)}
+    shared = dict.fromkeys(("q_documents", "k_documents", "key_valid"), (batch,)) | {
+        "bias": (batch, heads, rows),
+        "alibi_slopes": (heads,),
+        "sinks": (heads,),
+        "dropout_seed": (batch, heads),
+    }
     for role in read.keys() - layouts.keys():
         dims: list[tuple[str, ...]] = []
         for dim, size in enumerate(read[role].meta["val"].shape):

@@ -6,6 +6,8 @@ reader.py    one element of a graph node as such a value; arithmetic.py and look
 match.py     a condition over (b, q, k) as an AttentionMask and the vectors that it needs
 vectors.py   a condition or id over (b, k) written back into the graph as a [B, T] vector
 parts.py     an attention bias taken apart into terms that can be read one by one
+fills.py     rows that see no key, where masked scores are finite
+alibi.py     a bias that grows with the distance of positions, as slopes
 heads.py     repeated or folded heads, traced back to the tensor before
 eager.py     attention written out with a softmax
 """

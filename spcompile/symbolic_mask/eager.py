@@ -1,12 +1,14 @@
 """Attention written out: softmax(q @ k^T * scale + bias, masked) @ v, found around a softmax node.
 
-Downwards from the softmax: casts, views and an inactive dropout lead to the product with the values. Upwards: factors,
-biases, masks, casts and views lead to the product of queries and keys. Anything else on the way is a refusal with its
-reason (a soft cap, sinks, dropout): such an attention stays as it is.
+Downwards from the softmax: casts, views, dropout and the cut behind sinks lead to the product with the values.
+Upwards: the maximum of a row (which softmax does not see), sinks as one more column, factors, biases, masks, a softcap,
+casts and views lead to the product of queries and keys. Anything else on the way is a refusal with its reason: such an
+attention stays as it is.
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,13 +69,35 @@ class Product:
 
 @dataclass
 class EagerAttention:
-    """What was found: weights = softmax(scale * (queries @ keys) + terms), result = weights @ values."""
+    """What was found.
+
+        result = dropout(softmax([cap(scale * (queries @ keys)) + terms, sinks])) @ values
+
+    logits: the scores that enter the softmax, without the sinks' column. sinks: that column.
+    """
 
     softmax: fx.Node
+    logits: fx.Node
     scores: Product
     result: Product
     scale: float = 1.0
+    softcap: float = 0.0
     terms: list[Term] = field(default_factory=list)
+    sinks: fx.Node | None = None
+    dropout: float = 0.0
+
+
+@dataclass
+class _Weights:
+    """What lies between the softmax and the product with the values.
+
+    sinks_last: whether the last column is cut or, False, the first; None for neither.
+    """
+
+    product: Product
+    refusal: Refused | None = None
+    sinks_last: bool | None = None
+    dropout: float = 0.0
 
 
 def match_eager(softmax: fx.Node) -> EagerAttention:
@@ -83,43 +107,101 @@ def match_eager(softmax: fx.Node) -> EagerAttention:
         NotAttention: it is none.
         Refused: it is one, in a form that is not known.
     """
-    result, refusal = _values(softmax)
+    weights = _values(softmax)
     rank = len(shape_of(softmax))
     dim = argument(softmax, 1, "dim")
-    if refusal is not None:
-        raise refusal
+    if weights.refusal is not None:
+        raise weights.refusal
     if not isinstance(dim, int) or dim % rank != rank - 1:
         raise Refused("the softmax is not over the keys", softmax)
-    source: Any = softmax.args[0]
-    found = EagerAttention(softmax, _scores_below(source), result)
-    _peel(source, 1.0, found)
+    logits, sinks = _without_sinks(_without_maximum(softmax.args[0]), weights.sinks_last)
+    logits = _without_maximum(logits) if sinks is None else logits
+    found = EagerAttention(softmax, logits, _scores_below(logits), weights.product)
+    found.sinks, found.dropout = sinks, weights.dropout
+    _peel(logits, 1.0, found)
     return found
 
 
-def _values(softmax: fx.Node) -> tuple[Product, Refused | None]:
-    """The product with the values, and what on the way to it cannot be taken."""
-    node, refusal = softmax, None
+def _values(softmax: fx.Node) -> _Weights:
+    """The product with the values, and what is on the way to it."""
+    node = softmax
+    found = _Weights(Product(softmax, softmax, softmax))
     while True:
         if len(node.users) != 1:
             for user in node.users:
                 product = _product(user)
                 if product is not None and product.left is node:
-                    return product, Refused("the attention weights are read by something else too", node)
+                    refusal = Refused("the attention weights are read by something else too", node)
+                    return _Weights(product, refusal)
             raise NotAttention
         (user,) = node.users
         product = _product(user)
         if product is not None:
             if product.left is not node:
                 raise NotAttention
-            return product, refusal
+            found.product = product
+            return found
         if user.target is aten.dropout.default:
-            if argument(user, 1, "p") != 0 and argument(user, 2, "train") is not False:
-                refusal = Refused("dropout of attention weights", user)
+            p = argument(user, 1, "p")
+            if p != 0 and argument(user, 2, "train") is not False:
+                if found.dropout or p >= 1:
+                    found.refusal = Refused("dropout of attention weights twice, or of all", user)
+                found.dropout = float(p)
+        elif user.target is aten.slice.Tensor and found.sinks_last is None and (cut := _cut(user)) is not None:
+            found.sinks_last = cut
         elif user.target is aten.slice.Tensor:
-            refusal = Refused("attention weights are cut (sinks)", user)
+            found.refusal = Refused("attention weights are cut", user)
         elif user.target not in _CASTS and not (user.target in _VIEWS and _keeps_last_two(user)):
             raise NotAttention
         node = user
+
+
+def _cut(node: fx.Node) -> bool | None:
+    """Whether this slice drops the last (True) or the first (False) column; None if it does anything else."""
+    source: Any = node.args[0]
+    rank, size = len(shape_of(source)), sizes_of(source)[-1]
+    start, step = argument(node, 2, "start") or 0, argument(node, 4, "step", 1)
+    if argument(node, 1, "dim", 0) % rank != rank - 1 or step != 1 or sizes_of(node)[-1] != size - 1:
+        return None
+    return {0: True, 1: False}.get(start) if isinstance(start, int) else None
+
+
+def _without_maximum(node: Any) -> Any:
+    """The operand x of x - max(x), which is the same to a softmax."""
+    while node.target is aten.sub.Tensor and all(map(is_tensor, node.args)) and argument(node, 2, "alpha", 1) == 1:
+        x, maximum = node.args
+        while maximum.target in _CASTS or maximum.target is aten.detach.default:
+            maximum = maximum.args[0]
+        if maximum.target is operator.getitem and maximum.args[1] == 0:
+            maximum = maximum.args[0]
+        if maximum.target not in (aten.max.dim, aten.amax.default) or not argument(maximum, 2, "keepdim", False):
+            return node
+        dims = argument(maximum, 1, "dim")
+        last = [d % len(shape_of(x)) for d in (dims if isinstance(dims, list | tuple) else [dims])]
+        if _detached(maximum.args[0]) is not _detached(x) or last != [len(shape_of(x)) - 1]:
+            return node
+        node = x
+    return node
+
+
+def _detached(node: Any) -> fx.Node:
+    return node.args[0] if node.target is aten.detach.default else node
+
+
+def _without_sinks(node: fx.Node, sinks_last: bool | None) -> tuple[fx.Node, fx.Node | None]:
+    """The scores and the column that was joined to them, where one is cut from the weights."""
+    if sinks_last is None:
+        return node, None
+    while node.target in _CASTS and node.meta["val"].dtype.is_floating_point:
+        node = node.args[0]  # type: ignore[assignment]
+    parts: Any = node.args[0] if node.target is aten.cat.default else ()
+    rank = len(shape_of(node))
+    if len(parts) != 2 or argument(node, 1, "dim", 0) % rank != rank - 1:
+        raise Refused("attention weights are cut, but no column of sinks was joined to the scores", node)
+    scores, sinks = parts if sinks_last else reversed(parts)
+    if sizes_of(sinks)[-1] != 1:
+        raise Refused("attention weights are cut elsewhere than the sinks were joined", node)
+    return scores, sinks
 
 
 def _keeps_last_two(view: fx.Node) -> bool:
@@ -167,6 +249,8 @@ def _scores_operand(node: fx.Node) -> fx.Node | None:
         return args[0] if node.meta["val"].dtype.is_floating_point else None
     if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
         return args[0] if _is_number(args[1]) else None
+    if node.target is aten.tanh.default:
+        return args[0]
     if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
         return args[0]
     if node.target in (aten.where.ScalarOther, aten.where.ScalarSelf):
@@ -193,13 +277,21 @@ def _peel(node: fx.Node, factor: float, found: EagerAttention) -> None:
         found.scale = factor
         if node.target is aten.baddbmm.default:
             beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+            if beta != 0 and found.softcap:
+                raise Refused("a bias inside of a softcap", node)
             if beta != 0:
                 found.terms.append(Term(args[0], node, factor * float(beta)))  # type: ignore[arg-type]
             found.scale = factor * float(alpha)  # type: ignore[arg-type]
         return
     below = _scores_operand(node)
     assert below is not None
-    if node.target in (aten.mul.Tensor, aten.mul.Scalar):
+    inside_cap = found.softcap != 0
+    count = len(found.terms)
+    if node.target is aten.tanh.default:
+        if inside_cap or factor == 0:
+            raise Refused("a softcap of a softcap", node)
+        found.softcap = abs(factor)
+    elif node.target in (aten.mul.Tensor, aten.mul.Scalar):
         factor *= args[1]
     elif node.target in (aten.div.Tensor, aten.div.Scalar):
         factor /= args[1]
@@ -210,6 +302,8 @@ def _peel(node: fx.Node, factor: float, found: EagerAttention) -> None:
         found.terms.append(Term(args[0], node, factor, _number(args[2 if keeps else 1], node), masked=not keeps))
     elif node.target is aten.add.Tensor:
         found.terms.append(Term(args[1] if args[0] is below else args[0], node, factor))
+    if inside_cap and len(found.terms) > count:
+        raise Refused("a bias or a mask inside of a softcap", node)
     _peel(below, factor, found)
 
 

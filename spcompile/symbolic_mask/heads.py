@@ -6,12 +6,25 @@ B batch, N query heads, G key heads, T positions, H head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from typing import Any
 
+import torch
 import torch.fx as fx
 
-from spcompile.symbolic_mask.values import Unreadable
+from spcompile.graph import operand
+from spcompile.symbolic_mask.values import Int, Unreadable
 from spcompile.symbolic_mask.views import IndexSpace, Indices, sizes_of, step
+
+aten = torch.ops.aten
+CASTS = (
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten.to.other,
+    aten._to_copy.default,
+    aten.type_as.default,
+)
 
 
 def before_repeat(node: fx.Node, repeats_allowed: bool = True) -> fx.Node:
@@ -50,11 +63,31 @@ def heads_in_batch(node: fx.Node) -> int:
     return 1
 
 
-def _origins(node: fx.Node, indices: Indices, space: IndexSpace) -> Iterator[tuple[fx.Node, Indices]]:
-    """The tensors whose elements `node` only moves, nearest first, each with the place of its element."""
+def by_head(node: fx.Node, heads: Int) -> fx.Node | None:
+    """The tensor with one number for each head, all other dims 1, that `node` [B, N, S, 1] repeats; None if none."""
+    sizes = sizes_of(node)
+    if len(sizes) != 4 or sizes[1] != heads:
+        return None
+    space = IndexSpace()
+    indices = tuple(space.add(name, size) for name, size in zip("bnsk", sizes, strict=True))
+    n = indices[1]
+    for source, place in ((node, indices), *_origins(node, indices, space, through=CASTS)):
+        used = [index for index, size in zip(place, sizes_of(source), strict=True) if size != 1]
+        if used == [n]:
+            return source
+    return None
+
+
+def _origins(
+    node: fx.Node, indices: Indices, space: IndexSpace, through: Collection[Any] = ()
+) -> Iterator[tuple[fx.Node, Indices]]:
+    """The tensors whose elements `node` only moves, nearest first, each with the place of its element.
+
+    through: elementwise calls that are passed as well.
+    """
     while True:
         try:
-            moved = step(node, indices, space)
+            moved = (operand(node, 0), indices) if node.target in through else step(node, indices, space)
         except Unreadable:
             return
         if moved is None:

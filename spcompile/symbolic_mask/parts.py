@@ -47,10 +47,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a part means. finite: keys that are not seen get a large negative number, not -inf."""
+    """What a part means. fills: the numbers that stand for keys which are not seen."""
 
     condition: Boolean
-    finite: bool
+    fills: frozenset[float] = frozenset({-math.inf})
+
+    @property
+    def finite(self) -> bool:
+        """Whether a row without keys may be something else than zeros."""
+        return bool(self.fills - {-math.inf})
 
 
 _AND = {aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default}
@@ -108,7 +113,7 @@ def read_part(part: Part, reader: Reader, indices: Indices) -> Reading:
     value = reader.operand(part.node, indices)
     if part.role is not Role.ADD:
         condition = to_condition(value)
-        return Reading(condition if part.role is Role.KEEP else negate(condition), finite=False)
+        return Reading(condition if part.role is Role.KEEP else negate(condition))
     return _additive(value, masked_below(part.node.meta["val"].dtype), part.node)
 
 
@@ -123,11 +128,11 @@ def _additive(value: Value, limit: float, node: fx.Node) -> Reading:
         condition = sympy.Or(
             sympy.And(value.condition, then.condition), sympy.And(negate(value.condition), other.condition)
         )
-        return Reading(condition, then.finite or other.finite)
+        return Reading(condition, then.fills | other.fills)
     if value == 0:
-        return Reading(sympy.true, finite=False)
+        return Reading(sympy.true, frozenset())
     if isinstance(value, float) and value <= limit:
-        return Reading(sympy.false, finite=value != -math.inf)
+        return Reading(sympy.false, frozenset({value}))
     raise Unreadable(node)
 
 
@@ -175,18 +180,25 @@ def join(parts: list[Part], new: Callable[..., fx.Node]) -> fx.Node | None:
 
 
 def full_bias(bias: fx.Node | None, q: fx.Node, k: fx.Node, new: Callable[..., fx.Node]) -> fx.Node | None:
-    """The bias as a view [B or 1, N or 1, S, T], which is what spx.attention takes; q [B, N, S, H], k [B, G, T, H]."""
+    """The bias as a view [B or 1, N or 1, S or 1, T], as spx.attention takes it; q [B, N, S, H], k [B, G, T, H]."""
     if bias is None:
         return None
     while len(shape_of(bias)) < 4:
         bias = new(aten.unsqueeze.default, bias, 0)
-    sides = list(zip((q, k), sizes_of(bias)[2:], strict=True))
-    if all(size != 1 or sizes_of(side)[2] == 1 for side, size in sides):
+    bias = _one_row(bias)
+    if sizes_of(bias)[3] != 1 or sizes_of(k)[2] == 1:
         return bias
-    sizes: list[Any] = [-1, -1]
-    for side, size in sides:
-        full = shape_of(side)[2]
-        if size != 1:
-            full = -1
-        sizes.append(full if isinstance(full, int) else new(aten.sym_size.int, side, 2))
-    return new(aten.expand.default, bias, sizes)
+    length = shape_of(k)[2]
+    return new(
+        aten.expand.default, bias, [-1, -1, -1, length if isinstance(length, int) else new(aten.sym_size.int, k, 2)]
+    )
+
+
+def _one_row(bias: fx.Node) -> fx.Node:
+    """The operand with one row where `bias` repeats that for all query rows."""
+    source: Any = bias.args[0] if bias.target is aten.expand.default else None
+    if source is None or len(sizes_of(source)) != 4:
+        return bias
+    before, after = sizes_of(source), sizes_of(bias)
+    repeats_rows = before[2] == 1 and (*before[:2], before[3]) == (*after[:2], after[3])
+    return source if repeats_rows else bias

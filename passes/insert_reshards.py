@@ -15,11 +15,12 @@ import torch.fx as fx
 from torch import Tensor
 
 from spcompile.cut import sharded_calls, uses_of
+from spcompile.global_view import is_view
 from spcompile.layout import NodeLayout, layout_of, show
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.propagate import leaves_sums
 from spcompile.reshard import is_reshard
-from spcompile.resharding import hand_over, reshard_to, state_of, target_of
+from spcompile.resharding import hand_over, reads_directly, reshard_to, state_of, target_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def _settle(graph: fx.Graph, axis: str, sharded: set[fx.Node]) -> None:
     """Drop the choices and places of everything that runs replicated."""
     for node in graph.nodes:
         layout = layout_of(node)
-        if layout is None:
+        if layout is None or is_view(node, axis):
             continue
         source = node.args[0] if node.target is operator.getitem else node
         if source in sharded:
@@ -79,6 +80,8 @@ def _reshard_operands(node: fx.Node, axis: str, ctx: Context) -> None:
         if not isinstance(operand.meta.get("val"), torch.Tensor):
             return operand
         state, target = state_of(operand, axis), target_of(next(uses), axis, runs_sharded=runs_sharded)
+        if is_view(operand, axis):
+            return _read_view(operand, axis, target, node, ctx)
         if state == target:
             return operand
         if state.startswith("S") and not runs_sharded:
@@ -87,6 +90,22 @@ def _reshard_operands(node: fx.Node, axis: str, ctx: Context) -> None:
 
     node.args = fx.node.map_arg(node.args, convert)
     node.kwargs = fx.node.map_arg(node.kwargs, convert)
+
+
+def _read_view(view: fx.Node, axis: str, target: str, user: fx.Node, ctx: Context) -> fx.Node:
+    """A parameter of which ranks hold parts: read as it is, or gathered and, if that is wanted, split otherwise."""
+    state = state_of(view, axis)
+    if reads_directly(view, axis, target, "contiguous" if axis == "tp" else ctx.order):
+        return view
+    if axis == "tp":
+        text = (
+            f"a parameter {tuple(view.meta['val'].shape)} held as {state} is gathered: {user.target} wants it {target}"
+        )
+        ctx.remarks.add("SPR504", text, user)
+    if target in ("R", "I"):
+        return reshard_to(view, axis, state, target, origin="insert-reshards")
+    whole = reshard_to(view, axis, state, "I", origin="insert-reshards")
+    return reshard_to(whole, axis, "I", target, origin="insert-reshards")
 
 
 def _remark_gather(operand: fx.Node, user: fx.Node, layout: NodeLayout | None, axis: str, ctx: Context) -> None:
@@ -107,7 +126,8 @@ def _reshard_outputs(output: fx.Node, axis: str, ctx: Context) -> None:
         if not isinstance(value.meta.get("val"), torch.Tensor):
             return value
         state = state_of(value, axis)
-        if not state.startswith("S") or (axis == "cp" and ctx.options.outputs == "sharded"):
+        stays = axis == "cp" and ctx.options.outputs == "sharded" and not is_view(value, axis)
+        if not state.startswith("S") or stays:
             return value
         return reshard_to(value, axis, state, "I", origin="insert-reshards")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from spcompile.capture import fake_inputs
+from spcompile.global_view import views
 from spcompile.lowering import Lower, SplitDims
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.reshard import is_reshard
@@ -32,8 +33,8 @@ class LowerToLocal(Pass):
     split_axis: ClassVar[str] = "cp"
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        """Replace the graph by its local form; returns the number of reshards lowered."""
-        count = sum(is_reshard(n) for n in gm.graph.nodes)
+        """Replace the graph by its local form; returns the number of reshards and global views lowered."""
+        count = sum(is_reshard(n) for n in gm.graph.nodes) + len(views(gm.graph, self.split_axis))
         if not count:
             return 0
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -45,7 +46,7 @@ class LowerToLocal(Pass):
         for new, old in zip((n for n in local.graph.nodes if n.op == "placeholder"), placeholders, strict=True):
             new._rename(old.name)
             new.target = new.name
-            new.meta.update({key: old.meta[key] for key in ("trainable", "state") if key in old.meta})
+            new.meta.update({key: old.meta[key] for key in ("trainable", "state", "parts") if key in old.meta})
         local.graph.eliminate_dead_code()
         for node in local.graph.nodes:
             if node.op == "call_function" and "stack_trace" not in node.meta:

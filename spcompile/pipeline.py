@@ -11,6 +11,7 @@ from typing import Any
 import torch.fx as fx
 
 from spcompile.diagnostics import IllegalOption, InvalidGraph
+from spcompile.global_view import states_of_inputs
 from spcompile.graph import copy_graph
 from spcompile.passes_api import Context, Pass, PassReport, Stage, count_changes, op_counts
 from spcompile.printer import format_graph
@@ -106,7 +107,12 @@ def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history
         stage = p.leaves or p.stage
         try:
             verify_graph(
-                gm, stage, ctx.mesh, sharded_outputs=ctx.options.outputs == "sharded", trainable=_trainable(gm)
+                gm,
+                stage,
+                ctx.mesh,
+                sharded_outputs=ctx.options.outputs == "sharded",
+                input_states=states_of_inputs(gm.graph),
+                trainable=_trainable(gm),
             )
         except InvalidGraph as error:
             raise InvalidGraph(f"after pass {p.name}: {error.found}", where=error.where, legal=error.legal) from error

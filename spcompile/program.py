@@ -12,6 +12,7 @@ import torch.fx as fx
 from spcompile.autocast import autocast_off
 from spcompile.capture import capture
 from spcompile.diagnostics import Remarks
+from spcompile.global_view import mark_parts
 from spcompile.graph import copy_graph
 from spcompile.layout import layout_of
 from spcompile.mesh import MeshShape
@@ -80,6 +81,7 @@ def build(
     ctx = Context(mesh, options, Remarks(strict=options.strict))
     history = history or History()
     captured = capture(gm, inputs)
+    mark_parts(captured.graph)
     with autocast_off():
         return _build(captured, inputs, ctx, passes, history)
 

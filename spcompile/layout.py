@@ -56,9 +56,9 @@ def annotate(graph: fx.Graph, axis: str, spaces: IndexSpaces, placements: Placem
 def _layout(node: fx.Node, axis: str, spaces: IndexSpaces, placements: Placements) -> NodeLayout:
     dims = spaces.values[node]
     if is_view(node, axis):
-        place = place_of_view(node)
-        show(node, axis, str(place))
-        return NodeLayout(dims, places={axis: {0: place}})
+        held = place_of_view(node)
+        show(node, axis, str(held))
+        return NodeLayout(dims, places={axis: {0: held}})
     layout = NodeLayout(dims, spaces.calls.get(node))
     if node in placements.choices:
         layout.choice[axis] = placements.choices[node]

@@ -55,7 +55,8 @@ def _part(value: Any) -> Any:
     """A leaf, as AOTAutograd takes it for an example."""
     if not isinstance(value, DTensor):
         return value
-    return value.detach().to_local().requires_grad_(value.requires_grad)
+    part: Any = value.detach()
+    return part.to_local().requires_grad_(value.requires_grad)
 
 
 def _cut(gm: fx.GraphModule) -> fx.GraphModule:

@@ -70,7 +70,7 @@ def install(module: nn.Module, new: Mapping[str, nn.Parameter], parts: Mapping[s
 
 
 @functools.cache
-def _subclass(base: type[nn.Module], parts: tuple[tuple[str, Parts], ...]) -> type[nn.Module]:
+def _subclass(base: Any, parts: tuple[tuple[str, Parts], ...]) -> type[nn.Module]:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():

@@ -95,7 +95,7 @@ class Stream:
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 @contextlib.contextmanager
@@ -137,10 +137,11 @@ def streamed_construction(mesh: DeviceMesh) -> Iterator[Stream]:
 def construction_without_parameters() -> Iterator[None]:
     """Parameters that are registered inside lie on `meta`: only buffers are made."""
 
-    def on_meta(module: nn.Module, name: str, parameter: Any) -> nn.Parameter | None:
+    def on_meta(module: nn.Module, name: str, parameter: Any) -> Any:
         return None if parameter is None else nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(on_meta)
+    register: Any = register_module_parameter_registration_hook  # typed as if hooks returned nothing
+    hook = register(on_meta)
     try:
         with torch.random.fork_rng():
             yield

@@ -132,7 +132,7 @@ def _split_over_tp(
     options = replace(options, passes={name: wish for name, wish in options.passes.items() if name in known})
     found: dict[str, int | str] = {}
     if is_on_meta(model):
-        model, example_inputs = _meta_copy(model), _to_meta(example_inputs)
+        model, example_inputs = _fakes_of(model, example_inputs)
     names = {id(p): name for name, p in model.named_parameters()}
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
@@ -146,19 +146,24 @@ def _split_over_tp(
     return found
 
 
-def _meta_copy(model: nn.Module) -> nn.Module:
-    """The same model with every parameter and buffer on meta, also those that are not."""
+def _fakes_of(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any]) -> tuple[nn.Module, Any]:
+    """Copies of a model on meta and of inputs, all of it fake, on the inputs' device.
+
+    Tracing on meta itself would fail where a model mixes devices, or uses what meta has no kernel for.
+    """
     import copy
 
     import torch
     from torch import nn
+    from torch._subclasses import FakeTensorMode
 
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
-    memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
-    return copy.deepcopy(model, memo)
+    given = [x for x in torch.utils._pytree.tree_leaves(example_inputs) if isinstance(x, torch.Tensor)]
+    device = next((x.device for x in given if not x.is_meta), torch.device("cpu"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
 
+        def fake(x: torch.Tensor) -> torch.Tensor:
+            return torch.empty_like(x, device=device)
 
-def _to_meta(inputs: Mapping[str, Any] | Sequence[Any]) -> Any:
-    import torch
-
-    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to("meta"), inputs)
+        memo: dict[int, Any] = {id(b): fake(b) for b in model.buffers()}
+        memo |= {id(p): nn.Parameter(fake(p), p.requires_grad) for p in model.parameters()}
+        return copy.deepcopy(model, memo), torch.utils._pytree.tree_map_only(torch.Tensor, fake, example_inputs)

@@ -78,7 +78,7 @@ def _split(node: fx.Node, degree: int) -> int | str:
     (state,) = states
     place = parse_place(state)
     if place is None:
-        return "every rank reads all of it"
+        return "no call reads it, as it is stored, in parts of tp"  # norms; fused weights, whose slices are split
     space = space_at(layout.dims[0], place)
     if place.part > 0:
         return f"tp splits factor {place.part} inside its dim {place.dim}"

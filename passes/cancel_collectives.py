@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch.fx as fx
 
+from spcompile.global_view import is_view
 from spcompile.graph import operand
 from spcompile.passes.annotate_tensor_parallel import EXAMPLE as _MLP
 from spcompile.passes_api import Context, Pass, Stage
@@ -38,6 +39,8 @@ class CancelCollectives(Pass):
             first = operand(node, 0) if is_reshard(node) else None
             if first is None or not is_reshard(first) or node.args[1] != "tp" or first.args[1] != "tp":
                 continue
+            if is_view(operand(first, 0), "tp"):
+                continue  # a part of it may be another part than the same state means elsewhere
             joined = _joined(operand(first, 0), str(first.args[2]), str(node.args[2]), str(node.args[3]), self.name)
             if joined is not None:
                 node.replace_all_uses_with(joined)

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch.fx as fx
 
 from spcompile.diagnostics import BatchNotSplit, source_of
+from spcompile.global_view import is_view
 from spcompile.graph import operand
 from spcompile.passes.annotate_data_parallel import EXAMPLE as _LOSS
 from spcompile.passes.insert_reshards import InsertReshards
@@ -38,7 +39,8 @@ class InsertDataReshards(InsertReshards):
             BatchNotSplit: an op reads the rows of other ranks.
         """
         count = super().run(gm, ctx)
-        for gather in (*reshards_of(gm.graph, "dp", "S", "I"), *reshards_of(gm.graph, "dp", "S", "R")):
+        gathers = (*reshards_of(gm.graph, "dp", "S", "I"), *reshards_of(gm.graph, "dp", "S", "R"))
+        for gather in (n for n in gathers if not is_view(operand(n, 0), "dp")):
             user = next(iter(gather.users))
             shape = tuple(operand(gather, 0).meta["val"].shape)
             found = f"{user.target} mixes rows of the batch, {shape} here, and every rank of dp has its own"

@@ -15,11 +15,12 @@ import torch.fx as fx
 from torch import Tensor
 
 from spcompile.cut import sharded_calls, uses_of
+from spcompile.global_view import is_view
 from spcompile.layout import NodeLayout, layout_of, show
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.propagate import Place, leaves_sums
 from spcompile.reshard import is_reshard, parse_place
-from spcompile.resharding import hand_over, reshard_to, state_of, target_of
+from spcompile.resharding import hand_over, reads_directly, reshard_to, state_of, target_of
 from spcompile.spaces import leaves
 
 
@@ -50,7 +51,7 @@ def _settle(graph: fx.Graph, axis: str, sharded: set[fx.Node]) -> None:
     """Drop the choices and places of everything that runs replicated; inputs stay where they come in parts."""
     for node in graph.nodes:
         layout = layout_of(node)
-        if layout is None:
+        if layout is None or is_view(node, axis):
             continue
         source = node.args[0] if node.target is operator.getitem else node
         if source in sharded or (axis == "dp" and node.op == "placeholder"):
@@ -80,6 +81,8 @@ def _reshard_operands(node: fx.Node, axis: str, ctx: Context) -> None:
         if not isinstance(operand.meta.get("val"), torch.Tensor):
             return operand
         state, target = state_of(operand, axis), target_of(next(uses), axis, runs_sharded=runs_sharded)
+        if is_view(operand, axis):
+            return _read_view(operand, axis, target, node, ctx)
         if state == target:
             return operand
         if state.startswith("S") and not runs_sharded:
@@ -88,6 +91,22 @@ def _reshard_operands(node: fx.Node, axis: str, ctx: Context) -> None:
 
     node.args = fx.node.map_arg(node.args, convert)
     node.kwargs = fx.node.map_arg(node.kwargs, convert)
+
+
+def _read_view(view: fx.Node, axis: str, target: str, user: fx.Node, ctx: Context) -> fx.Node:
+    """A parameter of which ranks hold parts: read as it is, or gathered and, if that is wanted, split otherwise."""
+    state = state_of(view, axis)
+    if reads_directly(view, axis, target, "contiguous" if axis == "tp" else ctx.order):
+        return view
+    if axis == "tp":
+        text = (
+            f"a parameter {tuple(view.meta['val'].shape)} held as {state} is gathered: {user.target} wants it {target}"
+        )
+        ctx.remarks.add("SPR504", text, user)
+    if target in ("R", "I"):
+        return reshard_to(view, axis, state, target, origin="insert-reshards")
+    whole = reshard_to(view, axis, state, "I", origin="insert-reshards")
+    return reshard_to(whole, axis, "I", target, origin="insert-reshards")
 
 
 def _remark_gather(operand: fx.Node, user: fx.Node, layout: NodeLayout | None, axis: str, ctx: Context) -> None:
@@ -120,6 +139,8 @@ def _may_stay_split(value: fx.Node, axis: str, place: Place, ctx: Context) -> bo
     """Whether an output in parts is what the user gets: rows of the batch, and under "sharded" whole dims over cp."""
     layout = layout_of(value)
     assert layout is not None
+    if is_view(value, axis):
+        return False
     if axis == "dp":
         return place.part == 0
     is_whole_dim = len(leaves(layout.dims[0][place.dim])) == 1

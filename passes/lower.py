@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from spcompile.capture import fake_inputs
+from spcompile.global_view import views
 from spcompile.lowering import Lower, SplitDims
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.reshard import is_reshard
@@ -33,8 +34,8 @@ class LowerToLocal(Pass):
     split_axis: ClassVar[str] = "cp"
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        """Replace the graph by its local form; returns the number of reshards lowered."""
-        count = sum(is_reshard(n) for n in gm.graph.nodes)
+        """Replace the graph by its local form; returns the number of reshards and global views lowered."""
+        count = sum(is_reshard(n) for n in gm.graph.nodes) + len(views(gm.graph, self.split_axis))
         if not count:
             return 0
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -45,10 +46,11 @@ class LowerToLocal(Pass):
         for new, old in zip((n for n in local.graph.nodes if n.op == "placeholder"), placeholders, strict=True):
             new._rename(old.name)
             new.target = new.name
-            new.meta.update({key: old.meta[key] for key in ("trainable", "state", "arrives") if key in old.meta})
+            kept = ("trainable", "state", "parts")
+            new.meta.update({key: old.meta[key] for key in kept if key in old.meta})
             place = state_of(old, split.axis)
             if place != "I":
-                new.meta["arrives"] = {**new.meta.get("arrives", {}), split.axis: "S"}
+                new.meta["parts"] = {**new.meta.get("parts", {}), split.axis: "S"}
         local.graph.eliminate_dead_code()
         for node in local.graph.nodes:
             if node.op == "call_function" and "stack_trace" not in node.meta:

@@ -13,7 +13,8 @@ from typing import ClassVar
 
 import torch.fx as fx
 
-from spcompile.graph import is_getitem, result_number
+from spcompile.global_view import is_view
+from spcompile.graph import is_getitem, operand, result_number
 from spcompile.layout import layout_of, show
 from spcompile.passes.annotate_tensor_parallel import EXAMPLE as _MLP
 from spcompile.passes_api import Context, Pass, Stage
@@ -53,7 +54,7 @@ def passes(user: fx.Node, gather: fx.Node) -> Choice | None:
     """The choice under which `user` runs on the parts that `gather` joins; None if it cannot, or runs split already."""
     layout = layout_of(user)
     place = parse_place(str(gather.args[2]))
-    if user.op != "call_function" or is_reshard(user) or is_getitem(user):
+    if user.op != "call_function" or is_reshard(user) or is_getitem(user) or is_view(operand(gather, 0), "tp"):
         return None
     if layout is None or layout.call is None or place is None or "tp" in layout.choice or layout.call.rule.paired:
         return None

@@ -17,6 +17,7 @@ from spcompile.diagnostics import GraphBreak
 from spcompile.dump import Dump
 from spcompile.dynamo_settings import ignore_library_logging
 from spcompile.emit import Emission, callable_of, emit
+from spcompile.local_inputs import on_local_parts, over_local_parts
 from spcompile.mesh import RuntimeMesh, runtime_mesh
 from spcompile.one_device import recognise
 from spcompile.options import Options
@@ -81,6 +82,8 @@ def plain(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: str) -> C
 def _compile(
     gm: fx.GraphModule, inputs: Sequence[Any], options: Options, mesh: RuntimeMesh, agreement: Agreement
 ) -> Callable[..., Any]:
+    given = inputs
+    gm, inputs = over_local_parts(gm, given)
     dump = Dump(options.dump) if options.dump else None
     history = History(on_snapshot=dump.snapshot if dump else None)
     program = build(gm, inputs, mesh.shape, options, PIPELINE, history)
@@ -88,7 +91,8 @@ def _compile(
         log.info("%s", remark)
     key = f"{agreement.count}{' of random numbers' if program.draws_random_numbers else ''}"
     if not program.is_sharded:
-        return _checked(plain(gm, inputs, options.compiler), key, agreement, program.draws_random_numbers)
+        run = on_local_parts(plain(gm, inputs, options.compiler), given)
+        return _checked(run, key, agreement, program.draws_random_numbers)
     groups = {axis: mesh.group_name(axis) for axis, size in mesh.shape.axes if size > 1}
 
     def agree(phase: str, final: fx.GraphModule) -> None:
@@ -100,7 +104,8 @@ def _compile(
     with autocast_off():
         compiled = emit(emission, options.compiler)
     PROGRAMS.append((program, emission))
-    return _checked(restore_outputs(compiled, program, mesh), key, agreement, program.draws_random_numbers)
+    run = on_local_parts(restore_outputs(compiled, program, mesh), given)
+    return _checked(run, key, agreement, program.draws_random_numbers)
 
 
 PROGRAMS: list[tuple[LocalProgram, Emission]] = []  # all compiles of this process, to look into

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch.fx as fx
 
+from spcompile.global_view import is_view, place_of_view
 from spcompile.index_spaces import Dims, IndexSpaces, OpSpaces
 from spcompile.propagate import Choice, Place, Placements
 
@@ -41,7 +42,10 @@ def show(node: fx.Node, axis: str, state: str) -> None:
 
 
 def annotate(graph: fx.Graph, axis: str, spaces: IndexSpaces, placements: Placements) -> None:
-    """Leave on every node a new layout: its spaces, and on `axis` its choice and places."""
+    """Leave on every node a new layout: its spaces, and on `axis` its choice and places.
+
+    A global view on `axis` is no call to be placed: its result is split as it says.
+    """
     for node in graph.nodes:
         node.meta.pop("layout", None)
         node.meta["sharding"] = {k: v for k, v in node.meta.get("sharding", {}).items() if k != axis}
@@ -51,6 +55,10 @@ def annotate(graph: fx.Graph, axis: str, spaces: IndexSpaces, placements: Placem
 
 def _layout(node: fx.Node, axis: str, spaces: IndexSpaces, placements: Placements) -> NodeLayout:
     dims = spaces.values[node]
+    if is_view(node, axis):
+        held = place_of_view(node)
+        show(node, axis, str(held))
+        return NodeLayout(dims, places={axis: {0: held}})
     layout = NodeLayout(dims, spaces.calls.get(node))
     if node in placements.choices:
         layout.choice[axis] = placements.choices[node]

@@ -14,6 +14,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.global_view import is_view, part_of_view
 from spcompile.graph import operand
 from spcompile.layout import NodeLayout, layout_of
 from spcompile.propagate import Choice, Place, is_prefix, place_of, space_at
@@ -100,6 +101,10 @@ class Lower(fx.Interpreter):
             return super().run_node(n)
         with self._set_current_node(n):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
+            if is_view(n, self.split.axis):
+                return args[0]
+            if is_reshard(n) and is_view(operand(n, 0), self.split.axis):
+                return self.gather_view(args[0], operand(n, 0), str(n.args[3]))
             if is_reshard(n):
                 source = layout_of(operand(n, 0))
                 assert source is not None
@@ -222,6 +227,12 @@ class Lower(fx.Interpreter):
         capacity, length = split.capacity(space), space.find().size
         whole = spx.all_gather(x, dim, capacity, split.axis, split.degree, split.order, to)
         return whole if same(capacity, length) else whole.narrow(dim, 0, length)
+
+    def gather_view(self, x: Tensor, view: fx.Node, to: str) -> Tensor:
+        """S -> R or S -> I of a parameter: its parts are even and contiguous, whatever the order of the sequence."""
+        part = part_of_view(view)
+        length = view.meta["val"].shape[part.dim]
+        return spx.all_gather(x, part.dim, length, part.axis, part.degree, "contiguous", to)
 
     def take(self, x: Tensor, dim: int, space: Space) -> Tensor:
         """I -> S. The space may be shorter than the layout's length."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch.fx as fx
 
 from spcompile.diagnostics import IllegalOption, InvalidGraph
+from spcompile.global_view import states_of_inputs
 from spcompile.graph import copy_graph
 from spcompile.passes_api import Context, Pass, PassReport, Stage, count_changes, op_counts
 from spcompile.printer import format_graph
@@ -91,11 +92,6 @@ def _trainable(gm: fx.GraphModule) -> list[str]:
     return [n.name for n in gm.graph.nodes if n.op == "placeholder" and n.meta.get("trainable")]
 
 
-def _arrivals(gm: fx.GraphModule) -> dict[str, Mapping[str, str]]:
-    """The states of inputs that come in parts."""
-    return {n.name: n.meta["arrives"] for n in gm.graph.nodes if n.op == "placeholder" and "arrives" in n.meta}
-
-
 def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history: History) -> None:
     """Run passes of one stage in order, verifying the graph after each.
 
@@ -115,7 +111,7 @@ def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history
                 stage,
                 ctx.mesh,
                 sharded_outputs=ctx.options.outputs == "sharded",
-                input_states=_arrivals(gm),
+                input_states=states_of_inputs(gm.graph),
                 trainable=_trainable(gm),
             )
         except InvalidGraph as error:

@@ -12,6 +12,7 @@ import torch.fx as fx
 from spcompile.autocast import autocast_off
 from spcompile.capture import capture
 from spcompile.diagnostics import Remarks
+from spcompile.global_view import mark_parts
 from spcompile.graph import copy_graph
 from spcompile.mesh import MeshShape
 from spcompile.options import Options
@@ -82,6 +83,7 @@ def build(
     ctx = Context(mesh, options, Remarks(strict=options.strict))
     history = history or History()
     captured = capture(gm, inputs)
+    mark_parts(captured.graph)
     with autocast_off():
         return _build(captured, inputs, ctx, passes, history)
 

@@ -8,10 +8,12 @@ import torch
 import torch.fx as fx
 
 from spcompile.cut import Use, uses_of
+from spcompile.global_view import part_of_view
 from spcompile.graph import operand
 from spcompile.layout import NodeLayout, layout_of, show
-from spcompile.propagate import Choice, follow_prefix, place_of, sequence_families
+from spcompile.propagate import Choice, follow_prefix, place_of, sequence_families, space_at
 from spcompile.reshard import is_reshard, parse_place, reshard
+from spcompile.sizes import divides, same
 from spcompile.spaces import Space, leaves
 
 
@@ -60,6 +62,20 @@ def target_of(use: Use, axis: str, *, runs_sharded: bool) -> str:
     target = str(use.place) if use.place is not None else "R" if runs_sharded else "I"
     no_gradient = not use.value.meta["val"].is_floating_point()
     return state if use.unread or (state == "I" and target == "R" and no_gradient) else target
+
+
+def reads_directly(view: fx.Node, axis: str, target: str, order: str) -> bool:
+    """Whether the part of a global view that a rank holds is the part it has in state `target` on `axis`.
+
+    A view's parts are even, contiguous and not padded; those of a value whose layout is `order` may be otherwise.
+    """
+    if state_of(view, axis) != target or order != "contiguous":
+        return False
+    layout, place = layout_of(view), parse_place(target)
+    assert layout is not None
+    assert place is not None
+    space = space_at(layout.dims[0], place)
+    return same(space.family().size, space.find().size) and divides(part_of_view(view).degree, space.find().size)
 
 
 def run_sharded(node: fx.Node, axis: str, choice: Choice, *, origin: str) -> None:

@@ -18,6 +18,7 @@ from spcompile.diagnostics import CaptureFailed, GraphBreak, IllegalMesh
 from spcompile.dynamo_settings import ignore_library_logging
 from spcompile.emit import Emission, emit
 from spcompile.graph import copy_graph
+from spcompile.local_inputs import over_local_parts
 from spcompile.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.passes_api import Pass
@@ -114,6 +115,7 @@ def compile_for(
     gm: fx.GraphModule, inputs: Sequence[Any], mesh: MeshShape, options: Options, pipeline: Sequence[Pass]
 ) -> Traced:
     """All stages on a Dynamo graph, inside a Dynamo backend; forward and backward are both made at once."""
+    gm, inputs = over_local_parts(gm, inputs)
     serial = frozenset(p.name for p in itertools.takewhile(lambda p: p.axis is None, pipeline))
     if mesh.world_size == 1:
         pipeline = [p for p in pipeline if p.name in serial]

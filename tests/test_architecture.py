@@ -24,23 +24,24 @@ LAYERS = (
     "passes_api index_spaces attention_specs meta_device plan plan_html",
     # where the axes go
     "propagate verifier",
+    "global_view",
     "layout reshard pipeline",
     "cut lowering dump",
     "resharding tensor_parallel program",
     "one_device",
     # the whole machine
-    "outputs recompute emit",
+    "outputs local_inputs recompute emit weight_plan sharded_modules streamed_init checkpoints materialize",
     "backend example_runs",
     "trace docs",
     "trial bisect",
-    "explain verify",
+    "explain parallelize verify",
     # what a user starts
     "model_spec train_report",
     "train_progress",
     "train",
     "cli",
 )
-SEES_PASSES = {"backend", "explain", "verify", "docs", "cli"}  # the only modules that import spcompile.passes
+SEES_PASSES = {"backend", "explain", "parallelize", "verify", "docs", "cli"}  # modules that import spcompile.passes
 NOT_FOR_PASSES = {"backend", "emit", "cli", "train"}  # what a pass must not know
 
 

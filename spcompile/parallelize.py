@@ -1,0 +1,169 @@
+"""`spcompile.parallelize`: shard a model's parameters in place, then compile it. Imports nothing until it is called."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import os
+
+    import torch.fx as fx
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from spcompile.mesh import MeshShape
+    from spcompile.options import Options
+    from spcompile.program import LocalProgram
+
+log = logging.getLogger(__name__)
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    example_inputs: Mapping[str, Any] | Sequence[Any],
+    *,
+    shard_parameters: str | None = None,
+    initialize: Callable[[], nn.Module] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Shard the parameters of a model over a mesh, in place and under their names, and compile it.
+
+    Every parameter becomes a DTensor on `mesh`: split over `tp` as the compiled program splits it, and over the axis
+    `shard_parameters` wherever a dim divides (ZeRO-3, Rajbhandari et al. 2020: gathered just before use, gradients
+    reduce-scattered). Called by all ranks of the mesh, before optimizers are made.
+
+    model: real weights, equal on all ranks, of which each keeps its parts; or on `meta`, to be made part by part.
+    example_inputs: keyword arguments (a dict) or positional ones of one training step. Not computed with.
+    shard_parameters: None, "cp" or "dp".
+    initialize: for a model on `meta`: builds the same model on real tensors. It runs on all ranks, from the same seed,
+        and no rank ever holds all that it makes. A transformers model needs none: its config says how to build it.
+    checkpoint: for a model on `meta`: a folder of torch.distributed.checkpoint, or safetensors, to read parts from.
+    options: those of the backend, but `mesh`.
+
+    Returns the model, compiled by `model.compile`.
+
+    Raises:
+        SpcompileError: an illegal mesh, option or axis, a model that is parallelized already, one on `meta` that
+            nothing can fill, or what `explain` raises. Before any collective, but for errors in `initialize`.
+    """
+    from pathlib import Path
+
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from spcompile.diagnostics import IllegalMesh
+    from spcompile.materialize import construct, constructor_of, is_on_meta, load, shard_real
+    from spcompile.options import Options
+    from spcompile.trace import mesh_shape
+    from spcompile.weight_plan import weight_plan
+
+    if not isinstance(mesh, DeviceMesh):
+        raise IllegalMesh(f"mesh={mesh!r}", legal="a DeviceMesh with named axes")
+    shape, chosen = mesh_shape(mesh), Options.parse({**options, "mesh": mesh})
+    on_meta = is_on_meta(model)
+    build = initialize or (constructor_of(model) if on_meta else None)
+    _check(model, shape, shard_parameters, on_meta, initialize, checkpoint)
+    _check_source(on_meta, build, checkpoint)
+    split = _split_over_tp(model, example_inputs, shape, chosen) if shape.size("tp") > 1 else {}
+    plan = weight_plan(model, split, dict(shape.axes), shard_parameters)
+    for name, reason in plan.whole.items():
+        log.info("SPR502 every rank of tp holds all of %s: %s", name, reason)
+    if not on_meta:
+        shard_real(model, mesh, plan.parts)
+    elif checkpoint is not None:
+        load(model, mesh, plan.parts, Path(checkpoint), build)
+    else:
+        assert build is not None
+        construct(model, mesh, plan.parts, build)
+    model.compile(backend="spcompile", options={**options, "mesh": mesh})
+    return model
+
+
+def _check(
+    model: nn.Module, shape: MeshShape, axis: str | None, on_meta: bool, initialize: object, checkpoint: object
+) -> None:
+    from torch.distributed.tensor import DTensor
+
+    from spcompile.diagnostics import IllegalModel, IllegalOption
+
+    if axis is not None and (axis not in ("cp", "dp") or axis not in dict(shape.axes)):
+        legal = ", ".join(["None", *(repr(name) for name, _ in shape.axes if name in ("cp", "dp"))])
+        raise IllegalOption(f"shard_parameters={axis!r} on a mesh {shape}", legal=legal)
+    sharded = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
+    if sharded is not None:
+        raise IllegalModel(f"parameter {sharded} is a DTensor already", legal="a model that is not parallelized yet")
+    given = [n for n, value in (("initialize", initialize), ("checkpoint", checkpoint)) if value is not None]
+    if given and not on_meta:
+        raise IllegalOption(
+            f"{given[0]}= for a model with real weights", legal="a model built under torch.device('meta')"
+        )
+
+
+def _check_source(on_meta: bool, build: object, checkpoint: object) -> None:
+    from spcompile.diagnostics import IllegalModel
+
+    if on_meta and build is None and checkpoint is None:
+        raise IllegalModel(
+            "its parameters are on meta, and nothing says what they are",
+            legal="initialize=: a function that builds the same model on real tensors; or checkpoint=",
+        )
+
+
+def _split_over_tp(
+    model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any], shape: MeshShape, options: Options
+) -> dict[str, int | str]:
+    """Parameter name -> the dim that tp splits, or why it splits none. Computes nothing."""
+    from dataclasses import replace
+
+    import torch
+
+    from spcompile.materialize import is_on_meta
+    from spcompile.meta_device import off_meta
+    from spcompile.passes import PIPELINE
+    from spcompile.program import build
+    from spcompile.trace import through_dynamo
+    from spcompile.weight_plan import PLANNED, split_over_tp
+
+    passes = PIPELINE[: [p.name for p in PIPELINE].index(PLANNED) + 1]
+    known = {p.name for p in passes}
+    options = replace(options, passes={name: wish for name, wish in options.passes.items() if name in known})
+    found: dict[str, int | str] = {}
+    if is_on_meta(model):
+        model, example_inputs = _fakes_of(model, example_inputs)
+    names = {id(p): name for name, p in model.named_parameters()}
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        program: LocalProgram = build(*off_meta(gm, inputs), shape, options, passes)
+        for value, split in zip(inputs, split_over_tp(program.gm.graph, shape.size("tp")), strict=True):
+            if id(value) in names:
+                found[names[id(value)]] = split
+
+    with torch.enable_grad():
+        through_dynamo(model, example_inputs, backend)
+    return found
+
+
+def _fakes_of(model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any]) -> tuple[nn.Module, Any]:
+    """Copies of a model on meta and of inputs, all of it fake, on the inputs' device.
+
+    Tracing on meta itself would fail where a model mixes devices, or uses what meta has no kernel for.
+    """
+    import copy
+
+    import torch
+    from torch import nn
+    from torch._subclasses import FakeTensorMode
+
+    given = [x for x in torch.utils._pytree.tree_leaves(example_inputs) if isinstance(x, torch.Tensor)]
+    device = next((x.device for x in given if not x.is_meta), torch.device("cpu"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+
+        def fake(x: torch.Tensor) -> torch.Tensor:
+            return torch.empty_like(x, device=device)
+
+        memo: dict[int, Any] = {id(b): fake(b) for b in model.buffers()}
+        memo |= {id(p): nn.Parameter(fake(p), p.requires_grad) for p in model.parameters()}
+        return copy.deepcopy(model, memo), torch.utils._pytree.tree_map_only(torch.Tensor, fake, example_inputs)

@@ -104,6 +104,12 @@ class CaptureFailed(SpcompileError, RuntimeError):
     code, title = "SP302", "cannot capture"
 
 
+class UnknownFlexAttention(SpcompileError, RuntimeError):
+    """A FlexAttention call whose score_mod or mask_mod means nothing that can be computed on shards."""
+
+    code, title = "SP303", "FlexAttention with unknown mods"
+
+
 class StrictRemark(SpcompileError, RuntimeError):
     """A remark, raised since `strict=True`."""
 

@@ -119,7 +119,7 @@ class _Builder:
         """The output of one spx.attention on [B, N, S, H], [B, G, T, H], [B, G, T, V]."""
         k, v = before_repeat(k), before_repeat(v)
         k, v = (self._same_heads(x, y) for x, y in ((k, v), (v, k)))
-        args = (q, k, v, *(None,) * 5, full_bias(bias, q, k, self), str(mask), scale)
+        args: tuple[Any, ...] = (q, k, v, *(None,) * 5, full_bias(bias, q, k, self), str(mask), scale)
         if more != _More():
             seed = self._seed(q) if more.dropout else None
             args = (*args, None, more.sinks, seed, more.softcap, more.dropout)

@@ -108,5 +108,5 @@ def refuse(node: fx.Node, reason: str) -> None:
         raise UnknownFlexAttention(
             reason,
             where=source_of(node),
-            legal="mods that mean a softcap, ALiBi or a bias; causal, window, prefix, chunk, document and padding masks",
+            legal="mods that mean a softcap, ALiBi or a bias; causal, window, prefix, chunk, document or padding masks",
         )

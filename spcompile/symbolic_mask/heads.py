@@ -86,7 +86,11 @@ def _origins(
     """
     while True:
         try:
-            moved = (node.args[0], indices) if node.target in through else step(node, indices, space)
+            if node.target in through:
+                source: Any = node.args[0]
+                moved: tuple[fx.Node, Indices] | None = (source, indices)
+            else:
+                moved = step(node, indices, space)
         except Unreadable:
             return
         if moved is None:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 import spcompile.attention.op  # noqa: F401  (defines spx::attention)
 from spcompile.attention.mask import AttentionMask
+from spcompile.flex_attention import refuse
 from spcompile.graph import argument, call, erase_dead, operand, replace, shape_of
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.rows_without_keys import with_uniform_rows
@@ -68,6 +69,7 @@ class RecognizeAttention(Pass):
                 for useless in reversed(made):
                     gm.graph.erase_node(useless)
                 if isinstance(stop, Refused):
+                    refuse(node, stop.reason)
                     ctx.remarks.add("SPR202", f"attention at {node.name}: {stop.reason}", stop.node)
             else:
                 rewrites += 1

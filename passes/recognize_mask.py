@@ -25,6 +25,7 @@ import torch.fx as fx
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
+from spcompile.flex_attention import refuse
 from spcompile.graph import argument, call, erase_dead, replace, shape_of
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.rows_without_keys import ABSORBS, with_uniform_rows
@@ -204,6 +205,8 @@ def _remark(ctx: Context, part: Part, why: str, where: fx.Node) -> None:
     is_square = all(size != 1 for size in shape)
     what = "bias" if part.role is Role.ADD else "mask"
     at = where if "stack_trace" in where.meta else part.node
+    if what == "mask":
+        refuse(part.node, f"mask_mod: {why}")
     ctx.remarks.add("SPR201", f"{what} {part.node.name}: {why}", at, strict_error=is_square)
 
 

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from spcompile.autocast import autocast_in, make_explicit
 from spcompile.custom_functions import with_own_gradient
 from spcompile.diagnostics import CaptureFailed, source_of
+from spcompile.flex_attention import without_block_sizes, written_out
 from spcompile.torch_private import FunctionalTensor, FunctionalTensorMode, TracingContext, detect_fake_mode
 
 aten = torch.ops.aten
@@ -30,7 +31,7 @@ _NO_MEANING = (aten._assert_tensor_metadata.default, aten.alias.default)
 class _KeepOrigin(fx.Interpreter):
     """Runs a Dynamo graph so that traced nodes inherit stack_trace and nn_module_stack.
 
-    Opens checkpointed regions and custom autograd functions.
+    Opens checkpointed regions and custom autograd functions, and writes FlexAttention out.
     """
 
     def __init__(self, gm: fx.GraphModule, counter: list[int]) -> None:
@@ -44,6 +45,8 @@ class _KeepOrigin(fx.Interpreter):
             forward, backward, *operands = args
             outputs, saved = _KeepOrigin(forward, self._regions).run(*operands)
             return with_own_gradient(operands, outputs, saved, backward)
+        if target is torch.ops.higher_order.flex_attention:
+            return written_out(*args, **kwargs)
         return super().call_function(target, args, kwargs)
 
     def _checkpointed(self, args: tuple[Any, ...]) -> Any:
@@ -68,7 +71,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     def run(*args: Any) -> Any:
         with FunctionalTensorMode(pre_dispatch=True, export=True, _allow_token_discovery=True):
             wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a for a in args]
-            interpreter = _KeepOrigin(gm, [0])
+            interpreter = _KeepOrigin(without_block_sizes(gm), [0])
             try:
                 outputs = interpreter.run(*wrapped)
             except torch._subclasses.fake_tensor.DataDependentOutputException as error:

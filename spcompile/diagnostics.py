@@ -104,10 +104,16 @@ class CaptureFailed(SpcompileError, RuntimeError):
     code, title = "SP302", "cannot capture"
 
 
+class UnknownFlexAttention(SpcompileError, RuntimeError):
+    """A FlexAttention call whose score_mod or mask_mod means nothing that can be computed on shards."""
+
+    code, title = "SP303", "FlexAttention with unknown mods"
+
+
 class BatchNotSplit(SpcompileError, RuntimeError):
     """The rows of the batch cannot be told apart, so that ranks of dp could not each compute their own."""
 
-    code, title = "SP303", "the batch cannot be split over dp"
+    code, title = "SP304", "the batch cannot be split over dp"
 
 
 class StrictRemark(SpcompileError, RuntimeError):

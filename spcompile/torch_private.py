@@ -17,6 +17,13 @@ from torch._dynamo.exc import RestartAnalysis
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
+# torch 2.13: torch/_functorch/predispatch.py. What a traced vmap leaves besides its operations.
+from torch._functorch.predispatch import (
+    _vmap_decrement_nesting,
+    _vmap_increment_nesting,
+    lazy_load_decompositions,
+)
+
 # torch 2.13: torch/_guards.py. The context that Dynamo holds while a backend runs.
 from torch._guards import TracingContext, detect_fake_mode
 
@@ -39,7 +46,10 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.distributed_c10d import GroupName
 
+VMAP_SWITCHES = (_vmap_increment_nesting, _vmap_decrement_nesting, lazy_load_decompositions)
+
 __all__ = [
+    "VMAP_SWITCHES",
     "CustomGraphPass",
     "FunctionalTensor",
     "FunctionalTensorMode",

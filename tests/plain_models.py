@@ -199,3 +199,58 @@ def labelled_at(number: int, *, places: tuple[tuple[int, int], ...], length: int
     for row, position in places:
         answers[row, position] = (row + position) % VOCAB
     return {"words": ids(number, length, batch), "answers": answers}
+
+
+class Scored(nn.Module):
+    """Written-out attention with a softcap, a window, ALiBi in the first layer and learned sinks in the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        self.qkv = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(2))
+        self.sinks = nn.Parameter(torch.linspace(-1, 2, HEADS))
+        self.head = nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, stuff: Tensor, goal: Tensor) -> Tensor:
+        x = self.embedding(stuff)
+        at = torch.arange(stuff.shape[1])
+        distance = at - at[:, None]
+        for number, layer in enumerate(self.qkv):
+            q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in layer(x).chunk(3, -1))
+            scores = q @ k.mT / math.sqrt(WIDTH // HEADS)
+            if number == 0:
+                slopes = 2.0 ** -torch.arange(1, HEADS + 1, dtype=x.dtype)
+                scores = (scores + slopes[:, None, None] * distance).masked_fill(distance > 0, -math.inf)
+                y = scores.softmax(-1) @ v
+            else:
+                scores = (3 * torch.tanh(scores / 3)).masked_fill((distance > 0) | (distance <= -6), -math.inf)
+                sinks = self.sinks.view(1, -1, 1, 1).expand(x.shape[0], -1, x.shape[1], 1)
+                y = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ v
+            x = x + y.transpose(1, 2).flatten(2)
+        return F.cross_entropy(self.head(x).flatten(0, 1), goal.flatten())
+
+
+class Translator(nn.Module):
+    """An encoder over one length, a decoder over another that reads it by cross-attention with a padding mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        self.encode, self.decode = SelfAttention(causal=False), SelfAttention()
+        self.q, self.kv = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, source: Tensor, lengths: Tensor, target: Tensor) -> Tensor:
+        keep = (torch.arange(source.shape[1]) < lengths[:, None])[:, None, None, :]
+        memory = self.embedding(source)
+        memory = memory + self.encode(memory, keep)
+        x = self.embedding(target)
+        x = x + self.decode(x)
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (self.q(x), *self.kv(memory).chunk(2, -1)))
+        scores = (q @ k.mT / math.sqrt(WIDTH // HEADS)).masked_fill(~keep, torch.finfo(x.dtype).min)
+        y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return F.cross_entropy(self.head(x + y)[:, :-1].flatten(0, 1), target[:, 1:].flatten())
+
+
+def translated(number: int) -> dict[str, Any]:
+    return {"source": ids(number, 11), "lengths": torch.tensor([11, 4]), "target": ids(number + 100, 16)}

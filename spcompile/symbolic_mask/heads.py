@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from spcompile.graph import operand
 from spcompile.symbolic_mask.values import Int, Unreadable
 from spcompile.symbolic_mask.views import IndexSpace, Indices, sizes_of, step
 
@@ -87,7 +86,11 @@ def _origins(
     """
     while True:
         try:
-            moved = (operand(node, 0), indices) if node.target in through else step(node, indices, space)
+            if node.target in through:
+                source: Any = node.args[0]
+                moved: tuple[fx.Node, Indices] | None = (source, indices)
+            else:
+                moved = step(node, indices, space)
         except Unreadable:
             return
         if moved is None:

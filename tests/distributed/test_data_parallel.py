@@ -116,7 +116,7 @@ def one_row_a_rank() -> str:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
     model: Any = models.build("gpt-tiny")
     model.compile(backend="spcompile", options={"mesh": mesh, "compiler": "eager"})
-    with pytest.raises(Exception, match="SP303") as caught:
+    with pytest.raises(Exception, match="SP304") as caught:
         model(**batch(1, 8))
     return str(caught.value)
 

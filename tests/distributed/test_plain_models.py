@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import plain_models as pm
@@ -19,6 +20,15 @@ MODELS = {
     "mean pooled": Case(pm.MeanPooled, pm.mean_pooled),
     "first token": Case(pm.FirstToken, pm.first_token),
 }
+
+
+@pytest.mark.parametrize("attention", ["ring", "ulysses"])
+@pytest.mark.parametrize(
+    "case", [Case(pm.Scored, pm.sequence_first), Case(pm.Translator, pm.translated)], ids=["scores", "cross"]
+)
+def test_scores_and_cross_attention(worker_pool: PoolOf, case: Case, attention: str) -> None:
+    outcomes = assert_same(worker_pool(2), replace(case, options={"attention": attention}))
+    assert not {"SPR101", "SPR201", "SPR202"} & set(outcomes[0].remarks)
 
 
 @pytest.mark.parametrize("name", MODELS)

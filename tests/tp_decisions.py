@@ -90,7 +90,8 @@ def kinds_of(weight: fx.Node) -> set[str]:
         if choice is None or place is None:
             found.add("whole")
         elif choice.factor in rule.reductions:
-            found.add("rowwise" if all(x.meta["val"].is_floating_point() for x in operands) else "vocabulary")
+            others = [x for x in operands if x is not weight and x.meta["val"].is_floating_point()]
+            found.add("rowwise" if others else "vocabulary")
         else:
             found.add("colwise" if rule.reductions else "part")
     return found

@@ -15,12 +15,14 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.graph import argument, call, is_getitem, is_tensor, replace, shape_of
+from spcompile.graph import argument, call, is_getitem, is_tensor, operand, replace, shape_of
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.sizes import same
 
 aten = torch.ops.aten
+_PRODUCTS = ("aten::mm", "aten::matmul", "aten::bmm", "aten::_grouped_mm", "transformers::grouped_mm_fallback")
 _CHUNKS = (aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default)
+_MOVES = (aten.transpose.int, aten.permute.default, aten.t.default, aten._to_copy.default, aten.to.dtype)
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,26 @@ def _range(node: fx.Node) -> tuple[int, int]:
 
 def _comes_from_product(x: fx.Node) -> bool:
     """Whether the last dim of `x` is that of a weight, up to additions and changes of leading dims."""
-    if x.target in (aten.linear.default, aten.mm.default, aten.matmul.default):
+    if x.target is aten.linear.default:
         return len(shape_of(x.args[1])) == 2  # type: ignore[arg-type]
+    if _is_product(x):
+        rank = len(shape_of(x.args[1]))  # type: ignore[arg-type]
+        return rank == 2 or (rank > 2 and _is_weight(x.args[1]))  # type: ignore[arg-type]
     if x.target is aten.add.Tensor and not x.kwargs:
         return any(is_tensor(a) and _comes_from_product(a) for a in x.args if isinstance(a, fx.Node))
     return _keeps_last_dim(x) and _comes_from_product(x.args[0])  # type: ignore[arg-type]
+
+
+def _is_product(x: fx.Node) -> bool:
+    schema = getattr(x.target, "_schema", None)
+    return schema is not None and schema.name in _PRODUCTS and len(x.args) > 1
+
+
+def _is_weight(x: fx.Node) -> bool:
+    """Whether a value is a parameter, maybe cast or with its dims in another order: cutting it costs nothing new."""
+    while x.op == "call_function" and x.target in _MOVES:
+        x = operand(x, 0)
+    return x.op == "placeholder"
 
 
 def _keeps_last_dim(x: fx.Node) -> bool:
@@ -124,9 +141,10 @@ def _part(x: fx.Node, start: int, stop: int, *, like: fx.Node) -> fx.Node:
     if x.target is aten.linear.default:
         weight = call(graph, aten.slice.Tensor, (x.args[1], 0, start, stop), like=like)
         return call(graph, aten.linear.default, (x.args[0], weight), like=like)
-    if x.target in (aten.mm.default, aten.matmul.default):
-        weight = call(graph, aten.slice.Tensor, (x.args[1], 1, start, stop), like=like)
-        return call(graph, x.target, (x.args[0], weight), like=like)
+    if _is_product(x):
+        last = len(shape_of(x.args[1])) - 1  # type: ignore[arg-type]
+        weight = call(graph, aten.slice.Tensor, (x.args[1], last, start, stop), like=like)
+        return call(graph, x.target, (x.args[0], weight, *x.args[2:]), x.kwargs, like=like)
     if x.target is aten.add.Tensor:
         return call(graph, aten.add.Tensor, tuple(_part_of_term(a, start, stop, like) for a in x.args), like=like)
     if x.target is aten.reshape.default:

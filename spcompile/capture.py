@@ -6,6 +6,7 @@ node each, with the user's source line. Mutations are functionalised, so every l
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from spcompile.autocast import autocast_in, make_explicit
 from spcompile.custom_functions import with_own_gradient
 from spcompile.diagnostics import CaptureFailed, source_of
 from spcompile.flex_attention import without_block_sizes, written_out
+from spcompile.sizes import same
 from spcompile.torch_private import FunctionalTensor, FunctionalTensorMode, TracingContext, detect_fake_mode
 
 aten = torch.ops.aten
@@ -154,6 +156,10 @@ def normalise(gm: fx.GraphModule) -> None:
             continue
         if node.target in _RESHAPES:
             node.target = aten.reshape.default
+        elif node.target is aten.copy.default and not _is_output(node):
+            _replace_copy(node)
+        elif node.target is aten.type_as.default:
+            node.target, node.args = aten.to.dtype, (node.args[0], node.meta["val"].dtype)
         elif node.target in _NO_MEANING or (node.target is aten.clone.default and not _is_output(node)):
             if node.args and node.users:
                 node.replace_all_uses_with(node.args[0])
@@ -177,6 +183,22 @@ def _fold_constant(gm: fx.GraphModule, node: fx.Node) -> None:
     full.meta = dict(node.meta)
     node.replace_all_uses_with(full)
     gm.graph.erase_node(node)
+
+
+def _replace_copy(node: fx.Node) -> None:
+    """copy(x, y), what is left of `x.copy_(y)`, is y in the dtype and shape of x. As it stands it has no derivative."""
+    target, value = node.args[:2]
+    assert isinstance(value, fx.Node)
+    with node.graph.inserting_before(node):
+        if value.meta["val"].dtype != node.meta["val"].dtype:
+            example = value.meta["val"].to(node.meta["val"].dtype)
+            value = node.graph.call_function(aten.to.dtype, (value, example.dtype))
+            value.meta = {**node.meta, "val": example}
+        if not all(same(a, b) for a, b in zip_longest(value.meta["val"].shape, node.meta["val"].shape, fillvalue=0)):
+            value = node.graph.call_function(aten.expand_as.default, (value, target))
+            value.meta = dict(node.meta)
+    node.replace_all_uses_with(value)
+    node.graph.erase_node(node)
 
 
 def _is_output(node: fx.Node) -> bool:

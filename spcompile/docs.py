@@ -86,7 +86,9 @@ def ops_markdown() -> str:
     return "\n".join([*head, *sections])
 
 
-def _op_name(op: torch._ops.OpOverload) -> str:
+def _op_name(op: torch._ops.OpOverload | str) -> str:
+    if isinstance(op, str):
+        return op.replace("::", ".").removeprefix("aten.")
     name = op._schema.name.replace("::", ".").removeprefix("aten.")
     return name if op._overloadname == "default" else f"{name}.{op._overloadname}"
 

@@ -5,8 +5,8 @@ and contracted by a later one needs no communication in between: that is Megatro
 pair (Shoeybi et al. 2019). Three kinds of spaces are taken, in this order:
 
     heads        the key/value groups of every attention, or the query heads of a group where those are too few
-    hidden       a space that some product contracts, if nothing but products sums over it and nobody needs it whole;
-                 those that cost the least communication per weight first
+    hidden       a space that some product contracts, if nothing but products sums over it and nobody makes it or needs
+                 it whole; those that cost the least communication per weight first
     vocabulary   the free space of a product that is wider than what it contracts, and the rows of a lookup table
 
 The residual stream is never taken: norms sum over it.
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch.fx as fx
 
 from spcompile.cut import bytes_of
-from spcompile.graph import is_getitem
+from spcompile.graph import is_getitem, operand
 from spcompile.index_spaces import IndexSpaces, OpSpaces
 from spcompile.propagate import Choice, Placements, leaves_sums, place_of, propagate, sequence_families
 from spcompile.rules.base import tensor_operands, tensor_results
@@ -201,7 +201,11 @@ class _Search:
         return found
 
     def _fits(self, region: Placements, may_gather: bool) -> bool:
-        """Whether only products with weights sum over the space, and whether nobody needs it whole."""
+        """Whether only products with weights sum over the space, and whether nobody makes it or needs it whole.
+
+        A value that is made whole is split along the sequence behind its norm: to split its features instead, it would
+        have to be gathered first.
+        """
         for node, choice in region.choices.items():
             call = self.spaces.calls[node]
             if leaves_sums(call, choice) and not self._sums_with_weight(node, call, choice):
@@ -209,6 +213,8 @@ class _Search:
         if may_gather:
             return True
         for value, _ in region.places:
+            if value not in self.weights and (operand(value, 0) if is_getitem(value) else value) not in region.choices:
+                return False
             for user in value.users:
                 reads = not is_getitem(user) and user.op != "output"
                 if reads and user not in region.choices and value not in self.weights:
@@ -230,7 +236,7 @@ class _Search:
             for x, dims in zip(tensor_operands(node), call.rule.operands, strict=True):
                 split = place_of(dims, call, choice) is not None
                 if x in self.weights:
-                    weight += numel_hint(x.meta["val"]) if split else 0
+                    weight += numel_hint(x.meta["val"]) if split and node not in self.weights else 0
                 elif not split and x.meta["val"].is_floating_point():
                     read_whole.add(x)
         return (moved + sum(map(bytes_of, read_whole))) / weight

@@ -83,7 +83,7 @@ def through_dynamo(model: nn.Module, example_inputs: Inputs, backend: Backend) -
                 raise GraphBreak("Dynamo made a second graph of it", legal="a model that traces with fullgraph=True")
             run = backend(gm, inputs)
         except RestartAnalysis:
-            raise
+            raise  # not a failure: Dynamo traces once more, with a number that it took for a symbol
         except Exception as error:
             failures.append(error)
         graphs.append(gm)

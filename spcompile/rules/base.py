@@ -109,7 +109,10 @@ _REGISTRY: dict[Any, Rule] = {}
 
 
 def register(*ops: Any) -> Callable[[Rule], Rule]:
-    """Declare the rule of some OpOverloads. Two rules for one op are an error."""
+    """Declare the rule of some OpOverloads. Two rules for one op are an error.
+
+    A string "namespace::name" stands for all overloads of an op of a library that need not be installed.
+    """
 
     def add(rule: Rule) -> Rule:
         for op in ops:
@@ -123,13 +126,14 @@ def register(*ops: Any) -> Callable[[Rule], Rule]:
 
 def rule_of(node: fx.Node) -> OpRule | None:
     """The rule of this call; None where there is none, or where this form of the call has none."""
-    rule = _REGISTRY.get(node.target)
+    schema = getattr(node.target, "_schema", None)
+    rule = _REGISTRY.get(node.target) or _REGISTRY.get(schema.name if schema is not None else None)
     return rule(node) if rule is not None else None
 
 
 def registered_ops() -> list[Any]:
-    """All ops that have a rule."""
-    return list(_REGISTRY)
+    """All ops that have a rule of their own."""
+    return [op for op in _REGISTRY if not isinstance(op, str)]
 
 
 def registered_rules() -> Mapping[Any, Rule]:

@@ -18,6 +18,7 @@ from spcompile.dump import Dump
 from spcompile.dynamo_settings import ignore_library_logging
 from spcompile.emit import Emission, callable_of, emit
 from spcompile.mesh import RuntimeMesh, runtime_mesh
+from spcompile.module_buffer import watched
 from spcompile.one_device import recognise
 from spcompile.options import Options
 from spcompile.outputs import restore_outputs
@@ -68,7 +69,7 @@ def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Calla
     with autocast_off():
         compiled = emit(emission, options.compiler)
     PROGRAMS.append((program, emission))
-    return compiled
+    return watched(compiled, program.captured.graph, inputs)
 
 
 def plain(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: str) -> Callable[..., Any]:
@@ -100,7 +101,8 @@ def _compile(
     with autocast_off():
         compiled = emit(emission, options.compiler)
     PROGRAMS.append((program, emission))
-    return _checked(restore_outputs(compiled, program, mesh), key, agreement, program.draws_random_numbers)
+    run = watched(restore_outputs(compiled, program, mesh), program.captured.graph, inputs)
+    return _checked(run, key, agreement, program.draws_random_numbers)
 
 
 PROGRAMS: list[tuple[LocalProgram, Emission]] = []  # all compiles of this process, to look into

@@ -19,6 +19,7 @@ from spcompile.autocast import autocast_in, make_explicit
 from spcompile.custom_functions import with_own_gradient
 from spcompile.diagnostics import CaptureFailed, source_of
 from spcompile.flex_attention import without_block_sizes, written_out
+from spcompile.module_buffer import KEY, ModuleBuffer
 from spcompile.torch_private import FunctionalTensor, FunctionalTensorMode, TracingContext, detect_fake_mode
 
 aten = torch.ops.aten
@@ -129,11 +130,21 @@ def _name_placeholders(captured: fx.GraphModule, original: fx.GraphModule, input
     nodes = [n for n in captured.graph.nodes if n.op == "placeholder"]
     for node, source, given in zip(nodes, names, inputs, strict=True):
         node.meta["trainable"] = isinstance(given, torch.Tensor) and given.requires_grad
+        if _is_module_buffer(source, given):
+            node.meta[KEY] = ModuleBuffer(given)
         node._rename(source.name)
         node.target = node.name
         for key in ("grapharg", "tensor_dict"):
             if key in source.meta:
                 node.meta[key] = source.meta[key]
+
+
+def _is_module_buffer(placeholder: fx.Node, given: Any) -> bool:
+    """Whether this input is a bool tensor that the model holds; what a caller passes may be another at every call."""
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    kind = getattr(source, "guard_source", None)
+    is_of_module = kind is not None and (kind.is_unspecialized_nn_module() or kind.is_specialized_nn_module())
+    return is_of_module and type(given) is torch.Tensor and given.dtype == torch.bool
 
 
 def normalise(gm: fx.GraphModule) -> None:

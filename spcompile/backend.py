@@ -19,6 +19,7 @@ from spcompile.dynamo_settings import ignore_library_logging
 from spcompile.emit import Emission, callable_of, emit
 from spcompile.local_inputs import on_local_parts, over_local_parts
 from spcompile.mesh import RuntimeMesh, runtime_mesh
+from spcompile.module_buffer import watched
 from spcompile.one_device import recognise
 from spcompile.options import Options
 from spcompile.outputs import restore_outputs
@@ -69,7 +70,7 @@ def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Calla
     with autocast_off():
         compiled = emit(emission, options.compiler)
     PROGRAMS.append((program, emission))
-    return compiled
+    return watched(compiled, program.captured.graph, inputs)
 
 
 def plain(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: str) -> Callable[..., Any]:
@@ -104,7 +105,8 @@ def _compile(
     with autocast_off():
         compiled = emit(emission, options.compiler)
     PROGRAMS.append((program, emission))
-    run = on_local_parts(restore_outputs(compiled, program, mesh), given)
+    whole = restore_outputs(compiled, program, mesh)
+    run = watched(on_local_parts(whole, given), program.captured.graph, inputs)
     return _checked(run, key, agreement, program.draws_random_numbers)
 
 

@@ -6,8 +6,8 @@ node each, with the user's source line. Mutations are functionalised, so every l
 
 from __future__ import annotations
 
-from itertools import zip_longest
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from spcompile.autocast import autocast_in, make_explicit
 from spcompile.custom_functions import with_own_gradient
 from spcompile.diagnostics import CaptureFailed, source_of
 from spcompile.flex_attention import without_block_sizes, written_out
+from spcompile.module_buffer import KEY, ModuleBuffer
 from spcompile.sizes import same
 from spcompile.torch_private import FunctionalTensor, FunctionalTensorMode, TracingContext, detect_fake_mode
 
@@ -132,6 +133,8 @@ def _name_placeholders(captured: fx.GraphModule, original: fx.GraphModule, input
     for node, source, given in zip(nodes, names, inputs, strict=True):
         node.meta["trainable"] = isinstance(given, torch.Tensor) and given.requires_grad
         node.meta["state"] = _is_state(source)
+        if node.meta["state"] and type(given) is torch.Tensor and given.dtype == torch.bool:
+            node.meta[KEY] = ModuleBuffer(given)
         node._rename(source.name)
         node.target = node.name
         for key in ("grapharg", "tensor_dict"):
@@ -140,9 +143,10 @@ def _name_placeholders(captured: fx.GraphModule, original: fx.GraphModule, input
 
 
 def _is_state(placeholder: fx.Node) -> bool:
-    """Whether Dynamo read this input from a module: a parameter or a buffer."""
+    """Whether Dynamo read this input from a module: what a caller passes may be another at every call."""
     source = getattr(placeholder.meta.get("grapharg"), "source", None)
-    return source is not None and "NN_MODULE" in source.guard_source.name
+    kind = getattr(source, "guard_source", None)
+    return kind is not None and (kind.is_unspecialized_nn_module() or kind.is_specialized_nn_module())
 
 
 def normalise(gm: fx.GraphModule) -> None:

@@ -128,6 +128,12 @@ class NotComputed(SpcompileError, RuntimeError):
     code, title = "SP402", "output not computed"
 
 
+class ChangedBuffer(SpcompileError, RuntimeError):
+    """A buffer that holds a mask was written to after the model was compiled; torch.compiler.reset() compiles anew."""
+
+    code, title = "SP403", "a buffer changed"
+
+
 class InvalidGraph(SpcompileError, AssertionError):
     """The verifier found a graph that breaks a law: always a bug of spcompile or of a custom pass."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import spcompile.one_device
 from spcompile.backend import PROGRAMS
+from spcompile.diagnostics import ChangedBuffer
 from spcompile.program import LocalProgram
 
 LENGTH = 12
@@ -180,3 +181,41 @@ def test_a_hugging_face_model_with_padding() -> None:
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
     for a, b in zip(other.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+class Buffered(torch.nn.Module):
+    """Keeps its mask, as many older models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = torch.nn.Buffer(torch.ones(1, 1, 20, 20, dtype=torch.bool).tril().triu(-3), persistent=False)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        lowest = torch.tensor(torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device)
+        keep = self.mask[:, :, k.shape[2] - q.shape[2] : k.shape[2], : k.shape[2]]
+        return torch.where(keep, q @ k.mT, lowest).softmax(-1) @ v
+
+
+def test_a_mask_in_a_buffer_is_read_and_watched() -> None:
+    model = Buffered()
+    run, (program,) = compiled(model, qkv())
+    assert not squares(program)
+    (node,) = program.gm.graph.find_nodes(op="call_function", target=torch.ops.spx.attention.default)
+    assert node.args[9] == "causal window=4"
+    check(model, run, qkv())
+    model.mask.copy_(model.mask.clone())
+    check(model, run, qkv())
+    model.mask[..., 3, 0] = False
+    with pytest.raises(ChangedBuffer, match="SP403"):
+        run(*qkv())
+    with torch.no_grad():
+        model.mask.copy_(torch.ones_like(model.mask).tril().triu(-3))
+    check(model, run, qkv())
+
+
+def test_a_buffer_that_is_no_band_stays_data() -> None:
+    model = Buffered()
+    model.mask[..., 5, 3] = False
+    run, programs = compiled(model, qkv())
+    assert not programs
+    check(model, run, qkv())

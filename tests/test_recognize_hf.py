@@ -71,6 +71,15 @@ def gptj_with_dropout() -> nn.Module:
     return gptj(0.3)
 
 
+def gpt_neo() -> nn.Module:
+    import transformers as T
+
+    kinds = {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW, "max_position_embeddings": 64}
+    off = {"resid_dropout": 0.0, "embed_dropout": 0.0, "attention_dropout": 0.0}
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4}
+    return T.GPTNeoForCausalLM(T.GPTNeoConfig(**sizes, **kinds, **off, **COMMON, attn_implementation="eager"))
+
+
 def batch(kind: str) -> dict[str, Any]:
     ids = torch.randint(1, VOCAB, (2, LENGTH))
     keep = torch.ones_like(ids)
@@ -94,6 +103,7 @@ CASES: list[tuple[Callable[[], nn.Module], str, str, list[str]]] = [
     (bloom, "left padding", "ulysses", ["causal key_padding"]),
     (mpt, "plain", "ulysses", ["causal"]),
     (mpt, "right padding", "ring", ["causal key_padding"]),
+    (gpt_neo, "plain", "ring", ALTERNATING),
     (gptj, "plain", "ring", ["causal"]),
     (gptj, "left padding", "ulysses", ["causal key_padding"]),
     (gptj_with_dropout, "right padding", "ring", ["causal key_padding"]),

@@ -309,7 +309,11 @@ def _peel(node: fx.Node, factor: float, found: EagerAttention) -> None:
 
 def _number(arg: Any, node: fx.Node) -> float:
     """A number, or a tensor that holds one number."""
-    while is_tensor(arg) and arg.target in _CASTS | {aten.lift_fresh_copy.default, aten.expand.default}:
+    while is_tensor(arg) and arg.target in _CASTS | {
+        aten.lift_fresh_copy.default,
+        aten.expand.default,
+        aten.detach.default,
+    }:
         arg = arg.args[0]
     if _is_number(arg):
         return float(arg)

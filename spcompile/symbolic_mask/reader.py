@@ -15,10 +15,12 @@ import torch.fx as fx
 from sympy.core.symbol import Str
 
 from spcompile.graph import is_tensor
+from spcompile.module_buffer import KEY, Band
 from spcompile.symbolic_mask.values import (
     Element,
     Unreadable,
     Value,
+    at_least_zero,
     lift,
     size,
     to_condition,
@@ -82,6 +84,8 @@ class Reader:
         moved = step(node, indices, self.space)
         if moved is not None:
             return self.element(*moved)
+        if KEY in node.meta and (band := node.meta[KEY].read()) is not None:
+            return _inside(band, indices)
         read = _READERS.get(node.target) if node.op == "call_function" else None
         if read is None:
             return _constant_attribute(node) if node.op == "get_attr" else stop(node)
@@ -107,6 +111,14 @@ def _broadcast(node: fx.Node, indices: Indices) -> Indices:
     sizes = sizes_of(node)
     kept = indices[len(indices) - len(sizes) :]
     return tuple(sympy.Integer(0) if size == 1 else i for size, i in zip(sizes, kept, strict=True))
+
+
+def _inside(band: Band, indices: Indices) -> Value:
+    """The condition that an element of a buffer means."""
+    q, k = indices[-2:]
+    bounds = [at_least_zero(q - k + band.ahead)] if band.ahead is not None else []
+    bounds += [at_least_zero(k - q + band.behind)] if band.behind is not None else []
+    return sympy.And(*bounds)
 
 
 def _constant_attribute(node: fx.Node) -> Value:

@@ -174,5 +174,14 @@ def refused() -> list[str]:
 
 def test_errors_say_what_is_legal(worker_pool: PoolOf) -> None:
     (texts,) = worker_pool(1).run(refused)
-    wanted = ["'dp'", "'tp'", "DeviceMesh", "attention", "DTensor already", "initialize=", "meta", "builds the same model"]
+    wanted = [
+        "'dp'",
+        "'tp'",
+        "DeviceMesh",
+        "attention",
+        "DTensor already",
+        "initialize=",
+        "meta",
+        "builds the same model",
+    ]
     assert all(word in text for word, text in zip(wanted, texts, strict=True)), texts

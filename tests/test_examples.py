@@ -114,7 +114,7 @@ def test_the_count_is_honest(p: Pass) -> None:
     """No rewrite, no change but in the placements that annotation shows."""
 
     def ops(text: str) -> str:
-        return re.sub(r" (cp|tp)=[^\"]*", "", text)
+        return re.sub(r" (cp|dp|tp)=[^\"]*", "", text)
 
     for step in run(p).steps:
         assert (step.rewrites == 0) == (ops(step.before_text) == ops(step.after_text))

@@ -376,7 +376,7 @@ def test_what_cannot_be_read_stays_dense(name: str) -> None:
     assert bool(found.remarks.rows) == ("bias" in expected[0])
 
 
-def test_a_mask_in_a_buffer_is_data() -> None:
+def test_a_mask_in_a_buffer_is_read() -> None:
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -386,9 +386,7 @@ def test_a_mask_in_a_buffer_is_data() -> None:
             return attend(q, k, v, self.mask[:LENGTH, :LENGTH])  # type: ignore[index]
 
     found = rewrite(Model(), qkv())
-    assert found.masks == ["full + bias"]
-    assert found.codes == ["SPR201"]
-    assert found.remarks.rows[0].where is not None
+    assert found.masks == ["causal"]
 
 
 def test_vectors_that_cannot_be_written_leave_no_trace() -> None:

@@ -66,7 +66,8 @@ def install(module: nn.Module, new: Mapping[str, nn.Parameter], parts: Mapping[s
     for name, parameter in new.items():
         module._parameters[name] = parameter
     if new:
-        module.__class__ = _subclass(type(module), tuple((name, parts[name]) for name in new))
+        base: Any = type(module)
+        module.__class__ = _subclass(base, tuple((name, parts[name]) for name in new))
 
 
 @functools.cache

@@ -27,7 +27,8 @@ LAYERS = (
     "cut lowering program dump",
     "resharding tensor_parallel",
     # the whole machine
-    "outputs local_inputs recompute emit weight_plan sharded_modules streamed_init checkpoints materialize",
+    "outputs local_inputs recompute emit",
+    "weight_plan sharded_modules streamed_init checkpoints materialize",
     "backend example_runs",
     "trace docs",
     "trial bisect",
@@ -39,13 +40,6 @@ LAYERS = (
     "cli",
 )
 SEES_PASSES = {"backend", "explain", "parallelize", "verify", "docs", "cli"}  # modules that import spcompile.passes
-    "backend",
-    "explain",
-    "parallelize",
-    "verify",
-    "docs",
-    "cli",
-}  # import spcompile.passes
 NOT_FOR_PASSES = {"backend", "emit", "cli", "train"}  # what a pass must not know
 
 

@@ -89,10 +89,11 @@ def compare(case: Training) -> tuple[dict[str, float], dict[str, tuple[int, ...]
 
 
 def assert_trains(pool: WorkerPool, case: Training, tolerance: float = EXACT) -> dict[str, tuple[int, ...]]:
-    for rank, (errors, shapes) in enumerate(pool.run(compare, case)):
+    outcomes = pool.run(compare, case)
+    for rank, (errors, _) in enumerate(outcomes):
         bad = {name: e for name, e in errors.items() if not e <= tolerance}
         assert not bad, f"rank {rank}: {len(bad)} of {len(errors)} differ, as {dict(list(bad.items())[:6])}"
-    return shapes
+    return outcomes[0][1]
 
 
 MESHES = {
@@ -197,7 +198,9 @@ def check_filled(pool: WorkerPool, case: OnMeta, loss: float = EXACT) -> list[di
 @pytest.mark.parametrize("model", ["llama-tiny", "gpt-tiny"])
 def test_a_model_on_meta_is_made_as_the_plain_model_is(worker_pool: PoolOf, model: str, mesh: str) -> None:
     degrees, axis = MESHES[mesh]
-    check_filled(worker_pool(4 if len(degrees) == 2 else 2), OnMeta(partial(models.build, model), tokens, degrees, axis))
+    check_filled(
+        worker_pool(4 if len(degrees) == 2 else 2), OnMeta(partial(models.build, model), tokens, degrees, axis)
+    )
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2"])

@@ -55,7 +55,9 @@ def save_and_load(build: Callable[[], nn.Module], folder: str) -> dict[str, floa
         plain_optimizer, optimizer = (torch.optim.AdamW(m.parameters(), **ADAMW) for m in (plain, first))
         steps(plain, plain_optimizer, range(1))
         steps(first, optimizer, range(1))
-        dcp.save({"model": first.state_dict(), "optim": get_optimizer_state_dict(first, optimizer)}, checkpoint_id=folder)
+        dcp.save(
+            {"model": first.state_dict(), "optim": get_optimizer_state_dict(first, optimizer)}, checkpoint_id=folder
+        )
 
         torch.manual_seed(6)
         second, third = parallelized(build(), {"cp": 2}, "cp"), build()

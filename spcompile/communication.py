@@ -45,7 +45,7 @@ class Row:
 
     bytes: sent by each rank in all `count` of them together. layer: module path, `*` for any layer number.
     origin: "attention" (a ring), "activation", "activation again" (one that is not saved, recomputed in the backward),
-    "parameter gradient".
+    "parameter" (a sharded one, gathered for its use), "parameter gradient".
     """
 
     op: str
@@ -61,7 +61,8 @@ class Row:
 def communication(phase: str, gm: fx.GraphModule, mesh: MeshShape, trained: Sequence[bool]) -> list[Row]:
     """The rows of a final graph, in order of first use.
 
-    trained: for every output of a backward graph, whether it is the gradient of a parameter.
+    trained: for every input of the program, and so for every output of a backward graph, whether it is a parameter, or
+        the gradient of one.
     """
     gradients = _gradients_of_parameters(gm.graph, trained) if phase == "backward" else set()
     found: dict[tuple[Any, ...], tuple[int, sympy.Expr]] = {}
@@ -70,17 +71,31 @@ def communication(phase: str, gm: fx.GraphModule, mesh: MeshShape, trained: Sequ
         if sent is None:
             continue
         op, axis, amount = sent
-        origin = "parameter gradient" if node in gradients else _origin(node, phase)
+        origin = "parameter gradient" if node in gradients else _origin(node, phase, trained)
         key = (op, axis, phase, layer_of(node), source_of(node), origin)
         count, total = found.get(key, (0, sympy.Integer(0)))
         found[key] = (count + 1, total + amount)
     return [Row(op, axis, phase, n, b, layer, src, why) for (op, axis, phase, layer, src, why), (n, b) in found.items()]
 
 
-def _origin(node: fx.Node, phase: str) -> str:
+def _origin(node: fx.Node, phase: str, trained: Sequence[bool]) -> str:
     if node.target in _RINGS:
         return "attention"
+    if _moves_a_parameter(node, trained):
+        return "parameter"
     return "activation again" if phase == "backward" and "recompute" in node.meta else "activation"
+
+
+def _moves_a_parameter(node: fx.Node, trained: Sequence[bool]) -> bool:
+    """Whether nothing is computed between an input that is a parameter and a collective."""
+    source = node
+    while source.op == "call_function" and len(source.all_input_nodes) == 1:
+        source = source.all_input_nodes[0]
+    number = re.fullmatch(r"primals_(\d+)|arg(\d+)_1", source.name) if source.op == "placeholder" else None
+    if number is None:
+        return False
+    place = int(number[1]) - 1 if number[1] else int(number[2])
+    return place < len(trained) and trained[place]
 
 
 def layer_of(node: fx.Node) -> str:

@@ -155,6 +155,7 @@ REMARKS: dict[str, str] = {
     "SPR502": "a weight is held whole by every rank of tp",
     "SPR503": "heads do not divide by tp: some ranks compute padding, or key/value heads are replicated",
     "SPR504": "a parameter that is split over tp is gathered: this graph wants it whole, or split otherwise",
+    "SPR505": "weights stay whole on every rank of tp unless the model is parallelized: what that costs",
     "SPR401": "world size 1: compiled without sharding",
     "SPR402": "world size 1: the graph cannot be captured, so attention and masks stay as they are",
 }

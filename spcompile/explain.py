@@ -47,10 +47,34 @@ def explain(
     def describe(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
         own = {id(p) for p in model.parameters()}
         traced = compile_for(*off_meta(gm, inputs), shape, chosen, PIPELINE)
+        _remark_weight_memory(model, traced.program, inputs)
         plans.append(_plan(model, traced, chosen, [id(value) in own for value in inputs]))
 
     through_dynamo(model, example_inputs, describe)
     return plans[0]
+
+
+def _remark_weight_memory(model: nn.Module, program: LocalProgram, inputs: Sequence[Any]) -> None:
+    """Drop-in use of tp splits the work on the weights, not the weights that a rank holds: say what that costs."""
+    from torch.distributed.tensor import DTensor
+
+    from spcompile.weight_plan import PLANNED, split_over_tp, weight_plan
+
+    snapshot = next((s for s in program.history.snapshots if s.name == PLANNED), None)
+    if snapshot is None or snapshot.gm is None or any(isinstance(p, DTensor) for p in model.parameters()):
+        return
+    mesh = program.ctx.mesh
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = zip(inputs, split_over_tp(snapshot.gm.graph, mesh.size("tp")), strict=True)
+    split = {names[id(value)]: dim for value, dim in found if id(value) in names}
+    plan = weight_plan(model, split, dict(mesh.axes), None)
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    program.ctx.remarks.add(
+        "SPR505",
+        f"every rank of tp holds all {whole:,} bytes of parameters; under spcompile.parallelize it would hold "
+        f"{plan.bytes_per_rank(model):,}",
+        strict_error=False,
+    )
 
 
 def _plan(model: nn.Module, traced: Traced, options: Options, trained: Sequence[bool]) -> Plan:

@@ -7,6 +7,7 @@ AOTAutograd see plain tensors only, and the gradients that come back through `to
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,12 @@ from torch.distributed.tensor import DTensor
 
 from spcompile.diagnostics import CaptureFailed, source_of
 from spcompile.graph import copy_graph, operand
+from spcompile.torch_private import TracingContext
+
+# What parallelize has put between a module and its parameters is no line of the user's.
+_OWN_FRAMES = re.compile(
+    r'  File "[^"]*spcompile[/\\](?:global_view|sharded_modules)\.py", line \d+, in .*\n(?:    .*\n?)*'
+)
 
 
 def over_local_parts(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[Any]]:
@@ -52,17 +59,24 @@ def on_local_parts(run: Callable[..., Any], inputs: Sequence[Any]) -> Callable[.
 
 
 def _part(value: Any) -> Any:
-    """A leaf, as AOTAutograd takes it for an example."""
+    """A fake of fixed shape: Dynamo knows the DTensor only, so AOTAutograd would give a real part symbols for sizes."""
     if not isinstance(value, DTensor):
         return value
-    part: Any = value.detach()
-    return part.to_local().requires_grad_(value.requires_grad)
+    context = TracingContext.try_get()
+    assert context is not None
+    assert context.fake_mode is not None
+    local = value.to_local()
+    with context.fake_mode:
+        part = torch.empty_strided(local.shape, local.stride(), dtype=local.dtype, device=local.device)
+    return part.requires_grad_(value.requires_grad)
 
 
 def _cut(gm: fx.GraphModule) -> fx.GraphModule:
     result = fx.GraphModule(gm, copy_graph(gm.graph))
     cuts = []
     for node in result.graph.nodes:
+        if "stack_trace" in node.meta:
+            node.meta["stack_trace"] = _OWN_FRAMES.sub("", node.meta["stack_trace"])
         if node.op == "call_method" and node.target == "to_local":
             cuts.append(node)
         elif node.op == "get_attr" and isinstance(child := getattr(gm, str(node.target), None), fx.GraphModule):

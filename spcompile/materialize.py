@@ -58,7 +58,7 @@ def construct(model: nn.Module, mesh: DeviceMesh, parts: Parts, build: Callable[
     """Fill a model on `meta` from what `build` makes, one parameter after the other."""
     with streamed_construction(mesh) as stream:
         built = build()
-        made = {name: parameter for name, parameter in nn.Module.named_parameters(built)}
+    made = dict(built.named_parameters())
     _require_like(model, built)
 
     def part_of(name: str, parameter: nn.Parameter) -> Tensor:

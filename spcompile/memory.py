@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 import torch.fx as fx
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from spcompile.diagnostics import SourceLine, source_of
@@ -55,8 +56,8 @@ def memory_of(
 ) -> Memory:
     """From the final graphs of one rank and of one device, by phase."""
     parameters = list(parameters)
-    held = sum(p.numel() * p.element_size() for p in parameters)
-    gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad and "backward" in sharded)
+    held = sum(map(_held, parameters))
+    gradients = sum(_held(p) for p in parameters if p.requires_grad and "backward" in sharded)
     return Memory(
         saved_bytes(sharded),
         saved_bytes(single),
@@ -64,6 +65,12 @@ def memory_of(
         sympy.Integer(gradients),
         held + max((_peak(gm.graph) for gm in sharded.values()), key=lambda peak: peak[0])[1],
     )
+
+
+def _held(parameter: torch.Tensor) -> int:
+    """Bytes of what this rank has of a parameter."""
+    local: Any = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return local.numel() * local.element_size()
 
 
 def saved_bytes(graphs: Mapping[str, fx.GraphModule]) -> sympy.Expr:

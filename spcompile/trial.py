@@ -10,6 +10,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 import spcompile.attention_specs  # noqa: F401  (the simulator must know attention)
@@ -238,6 +239,8 @@ def compare(
 
 
 def _require_real(model: nn.Module) -> None:
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        raise IllegalModel("it is parallelized, and one rank's parts say nothing", legal="the model before parallelize")
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if value.is_meta or isinstance(value, FakeTensor):
             legal = "real weights: build the model on a device, or model.to_empty(...) and initialise it"

@@ -23,7 +23,7 @@ PLANNED = "insert-tensor-reshards"  # behind this pass the graph says how tp spl
 
 @dataclass
 class WeightPlan:
-    """What every rank holds of each parameter, by name. parts: innermost view first. whole: why tp does not split it."""
+    """What a rank holds of each parameter, by name. parts: innermost view first. whole: why tp does not split it."""
 
     parts: dict[str, tuple[Part, ...]] = field(default_factory=dict)
     whole: dict[str, str] = field(default_factory=dict)

@@ -31,7 +31,8 @@ LAYERS = (
     "resharding tensor_parallel program",
     "one_device",
     # the whole machine
-    "outputs local_inputs recompute emit weight_plan sharded_modules streamed_init checkpoints materialize",
+    "outputs local_inputs recompute emit",
+    "weight_plan sharded_modules streamed_init checkpoints materialize",
     "backend example_runs",
     "trace docs",
     "trial bisect",

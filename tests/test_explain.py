@@ -364,3 +364,15 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert capsys.readouterr().err.startswith("SP102")
     assert call(f"verify {model} --json") == 0
     assert json.loads(capsys.readouterr().out)["ok"] is True
+
+
+def test_weight_memory_of_drop_in_tp_is_remarked() -> None:
+    with torch.device("meta"):
+        model = Model(layers=1)
+    plan = explain(model, {"ids_BS": torch.zeros(1, 64, dtype=torch.int64, device="meta")}, mesh={"tp": 2})
+    (remark,) = [r for r in plan.remarks if r.code == "SPR505"]
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    held = int(remark.text.rsplit(" ", 1)[1].replace(",", ""))
+    assert f"{whole:,}" in remark.text
+    assert whole / 2 < held < 0.75 * whole
+    assert not [r for r in plan_of(2, layers=1).remarks if r.code == "SPR505"]

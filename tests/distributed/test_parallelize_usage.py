@@ -112,6 +112,10 @@ def use(sizes: dict[str, int], axis: str | None) -> dict[str, float]:
     with default_dtype(torch.float64):
         plain, sharded = both(lambda: models.build("llama-tiny"), sizes, axis)
         errors = {}
+        plan = spcompile.explain(sharded, batch(), mesh=sizes)
+        assert plan.memory.parameter_bytes == sum(p.to_local().numel() * 8 for p in sharded.parameters())
+        kinds = {(row.op, row.phase) for row in plan.collectives if row.origin == "parameter"}
+        assert kinds == ({("all_gather", "forward"), ("all_gather", "backward")} if axis else set())
         with torch.no_grad():
             for length in (8, 7, 1):
                 ids_BS = batch(length)["ids_BS"]

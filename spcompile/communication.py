@@ -65,25 +65,37 @@ def communication(phase: str, gm: fx.GraphModule, mesh: MeshShape, trained: Sequ
         the gradient of one.
     """
     gradients = _gradients_of_parameters(gm.graph, trained) if phase == "backward" else set()
+    gradient_path = _depend_on_tangents(gm.graph)
     found: dict[tuple[Any, ...], tuple[int, sympy.Expr]] = {}
     for node in gm.graph.nodes:
         sent = _sent(node, mesh)
         if sent is None:
             continue
         op, axis, amount = sent
-        origin = "parameter gradient" if node in gradients else _origin(node, phase, trained)
+        why = _origin(node, phase, trained, node in gradient_path)
+        origin = "parameter gradient" if node in gradients else why
         key = (op, axis, phase, layer_of(node), source_of(node), origin)
         count, total = found.get(key, (0, sympy.Integer(0)))
         found[key] = (count + 1, total + amount)
     return [Row(op, axis, phase, n, b, layer, src, why) for (op, axis, phase, layer, src, why), (n, b) in found.items()]
 
 
-def _origin(node: fx.Node, phase: str, trained: Sequence[bool]) -> str:
+def _origin(node: fx.Node, phase: str, trained: Sequence[bool], of_gradient: bool) -> str:
     if node.target in _RINGS:
         return "attention"
     if _moves_a_parameter(node, trained):
         return "parameter"
-    return "activation again" if phase == "backward" and "recompute" in node.meta else "activation"
+    return "activation again" if phase == "backward" and not of_gradient else "activation"
+
+
+def _depend_on_tangents(graph: fx.Graph) -> set[fx.Node]:
+    """Of a backward graph: gradients. All else is made from what the forward saved."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
+        if is_tangent or any(read in found for read in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _moves_a_parameter(node: fx.Node, trained: Sequence[bool]) -> bool:
@@ -153,15 +165,20 @@ def _value(size: Any) -> Size:
 
 
 def _gradients_of_parameters(graph: fx.Graph, trained: Sequence[bool]) -> set[fx.Node]:
-    """The collectives that complete gradients of parameters: nothing is computed between them and the output."""
+    """The collectives that complete gradients of parameters: behind them elements are only moved, or parts added."""
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     outputs = pytree.tree_leaves(output.args[0])
     flags = trained if len(trained) == len(outputs) else [False] * len(outputs)
+    pending = [n for n, is_parameter in zip(outputs, flags, strict=True) if is_parameter and isinstance(n, fx.Node)]
+    seen: set[fx.Node] = set()
     found: set[fx.Node] = set()
-    for value, is_parameter in zip(outputs, flags, strict=True):
-        node = value
-        while is_parameter and isinstance(node, fx.Node) and node not in found and len(node.all_input_nodes) == 1:
-            if axis_argument(node.target) is not None:
-                found.add(node)
-            node = node.all_input_nodes[0]
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if axis_argument(node.target) is not None:
+            found.add(node)
+        elif len(node.all_input_nodes) == 1 or node.target is torch.ops.aten.add.Tensor:
+            pending += node.all_input_nodes
     return found

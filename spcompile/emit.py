@@ -57,13 +57,13 @@ class Emission:
         gm.recompile()
 
 
-def prepare_joint(graph: fx.Graph) -> None:
+def prepare_joint(graph: fx.Graph, regather: bool = True) -> None:
     """On the joint graph: drop identities, whose work was to create a gradient, and say what must not be saved.
 
     Seeds are saved: drawn again, they would be others.
     """
     erase_identities(graph)
-    tag_recomputed(graph)
+    tag_recomputed(graph, regather)
     for node in graph.nodes:
         if node.target in _SEEDS:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -72,11 +72,14 @@ def prepare_joint(graph: fx.Graph) -> None:
 class _PrepareJoint(CustomGraphPass):
     """prepare_joint as a pass of Inductor, with an identity for its cache."""
 
+    def __init__(self, regather: bool) -> None:
+        self.regather = regather
+
     def __call__(self, graph: fx.Graph) -> None:
-        prepare_joint(graph)
+        prepare_joint(graph, self.regather)
 
     def uuid(self) -> str:
-        return "spcompile.prepare_joint.2"
+        return f"spcompile.prepare_joint.3 regather={self.regather}"
 
 
 def emit(emission: Emission, compiler: str) -> Callable[..., Any]:
@@ -86,6 +89,8 @@ def emit(emission: Emission, compiler: str) -> Callable[..., Any]:
 
 
 def _eager(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    regather = emission.program.ctx.options.regather
+
     def compiler(phase: str) -> Callable[..., Any]:
         def run(graph_module: fx.GraphModule, _: Sequence[Any]) -> Any:
             emission.schedule(graph_module, phase)
@@ -94,11 +99,11 @@ def _eager(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
         return run
 
     def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
-        prepare_joint(joint.graph)
+        prepare_joint(joint.graph, regather)
         return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
 
     def inference(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        prepare_joint(graph_module.graph)
+        prepare_joint(graph_module.graph, regather)
         return compiler("inference")(graph_module, example_inputs)
 
     backend = aot_autograd(
@@ -116,7 +121,7 @@ def _inductor(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> 
         emission.schedule(graph_module, phase)
         return compile_fx_inner(graph_module, example_inputs, **kwargs)
 
-    patches = {"joint_custom_pre_pass": _PrepareJoint()}
+    patches = {"joint_custom_pre_pass": _PrepareJoint(emission.program.ctx.options.regather)}
     # Autograd's own cache would skip the SCHEDULE stage and return code that is bound to another mesh's groups. The
     # cache of Inductor below it sees the bound graph, and stays on.
     with torch._functorch.config.patch(enable_autograd_cache=False):

@@ -27,6 +27,7 @@ class Options:
     balance: order of the sequence in causal rings: "zigzag" or "contiguous".
     outputs: "full" (as the plain module), "sharded" (DTensor), "loss" (scalars only).
     compiler: what runs the local graph: "inductor" or "eager".
+    regather: gather activations again in the backward instead of saving them whole: less memory, more communication.
     passes: {pass name: False} switches a pass off, {pass name: {field: value}} sets its options.
     dump: a folder for numbered text of the graph after every pass.
     strict: turn every remark about lost parallelism into an error.
@@ -37,6 +38,7 @@ class Options:
     balance: str = "zigzag"
     outputs: str = "full"
     compiler: str = "inductor"
+    regather: bool = True
     passes: Mapping[str, Any] = field(default_factory=dict)
     dump: str | None = None
     strict: bool = False
@@ -46,8 +48,9 @@ class Options:
         _one_of("balance", self.balance, BALANCE)
         _one_of("outputs", self.outputs, OUTPUTS)
         _one_of("compiler", self.compiler, COMPILER)
-        if not isinstance(self.strict, bool):
-            raise IllegalOption(f"strict={self.strict!r}", legal="True, False")
+        for name in ("regather", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise IllegalOption(f"{name}={getattr(self, name)!r}", legal="True, False")
         if self.dump is not None and not isinstance(self.dump, str):
             raise IllegalOption(f"dump={self.dump!r}", legal="a folder's path")
         if not isinstance(self.passes, Mapping):

@@ -36,6 +36,18 @@ _DTYPES = {
     torch.complex128: "c128",
 }
 
+# State before and after -> collective. Splits of a dim are "S".
+_RESHARDS = {
+    ("S", "R"): "all_gather",
+    ("S", "I"): "all_gather",
+    ("P", "S"): "reduce_scatter",
+    ("P", "I"): "all_reduce",
+    ("P", "R"): "all_reduce",
+    ("I", "S"): "shard",
+    ("R", "S"): "shard",
+    ("I", "R"): "vary",
+}
+
 
 def op_name(node: fx.Node) -> str:
     """The op of a node without its overload: `aten.add`, `spx.all_gather`, `operator.getitem`."""
@@ -83,8 +95,17 @@ def _line(gm: fx.GraphModule, node: fx.Node) -> str:
     if val is None and node.op == "get_attr":
         val = operator.attrgetter(str(node.target))(gm)
     type_name = type_text(val)
+    collective = _collective(node)
     sharding = "".join(f" {axis}={text}" for axis, text in (node.meta.get("sharding") or {}).items())
-    return f'{node.name}: "{type_name}{sharding}" = {_expression(node)}'
+    return f'{node.name}: "{type_name}{sharding}" = {_expression(node)}{collective}'
+
+
+def _collective(node: fx.Node) -> str:
+    """A comment: the collective that a `reshard` of a GLOBAL graph will be."""
+    if op_name(node) != "spcompile.reshard.reshard":
+        return ""
+    src, dst = str(node.args[2])[0], str(node.args[3])[0]
+    return f"  # {_RESHARDS.get((src, dst), f'{src} to {dst}')}"
 
 
 def _expression(node: fx.Node) -> str:

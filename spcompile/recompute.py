@@ -1,7 +1,7 @@
 """What the backward makes again instead of saving it: tags on the joint graph, which the partitioner obeys.
 
 A gathered activation is gathered again from its shard (Korthikanti et al. 2022, arXiv 2205.05198), an exchange with
-`recompute` is made again, and padding is masked again. The partitioner alone would save what follows: it never repeats
+`recompute` is made again, padding is masked again, and a rank's part of a weight is cut out again. The partitioner alone would save what follows: it never repeats
 a copy that the backward must have in memory (torch 2.13: torch/_functorch/partitioners.py,
 `is_materialized_backwards`), so a reshaped copy of the gathered tensor would be kept where the gathered tensor itself
 may not be. Hence whatever only moves elements, next to such an op, is tagged with it: behind it up to the first ops
@@ -48,23 +48,36 @@ _COPIES = {
 }
 
 
-def tag_recomputed(graph: fx.Graph) -> int:
+def tag_recomputed(graph: fx.Graph, regather: bool = True) -> int:
     """Tag MUST_RECOMPUTE what the backward has to make again; returns how many ops of the namespace spx that are.
+
+    regather: False leaves gathered activations to the partitioner, which saves what the backward reads of them.
 
     No `ac_graph_id` is set: beside a checkpointed region of higher number the partitioner would save the value after
     all (torch 2.13: `cleanup_recompute_tags`).
     """
-    found = [node for node in graph.nodes if _is_recomputed(node)]
+    found = [node for node in graph.nodes if _is_recomputed(node, regather)]
     for node in found:
         for move in (node, *_moves_after(node), *_moves_before(node)):
             move.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
     return len(found)
 
 
-def _is_recomputed(node: fx.Node) -> bool:
-    if node.target in (spx.all_gather.default, spx.mask_padding.default):
+def _is_recomputed(node: fx.Node, regather: bool) -> bool:
+    if node.target is spx.all_gather.default:
+        return regather
+    if node.target is spx.mask_padding.default:
         return True
+    if node.target is spx.shard.default:
+        return _is_input(operand(node, 0))
     return node.target is spx.all_to_all.default and bool(argument(node, 3, "recompute", False))
+
+
+def _is_input(node: fx.Node) -> bool:
+    """Whether a value is nothing but the elements of an input, such as a weight: a part of it is cut out again."""
+    while (sources := _sources(node)) and len(sources) == 1:
+        node = sources[0]
+    return node.op == "placeholder"
 
 
 def _moves_after(node: fx.Node) -> dict[fx.Node, None]:

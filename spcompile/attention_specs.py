@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from spcompile import sequence
-from spcompile.attention.op import spec_ring_attention, spec_ring_attention_backward
+from spcompile.attention.op import DEFAULTS, spec_ring_attention, spec_ring_attention_backward
 from spcompile.simulate import register_spec
 
-_BIAS = 6  # place of the bias among the arguments of spx::ring_attention
+_BIAS, _MORE, _SINKS = 6, 14, 15  # places of the bias, the optional arguments and the sinks in spx::ring_attention
 
 
 def positions(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
@@ -24,17 +24,21 @@ def positions(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
 def ring_gradients(
     calls: Sequence[tuple[Any, ...]], results: Sequence[tuple[Tensor, ...]], grads: Sequence[tuple[Tensor, ...]]
 ) -> list[Sequence[Tensor | None]]:
-    """Per rank the gradients of q, k, v and the bias; three arguments without gradients stand between them."""
-    wants_bias = [isinstance(call[_BIAS], Tensor) and call[_BIAS].is_floating_point() for call in calls]
-    ranks = [
-        (grad_out, grad_lse, out, lse, *call, wanted)
-        for call, (out, lse), (grad_out, grad_lse), wanted in zip(calls, results, grads, wants_bias, strict=True)
-    ]
-    found = spec_ring_attention_backward(ranks)
-    return [
-        (dq, dk, dv, None, None, None, dbias if wanted else None)
-        for (dq, dk, dv, dbias), wanted in zip(found, wants_bias, strict=True)
-    ]
+    """Per rank the gradients of all arguments: q, k, v, the bias and the sinks have one."""
+    ranks = []
+    for call, (out, lse), (grad_out, grad_lse) in zip(calls, results, grads, strict=True):
+        data, more = call[:_MORE], (*call[_MORE:], *DEFAULTS[len(call) - _MORE :])
+        wants_bias = isinstance(call[_BIAS], Tensor) and call[_BIAS].is_floating_point()
+        wants_sinks = isinstance(more[_SINKS - _MORE], Tensor)
+        ranks.append((grad_out, grad_lse, out, lse, *data, wants_bias, *more, wants_sinks))
+    all_grads: list[Sequence[Tensor | None]] = []
+    for arguments, (dq, dk, dv, dbias, dsinks) in zip(ranks, spec_ring_attention_backward(ranks), strict=True):
+        wants_bias, wants_sinks = arguments[4 + _MORE], arguments[-1]
+        found: list[Tensor | None] = [None] * (_MORE + len(DEFAULTS))
+        found[:3] = dq, dk, dv
+        found[_BIAS], found[_SINKS] = dbias if wants_bias else None, dsinks if wants_sinks else None
+        all_grads.append(found)
+    return all_grads
 
 
 register_spec(torch.ops.spx.positions.default, positions)

@@ -67,7 +67,7 @@ def _backward(
 
 def _additive(tile: Tile, dtype: torch.dtype) -> Tensor | None:
     """Mask and bias of a tile as one float tensor [B|1, N|1, S, T]."""
-    bias = None if tile.bias is None else tile.bias.to(dtype)
+    bias = None if tile.bias is None else tile.bias.to(dtype).expand(-1, -1, tile.q.length, -1)
     if tile.keep is None:
         return bias
     if bias is None:
@@ -81,8 +81,13 @@ class CpuFlash:
     name = "aten"
 
     def supports(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> bool:
-        """CPU tensors of a floating dtype."""
-        return q.device.type == "cpu" and q.dtype in _DTYPES
+        """CPU tensors of a floating dtype, without softcap and dropout, with a bias that q's dtype holds exactly."""
+        scores = block.scores
+        if q.device.type != "cpu" or q.dtype not in _DTYPES or scores.softcap or scores.dropout is not None:
+            return False
+        added = [torch.float32] if scores.alibi_slopes is not None else []
+        added += [scores.bias.dtype] if scores.bias is not None else []
+        return all(torch.promote_types(dtype, q.dtype) == q.dtype for dtype in added)
 
     def block_forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """See `Provider`."""
@@ -133,4 +138,6 @@ def _masks(block: Block) -> int:
     scores = block.scores
     per_batch = [x.shape[0] for x in (scores.q_documents, scores.k_documents, scores.key_valid) if x is not None]
     masks = max(per_batch, default=1)
+    if scores.alibi_slopes is not None:
+        masks *= scores.alibi_slopes.shape[0]
     return masks if scores.bias is None else max(masks, math.prod(scores.bias.shape[:2]))

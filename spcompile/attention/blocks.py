@@ -38,7 +38,7 @@ def plan(q_runs: Sequence[Run], k_runs: Sequence[Run], scores: Scores) -> list[B
     Pairs of runs that the mask empties are left out; FULL pairs that are neighbours in memory become one block, and so
     does everything where queries and keys are the same rows under a causal mask (the first step of a zigzag ring).
     """
-    if scores.mask == AttentionMask(causal=True) and scores.bias is None and _same_rows(q_runs, k_runs):
+    if scores.mask == AttentionMask(causal=True) and not scores.depends_on_place and _same_rows(q_runs, k_runs):
         return [_indexed(Kind.CAUSAL_DIAGONAL, (0, q_runs[-1].stop), (0, k_runs[-1].stop), scores)]
     blocks: list[Block] = []
     full: dict[
@@ -66,7 +66,7 @@ def _kind(q: Run, k: Run, scores: Scores) -> Kind:
     if kind is Kind.EMPTY:
         return kind
     has_gaps = q.gaps is not None or k.gaps is not None
-    if scores.bias is not None or (has_gaps and kind is Kind.CAUSAL_DIAGONAL):
+    if scores.depends_on_place or (has_gaps and kind is Kind.CAUSAL_DIAGONAL):
         return Kind.PARTIAL
     return kind
 
@@ -95,7 +95,8 @@ def _joined(runs: Sequence[Run]) -> list[tuple[int, int]]:
 def _indexed(kind: Kind, q: tuple[int, int], k: tuple[int, int], scores: Scores) -> Block:
     """A block whose mask depends on indices inside it only."""
     rows, keys = (Run(start, stop - start, 0, stop - start - 1) for start, stop in (q, k))
-    return Block(kind, rows, keys, Scores(AttentionMask(causal=kind is Kind.CAUSAL_DIAGONAL), scores.scale))
+    mask = AttentionMask(causal=kind is Kind.CAUSAL_DIAGONAL)
+    return Block(kind, rows, keys, Scores(mask, scores.scale, softcap=scores.softcap))
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,12 @@ class ForwardState:
     lse: Tensor
 
     @classmethod
-    def empty(cls, q: Tensor, v: Tensor) -> ForwardState:
-        """Before the first key."""
+    def empty(cls, q: Tensor, v: Tensor, sinks: Tensor | None = None) -> ForwardState:
+        """Before the first key. A sink [N] is like a key that was seen, with a value of 0."""
         dtype = accumulation_dtype(q.dtype)
         out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=dtype)
-        return cls(out, q.new_full(q.shape[:-1], -torch.inf, dtype=dtype))
+        lse = q.new_full(q.shape[:-1], -torch.inf, dtype=dtype)
+        return cls(out, lse if sinks is None else lse.copy_(sinks[:, None]))
 
     def add(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block]) -> None:
         """Let the rows see some blocks of keys."""
@@ -171,10 +173,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out [B, N, S, V] in q's dtype, lse [B, N, S] in the accumulation dtype); 0 and -inf for rows without a key."""
     blocks = plan(q_runs, k_runs, scores)
-    if len(blocks) == 1 and blocks[0].q.length == q.shape[2]:
+    if len(blocks) == 1 and blocks[0].q.length == q.shape[2] and scores.sinks is None:
         block, k, v = blocks[0], block_rows(k, blocks[0].k), block_rows(v, blocks[0].k)
         return choose(q, k, v, block).block_forward(q, k, v, block, q.dtype)
-    state = ForwardState.empty(q, v)
+    state = ForwardState.empty(q, v, scores.sinks)
     state.add(q, k, v, blocks)
     return state.out.to(q.dtype), state.lse
 
@@ -201,4 +203,18 @@ def backward(
 
 def reordered(scores: Scores, order: Tensor | None) -> Scores:
     """The scores of query rows that were sorted by `order`."""
-    return scores if order is None or scores.bias is None else replace(scores, bias=scores.bias.index_select(2, order))
+    if order is None or scores.bias is None or scores.bias.shape[2] == 1:
+        return scores
+    return replace(scores, bias=scores.bias.index_select(2, order))
+
+
+def sink_gradient(rows: Rows, q_runs: Sequence[Run], sinks: Tensor) -> Tensor:
+    """The gradient [N] of the sinks from these rows, padding left out, in the accumulation dtype.
+
+    A sink's weight is exp(sink - lse) and its value 0, so the gradient of its score is -weight * delta.
+    """
+    total = torch.zeros(sinks.shape, dtype=rows.lse.dtype, device=sinks.device)
+    for run in q_runs:
+        weights = (sinks.to(total.dtype)[:, None] - block_rows(rows.lse, run)).exp()
+        total -= (weights * block_rows(rows.delta, run)).sum((0, 2))
+    return total

@@ -20,31 +20,50 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _scores(q: Tensor, k: Tensor, keep: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
-    """[B, N, S, T]; k is never repeated: the query heads that share a key head are folded into its rows."""
+def _scores(
+    q: Tensor, k: Tensor, keep: Tensor | None, bias: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor | None]:
+    """Scores [B, N, S, T] and, with a softcap, its derivative there.
+
+    k is never repeated: the query heads that share a key head are folded into its rows.
+    """
     B, N, S, H = q.shape
     G, T = k.shape[1], k.shape[2]
     scores = ((q.reshape(B, G, N // G * S, H) * scale) @ k.mT).view(B, N, S, T)
+    slope = None
+    if softcap:
+        tanh = (scores / softcap).tanh()
+        scores, slope = softcap * tanh, 1 - tanh.square()
     if bias is not None:
-        scores = scores + bias
-    return scores if keep is None else scores.masked_fill(~keep, -torch.inf)
+        scores = scores + bias.to(scores.dtype)
+    return scores if keep is None else scores.masked_fill(~keep, -torch.inf), slope
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, keep: Tensor | None = None, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    keep: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    dropout: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T + bias) v over one block of keys, and the log-sum-exp of its scores.
+    """(softmax(cap(scale * q k^T) + bias) * dropout) v over one block of keys, and the log-sum-exp of its scores.
 
-    q [B, N, S, H], k [B, G, T, H], v [B, G, T, V]; keep bool and bias float, both broadcastable to [B, N, S, T].
+    q [B, N, S, H], k [B, G, T, H], v [B, G, T, V]; keep bool, bias and dropout float, all three broadcastable to
+    [B, N, S, T]; cap(x) = softcap * tanh(x / softcap), the identity for 0.
     Returns out [B, N, S, V] and lse [B, N, S] in the accumulation dtype; rows without a key give 0 and -inf.
     """
     B, N, S, _ = q.shape
     G, T, V = v.shape[1:]
     dtype = accumulation_dtype(q.dtype)
-    scores = _scores(q.to(dtype), k.to(dtype), keep, None if bias is None else bias.to(dtype), scale)
+    scores, _ = _scores(q.to(dtype), k.to(dtype), keep, bias, scale, softcap)
     lse = scores.logsumexp(-1)
-    probabilities = (scores - _finite(lse)[..., None]).exp()
-    out = probabilities.view(B, G, N // G * S, T) @ v.to(dtype)
+    weights = (scores - _finite(lse)[..., None]).exp()
+    if dropout is not None:
+        weights = weights * dropout
+    out = weights.view(B, G, N // G * S, T) @ v.to(dtype)
     return out.view(B, N, S, V), lse
 
 
@@ -58,23 +77,29 @@ def backward(
     scale: float,
     keep: Tensor | None = None,
     bias: Tensor | None = None,
+    softcap: float = 0.0,
+    dropout: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What one block of keys adds to the gradients, in the accumulation dtype.
 
     lse [B, N, S] is over all keys, not only this block's; delta [B, N, S] = rowsum(out * grad_out) of the final out.
-    Returns dq [B, N, S, H], dk [B, G, T, H], dv [B, G, T, V] and the gradient of the scores [B, N, S, T].
+    Returns dq [B, N, S, H], dk [B, G, T, H], dv [B, G, T, V] and the gradient of the biased scores [B, N, S, T].
     """
     B, N, S, H = q.shape
     G, T, V = v.shape[1:]
     dtype = accumulation_dtype(q.dtype)
     q, k, v, grad_out = (x.to(dtype) for x in (q, k, v, grad_out))
-    scores = _scores(q, k, keep, None if bias is None else bias.to(dtype), scale)
+    scores, slope = _scores(q, k, keep, bias, scale, softcap)
     probabilities = (scores - _finite(lse)[..., None]).exp()
     grad_rows = grad_out.reshape(B, G, N // G * S, V)
-    dv = probabilities.view(B, G, N // G * S, T).mT @ grad_rows
     grad_probabilities = (grad_rows @ v.mT).view(B, N, S, T)
+    weights = probabilities
+    if dropout is not None:
+        weights, grad_probabilities = probabilities * dropout, grad_probabilities * dropout
+    dv = weights.view(B, G, N // G * S, T).mT @ grad_rows
     grad_scores = probabilities * (grad_probabilities - delta[..., None])
-    grad_rows_scores = grad_scores.view(B, G, N // G * S, T)
+    grad_products = grad_scores if slope is None else grad_scores * slope
+    grad_rows_scores = grad_products.view(B, G, N // G * S, T)
     dq = (grad_rows_scores @ k).view(B, N, S, H) * scale
     dk = grad_rows_scores.mT @ q.reshape(B, G, N // G * S, H) * scale
     return dq, dk, dv, grad_scores

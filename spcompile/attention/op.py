@@ -1,8 +1,9 @@
 """The attention ops of the spx namespace: schema, implementation, fake and autograd, and the ring's list-of-ranks form.
 
 B batch, N query heads, G key heads, S query rows, T keys, H head size of q and k, V of v. `mask` is the text of an
-`AttentionMask`; document ids, key validity and the bias's columns are in the natural order of the sequence. Results are
-contiguous whatever the strides of the inputs are. Importing this module defines the ops.
+`AttentionMask`; document ids, key validity and the bias's columns are in the natural order of the sequence. What else
+happens to the scores, and in which order, says `Scores`; a softcap or dropout of 0 is none. Results are contiguous
+whatever the strides of the inputs are. Importing this module defines the ops.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 from spcompile.attention import blocks
 from spcompile.attention.drivers import drive, simulate
+from spcompile.attention.dropout import Dropout
 from spcompile.attention.mask import AttentionMask
 from spcompile.attention.naive import accumulation_dtype
 from spcompile.attention.provider import Rows, Scores
@@ -34,15 +36,34 @@ _DATA = "Tensor? q_documents, Tensor? k_documents, Tensor? key_valid, Tensor? bi
 _LOCAL = f"Tensor q, Tensor k, Tensor v, Tensor? q_positions, Tensor? k_positions, {_DATA}"
 _SHARDED = f"Tensor q, Tensor k, Tensor v, {_DATA}, SymInt q_length, SymInt k_length, str axis, int degree, str order"
 _GRADS = "Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse"
-_RESULT = "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
+_MORE = ("Tensor? alibi_slopes", "Tensor? sinks", "Tensor? dropout_seed", "float softcap", "float dropout_p")
+_OPTIONAL = ", ".join(f"{x}={'None' if x.startswith('Tensor') else '0.0'}" for x in _MORE)
+_WANTED = f"bool bias_gradient, {_OPTIONAL}, bool sinks_gradient=False"
+_RESULT = "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
+DEFAULTS = (None, None, None, 0.0, 0.0)  # of _MORE; PyTorch leaves out trailing arguments that equal them
+_AXIS = 11  # place of axis and degree among the arguments of ring_attention
+
+BackwardResult = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 for _schema in (
-    f"attention({_LOCAL}) -> (Tensor out, Tensor lse)",
-    f"attention_backward({_GRADS}, {_LOCAL}, bool bias_gradient) -> {_RESULT}",
-    f"ring_attention({_SHARDED}) -> (Tensor out, Tensor lse)",
-    f"ring_attention_backward({_GRADS}, {_SHARDED}, bool bias_gradient) -> {_RESULT}",
+    f"attention({_LOCAL}, {_OPTIONAL}) -> (Tensor out, Tensor lse)",
+    f"attention_backward({_GRADS}, {_LOCAL}, {_WANTED}) -> {_RESULT}",
+    f"ring_attention({_SHARDED}, {_OPTIONAL}) -> (Tensor out, Tensor lse)",
+    f"ring_attention_backward({_GRADS}, {_SHARDED}, {_WANTED}) -> {_RESULT}",
 ):
     _LIBRARY.define(_schema, tags=_TAGS)
+
+
+def _scores(
+    data: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    mask: str,
+    scale: float,
+    more: tuple[Tensor | None, Tensor | None, Tensor | None, float, float],
+) -> Scores:
+    """The scores of an op's arguments. data: document ids, key validity, bias; more: those of `_MORE`."""
+    slopes, sinks, seed, softcap, p = more
+    dropout = None if seed is None or p == 0 else Dropout(p, seed)
+    return Scores(AttentionMask.parse(mask), scale, *data, softcap, slopes, sinks, dropout)
 
 
 def _attention(
@@ -57,8 +78,14 @@ def _attention(
     bias: Tensor | None,
     mask: str,
     scale: float,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    scores = Scores(AttentionMask.parse(mask), scale, q_documents, k_documents, key_valid, bias)
+    more = (alibi_slopes, sinks, dropout_seed, softcap, dropout_p)
+    scores = _scores((q_documents, k_documents, key_valid, bias), mask, scale, more)
     q_order, q_runs = _runs(q_positions, q)
     k_order, k_runs = _runs(k_positions, k)
     out, lse = blocks.forward(
@@ -89,8 +116,15 @@ def _attention_backward(
     mask: str,
     scale: float,
     bias_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    scores = Scores(AttentionMask.parse(mask), scale, q_documents, k_documents, key_valid, bias)
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    sinks_gradient: bool = False,
+) -> BackwardResult:
+    more = (alibi_slopes, sinks, dropout_seed, softcap, dropout_p)
+    scores = _scores((q_documents, k_documents, key_valid, bias), mask, scale, more)
     q_order, q_runs = _runs(q_positions, q)
     k_order, k_runs = _runs(k_positions, k)
     rows = Rows(
@@ -110,8 +144,10 @@ def _attention_backward(
         bias_gradient,
     )
     dq, dk, dv = _unsorted(dq, q_order), _unsorted(dk, k_order), _unsorted(dv, k_order)
-    dbias = None if dbias is None else _unsorted(dbias, q_order)
-    return _owned(dq), _owned(dk), _owned(dv), _bias_result(dbias, bias, q)
+    if dbias is not None and dbias.shape[2] != 1:
+        dbias = _unsorted(dbias, q_order)
+    dsinks = blocks.sink_gradient(rows, q_runs, sinks) if sinks is not None and sinks_gradient else None
+    return _owned(dq), _owned(dk), _owned(dv), _optional(dbias, bias, q), _optional(dsinks, sinks, q)
 
 
 def _ring(
@@ -130,9 +166,15 @@ def _ring(
     axis: str,
     degree: int,
     order: str,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
 ) -> Requests[tuple[Tensor, Tensor]]:
     """One rank of the ring, results owned and contiguous; the arguments are those of spx::ring_attention."""
-    scores = Scores(AttentionMask.parse(mask), scale, q_documents, k_documents, key_valid, bias)
+    more = (alibi_slopes, sinks, dropout_seed, softcap, dropout_p)
+    scores = _scores((q_documents, k_documents, key_valid, bias), mask, scale, more)
     out, lse = yield from ring_forward(q, k, v, scores, Ring(q_length, k_length, degree, order), rank)
     return _owned(out), _owned(lse)
 
@@ -158,12 +200,20 @@ def _ring_backward(
     degree: int,
     order: str,
     bias_gradient: bool,
-) -> Requests[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    scores = Scores(AttentionMask.parse(mask), scale, q_documents, k_documents, key_valid, bias)
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    sinks_gradient: bool = False,
+) -> Requests[BackwardResult]:
+    more = (alibi_slopes, sinks, dropout_seed, softcap, dropout_p)
+    scores = _scores((q_documents, k_documents, key_valid, bias), mask, scale, more)
     rows = Rows(q, out, grad_out, lse, grad_lse)
     ring = Ring(q_length, k_length, degree, order)
     dq, dk, dv, dbias = yield from ring_backward(rows, k, v, scores, ring, rank, bias_gradient)
-    return _owned(dq), _owned(dk), _owned(dv), _bias_result(dbias, bias, q)
+    dsinks = blocks.sink_gradient(rows, ring.q_runs(rank), sinks) if sinks is not None and sinks_gradient else None
+    return _owned(dq), _owned(dk), _owned(dv), _optional(dbias, bias, q), _optional(dsinks, sinks, q)
 
 
 def _group(axis: str, degree: int) -> dist.ProcessGroup:
@@ -174,14 +224,12 @@ def _group(axis: str, degree: int) -> dist.ProcessGroup:
 
 
 def _ring_attention(*args: Any) -> tuple[Tensor, Tensor]:
-    axis, degree = args[-3], args[-2]
-    group = _group(axis, degree)
+    group = _group(*args[_AXIS : _AXIS + 2])
     return drive(_ring(group.rank(), *args), group)
 
 
-def _ring_attention_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    axis, degree = args[-4], args[-3]
-    group = _group(axis, degree)
+def _ring_attention_backward(*args: Any) -> BackwardResult:
+    group = _group(*args[4 + _AXIS : 4 + _AXIS + 2])
     return drive(_ring_backward(group.rank(), *args), group)
 
 
@@ -190,7 +238,7 @@ def spec_ring_attention(ranks: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, 
     return simulate([_ring(rank, *args) for rank, args in enumerate(ranks)])
 
 
-def spec_ring_attention_backward(ranks: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def spec_ring_attention_backward(ranks: Sequence[tuple[Any, ...]]) -> list[BackwardResult]:
     """What spx::ring_attention_backward returns on every rank, given every rank's arguments."""
     return simulate([_ring_backward(rank, *args) for rank, args in enumerate(ranks)])
 
@@ -213,8 +261,9 @@ def _owned(x: Tensor) -> Tensor:
     return x if alone and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
 
 
-def _bias_result(dbias: Tensor | None, bias: Tensor | None, q: Tensor) -> Tensor:
-    return q.new_empty(0) if dbias is None or bias is None else _owned(dbias.to(bias.dtype))
+def _optional(grad: Tensor | None, x: Tensor | None, q: Tensor) -> Tensor:
+    """The gradient of an operand that may be missing; empty where there is none."""
+    return q.new_empty(0) if grad is None or x is None else _owned(grad.to(x.dtype))
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -222,26 +271,35 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, 
     return q.new_empty((B, N, S, v.shape[3])), q.new_empty((B, N, S), dtype=accumulation_dtype(q.dtype))
 
 
-def _fake_backward(
-    bias_index: int,
-) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The fake of a backward op; bias_index: where the bias is among the forward's arguments."""
+def _fake_backward(bias_index: int, width: int) -> Callable[..., BackwardResult]:
+    """The fake of a backward op.
+
+    bias_index: where the bias is among the forward's arguments; width: how many of those are required.
+    """
 
     def fake(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> Any:
-        q, k, v, bias, bias_gradient = *rest[:3], rest[bias_index], rest[-1]
-        wanted = bias is not None and bias_gradient and bias.dtype.is_floating_point
-        dbias = bias.new_empty(bias.shape) if wanted else q.new_empty(0)
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+        q, k, v, bias, bias_gradient = *rest[:3], rest[bias_index], rest[width]
+        _, sinks, *_, sinks_gradient = (*rest, *(*DEFAULTS, False)[len(rest) - width - 1 :])[width + 1 :]
+        wants_bias = bias is not None and bias_gradient and bias.dtype.is_floating_point
+        dbias = bias.new_empty(bias.shape) if wants_bias else q.new_empty(0)
+        dsinks = sinks.new_empty(sinks.shape) if sinks is not None and sinks_gradient else q.new_empty(0)
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias, dsinks
 
     return fake
 
 
 def _define(name: str, forward: Any, backward: Any, bias_index: int) -> None:
-    """Implementation, fake and autograd of one forward op and its backward op."""
+    """Implementation, fake and autograd of one forward op and its backward op.
+
+    bias_index: place of the bias; the arguments of `_MORE` are the last ones.
+    """
+    slopes_index = len(getattr(torch.ops.spx, name).default._schema.arguments) - len(_MORE)
+    sinks_index = slopes_index + 1
     _LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
     _LIBRARY.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"spx::{name}", _fake_forward, lib=_LIBRARY)
-    torch.library.register_fake(f"spx::{name}_backward", _fake_backward(bias_index), lib=_LIBRARY)
+    fake = _fake_backward(bias_index, slopes_index)
+    torch.library.register_fake(f"spx::{name}_backward", fake, lib=_LIBRARY)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.set_materialize_grads(False)
@@ -255,12 +313,17 @@ def _define(name: str, forward: Any, backward: Any, bias_index: int) -> None:
         inputs = [next(remaining) if is_tensor else next(others) for is_tensor in ctx.is_tensor]
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         op = getattr(torch.ops.spx, f"{name}_backward")
-        wants_bias = ctx.needs_input_grad[bias_index]
-        dq, dk, dv, dbias = op(grad_out, grad_lse, out, lse, *inputs, wants_bias)
+        needed = (*ctx.needs_input_grad, *(False,) * len(_MORE))  # it lacks trailing arguments left at their default
+        if needed[slopes_index]:
+            raise NotImplementedError(f"spx::{name} has no gradient of alibi_slopes")
+        wants_bias, wants_sinks = needed[bias_index], needed[sinks_index]
+        inputs += DEFAULTS[len(inputs) - slopes_index :]
+        data, more = inputs[:slopes_index], inputs[slopes_index:]
+        dq, dk, dv, dbias, dsinks = op(grad_out, grad_lse, out, lse, *data, wants_bias, *more, wants_sinks)
         grads: list[Tensor | None] = [None] * len(inputs)
         grads[:3] = dq, dk, dv
-        if wants_bias:
-            grads[bias_index] = dbias
+        grads[bias_index] = dbias if wants_bias else None
+        grads[sinks_index] = dsinks if wants_sinks else None
         return tuple(grads)
 
     def refuse(ctx: Any, *grads: Tensor) -> None:

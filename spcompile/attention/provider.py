@@ -9,25 +9,33 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import torch
+
 from spcompile.attention.mask import AttentionMask, Kind
 from spcompile.diagnostics import IllegalOption
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
+    from spcompile.attention.dropout import Dropout
     from spcompile.attention.runs import Run
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What happens to q k^T before the softmax.
+    """What happens to q k^T on the way to the weights, in this order.
 
+        s = scale * q k^T;  s = softcap * tanh(s / softcap);  s = s + bias + slope * (k - q), masked;
+        w = exp(s) / (exp(sink) + sum over keys of exp(s));  w = w * dropout
+
+    softcap: 0 for none. alibi_slopes [N], without gradient: multiply the distance of key and query positions.
+    sinks [N]: a logit for each head that takes its share of every row; providers ignore it, see `blocks`.
     q_documents [B|1, Sg], k_documents [B|1, Tg], key_valid bool [B|1, Tg]: in the natural order of the sequence.
-    bias [B|1, N|1, S, Tg]: added if floating, kept where True if bool; rows as q's rows, columns in natural order.
+    bias [B|1, N|1, S|1, Tg]: added if floating, kept where True if bool; rows as q's rows, columns in natural order.
 
     Raises:
-        IllegalOption: the mask speaks of documents or key padding that were not given, or the other way round.
+        IllegalOption: the mask speaks of documents or key padding that were not given, or the other way round, or a
+            negative softcap.
     """
 
     mask: AttentionMask
@@ -36,8 +44,14 @@ class Scores:
     k_documents: Tensor | None = None
     key_valid: Tensor | None = None
     bias: Tensor | None = None
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    dropout: Dropout | None = None
 
     def __post_init__(self) -> None:
+        if self.softcap < 0:
+            raise IllegalOption(f"softcap={self.softcap}", legal="a positive number, or 0 for none")
         for name, given in (("documents", self.q_documents), ("documents", self.k_documents)):
             if (given is not None) != self.mask.documents:
                 raise IllegalOption(
@@ -46,13 +60,18 @@ class Scores:
         if (self.key_valid is not None) != self.mask.key_padding:
             raise IllegalOption(f"mask {str(self.mask)!r}", legal="'key_padding' with key_valid, or neither")
 
+    @property
+    def depends_on_place(self) -> bool:
+        """Whether more than the mask depends on where in the sequence a query and a key are."""
+        return any(x is not None for x in (self.bias, self.alibi_slopes, self.dropout))
+
 
 @dataclass(frozen=True, eq=False)
 class Block:
     """Scores of the query rows `q` against the keys `k`.
 
     CAUSAL_DIAGONAL compares indices inside the block. For FULL and CAUSAL_DIAGONAL the positions of q and k are
-    those indices, and neither a bias nor a mask with data is left: a kernel may look at `kind` alone.
+    those indices, and nothing else that depends on positions is left: a kernel may look at `kind`, scale and softcap.
     """
 
     kind: Kind
@@ -78,13 +97,27 @@ class Block:
         return keep
 
     def bias(self, q: Run, k: Run) -> Tensor | None:
-        """The floating bias [B|1, N|1, S, T] of some rows and keys of the block."""
-        bias = self.scores.bias
-        return self._bias(q, k) if bias is not None and bias.is_floating_point() else None
+        """What is added to the scores, [B|1, N|1, S|1, T], of some rows and keys of the block: bias and ALiBi."""
+        bias, slopes = self.scores.bias, self.scores.alibi_slopes
+        added = self._bias(q, k) if bias is not None and bias.is_floating_point() else None
+        if slopes is None:
+            return added
+        distance = k.positions(slopes.device) - q.positions(slopes.device)[:, None]
+        wide = torch.promote_types(slopes.dtype, torch.float32)
+        alibi = (slopes.to(wide)[:, None, None] * distance)[None]
+        return alibi if added is None else added + alibi
+
+    def dropout(self, q: Run, k: Run, dtype: torch.dtype) -> Tensor | None:
+        """What the weights [B|1, N, S, T] of some rows and keys of the block are multiplied with."""
+        dropout = self.scores.dropout
+        if dropout is None:
+            return None
+        return dropout.factors(q.positions(dropout.seed.device), k.positions(dropout.seed.device), dtype)
 
     def _bias(self, q: Run, k: Run) -> Tensor:
-        assert self.scores.bias is not None
-        return k.select(self.scores.bias.narrow(2, q.start, q.length), 3)
+        bias = self.scores.bias
+        assert bias is not None
+        return k.select(bias if bias.shape[2] == 1 else bias.narrow(2, q.start, q.length), 3)
 
 
 @dataclass(frozen=True, eq=False)

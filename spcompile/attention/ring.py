@@ -107,7 +107,7 @@ def ring_forward(
     q_runs = ring.q_runs(rank)
     if hops == 0:
         return blocks.forward(q, k, v, q_runs, ring.k_runs(rank), scores)
-    state = blocks.ForwardState.empty(q, v)
+    state = blocks.ForwardState.empty(q, v, scores.sinks)
     message = pack(k, v)
     for hop in range(hops + 1):
         handle = (yield Shift(message)) if hop < hops else None

@@ -31,6 +31,7 @@ class Tile:
     k_offset: int
     keep: Tensor | None
     bias: Tensor | None
+    dropout: Tensor | None
 
     def rows(self, x: Tensor) -> Tensor:
         return x.narrow(2, self.q_offset, self.q.length)
@@ -39,8 +40,13 @@ class Tile:
         return x.narrow(2, self.k_offset, self.k.length)
 
 
-def tiles(block: Block, heads: int, device: torch.device) -> Iterator[Tile]:
-    """The tiles of a block. heads: how many [S, T] score matrices a kernel holds at a time (batch times heads)."""
+def tiles(
+    block: Block, heads: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Iterator[Tile]:
+    """The tiles of a block.
+
+    heads: how many [S, T] score matrices a kernel holds at a time (batch times heads). dtype: of dropout's factors.
+    """
     rows = max(1, min(MAX_ROWS, MAX_SCORES // max(1, heads * block.k.length)))
     for offset in range(0, block.q.length, rows):
         q = block.q.narrow(offset, min(rows, block.q.length - offset))
@@ -53,7 +59,8 @@ def tiles(block: Block, heads: int, device: torch.device) -> Iterator[Tile]:
             if length == 0:
                 continue
             k, keep = k.narrow(first, length), keep.narrow(3, first, length)
-        yield Tile(q, k, offset, k.start - block.k.start, keep, block.bias(q, k))
+        dropout = block.dropout(q, k, dtype)
+        yield Tile(q, k, offset, k.start - block.k.start, keep, block.bias(q, k), dropout)
 
 
 def _seen(keep: Tensor) -> tuple[int, int]:
@@ -63,11 +70,14 @@ def _seen(keep: Tensor) -> tuple[int, int]:
 
 
 def add_grad_bias(grad_bias: Tensor, grad_scores: Tensor, tile: Tile) -> None:
-    """Add a tile's gradient of the scores [B, N, S, T] to the whole bias's gradient [B|1, N|1, S, Tg] in place."""
+    """Add a tile's gradient of the scores [B, N, S, T] to the whole bias's gradient [B|1, N|1, S|1, Tg] in place."""
     for dim in (0, 1):
         if grad_bias.shape[dim] == 1:
             grad_scores = grad_scores.sum(dim, keepdim=True)
-    rows = grad_bias.narrow(2, tile.q.start, tile.q.length)
+    if grad_bias.shape[2] == 1:
+        rows, grad_scores = grad_bias, grad_scores.sum(2, keepdim=True)
+    else:
+        rows = grad_bias.narrow(2, tile.q.start, tile.q.length)
     if tile.k.gaps is None:
         rows.narrow(3, tile.k.first, tile.k.length).add_(grad_scores)
     else:
@@ -88,9 +98,17 @@ class Tiled:
         B, N, S, _ = q.shape
         out = q.new_zeros((B, N, S, v.shape[3]), dtype=dtype)
         lse = q.new_full((B, N, S), -torch.inf, dtype=accumulation_dtype(q.dtype))
-        for tile in tiles(block, B * N, q.device):
+        scores = block.scores
+        for tile in tiles(block, B * N, q.device, lse.dtype):
             tile_out, tile_lse = naive.forward(
-                tile.rows(q), tile.keys(k), tile.keys(v), block.scores.scale, tile.keep, tile.bias
+                tile.rows(q),
+                tile.keys(k),
+                tile.keys(v),
+                scores.scale,
+                tile.keep,
+                tile.bias,
+                scores.softcap,
+                tile.dropout,
             )
             tile.rows(out).copy_(tile_out)
             tile.rows(lse).copy_(tile_lse)
@@ -102,7 +120,8 @@ class Tiled:
         """See `Provider`."""
         accumulate = accumulation_dtype(rows.q.dtype)
         dq, dk, dv = (torch.zeros(x.shape, dtype=accumulate, device=x.device) for x in (rows.q, k, v))
-        for tile in tiles(block, rows.q.shape[0] * rows.q.shape[1], k.device):
+        scores = block.scores
+        for tile in tiles(block, rows.q.shape[0] * rows.q.shape[1], k.device, accumulate):
             part = rows.narrow(tile.q_offset, tile.q.length)
             tile_dq, tile_dk, tile_dv, grad_scores = naive.backward(
                 part.q,
@@ -111,9 +130,11 @@ class Tiled:
                 part.grad_out,
                 part.lse,
                 tile.rows(rows.delta),
-                block.scores.scale,
+                scores.scale,
                 tile.keep,
                 tile.bias,
+                scores.softcap,
+                tile.dropout,
             )
             tile.rows(dq).add_(tile_dq)
             tile.keys(dk).add_(tile_dk)

@@ -73,6 +73,7 @@ class Case:
     sinks: bool = False
     dropout: float = 0.0
     tiles: Config = TILES[0]
+    described: bool = False
     seed: int = 0
 
 
@@ -161,7 +162,8 @@ def check(case: Case) -> None:
     grad_lse = grad_lse.masked_fill(lse.isinf(), 0)
 
     # What the kernels give, hop by hop.
-    provider = Triton(lambda q, v: Configs(case.tiles, case.tiles, case.tiles, case.tiles))
+    tiles = case.tiles._replace(tma=case.described)
+    provider = Triton(lambda *_: Configs(tiles, tiles, tiles, tiles))
     assert provider.supports_hops(q, k, v, scores)
     q_runs = runs_from(q_at)
     bounds = list(pairwise(torch.linspace(0, T, case.hops + 1).long().tolist()))
@@ -245,6 +247,11 @@ def test_shapes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     check(replace(PLAIN, dtype=dtype, mask=AttentionMask(causal=True), S=S, T=T, H=H, V=V))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_descriptors(dtype: torch.dtype) -> None:
+    check(replace(PLAIN, dtype=dtype, mask=AttentionMask(causal=True), S=50, T=63, H=24, V=40, hops=2, described=True))
+
+
 FEATURES = {
     "softcap": {"softcap": 0.7},
     "alibi": {"alibi": True},
@@ -312,6 +319,7 @@ cases = st.builds(
     sinks=st.booleans(),
     dropout=st.sampled_from([0.0, 0.0, 0.1, 0.7]),
     tiles=st.sampled_from(TILES),
+    described=st.booleans(),
     seed=st.integers(0, 1000),
 )
 quiet = settings(  # shrinking would take the interpreter many minutes

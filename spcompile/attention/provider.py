@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -202,7 +202,7 @@ class BackwardHops(Protocol):
 class HopProvider(Protocol):
     """A kernel that takes all blocks of a hop at once and carries its own state, never rounded, from hop to hop."""
 
-    name: str
+    name: ClassVar[str]
 
     def supports_hops(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> bool:
         """Whether this kernel computes such hops; the answer is the same on all ranks and for all hops."""

@@ -46,12 +46,13 @@ def through_cap(grad_scores, products, args):
 
 @triton.jit
 def _row_tiles(
-    dq, q_tile, grad_tile, lse_tile, delta_tile, q_at, q_document, rows, k, v, k_places, first, stop, batch, head,
+    dq, q_tile, grad_tile, lse_tile, delta_tile, q_at, q_document, q_start, k, v, k_places, first, stop, batch, head,
     key_head, k_length, args,
     BLOCK_N: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, V_SIZE: tl.constexpr, V_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
-    """Dq / scale after the tiles first .. stop - 1 of keys."""
+    """The sum dq / scale after the tiles first .. stop - 1 of keys."""
+    rows = tl.arange(0, q_at.shape[0])
     for tile in range(first, stop):
         start = tile * BLOCK_N
         k_tile = load_tile(k, batch, key_head, start, k_length, BLOCK_N, SIZE, WIDTH, PARTIAL)
@@ -59,7 +60,7 @@ def _row_tiles(
         k_at, k_document = load_places(k_places, batch, start + tl.arange(0, BLOCK_N), k_length)
         products = capped(tl.dot(q_tile, k_tile.T, input_precision=PRECISION), args)
         scores, unit = complete(
-            products, batch, head, rows[:, None], q_at[:, None], k_at[None, :], q_document[:, None],
+            products, batch, head, q_start, rows[:, None], q_at[:, None], k_at[None, :], q_document[:, None],
             k_document[None, :], args, PARTIAL,
         )  # fmt: skip
         weights = weights_of(scores, unit, lse_tile[:, None], args)
@@ -90,8 +91,7 @@ def row_kernel(
 
     start = tile * BLOCK_M
     index = start + tl.arange(0, BLOCK_M)
-    rows = index.to(tl.int64)
-    row_state = (batch * tl.num_programs(1) + head) * q_length + rows
+    row_state = (batch * tl.num_programs(1) + head) * q_length + index
     q_tile = load_tile(q, batch, head, start, q_length, BLOCK_M, SIZE, WIDTH, True)
     grad_tile = load_tile(grad_out, batch, head, start, q_length, BLOCK_M, V_SIZE, V_WIDTH, True)
     q_at, q_document = load_places(q_places, batch, index, q_length)
@@ -104,14 +104,14 @@ def row_kernel(
         first = tl.load(segments.full + table + segment * 2)
         stop = tl.load(segments.full + table + segment * 2 + 1)
         total = _row_tiles(
-            total, q_tile, grad_tile, lse_tile, delta_tile, q_at, q_document, rows, k, v, k_places, first, stop, batch,
+            total, q_tile, grad_tile, lse_tile, delta_tile, q_at, q_document, start, k, v, k_places, first, stop, batch,
             head, head // GROUP, k_length, args, BLOCK_N, SIZE, WIDTH, V_SIZE, V_WIDTH, PRECISION, False,
         )  # fmt: skip
     for segment in range(partial_count):
         first = tl.load(segments.partial + table + segment * 2)
         stop = tl.load(segments.partial + table + segment * 2 + 1)
         total = _row_tiles(
-            total, q_tile, grad_tile, lse_tile, delta_tile, q_at, q_document, rows, k, v, k_places, first, stop, batch,
+            total, q_tile, grad_tile, lse_tile, delta_tile, q_at, q_document, start, k, v, k_places, first, stop, batch,
             head, head // GROUP, k_length, args, BLOCK_N, SIZE, WIDTH, V_SIZE, V_WIDTH, PRECISION, True,
         )  # fmt: skip
     total *= scale
@@ -133,15 +133,15 @@ def _key_tiles(
     """Dk / scale and dv after the tiles first .. stop - 1 of one head's rows; tiles here are keys by rows."""
     for tile in range(first, stop):
         start = tile * BLOCK_M
-        index = start + tl.arange(0, BLOCK_M)
-        rows = index.to(tl.int64)
-        row_state = (batch * heads + head) * q_length + rows
+        rows = tl.arange(0, BLOCK_M)
+        index = start + rows
+        row_state = (batch * heads + head) * q_length + index
         q_tile = load_tile(q, batch, head, start, q_length, BLOCK_M, SIZE, WIDTH, PARTIAL)
         grad_tile = load_tile(grad_out, batch, head, start, q_length, BLOCK_M, V_SIZE, V_WIDTH, PARTIAL)
         q_at, q_document = load_places(q_places, batch, index, q_length)
         products = capped(tl.dot(k_tile, q_tile.T, input_precision=PRECISION), args)
         scores, unit = complete(
-            products, batch, head, rows[None, :], q_at[None, :], k_at[:, None], q_document[None, :],
+            products, batch, head, start, rows[None, :], q_at[None, :], k_at[:, None], q_document[None, :],
             k_document[:, None], args, PARTIAL,
         )  # fmt: skip
         weights = weights_of(scores, unit, load_lse(lse, row_state, index, q_length)[None, :], args)

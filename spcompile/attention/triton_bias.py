@@ -40,16 +40,17 @@ def _grad_scores(
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one tile of one head's biased scores, [BLOCK_M, BLOCK_N]."""
-    index, k_index = start + tl.arange(0, BLOCK_M), k_start + tl.arange(0, BLOCK_N)
-    rows = index.to(tl.int64)
-    row_state = (batch * heads + head) * q_length + rows
+    rows = tl.arange(0, BLOCK_M)
+    index, k_index = start + rows, k_start + tl.arange(0, BLOCK_N)
+    row_state = (batch * heads + head) * q_length + index
     q_at, q_document = load_places(q_places, batch, index, q_length)
     k_at, k_document = load_places(k_places, batch, k_index, k_length)
     q_tile = load_tile(q, batch, head, start, q_length, BLOCK_M, SIZE, WIDTH, True)
     k_tile = load_tile(k, batch, key_head, k_start, k_length, BLOCK_N, SIZE, WIDTH, True)
+    products = capped(tl.dot(q_tile, k_tile.T, input_precision=PRECISION), args)
     scores, unit = complete(
-        capped(tl.dot(q_tile, k_tile.T, input_precision=PRECISION), args), batch, head, rows[:, None], q_at[:, None],
-        k_at[None, :], q_document[:, None], k_document[None, :], args, True,
+        products, batch, head, start, rows[:, None], q_at[:, None], k_at[None, :], q_document[:, None],
+        k_document[None, :], args, True,
     )  # fmt: skip
     weights = weights_of(scores, unit, load_lse(lse, row_state, index, q_length)[:, None], args)
     grad_tile = load_tile(grad_out, batch, head, start, q_length, BLOCK_M, V_SIZE, V_WIDTH, True)
@@ -93,19 +94,14 @@ def bias_kernel(
 
     keys = k_start + tl.arange(0, BLOCK_N)
     k_at = tl.load(columns + keys, mask=keys < k_length, other=-1)
+    rows = tl.arange(0, BLOCK_M)
+    start = own_row_tile * BLOCK_M
+    own_batch, own_head = tl.cast(own_batch, tl.int64), tl.cast(own_head, tl.int64)
     if ONE_ROW:
-        at = grad_bias.added + bias_places(
-            grad_bias, tl.cast(own_batch, tl.int64), tl.cast(own_head, tl.int64), 0, k_at
-        )
-        tl.store(at, tl.load(at, mask=k_at >= 0, other=0.0) + tl.sum(total, 0), mask=k_at >= 0)
+        first, at = bias_places(grad_bias, own_batch, own_head, 0, 0, k_at)
+        total, mask = tl.sum(total, 0), k_at >= 0
     else:
-        rows = own_row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        at = grad_bias.added + bias_places(
-            grad_bias,
-            tl.cast(own_batch, tl.int64),
-            tl.cast(own_head, tl.int64),
-            rows.to(tl.int64)[:, None],
-            k_at[None, :],
-        )
-        mask = (rows < q_length)[:, None] & (k_at >= 0)[None, :]
-        tl.store(at, tl.load(at, mask=mask, other=0.0) + total, mask=mask)
+        first, at = bias_places(grad_bias, own_batch, own_head, start, rows[:, None], k_at[None, :])
+        mask = (start + rows < q_length)[:, None] & (k_at >= 0)[None, :]
+    at = grad_bias.added + first + at
+    tl.store(at, tl.load(at, mask=mask, other=0.0) + total, mask=mask)

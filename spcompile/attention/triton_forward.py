@@ -23,19 +23,21 @@ from spcompile.attention.triton_scores import (
 
 @triton.jit
 def _see(
-    acc, peak, mass, q_tile, q_at, q_document, rows, k, v, k_places, first, stop, batch, head, key_head, k_length, args,
+    acc, peak, mass, q_tile, q_at, q_document, q_start, k, v, k_places, first, stop, batch, head, key_head, k_length,
+    args,
     BLOCK_N: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, V_SIZE: tl.constexpr, V_WIDTH: tl.constexpr,
     PRECISION: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """The state after the tiles first .. stop - 1 of keys."""
+    rows = tl.arange(0, q_at.shape[0])
     for tile in range(first, stop):
         start = tile * BLOCK_N
         k_tile = load_tile(k, batch, key_head, start, k_length, BLOCK_N, SIZE, WIDTH, PARTIAL)
         k_at, k_document = load_places(k_places, batch, start + tl.arange(0, BLOCK_N), k_length)
         products = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
         scores, unit = complete(
-            capped(products, args), batch, head, rows[:, None], q_at[:, None], k_at[None, :], q_document[:, None],
-            k_document[None, :], args, PARTIAL,
+            capped(products, args), batch, head, q_start, rows[:, None], q_at[:, None], k_at[None, :],
+            q_document[:, None], k_document[None, :], args, PARTIAL,
         )  # fmt: skip
         next_peak = tl.maximum(peak, tl.max(scores, 1) * unit)
         finite = next_peak
@@ -73,37 +75,41 @@ def forward_kernel(
 
     start = tile * BLOCK_M
     index = start + tl.arange(0, BLOCK_M)
-    rows = index.to(tl.int64)
-    row_state = (batch * tl.num_programs(1) + head) * q_length + rows
     q_tile = load_tile(q, batch, head, start, q_length, BLOCK_M, SIZE, WIDTH, True)
     q_at, q_document = load_places(q_places, batch, index, q_length)
-    if FIRST:
-        acc = tl.zeros([BLOCK_M, V_WIDTH], tl.float32)
-        peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        mass = tl.zeros([BLOCK_M], tl.float32)
-        if sinks is not None:
-            peak = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + head).to(tl.float32) * LOG2E
-            mass += 1.0
-    else:
-        acc = load_tile(acc_state, batch, head, start, q_length, BLOCK_M, V_SIZE, V_WIDTH, True)
-        peak = tl.load(peak_state + row_state, mask=index < q_length, other=float("-inf"))
-        mass = tl.load(mass_state + row_state, mask=index < q_length, other=0.0)
+    acc = tl.zeros([BLOCK_M, V_WIDTH], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    if FIRST and sinks is not None:
+        peak = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + head).to(tl.float32) * LOG2E
+        mass += 1.0
 
     table = line * segments.most * 2
     for segment in range(full_count):
         first = tl.load(segments.full + table + segment * 2)
         stop = tl.load(segments.full + table + segment * 2 + 1)
         acc, peak, mass = _see(
-            acc, peak, mass, q_tile, q_at, q_document, rows, k, v, k_places, first, stop, batch, head, head // GROUP,
+            acc, peak, mass, q_tile, q_at, q_document, start, k, v, k_places, first, stop, batch, head, head // GROUP,
             k_length, args, BLOCK_N, SIZE, WIDTH, V_SIZE, V_WIDTH, PRECISION, False,
         )  # fmt: skip
     for segment in range(partial_count):
         first = tl.load(segments.partial + table + segment * 2)
         stop = tl.load(segments.partial + table + segment * 2 + 1)
         acc, peak, mass = _see(
-            acc, peak, mass, q_tile, q_at, q_document, rows, k, v, k_places, first, stop, batch, head, head // GROUP,
+            acc, peak, mass, q_tile, q_at, q_document, start, k, v, k_places, first, stop, batch, head, head // GROUP,
             k_length, args, BLOCK_N, SIZE, WIDTH, V_SIZE, V_WIDTH, PRECISION, True,
         )  # fmt: skip
+
+    row_state = (batch * tl.num_programs(1) + head) * q_length + index
+    if not FIRST:  # here and not at the start, where the loops need the registers
+        old_peak = tl.load(peak_state + row_state, mask=index < q_length, other=float("-inf"))
+        old_mass = tl.load(mass_state + row_state, mask=index < q_length, other=0.0)
+        old_acc = load_tile(acc_state, batch, head, start, q_length, BLOCK_M, V_SIZE, V_WIDTH, True)
+        top = tl.maximum(peak, old_peak)
+        finite = tl.where(top == float("-inf"), 0.0, top)
+        shrink, old_shrink = tl.exp2(peak - finite), tl.exp2(old_peak - finite)
+        acc = acc * shrink[:, None] + old_acc * old_shrink[:, None]
+        peak, mass = top, mass * shrink + old_mass * old_shrink
 
     if LAST:
         total = tl.where(mass == 0, 1.0, mass)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from spcompile.attention.triton_backward import key_kernel, row_kernel
 from spcompile.attention.triton_bias import bias_kernel, delta_kernel
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from spcompile.attention.triton_configs import Config, Configs
 
 LOG2E = math.log2(math.e)
+TileOperand: TypeAlias = Operand | TensorDescriptor
 
 
 class Launch(NamedTuple):
@@ -88,8 +90,8 @@ def _cached_kinds(
     mask: AttentionMask, q: Layout, k: Layout, config: Config, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """`tile_kinds` where positions alone decide: the same for every layer and step."""
-    places = [Places(_cached_positions(layout, device)[None], None) for layout in (q, k)]
-    return tile_kinds(mask, *places, config.block_m, config.block_n)
+    q_places, k_places = (Places(_cached_positions(layout, device)[None], None) for layout in (q, k))
+    return tile_kinds(mask, q_places, k_places, config.block_m, config.block_n)
 
 
 @functools.lru_cache(maxsize=256)
@@ -109,6 +111,22 @@ def operand(x: Tensor) -> Operand:
     """`x` [B, N, S, H] as kernels take it; its last dim is dense."""
     assert x.stride(3) == 1 or x.shape[3] == 1
     return Operand(x, x.stride(0), x.stride(1), x.stride(2))
+
+
+def describable(x: Tensor) -> bool:
+    """Whether a tensor descriptor can describe `x` [B, N, S, H]: addresses and steps in multiples of 16 bytes.
+
+    A descriptor is what the copy engine of Hopper and later takes (TMA): it leaves more registers to the kernel.
+    """
+    steps = [x.stride(dim) * x.element_size() for dim in range(3)]
+    return x.numel() > 0 and x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(x and x % 16 == 0 for x in steps)
+
+
+def tiled(x: Tensor, rows: int, wanted: bool) -> TileOperand:
+    """`x` as an `operand` that the kernel reads in tiles of `rows` rows: by descriptor if wanted and possible."""
+    if not wanted or not describable(x):
+        return operand(x)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, width_of(x.shape[3])])
 
 
 def dense(x: Tensor) -> Tensor:
@@ -133,9 +151,9 @@ class RowTensors(NamedTuple):
     lse: Tensor
     delta: Tensor
 
-    @property
-    def args(self) -> tuple[Operand, Tensor, Tensor]:
-        return operand(self.grad_out), self.lse, self.delta
+    def args(self, config: Config) -> tuple[TileOperand, Tensor, Tensor]:
+        """What a kernel reads of them."""
+        return tiled(self.grad_out, config.block_m, config.tma), self.lse, self.delta
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,8 +181,8 @@ class Hop:
         if scores.key_valid is not None:
             valid = _at(scores.key_valid, self.columns)
             k_positions = torch.where(valid, k_positions, -1)
-        q_documents = None if scores.q_documents is None else _at(scores.q_documents, q_positions[0])
-        k_documents = None if scores.k_documents is None else _at(scores.k_documents, self.columns)
+        q_documents = None if scores.q_documents is None else _at(scores.q_documents, q_positions[0]).to(torch.int32)
+        k_documents = None if scores.k_documents is None else _at(scores.k_documents, self.columns).to(torch.int32)
         return Places(q_positions, q_documents), Places(k_positions, k_documents)
 
     def kinds(self, config: Config) -> tuple[Tensor, Tensor]:
@@ -234,6 +252,11 @@ class Hop:
         )
         return q, k
 
+    def _operands(self, config: Config) -> tuple[TileOperand, TileOperand, TileOperand]:
+        """What a kernel reads of q, k and v."""
+        q = tiled(self.q, config.block_m, config.tma)
+        return q, tiled(self.k, config.block_n, config.tma), tiled(self.v, config.block_n, config.tma)
+
     def forward(self, state: ForwardTensors, first: bool, last: bool) -> Launch:
         """Reads the state unless this is the first hop; writes it, or on the last hop out and lse."""
         config = self.configs.forward
@@ -241,7 +264,7 @@ class Hop:
         return Launch(
             forward_kernel,
             (-(-S // config.block_m), N, B),
-            (operand(self.q), operand(self.k), operand(self.v), operand(state.out), state.lse, operand(state.acc),
+            (*self._operands(config), operand(state.out), state.lse, operand(state.acc),
              state.peak, state.mass, self.scores.sinks, *self._place_args(), self.segments(config, False),
              self.score_args, S, self.k.shape[2]),
             {**self._sizes, "FIRST": first, "LAST": last, **_options(config)},
@@ -254,7 +277,7 @@ class Hop:
         return Launch(
             row_kernel,
             (-(-S // config.block_m), N, B),
-            (operand(self.q), operand(self.k), operand(self.v), *rows.args, operand(dq_state), operand(dq),
+            (*self._operands(config), *rows.args(config), operand(dq_state), operand(dq),
              *self._place_args(), self.segments(config, False), self.score_args, self.scores.scale,
              S, self.k.shape[2]),
             {**self._sizes, "FIRST": first, "LAST": last, **_options(config)},
@@ -267,7 +290,7 @@ class Hop:
         return Launch(
             key_kernel,
             (-(-T // config.block_n), G, B),
-            (operand(self.q), operand(self.k), operand(self.v), *rows.args, operand(dk), operand(dv),
+            (*self._operands(config), *rows.args(config), operand(dk), operand(dv),
              *self._place_args(), self.segments(config, True), self.score_args, self.scores.scale,
              self.q.shape[2], T),
             {**self._sizes, **_options(config)},
@@ -285,7 +308,7 @@ class Hop:
         return Launch(
             bias_kernel,
             (1 if one_row else row_tiles, key_tiles, batches * heads),
-            (operand(self.q), operand(self.k), operand(self.v), *rows.args, _bias_args(grad_bias),
+            (*self._operands(config), *rows.args(config), _bias_args(grad_bias),
              self.columns, *self._place_args(), kinds, row_tiles if kinds.shape[0] > 1 else 0, self.score_args,
              S, T, N, row_tiles if one_row else 1, B // batches, N // heads),
             {**self._sizes, "ONE_ROW": one_row, **_options(config)},

@@ -7,47 +7,71 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import torch
 import triton
+from torch import Tensor
 
 from spcompile.attention.provider import Gradients, Rows, Scores
 from spcompile.attention.runs import Run
 from spcompile.attention.triton_configs import Configs, configs
-from spcompile.attention.triton_launch import ForwardTensors, Hop, RowTensors, delta_launch, dense, width_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from spcompile.attention.triton_launch import (
+    ForwardTensors,
+    Hop,
+    RowTensors,
+    delta_launch,
+    dense,
+    describable,
+    width_of,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD = 256
-MIN_CAPABILITY = 80
+MIN_SHARED = 163 * 1024  # bytes for one program: those of sm_80
 
 
-def default_configs(q: Tensor, v: Tensor) -> Configs:
+Choose = Callable[[Tensor, Tensor, Tensor, Scores], Configs]
+
+
+def default_configs(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Configs:
     """The row of the table for these tensors; under the interpreter, which has no device, that of an H100."""
     capability = 90
     if q.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(q.device)
         capability = 10 * major + minor
-    return configs(capability, q.element_size(), width_of(max(q.shape[3], v.shape[3])))
+    described = all(describable(x) for x in (q, k, v))
+    return configs(capability, described, q.element_size(), width_of(max(q.shape[3], v.shape[3])), variant_of(scores))
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """From sm_80 on, with the shared memory that the table counts on: not sm_86, sm_89 and sm_120."""
+    found = torch.cuda.get_device_properties(device)
+    return torch.version.hip is None and found.major >= 8 and found.shared_memory_per_block_optin >= MIN_SHARED
+
+
+def variant_of(scores: Scores) -> str:
+    """Which configurations the scores ask for: what else than positions a kernel must hold in registers."""
+    if scores.bias is not None:
+        return "bias"
+    more = (scores.alibi_slopes, scores.dropout)
+    rich = scores.mask.needs_data or scores.softcap > 0 or any(x is not None for x in more)
+    return "rich" if rich else "plain"
 
 
 @dataclass(frozen=True)
 class Triton:
     """The provider. choose_configs: for tests, which want small tiles."""
 
-    choose_configs: Callable[[Tensor, Tensor], Configs] = default_configs
-    name: str = "triton"
+    name: ClassVar[str] = "triton"
+    choose_configs: Choose = default_configs
 
     def supports_hops(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> bool:
-        """Halves and float32 on an NVIDIA GPU from sm_80 on, head sizes up to 256, a positive scale."""
-        if q.device.type == "cuda":
-            old = torch.cuda.get_device_capability(q.device) < divmod(MIN_CAPABILITY, 10)
-            if old or torch.version.hip is not None:
-                return False
-        elif not triton.knobs.runtime.interpret:
+        """Halves and float32 on an NVIDIA GPU of a data centre, head sizes up to 256, a positive scale.
+
+        Document ids are compared as int32.
+        """
+        if not (_has_kernels(q.device) if q.device.type == "cuda" else triton.knobs.runtime.interpret):
             return False
         added = [x for x in (scores.bias, scores.alibi_slopes, scores.sinks) if x is not None]
         wide = any(x.dtype == torch.float64 for x in added)
@@ -56,11 +80,11 @@ class Triton:
 
     def start_forward(self, q: Tensor, v: Tensor, scores: Scores) -> Forward:
         """See `HopProvider`."""
-        return Forward(dense(q), v.shape[3], scores, self.choose_configs(q, v))
+        return Forward(dense(q), v.shape[3], scores, self.choose_configs)
 
     def start_backward(self, rows: Rows, v: Tensor, scores: Scores, wants_grad_bias: bool) -> Backward:
         """See `HopProvider`."""
-        return Backward(rows, scores, wants_grad_bias, self.choose_configs(rows.q, v), torch.float32)
+        return Backward(rows, scores, wants_grad_bias, self.choose_configs, torch.float32)
 
     def backward(
         self,
@@ -73,7 +97,7 @@ class Triton:
         wants_grad_bias: bool,
     ) -> tuple[Gradients, Tensor | None]:
         """See `HopProvider`."""
-        state = Backward(rows, scores, wants_grad_bias, self.choose_configs(rows.q, v), rows.q.dtype)
+        state = Backward(rows, scores, wants_grad_bias, self.choose_configs, rows.q.dtype)
         dk, dv = state.add(k, v, q_runs, k_runs, last=True)
         dq, grad_bias = state.result()
         return Gradients(dq, dk, dv), grad_bias
@@ -82,8 +106,8 @@ class Triton:
 class Forward:
     """`ForwardHops`: one launch a hop. The state is made when a hop comes that is not the last."""
 
-    def __init__(self, q: Tensor, v_size: int, scores: Scores, configs: Configs) -> None:
-        self._q, self._scores, self._configs = q, scores, configs
+    def __init__(self, q: Tensor, v_size: int, scores: Scores, choose: Choose) -> None:
+        self._q, self._scores, self._choose = q, scores, choose
         out = q.new_empty((*q.shape[:3], v_size))
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         self._tensors = ForwardTensors(out, lse, out, lse, lse)
@@ -95,7 +119,8 @@ class Forward:
             out, lse = self._tensors.out, self._tensors.lse
             acc = torch.empty_like(out, dtype=torch.float32)
             self._tensors = ForwardTensors(out, lse, acc, torch.empty_like(lse), torch.empty_like(lse))
-        hop = Hop(self._q, dense(k), dense(v), q_runs, k_runs, self._scores, self._configs)
+        k, v = dense(k), dense(v)
+        hop = Hop(self._q, k, v, q_runs, k_runs, self._scores, self._choose(self._q, k, v, self._scores))
         hop.forward(self._tensors, self._first, last).run()
         self._first = False
 
@@ -107,11 +132,13 @@ class Forward:
 class Backward:
     """`BackwardHops`: two launches a hop, three where a bias wants its gradient. dtype: of dk and dv."""
 
-    def __init__(self, rows: Rows, scores: Scores, wants_grad_bias: bool, configs: Configs, dtype: torch.dtype) -> None:
-        self._q, self._scores, self._configs, self._dtype = dense(rows.q), scores, configs, dtype
+    def __init__(self, rows: Rows, scores: Scores, wants_grad_bias: bool, choose: Choose, dtype: torch.dtype) -> None:
+        self._q, self._scores, self._choose, self._dtype = dense(rows.q), scores, choose, dtype
         lse = rows.lse.contiguous()
         grad_lse = None if rows.grad_lse is None else rows.grad_lse.contiguous()
-        self._rows = RowTensors(dense(rows.grad_out), lse, torch.empty_like(lse))
+        # A gradient such as that of sum() is expanded, and no descriptor describes it.
+        grad_out = rows.grad_out if describable(rows.grad_out) else rows.grad_out.contiguous()
+        self._rows = RowTensors(grad_out, lse, torch.empty_like(lse))
         delta_launch(dense(rows.out), self._rows.grad_out, grad_lse, self._rows.delta).run()
         self._dq = torch.empty(rows.q.shape, dtype=rows.q.dtype, device=rows.q.device)
         self._dq_state = self._dq
@@ -127,7 +154,8 @@ class Backward:
         """See `BackwardHops`."""
         if self._first and not last:
             self._dq_state = torch.empty_like(self._dq, dtype=torch.float32)
-        hop = Hop(self._q, dense(k), dense(v), q_runs, k_runs, self._scores, self._configs)
+        k, v = dense(k), dense(v)
+        hop = Hop(self._q, k, v, q_runs, k_runs, self._scores, self._choose(self._q, k, v, self._scores))
         dk, dv = (torch.empty(x.shape, dtype=self._dtype, device=x.device) for x in (k, v))
         hop.row_gradients(self._rows, self._dq_state, self._dq, self._first, last).run()
         hop.key_gradients(self._rows, dk, dv).run()

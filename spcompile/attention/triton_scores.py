@@ -97,15 +97,24 @@ class SegmentArgs(NamedTuple):
 def load_tile(
     x, batch, head, start, length, ROWS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, CUT: tl.constexpr
 ):
-    """Rows start .. start + ROWS - 1 of one head, [ROWS, WIDTH]; 0 past SIZE, and with CUT past the length."""
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    first = x.data + batch * x.batch_step + head * x.head_step + tl.cast(start, tl.int64) * x.row_step
-    at = first + rows[:, None] * x.row_step + columns[None, :]
-    if CUT:
-        return tl.load(at, mask=(start + rows < length)[:, None] & (columns < SIZE)[None, :], other=0.0)
-    if SIZE < WIDTH:
-        return tl.load(at, mask=(columns < SIZE)[None, :], other=0.0)
-    return tl.load(at)
+    """Rows start .. start + ROWS - 1 of one head, [ROWS, WIDTH]; 0 past SIZE, and with CUT past the length.
+
+    x: an `Operand`, or a tensor descriptor, which needs no CUT.
+    """
+    if isinstance(x, tl.tensor_descriptor):
+        tile = x.load([tl.cast(batch, tl.int32), tl.cast(head, tl.int32), tl.cast(start, tl.int32), 0])
+        tile = tile.reshape(ROWS, WIDTH)
+    else:
+        rows, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+        first = x.data + batch * x.batch_step + head * x.head_step + tl.cast(start, tl.int64) * x.row_step
+        at = first + rows[:, None] * x.row_step + columns[None, :]
+        if CUT:
+            tile = tl.load(at, mask=(start + rows < length)[:, None] & (columns < SIZE)[None, :], other=0.0)
+        elif SIZE < WIDTH:
+            tile = tl.load(at, mask=(columns < SIZE)[None, :], other=0.0)
+        else:
+            tile = tl.load(at)
+    return tile
 
 
 @triton.jit
@@ -146,16 +155,18 @@ def capped(products, args):
 
 
 @triton.jit
-def bias_places(bias, batch, head, rows, columns):
-    """Where the bias's elements of a tile are, counted from its first one."""
-    return batch * bias.batch_step + head * bias.head_step + rows * bias.row_step + columns
+def bias_places(bias, batch, head, start, rows, columns):
+    """Where the bias's elements of a tile are, counted from its first one: 32 bits for each within the tile's rows."""
+    first = batch * bias.batch_step + head * bias.head_step + tl.cast(start, tl.int64) * bias.row_step
+    return first, rows * bias.row_step + columns
 
 
 @triton.jit
-def complete(products, batch, head, rows, q_at, k_at, q_document, k_document, args, PARTIAL: tl.constexpr):
+def complete(products, batch, head, start, rows, q_at, k_at, q_document, k_document, args, PARTIAL: tl.constexpr):
     """Scores out of what `capped` made: (scores, unit), where scores * unit is in units of log 2.
 
-    rows: of the bias, int64. q_at, k_at: positions. PARTIAL: the mask has a say.
+    start, rows: the first row of q, and the tile's rows counted from there. q_at, k_at: positions. PARTIAL: the mask
+    has a say.
     """
     bias = args.bias
     scores, unit = products, args.unit
@@ -167,12 +178,13 @@ def complete(products, batch, head, rows, q_at, k_at, q_document, k_document, ar
         scores += tl.load(args.slopes + head) * (k_at - q_at)
     seen = (q_at >= 0) & (k_at >= 0)
     if bias.added is not None:
-        at = bias_places(bias, batch, head, rows, k_at)
-        added = tl.load(bias.added + at, mask=seen, other=0.0).to(tl.float32)
+        first, at = bias_places(bias, batch, head, start, rows, k_at)
+        added = tl.load(bias.added + first + at, mask=seen, other=0.0).to(tl.float32)
         # A mask in the form of the lowest number must not become -inf, which would leave rows without any key.
         scores += tl.where(added == float("-inf"), added, tl.maximum(added * LOG2E, LOWEST))
     if bias.kept is not None:
-        seen = tl.load(bias.kept + bias_places(bias, batch, head, rows, k_at), mask=seen, other=0) != 0
+        first, at = bias_places(bias, batch, head, start, rows, k_at)
+        seen = tl.load(bias.kept + first + at, mask=seen, other=0) != 0
     if PARTIAL:
         seen = seen & allowed(q_at, k_at, q_document, k_document, args.mask)
     if PARTIAL or bias.kept is not None:

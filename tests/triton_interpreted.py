@@ -23,7 +23,7 @@ from spcompile.attention import naive
 from spcompile.attention.dropout import Dropout
 from spcompile.attention.mask import AttentionMask
 from spcompile.attention.provider import Rows, Scores
-from spcompile.attention.runs import Run
+from spcompile.attention.runs import Run, natural_runs
 from spcompile.attention.triton_configs import Config, Configs
 from spcompile.attention.triton_provider import Triton
 
@@ -279,6 +279,42 @@ def test_everything_at_once() -> None:
             bias="added", bias_shape=(False, True, True), softcap=2.0, alibi=True, sinks=True, dropout=0.3,
         )
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_error_does_not_grow_with_hops() -> None:
+    """Root mean square error of bfloat16 against float64, for the same attention in more and more hops."""
+    B, N, G, S, H = 1, 2, 1, 128, 32
+    shapes = ((N, S), (G, S), (G, S), (N, S))
+    q, k, v, grad_out = (torch.randn(B, n, s, H).bfloat16() for n, s in shapes)
+    wide, scale = [x.double() for x in (q, k, v)], H**-0.5
+    keep = AttentionMask(causal=True).allowed(torch.arange(S), torch.arange(S))
+    exact, exact_lse = naive.forward(*wide, scale, keep)
+    delta = (exact * grad_out.double()).sum(-1)
+    exacts = [exact, *naive.backward(*wide, grad_out.double(), exact_lse, delta, scale, keep)[:3]]
+    tiles = Config(32, 16, 4, 1)  # of no more keys than a hop has, so that only the hops differ
+    provider, scores = Triton(lambda *_: Configs(tiles, tiles, tiles, tiles)), Scores(AttentionMask(causal=True), scale)
+    table = {}
+    for hops in (1, 2, 4, 8):
+        part = S // hops
+        steps = [
+            (k[:, :, i : i + part], v[:, :, i : i + part], natural_runs(S), (Run(0, part, i, i + part - 1),))
+            for i in range(0, S, part)
+        ]
+        state = provider.start_forward(q, v, scores)
+        for step in steps:
+            state.add(*step, last=step is steps[-1])
+        out, lse = state.result()
+        gradients = provider.start_backward(Rows(q, out, grad_out, lse, None), v, scores, False)
+        dk, dv = (
+            torch.cat(x, 2).bfloat16()  # as a ring rounds them, once
+            for x in zip(*(gradients.add(*step, last=step is steps[-1]) for step in steps), strict=True)
+        )
+        found = (out, gradients.result()[0], dk, dv)
+        table[hops] = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exacts, strict=True)]
+        print(hops, *(f"{error:.3e}" for error in table[hops]))
+    for errors in table.values():
+        assert all(error <= 1.1 * alone for error, alone in zip(errors, table[1], strict=True))
 
 
 masks = st.builds(

@@ -43,8 +43,8 @@ _HALVES = {
     ("sm80", 128, "rich"): Configs(Config(128, 32, 8, 3), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
     ("sm80", 128, "bias"): Configs(Config(64, 32, 8, 2), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
     ("sm80", 256, "plain"): Configs(Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 64, 8, 2)),
-    ("sm80", 256, "rich"): Configs(Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 4, 1)),
-    ("sm80", 256, "bias"): Configs(Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 4, 1)),
+    ("sm80", 256, "rich"): Configs(Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(16, 64, 8, 1)),
+    ("sm80", 256, "bias"): Configs(Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(16, 32, 8, 1)),
     ("sm90", 64, "plain"): Configs(
         Config(128, 128, 8, 3, True), Config(128, 128, 8, 3, True), Config(64, 128, 8, 3, True)
     ),
@@ -85,22 +85,20 @@ _HALVES = {
         Config(32, 32, 4, 2, True), Config(128, 32, 8, 2, True), Config(32, 64, 8, 2, True)
     ),
     ("sm100", 256, "plain"): Configs(
-        Config(64, 64, 8, 2, True), Config(64, 64, 8, 2, True), Config(32, 64, 8, 2, True)
+        Config(64, 64, 8, 2, True), Config(64, 32, 8, 2, True), Config(32, 64, 8, 1, True)
     ),
-    ("sm100", 256, "rich"): Configs(
-        Config(128, 32, 8, 2, True), Config(64, 32, 8, 2, True), Config(16, 64, 8, 2, True)
-    ),
-    ("sm100", 256, "bias"): Configs(Config(64, 32, 8, 2, True), Config(64, 16, 8, 2, True), Config(16, 64, 8, 2, True)),
+    ("sm100", 256, "rich"): Configs(Config(64, 64, 8, 2, True), Config(64, 32, 8, 2, True), Config(16, 64, 8, 1, True)),
+    ("sm100", 256, "bias"): Configs(Config(64, 16, 8, 2, True), Config(64, 16, 8, 2, True), Config(16, 64, 8, 2, True)),
 }
 
 # float32, which no tensor core multiplies exactly, and so no architecture differently: (head size, variant)
 _SINGLES = {
     (64, "plain"): Configs(Config(32, 32, 4, 2), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
     (64, "rich"): Configs(Config(32, 32, 4, 2), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
-    (64, "bias"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    (64, "bias"): Configs(Config(32, 32, 4, 2), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
     (128, "plain"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
-    (128, "rich"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
-    (128, "bias"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    (128, "rich"): Configs(Config(32, 32, 8, 1), Config(16, 16, 4, 1), Config(32, 32, 8, 1)),
+    (128, "bias"): Configs(Config(32, 32, 8, 1), Config(16, 16, 4, 1), Config(32, 32, 4, 1)),
     (256, "plain"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
     (256, "rich"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
     (256, "bias"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),

@@ -21,9 +21,9 @@ from spcompile.attention.triton_scores import (
 
 
 @triton.jit
-def load_lse(lse, at, index, length):
+def load_lse(lse, index, length):
     """Lse in units of log 2; rows without a key, and past the end, get +inf, so that their weights are 0."""
-    value = tl.load(lse + at, mask=index < length, other=float("inf")) * LOG2E
+    value = tl.load(lse + index, mask=index < length, other=float("inf")) * LOG2E
     return tl.where(value == float("-inf"), float("inf"), value)
 
 
@@ -91,12 +91,12 @@ def row_kernel(
 
     start = tile * BLOCK_M
     index = start + tl.arange(0, BLOCK_M)
-    row_state = (batch * tl.num_programs(1) + head) * q_length + index
+    first_row = (batch * tl.num_programs(1) + head) * q_length
     q_tile = load_tile(q, batch, head, start, q_length, BLOCK_M, SIZE, WIDTH, True)
     grad_tile = load_tile(grad_out, batch, head, start, q_length, BLOCK_M, V_SIZE, V_WIDTH, True)
     q_at, q_document = load_places(q_places, batch, index, q_length)
-    lse_tile = load_lse(lse, row_state, index, q_length)
-    delta_tile = tl.load(delta + row_state, mask=index < q_length, other=0.0)
+    lse_tile = load_lse(lse + first_row, index, q_length)
+    delta_tile = tl.load(delta + first_row + index, mask=index < q_length, other=0.0)
 
     total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     table = line * segments.most * 2
@@ -135,7 +135,7 @@ def _key_tiles(
         start = tile * BLOCK_M
         rows = tl.arange(0, BLOCK_M)
         index = start + rows
-        row_state = (batch * heads + head) * q_length + index
+        first_row = (batch * heads + head) * q_length
         q_tile = load_tile(q, batch, head, start, q_length, BLOCK_M, SIZE, WIDTH, PARTIAL)
         grad_tile = load_tile(grad_out, batch, head, start, q_length, BLOCK_M, V_SIZE, V_WIDTH, PARTIAL)
         q_at, q_document = load_places(q_places, batch, index, q_length)
@@ -144,14 +144,14 @@ def _key_tiles(
             products, batch, head, start, rows[None, :], q_at[None, :], k_at[:, None], q_document[None, :],
             k_document[:, None], args, PARTIAL,
         )  # fmt: skip
-        weights = weights_of(scores, unit, load_lse(lse, row_state, index, q_length)[None, :], args)
+        weights = weights_of(scores, unit, load_lse(lse + first_row, index, q_length)[None, :], args)
         grad_weights = tl.dot(v_tile, grad_tile.T, input_precision=PRECISION)
         used = weights
         if args.dropout.seed is not None:
             factors = dropout_factors(args.dropout, batch, head, q_at[None, :], k_at[:, None])
             used, grad_weights = weights * factors, grad_weights * factors
         dv = tl.dot(used.to(grad_tile.dtype), grad_tile, dv, input_precision=PRECISION)
-        delta_tile = tl.load(delta + row_state, mask=index < q_length, other=0.0)
+        delta_tile = tl.load(delta + first_row + index, mask=index < q_length, other=0.0)
         grad_products = through_cap(weights * (grad_weights - delta_tile[None, :]), products, args)
         dk = tl.dot(grad_products.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
     return dk, dv

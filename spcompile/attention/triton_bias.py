@@ -42,7 +42,7 @@ def _grad_scores(
     """The gradient of one tile of one head's biased scores, [BLOCK_M, BLOCK_N]."""
     rows = tl.arange(0, BLOCK_M)
     index, k_index = start + rows, k_start + tl.arange(0, BLOCK_N)
-    row_state = (batch * heads + head) * q_length + index
+    first_row = (batch * heads + head) * q_length
     q_at, q_document = load_places(q_places, batch, index, q_length)
     k_at, k_document = load_places(k_places, batch, k_index, k_length)
     q_tile = load_tile(q, batch, head, start, q_length, BLOCK_M, SIZE, WIDTH, True)
@@ -52,13 +52,13 @@ def _grad_scores(
         products, batch, head, start, rows[:, None], q_at[:, None], k_at[None, :], q_document[:, None],
         k_document[None, :], args, True,
     )  # fmt: skip
-    weights = weights_of(scores, unit, load_lse(lse, row_state, index, q_length)[:, None], args)
+    weights = weights_of(scores, unit, load_lse(lse + first_row, index, q_length)[:, None], args)
     grad_tile = load_tile(grad_out, batch, head, start, q_length, BLOCK_M, V_SIZE, V_WIDTH, True)
     v_tile = load_tile(v, batch, key_head, k_start, k_length, BLOCK_N, V_SIZE, V_WIDTH, True)
     grad_weights = tl.dot(grad_tile, v_tile.T, input_precision=PRECISION)
     if args.dropout.seed is not None:
         grad_weights *= dropout_factors(args.dropout, batch, head, q_at[:, None], k_at[None, :])
-    delta_tile = tl.load(delta + row_state, mask=index < q_length, other=0.0)
+    delta_tile = tl.load(delta + first_row + index, mask=index < q_length, other=0.0)
     return weights * (grad_weights - delta_tile[:, None])
 
 

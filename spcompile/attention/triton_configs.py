@@ -55,7 +55,7 @@ _HALVES = {
         Config(128, 64, 8, 2, True), Config(128, 64, 8, 2, True), Config(32, 128, 8, 2, True)
     ),
     ("sm90", 128, "plain"): Configs(
-        Config(128, 128, 8, 3, True), Config(128, 64, 8, 3, True), Config(64, 128, 8, 3, True)
+        Config(128, 128, 8, 3, True), Config(128, 64, 8, 3, True), Config(32, 128, 8, 3, True)
     ),
     ("sm90", 128, "rich"): Configs(
         Config(128, 64, 8, 3, True), Config(128, 64, 8, 2, True), Config(32, 64, 8, 2, True)
@@ -88,7 +88,9 @@ _HALVES = {
         Config(64, 64, 8, 2, True), Config(64, 32, 8, 2, True), Config(32, 64, 8, 1, True)
     ),
     ("sm100", 256, "rich"): Configs(Config(64, 64, 8, 2, True), Config(64, 32, 8, 2, True), Config(16, 64, 8, 1, True)),
-    ("sm100", 256, "bias"): Configs(Config(64, 16, 8, 2, True), Config(64, 16, 8, 2, True), Config(16, 64, 8, 2, True)),
+    ("sm100", 256, "bias"): Configs(
+        Config(64, 16, 8, 2, True), Config(64, 16, 8, 1, True), Config(16, 128, 8, 1, True)
+    ),
 }
 
 # float32, which no tensor core multiplies exactly, and so no architecture differently: (head size, variant)
@@ -99,8 +101,8 @@ _SINGLES = {
     (128, "plain"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
     (128, "rich"): Configs(Config(32, 32, 8, 1), Config(16, 16, 4, 1), Config(32, 32, 8, 1)),
     (128, "bias"): Configs(Config(32, 32, 8, 1), Config(16, 16, 4, 1), Config(32, 32, 4, 1)),
-    (256, "plain"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
-    (256, "rich"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    (256, "plain"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
+    (256, "rich"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
     (256, "bias"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
 }
 

@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[hf,dev]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[hf,dev,triton]"
 	touch $@
 
 # A Llama on two processes and on one, trained on real text; fails if the losses part.

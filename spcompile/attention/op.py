@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spcompile.attention import blocks
+from spcompile.attention import blocks, carry
 from spcompile.attention.drivers import drive, simulate
 from spcompile.attention.dropout import Dropout
 from spcompile.attention.mask import AttentionMask
@@ -89,7 +89,7 @@ def _attention(
     scores = _scores((q_documents, k_documents, key_valid, bias), mask, scale, more)
     q_order, q_runs = _runs(q_positions, q)
     k_order, k_runs = _runs(k_positions, k)
-    out, lse = blocks.forward(
+    out, lse = carry.forward(
         _sorted(q, q_order),
         _sorted(k, k_order),
         _sorted(v, k_order),
@@ -135,7 +135,7 @@ def _attention_backward(
         _sorted(lse, q_order),
         None if grad_lse is None else _sorted(grad_lse, q_order),
     )
-    (dq, dk, dv), dbias = blocks.backward(
+    (dq, dk, dv), dbias = carry.backward(
         rows,
         _sorted(k, k_order),
         _sorted(v, k_order),

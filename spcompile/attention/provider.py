@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -15,6 +15,8 @@ from spcompile.attention.mask import AttentionMask, Kind
 from spcompile.diagnostics import IllegalOption
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from spcompile.attention.dropout import Dropout
@@ -173,3 +175,52 @@ class Provider(Protocol):
         self, rows: Rows, k: Tensor, v: Tensor, block: Block, dtype: torch.dtype, grad_bias: Tensor | None
     ) -> Gradients:
         """The block's gradients in `dtype`. grad_bias, of the bias's own shape, is added to in place."""
+
+
+class ForwardHops(Protocol):
+    """Query rows that see the keys of one hop after another, in the order of the calls."""
+
+    def add(self, k: Tensor, v: Tensor, q_runs: Sequence[Run], k_runs: Sequence[Run], last: bool) -> None:
+        """Let the rows see one hop's keys."""
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """After the last hop: (out in q's dtype, lse in the accumulation dtype), the sinks' share included."""
+
+
+class BackwardHops(Protocol):
+    """The gradients of query rows, and of each hop's keys."""
+
+    def add(
+        self, k: Tensor, v: Tensor, q_runs: Sequence[Run], k_runs: Sequence[Run], last: bool
+    ) -> tuple[Tensor, Tensor]:
+        """One hop's (dk, dv) in the accumulation dtype."""
+
+    def result(self) -> tuple[Tensor, Tensor | None]:
+        """After the last hop: dq in q's dtype; the bias's gradient in the accumulation dtype, None if not wanted."""
+
+
+class HopProvider(Protocol):
+    """A kernel that takes all blocks of a hop at once and carries its own state, never rounded, from hop to hop."""
+
+    name: ClassVar[str]
+
+    def supports_hops(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> bool:
+        """Whether this kernel computes such hops; the answer is the same on all ranks and for all hops."""
+
+    def start_forward(self, q: Tensor, v: Tensor, scores: Scores) -> ForwardHops:
+        """Before the first key; v is that of any hop."""
+
+    def start_backward(self, rows: Rows, v: Tensor, scores: Scores, wants_grad_bias: bool) -> BackwardHops:
+        """Before the first key; v is that of any hop."""
+
+    def backward(
+        self,
+        rows: Rows,
+        k: Tensor,
+        v: Tensor,
+        q_runs: Sequence[Run],
+        k_runs: Sequence[Run],
+        scores: Scores,
+        wants_grad_bias: bool,
+    ) -> tuple[Gradients, Tensor | None]:
+        """The only hop's gradients, in the inputs' dtypes; the bias's in the accumulation dtype."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from spcompile.attention import blocks
+from spcompile.attention import carry
 from spcompile.attention.mask import Kind
 from spcompile.attention.runs import Run, shard_runs
 from spcompile.diagnostics import IllegalOption
@@ -106,16 +106,16 @@ def ring_forward(
     hops = ring.hops(scores.mask)
     q_runs = ring.q_runs(rank)
     if hops == 0:
-        return blocks.forward(q, k, v, q_runs, ring.k_runs(rank), scores)
-    state = blocks.ForwardState.empty(q, v, scores.sinks)
+        return carry.forward(q, k, v, q_runs, ring.k_runs(rank), scores)
+    state = carry.start_forward(q, k, v, scores)
     message = pack(k, v)
     for hop in range(hops + 1):
         handle = (yield Shift(message)) if hop < hops else None
         k_runs = ring.k_runs((rank - hop) % ring.degree)
-        state.add(q, *unpack(message, k, v), blocks.plan(q_runs, k_runs, scores))
+        state.add(*unpack(message, k, v), q_runs, k_runs, last=hop == hops)
         if handle is not None:
             message = yield Wait(handle)
-    return state.out.to(q.dtype), state.lse
+    return state.result()
 
 
 def ring_backward(
@@ -126,22 +126,23 @@ def ring_backward(
     hops = ring.hops(scores.mask)
     q_runs = ring.q_runs(rank)
     if hops == 0:
-        grads, grad_bias = blocks.backward(rows, k, v, q_runs, ring.k_runs(rank), scores, wants_grad_bias)
+        grads, grad_bias = carry.backward(rows, k, v, q_runs, ring.k_runs(rank), scores, wants_grad_bias)
         return *grads, grad_bias
-    state = blocks.BackwardState.empty(rows.q, scores.bias, wants_grad_bias)
+    state = carry.start_backward(rows, k, v, scores, wants_grad_bias)
     message = pack(k, v)
     grad_handle = None
     for hop in range(hops + 1):
         handle = (yield Shift(message)) if hop < hops else None
         k_runs = ring.k_runs((rank - hop) % ring.degree)
-        grads_here = pack(*state.add(rows, *unpack(message, k, v), blocks.plan(q_runs, k_runs, scores)))
+        grads_here = pack(*state.add(*unpack(message, k, v), q_runs, k_runs, last=hop == hops))
         if grad_handle is not None:
             grads_here += yield Wait(grad_handle)
         if handle is not None:
             message = yield Wait(handle)
         grad_handle = yield Shift(grads_here, 1 if hop < hops else ring.degree - hops)
     dk, dv = unpack((yield Wait(grad_handle)), k, v)
-    return state.dq.to(rows.q.dtype), dk.to(k.dtype), dv.to(v.dtype), state.grad_bias
+    dq, grad_bias = state.result()
+    return dq, dk.to(k.dtype), dv.to(v.dtype), grad_bias
 
 
 def pack(k: Tensor, v: Tensor) -> Tensor:

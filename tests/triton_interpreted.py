@@ -1,0 +1,384 @@
+"""The Triton kernels on CPU tensors against `naive` in float64; `test_kernel_triton.py` runs this file.
+
+TRITON_INTERPRET must be set before triton is imported, and must not be for other tests: so this runs in a process of
+its own. Deterministic mode fills every new tensor with NaN, so an element that no kernel writes shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import triton.language as tl
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
+
+from spcompile.attention import naive
+from spcompile.attention.dropout import Dropout
+from spcompile.attention.mask import AttentionMask
+from spcompile.attention.provider import Rows, Scores
+from spcompile.attention.runs import Run, natural_runs
+from spcompile.attention.triton_configs import Config, Configs
+from spcompile.attention.triton_provider import Triton
+
+ROUNDINGS = {torch.float32: 64, torch.bfloat16: 4, torch.float16: 4}  # of the largest number, in units of eps
+TILES = [Config(16, 16, 4, 1), Config(32, 16, 4, 1), Config(16, 32, 4, 1)]
+
+
+@pytest.fixture(autouse=True)
+def right_dot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter (3.7) holds bfloat16 as bits in uint16, and its dot multiplies those: widen operands first."""
+    dot = InterpreterBuilder.create_dot
+
+    def wide_dot(builder: InterpreterBuilder, a: Any, b: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (builder.cast_impl(x, tl.float32) for x in (a, b))
+        return dot(builder, a, b, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", wide_dot)
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@dataclass
+class Case:
+    """One call of attention: q_order and k_order say which position each row and key has; -1 is padding."""
+
+    dtype: torch.dtype
+    mask: AttentionMask
+    B: int
+    G: int
+    group: int
+    S: int
+    T: int
+    H: int
+    V: int
+    hops: int = 1
+    order: str = "natural"
+    bias: str = "none"
+    bias_shape: tuple[bool, bool, bool] = (True, True, True)  # whether batch, heads and rows have their own
+    softcap: float = 0.0
+    alibi: bool = False
+    sinks: bool = False
+    dropout: float = 0.0
+    tiles: Config = TILES[0]
+    described: bool = False
+    seed: int = 0
+
+
+def order_of(kind: str, length: int, random: torch.Generator) -> Tensor:
+    """Positions of `length` local elements."""
+    if kind == "shuffled":
+        return torch.randperm(length, generator=random)
+    if kind == "padded":  # two chunks of a zigzag, the second one cut short
+        half = (length + 1) // 2
+        positions = torch.cat([torch.arange(half), torch.arange(length - half) + half + 7])
+        positions[length - length // 4 :] = -1
+        return positions
+    return torch.arange(length)
+
+
+def runs_from(positions: Tensor) -> list[Run]:
+    """One run for each element if they are shuffled, else the maximal ones."""
+    runs: list[Run] = []
+    for index, position in enumerate(positions.tolist()):
+        if position < 0:
+            continue
+        if runs and runs[-1].last + 1 == position and runs[-1].stop == index:
+            start, length, first = runs[-1].start, runs[-1].length, runs[-1].first
+            runs[-1] = Run(start, length + 1, first, position)
+        else:
+            runs.append(Run(index, 1, position, position))
+    return runs
+
+
+def check(case: Case) -> None:
+    random = torch.Generator().manual_seed(case.seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random).to(case.dtype)
+
+    B, G, S, T, H, V = case.B, case.G, case.S, case.T, case.H, case.V
+    N = G * case.group
+    q, k, v, grad_out = normal(B, N, S, H), normal(B, G, T, H), normal(B, G, T, V), normal(B, N, S, V)
+    grad_lse = torch.randn(B, N, S, generator=random)
+    q_at, k_at = order_of(case.order, S, random), order_of(case.order, T, random)
+    Sg, Tg = max(int(q_at.max()) + 1, 1), max(int(k_at.max()) + 1, 1)
+    q_documents = k_documents = key_valid = None
+    if case.mask.documents:
+        q_documents, k_documents = (torch.randint(0, 3, (B, n), generator=random).sort(-1).values for n in (Sg, Tg))
+    if case.mask.key_padding:
+        key_valid = torch.rand(B, Tg, generator=random) > 0.3
+    bias = None
+    own = [n if has else 1 for n, has in zip((B, N, S), case.bias_shape, strict=True)]
+    if case.bias == "added":
+        bias = normal(*own, Tg)
+    elif case.bias == "kept":
+        bias = torch.rand(*own, Tg, generator=random) > 0.3
+    slopes = 2.0 ** -torch.arange(1, N + 1) if case.alibi else None
+    sinks = torch.randn(N, generator=random) if case.sinks else None
+    dropout = None
+    if case.dropout:
+        dropout = Dropout(case.dropout, torch.randint(-(2**62), 2**62, (B, N), generator=random))
+    scale = H**-0.5
+    scores = Scores(case.mask, scale, q_documents, k_documents, key_valid, bias, case.softcap, slopes, sinks, dropout)
+
+    # What is expected, dense in float64.
+    valid_q, valid_k = q_at >= 0, k_at >= 0
+    q_place, k_place = q_at.clamp(min=0), k_at.clamp(min=0)
+    keep = case.mask.allowed(
+        q_place,
+        k_place,
+        None if q_documents is None else q_documents[:, q_place],
+        None if k_documents is None else k_documents[:, k_place],
+        None if key_valid is None else key_valid[:, k_place],
+    )
+    keep = keep & valid_q[:, None] & valid_k
+    added = None
+    if bias is not None and case.bias == "kept":
+        keep = keep & bias[..., k_place]
+    elif bias is not None:
+        added = bias[..., k_place].double()
+    if slopes is not None:
+        alibi = slopes.double()[:, None, None] * (k_place - q_place[:, None])
+        added = alibi if added is None else added + alibi
+    factors = None if dropout is None else dropout.factors(q_place, k_place, torch.float64)
+    wide = [x.double() for x in (q, k, v)]
+    out, lse = naive.forward(*wide, scale, keep, added, case.softcap, factors)
+    if sinks is not None:
+        total = torch.logaddexp(lse, sinks.double()[:, None].expand_as(lse))
+        out, lse = out * (lse - total).exp()[..., None], total
+    grad_lse = grad_lse.masked_fill(lse.isinf(), 0)
+
+    # What the kernels give, hop by hop.
+    tiles = case.tiles._replace(tma=case.described)
+    provider = Triton(lambda *_: Configs(tiles, tiles, tiles, tiles))
+    assert provider.supports_hops(q, k, v, scores)
+    q_runs = runs_from(q_at)
+    bounds = list(pairwise(torch.linspace(0, T, case.hops + 1).long().tolist()))
+    hops = [(k[:, :, a:b], v[:, :, a:b], q_runs, runs_from(k_at[a:b])) for a, b in bounds]
+    state = provider.start_forward(q, v, scores)
+    for hop in hops:
+        state.add(*hop, last=hop is hops[-1])
+    found_out, found_lse = state.result()
+    rows = Rows(q, found_out, grad_out, found_lse, grad_lse)
+    if case.hops == 1:
+        (found_dq, found_dk, found_dv), grad_bias = provider.backward(rows, *hops[0], scores, True)
+    else:
+        gradients = provider.start_backward(rows, v, scores, True)
+        found_dk, found_dv = (
+            torch.cat(x, 2) for x in zip(*(gradients.add(*hop, last=hop is hops[-1]) for hop in hops), strict=True)
+        )
+        found_dq, grad_bias = gradients.result()
+
+    assert found_out.dtype == found_dq.dtype == case.dtype
+    close("out", found_out, out, case.dtype)
+    close("lse", found_lse, lse, torch.float32)
+    delta = (found_out.double() * grad_out.double()).sum(-1) - grad_lse.double()  # of the out that was rounded
+    dq, dk, dv, grad_scores = naive.backward(
+        *wide, grad_out.double(), lse, delta, scale, keep, added, case.softcap, factors
+    )
+    close("dq", found_dq, dq, case.dtype)
+    close("dk", found_dk, dk, case.dtype)
+    close("dv", found_dv, dv, case.dtype)
+    assert (grad_bias is not None) == (case.bias == "added")
+    if grad_bias is not None:
+        expected = torch.zeros(B, N, S, Tg, dtype=torch.float64)
+        expected.index_add_(3, k_place, grad_scores.masked_fill(~keep, 0))
+        for dim in range(3):
+            if grad_bias.shape[dim] == 1:
+                expected = expected.sum(dim, keepdim=True)
+        close("grad_bias", grad_bias, expected, case.dtype)
+
+
+def close(name: str, found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Equal where infinite; else no further apart than a few roundings of the largest number, never NaN."""
+    finite = expected.isfinite()
+    assert torch.equal(found[~finite].double(), expected[~finite]), f"{name}: infinite elsewhere"
+    if not finite.any():
+        return
+    allowed = ROUNDINGS[dtype] * torch.finfo(dtype).eps * max(1.0, float(expected[finite].abs().max()))
+    error = float((found[finite].double() - expected[finite]).abs().max())
+    assert error <= allowed, f"{name}: off by {error:.3g}, allowed {allowed:.3g}"
+
+
+PLAIN = Case(torch.float32, AttentionMask(), B=1, G=1, group=2, S=33, T=40, H=16, V=16)
+MASKS = [
+    "full",
+    "causal",
+    "causal offset=3",
+    "causal offset=-2",
+    "causal window=5",
+    "window=9 window_right=3",
+    "causal chunk=12",
+    "causal prefix=19",
+    "causal documents",
+    "documents key_padding",
+    "causal key_padding window=17",
+]
+
+
+@pytest.mark.parametrize("order", ["natural", "shuffled"])
+@pytest.mark.parametrize("text", MASKS)
+def test_masks(text: str, order: str) -> None:
+    B = 2 if "documents" in text or "key_padding" in text else 1
+    check(replace(PLAIN, mask=AttentionMask.parse(text), order=order, hops=2, B=B, seed=len(text)))
+
+
+@pytest.mark.parametrize("dtype", ROUNDINGS, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1, 1), (63, 63, 16, 64), (17, 90, 40, 24), (70, 5, 24, 40)],
+    ids=lambda shape: "-".join(map(str, shape)),
+)
+def test_shapes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    S, T, H, V = shape
+    check(replace(PLAIN, dtype=dtype, mask=AttentionMask(causal=True), S=S, T=T, H=H, V=V))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_descriptors(dtype: torch.dtype) -> None:
+    check(replace(PLAIN, dtype=dtype, mask=AttentionMask(causal=True), S=50, T=63, H=24, V=40, hops=2, described=True))
+
+
+FEATURES = {
+    "softcap": {"softcap": 0.7},
+    "alibi": {"alibi": True},
+    "sinks": {"sinks": True},
+    "dropout": {"dropout": 0.25},
+    "much dropout": {"dropout": 0.6},
+    "bias": {"bias": "added"},
+    "bias of all heads": {"bias": "added", "bias_shape": (True, False, True)},
+    "bias of all entries": {"bias": "added", "bias_shape": (False, True, True)},
+    "bias of all rows": {"bias": "added", "bias_shape": (False, True, False)},
+    "kept": {"bias": "kept", "bias_shape": (True, False, True)},
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features(name: str) -> None:
+    B = 2 if "bias" in name else 1
+    check(replace(PLAIN, mask=AttentionMask(causal=True), hops=2, order="padded", B=B, **FEATURES[name]))
+
+
+def test_everything_at_once() -> None:
+    check(
+        replace(
+            PLAIN, mask=AttentionMask.parse("causal window=20 documents key_padding"), B=2, G=2, hops=3, order="padded",
+            bias="added", bias_shape=(False, True, True), softcap=2.0, alibi=True, sinks=True, dropout=0.3,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_error_does_not_grow_with_hops() -> None:
+    """Root mean square error of bfloat16 against float64, for the same attention in more and more hops."""
+    B, N, G, S, H = 1, 2, 1, 128, 32
+    shapes = ((N, S), (G, S), (G, S), (N, S))
+    q, k, v, grad_out = (torch.randn(B, n, s, H).bfloat16() for n, s in shapes)
+    wide, scale = [x.double() for x in (q, k, v)], H**-0.5
+    keep = AttentionMask(causal=True).allowed(torch.arange(S), torch.arange(S))
+    exact, exact_lse = naive.forward(*wide, scale, keep)
+    delta = (exact * grad_out.double()).sum(-1)
+    exacts = [exact, *naive.backward(*wide, grad_out.double(), exact_lse, delta, scale, keep)[:3]]
+    tiles = Config(32, 16, 4, 1)  # of no more keys than a hop has, so that only the hops differ
+    provider, scores = Triton(lambda *_: Configs(tiles, tiles, tiles, tiles)), Scores(AttentionMask(causal=True), scale)
+    table = {}
+    for hops in (1, 2, 4, 8):
+        part = S // hops
+        steps = [
+            (k[:, :, i : i + part], v[:, :, i : i + part], natural_runs(S), (Run(0, part, i, i + part - 1),))
+            for i in range(0, S, part)
+        ]
+        state = provider.start_forward(q, v, scores)
+        for step in steps:
+            state.add(*step, last=step is steps[-1])
+        out, lse = state.result()
+        gradients = provider.start_backward(Rows(q, out, grad_out, lse, None), v, scores, False)
+        dk, dv = (
+            torch.cat(x, 2).bfloat16()  # as a ring rounds them, once
+            for x in zip(*(gradients.add(*step, last=step is steps[-1]) for step in steps), strict=True)
+        )
+        found = (out, gradients.result()[0], dk, dv)
+        table[hops] = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exacts, strict=True)]
+        print(hops, *(f"{error:.3e}" for error in table[hops]))
+    for errors in table.values():
+        assert all(error <= 1.1 * alone for error, alone in zip(errors, table[1], strict=True))
+
+
+masks = st.builds(
+    AttentionMask,
+    causal=st.just(True),
+    offset=st.integers(-5, 5),
+    window=st.none() | st.integers(1, 40),
+    chunk=st.none() | st.integers(1, 40),
+    prefix=st.none() | st.integers(1, 40),
+    documents=st.booleans(),
+    key_padding=st.booleans(),
+) | st.builds(
+    AttentionMask,
+    window=st.none() | st.integers(1, 40),
+    window_right=st.none() | st.integers(1, 40),
+    chunk=st.none() | st.integers(1, 40),
+    documents=st.booleans(),
+    key_padding=st.booleans(),
+)
+lengths = st.sampled_from([1, 2, 15, 16, 17, 31, 48, 63])
+cases = st.builds(
+    Case,
+    dtype=st.sampled_from(list(ROUNDINGS)),
+    mask=masks,
+    B=st.integers(1, 2),
+    G=st.integers(1, 2),
+    group=st.integers(1, 3),
+    S=lengths,
+    T=lengths,
+    H=st.sampled_from([1, 8, 16, 24, 40, 64]),
+    V=st.sampled_from([1, 8, 16, 24, 40, 64]),
+    hops=st.integers(1, 3),
+    order=st.sampled_from(["natural", "shuffled", "padded"]),
+    bias=st.sampled_from(["none", "none", "added", "kept"]),
+    bias_shape=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    softcap=st.sampled_from([0.0, 0.0, 0.5, 20.0]),
+    alibi=st.booleans(),
+    sinks=st.booleans(),
+    dropout=st.sampled_from([0.0, 0.0, 0.1, 0.7]),
+    tiles=st.sampled_from(TILES),
+    described=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+quiet = settings(  # shrinking would take the interpreter many minutes
+    derandomize=True, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)
+
+
+@settings(quiet, max_examples=12)
+@given(case=cases)
+def test_drawn(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.slow
+@settings(quiet, max_examples=400)
+@given(case=cases)
+def test_drawn_at_length(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ROUNDINGS, ids=str)
+@pytest.mark.parametrize("text", ["causal", "causal window=130 documents", "full"])
+def test_long(text: str, dtype: torch.dtype) -> None:
+    tiles = Config(64, 64, 4, 1)
+    check(replace(PLAIN, dtype=dtype, mask=AttentionMask.parse(text), S=1000, T=1000, H=128, V=96, hops=2, tiles=tiles))

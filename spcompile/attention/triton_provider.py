@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -46,7 +46,7 @@ def default_configs(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Configs:
 
 def _has_kernels(device: torch.device) -> bool:
     """From sm_80 on, with the shared memory that the table counts on: not sm_86, sm_89 and sm_120."""
-    found = torch.cuda.get_device_properties(device)
+    found: Any = torch.cuda.get_device_properties(device)  # the stubs lack some of its attributes
     return torch.version.hip is None and found.major >= 8 and found.shared_memory_per_block_optin >= MIN_SHARED
 
 

@@ -1,7 +1,7 @@
 """Sizes of tiles, warps and pipeline stages: a table, so that all ranks run the same kernels on the same shapes.
 
-Nothing is timed at run time. An entry should compile without spilled registers, within the architecture's shared memory,
-see `tests/test_triton_compile.py`; among those it takes the largest tiles. None has been timed on a GPU yet.
+Nothing is timed at run time. Entries were chosen for compiling without spilled registers, within the architecture's
+shared memory (`tests/test_triton_compile.py`), and among those for large tiles. None has been timed on a GPU yet.
 """
 
 from __future__ import annotations

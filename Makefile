@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint types bench clean
+.PHONY: demo test test-slow test-long lint types bench clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,11 +16,15 @@ demo: $(VENV)/ready
 	$(BIN)/spcompile train models:llama --nproc 2 --dump demo-graphs $(DEMO_ARGS)
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(TEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not long and not gpu" $(TEST_ARGS)
 
 # pytest exits with 5 where no test is marked slow.
 test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -m "slow and not gpu" $(TEST_ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m "slow and not long and not gpu" $(TEST_ARGS) || [ $$? -eq 5 ]
+
+# Every kernel configuration compiled for every GPU, and kernels interpreted on large grids: hours.
+test-long: $(VENV)/ready
+	$(BIN)/python -m pytest -m "long and not gpu" $(TEST_ARGS)
 
 lint: $(VENV)/ready
 	$(BIN)/python -m ruff check .

@@ -30,7 +30,7 @@ def test_interpreted() -> None:
     run_interpreted("not slow")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_interpreted_at_length() -> None:
     run_interpreted("slow")

@@ -92,7 +92,7 @@ def test_plain_kernels(capability: int) -> None:
         assert products in assembly
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("size", HEAD_SIZES)

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from spcompile.capture import fake_inputs
 from spcompile.global_view import views
+from spcompile.layout import layout_of
 from spcompile.lowering import Lower, SplitDims
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.reshard import is_reshard
@@ -34,7 +35,8 @@ class LowerToLocal(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         """Replace the graph by its local form; returns the number of reshards and global views lowered."""
-        count = sum(is_reshard(n) for n in gm.graph.nodes) + len(views(gm.graph, self.split_axis))
+        placed = [n for n in views(gm.graph, self.split_axis) if layout_of(n) is not None]  # others are lowered gathers
+        count = sum(is_reshard(n) for n in gm.graph.nodes) + len(placed)
         if not count:
             return 0
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]

@@ -131,7 +131,7 @@ def _history(program: LocalProgram) -> tuple[dict[str, str], list[PassRow]]:
 
 
 def _sharding(program: LocalProgram) -> Sharding:
-    """From the last GLOBAL graph: an op runs on shards if it chose a factor."""
+    """An op runs on shards if it chose a factor, of cp or, on a mesh without cp, of tp."""
     import torch
 
     from spcompile.layout import layout_of
@@ -140,7 +140,8 @@ def _sharding(program: LocalProgram) -> Sharding:
     from spcompile.sequence import local_length
     from spcompile.sizes import expression
 
-    graph = _last_global(program)
+    parallel = program.ctx.mesh.size("cp") > 1
+    graph = _whole(program) if parallel else _last_global(program)
     calls = [n for n in graph.nodes if n.op == "call_function" and not is_reshard(n)]
     on_shards = [n for n in calls if (layout := layout_of(n)) is not None and layout.choice]
     lengths = [n.args[0].meta["val"].shape[2] for n in on_shards if n.target is torch.ops.spx.attention.default]
@@ -152,9 +153,19 @@ def _sharding(program: LocalProgram) -> Sharding:
 
 
 def _last_global(program: LocalProgram) -> fx.Graph:
+    """What the last axis is placed on: the sequence of one rank of cp."""
     from spcompile.passes_api import Stage
 
     gm = [s.gm for s in program.history.snapshots if s.stage is Stage.GLOBAL][-1]
+    assert gm is not None
+    return gm.graph
+
+
+def _whole(program: LocalProgram) -> fx.Graph:
+    """The last graph with the whole sequence."""
+    from itertools import takewhile
+
+    gm = list(takewhile(lambda s: s.name != "lower", program.history.snapshots))[-1].gm
     assert gm is not None
     return gm.graph
 
@@ -167,7 +178,7 @@ def _attention(program: LocalProgram) -> list[AttentionRow]:
 
     parallel = program.ctx.mesh.world_size > 1
     kinds: Counter[tuple[str, int, int, str]] = Counter()
-    for node in _last_global(program).find_nodes(op="call_function", target=torch.ops.spx.attention.default):
+    for node in _whole(program).find_nodes(op="call_function", target=torch.ops.spx.attention.default):
         q, k = node.args[0].meta["val"], node.args[1].meta["val"]
         strategy = node.meta.get("custom", {}).get("spx_attention", "ring") if parallel else "one device"
         kinds[(strategy, hint(q.shape[1]), hint(k.shape[1]), str(node.args[9]))] += 1

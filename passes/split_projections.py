@@ -144,6 +144,7 @@ def _part(x: fx.Node, start: int, stop: int, *, like: fx.Node) -> fx.Node:
     if _is_product(x):
         last = len(shape_of(x.args[1])) - 1  # type: ignore[arg-type]
         weight = call(graph, aten.slice.Tensor, (x.args[1], last, start, stop), like=like)
+        assert callable(x.target)
         return call(graph, x.target, (x.args[0], weight, *x.args[2:]), x.kwargs, like=like)
     if x.target is aten.add.Tensor:
         return call(graph, aten.add.Tensor, tuple(_part_of_term(a, start, stop, like) for a in x.args), like=like)

@@ -6,8 +6,8 @@ node each, with the user's source line. Mutations are functionalised, so every l
 
 from __future__ import annotations
 
-from itertools import zip_longest
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch

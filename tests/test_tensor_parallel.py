@@ -49,7 +49,13 @@ BUILT: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     "grouped": (lambda: Model(Grouped(), Mlp()), GROUPED | COLUMN_ROW | ENDS),
     "Conv1D, fused": (
         lambda: Model(FusedConv1D(), Mlp()),
-        {"attention.weight": "colwise", "attention.bias": "part", "attention.d.weight": "rowwise", **COLUMN_ROW, **ENDS},
+        {
+            "attention.weight": "colwise",
+            "attention.bias": "part",
+            "attention.d.weight": "rowwise",
+            **COLUMN_ROW,
+            **ENDS,
+        },
     ),
     "slices, fused": (
         lambda: Model(FusedSlices(), FusedGate()),

@@ -39,8 +39,13 @@ DIFFERENCES = [
     (r"forget_gate\.(f|f_a)_proj", "whole", "colwise", "we split low-rank gates too"),
     (r"forget_gate\.f_b_proj", "whole", "rowwise", "we split low-rank gates too"),
     (r"attn\.b_proj", "whole", "colwise", "we split this attention too"),
-    (r"(mlp|mixer|shared_expert|shared_experts|shared_mlp)\.(gate|up|gate_up)_proj", "whole", "colwise", "this MLP too"),
-    (r"(mlp|mixer|shared_expert|shared_experts|shared_mlp)\.down_proj", "whole", "rowwise", "this MLP too"),
+    (
+        r"(mlp|mixer|shared_\w+)\.(gate|up|gate_up)_proj",
+        "whole",
+        "colwise",
+        "this MLP too",
+    ),
+    (r"(mlp|mixer|shared_\w+)\.down_proj", "whole", "rowwise", "this MLP too"),
     (r"layernorm\.mlp\.fc1", "whole", "colwise", "this MLP too"),
     (r"layernorm\.mlp\.fc2", "whole", "rowwise", "this MLP too"),
     (r"mixer\.in_proj", "whole", r"colwise\+whole", "the part of it that feeds no scan"),
@@ -111,7 +116,18 @@ def test_each_difference_has_a_reason(model_type: str) -> None:
 @pytest.mark.parametrize("degree", [2, 3])
 @pytest.mark.parametrize(
     "model_type",
-    ["phi3", "gpt_neox", "gemma", "olmo2", "llama4_text", "mixtral", "deepseek_v3", "nemotron_h", "aria_text", "glm4_moe"],
+    [
+        "phi3",
+        "gpt_neox",
+        "gemma",
+        "olmo2",
+        "llama4_text",
+        "mixtral",
+        "deepseek_v3",
+        "nemotron_h",
+        "aria_text",
+        "glm4_moe",
+    ],
 )
 def test_exact(model_type: str, degree: int) -> None:
     """In float32: the plain model's grouped products have no kernel for float64."""

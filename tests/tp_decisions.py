@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.fx as fx
 from torch import nn
 
@@ -95,5 +94,3 @@ def kinds_of(weight: fx.Node) -> set[str]:
         else:
             found.add("colwise" if rule.reductions else "part")
     return found
-
-

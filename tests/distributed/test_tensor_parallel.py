@@ -28,7 +28,9 @@ def on_mesh(case: Case, mesh: dict[str, int]) -> Outcome:
     return compare(Case(case.build, case.inputs, case.loss, options, case.dtype, case.micro_batches, case.wrap))
 
 
-def agrees(pool: WorkerPool, case: Case, mesh: dict[str, int], tolerance: float, timeout: float = 240.0) -> list[Outcome]:
+def agrees(
+    pool: WorkerPool, case: Case, mesh: dict[str, int], tolerance: float, timeout: float = 240.0
+) -> list[Outcome]:
     outcomes = pool.run(on_mesh, case, mesh, timeout=timeout)
     for outcome in outcomes:
         assert all(error <= tolerance for error in outcome.errors.values()), outcome.worst()

@@ -119,7 +119,7 @@ class LowRank(nn.Module):
 
 
 class Model(nn.Module):
-    """Embedding, one attention, one MLP, a head; `attention` None: none. The loss is `loss(logits, labels)`."""
+    """Embedding, one attention (none where it is None), one MLP, a head; the next-token loss and the logits."""
 
     def __init__(
         self, attention: nn.Module | None, mlp: nn.Module, *, norms: bool = True, tied: bool = False, vocab: int = VOCAB

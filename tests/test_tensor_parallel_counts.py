@@ -27,8 +27,8 @@ from spcompile.traffic import traffic_of
 SEQUENCE, BATCH, WIDTH, HEADS, KV_HEADS, HIDDEN, ELEMENT = 32, 2, 64, 4, 2, 96, 4
 TOKENS = SEQUENCE * BATCH
 SETTINGS: dict[str, dict[str, Any]] = {
-    "gpt-tiny": {"dim": WIDTH, "heads": HEADS},
-    "llama-tiny": {"dim": WIDTH, "heads": HEADS, "kv_heads": KV_HEADS, "hidden": HIDDEN},
+    "gpt-tiny": {"vocab": 96, "dim": WIDTH, "heads": HEADS},
+    "llama-tiny": {"vocab": 96, "dim": WIDTH, "heads": HEADS, "kv_heads": KV_HEADS, "hidden": HIDDEN},
 }
 MODELS = pytest.mark.parametrize("name", SETTINGS)
 REGATHER = pytest.mark.parametrize("regather", [True, False])

@@ -100,11 +100,16 @@ MESHES = {
     "tp": ({"tp": 2}, None),
     "cp": ({"cp": 2}, "cp"),
     "tp x cp": ({"tp": 2, "cp": 2}, "cp"),
+    "dp": ({"dp": 2}, "dp"),  # all ranks pass the same rows: the mean over them is that of one
 }
+FAST = [("llama-tiny", "tp x cp"), ("gpt-tiny", "tp"), ("gpt-tiny", "cp"), ("gpt-tiny", "dp")]
+SLOW = [("llama-tiny", "tp"), ("llama-tiny", "cp"), ("llama-tiny", "dp"), ("gpt-tiny", "tp x cp")]
+MODELS_ON_MESHES = pytest.mark.parametrize(
+    ("model", "mesh"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("model", ["llama-tiny", "gpt-tiny"])
+@MODELS_ON_MESHES
 def test_three_steps_give_the_parameters_of_the_plain_model(worker_pool: PoolOf, model: str, mesh: str) -> None:
     degrees, axis = MESHES[mesh]
     case = Training(partial(models.build, model), tokens, degrees, axis)
@@ -119,6 +124,7 @@ def hf_case(name: str, mesh: str) -> Training:
     return Training(partial(build_hf, name), inputs, *MESHES[mesh])
 
 
+@pytest.mark.slow
 def test_a_transformers_llama_trains_as_the_plain_one(worker_pool: PoolOf) -> None:
     shapes = assert_trains(worker_pool(4), hf_case("llama", "tp x cp"), FLOAT32_INSIDE)
     assert shapes["model.layers.0.self_attn.q_proj.weight"] == (16, 16)
@@ -194,8 +200,7 @@ def check_filled(pool: WorkerPool, case: OnMeta, loss: float = EXACT) -> list[di
     return [sizes for _, sizes in outcomes]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("model", ["llama-tiny", "gpt-tiny"])
+@MODELS_ON_MESHES
 def test_a_model_on_meta_is_made_as_the_plain_model_is(worker_pool: PoolOf, model: str, mesh: str) -> None:
     degrees, axis = MESHES[mesh]
     check_filled(
@@ -203,7 +208,7 @@ def test_a_model_on_meta_is_made_as_the_plain_model_is(worker_pool: PoolOf, mode
     )
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("model", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_transformers_model_says_itself_how_it_is_made(worker_pool: PoolOf, model: str) -> None:
     inputs = partial(tokens, names=("input_ids", "labels"))
     case = OnMeta(partial(build_hf, model), inputs, {"tp": 2}, tells_how=False)

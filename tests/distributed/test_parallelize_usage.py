@@ -97,7 +97,12 @@ def awkward(sizes: dict[str, int], axis: str | None, options: dict[str, Any]) ->
 @pytest.mark.parametrize("balance", ["zigzag", "contiguous"])
 @pytest.mark.parametrize(
     ("sizes", "axis"),
-    [({"tp": 2}, None), ({"cp": 2}, "cp"), ({"tp": 2, "cp": 2}, "cp"), ({"cp": 2, "tp": 2}, None)],
+    [
+        ({"tp": 2, "cp": 2}, "cp"),
+        pytest.param({"tp": 2}, None, marks=pytest.mark.slow),
+        pytest.param({"cp": 2}, "cp", marks=pytest.mark.slow),
+        pytest.param({"cp": 2, "tp": 2}, None, marks=pytest.mark.slow),
+    ],
 )
 def test_every_way_to_read_a_parameter(
     worker_pool: PoolOf, sizes: dict[str, int], axis: str | None, balance: str

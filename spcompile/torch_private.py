@@ -31,6 +31,9 @@ from torch._guards import TracingContext, detect_fake_mode
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+# torch 2.13: torch/_inductor/decomposition.py. What compile_fx hands to AOTAutograd.
+from torch._inductor.decomposition import select_decomp_table as inductor_decompositions
+
 # torch 2.13: torch/_subclasses/fake_tensor.py
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -60,6 +63,7 @@ __all__ = [
     "compile_fx_inner",
     "detect_fake_mode",
     "disable_functional_mode",
+    "inductor_decompositions",
     "make_boxed_func",
     "min_cut_rematerialization_partition",
     "no_python_dispatcher",

@@ -48,6 +48,11 @@ def test_loss_outside_the_model(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), Case(GPT, partial(tokens, labels=False), outer_loss))
 
 
+def test_inductor_gathers_logits_in_zigzag_order(worker_pool: PoolOf) -> None:
+    options = {"attention": "ring", "compiler": "inductor"}
+    assert_same(worker_pool(2), Case(LLAMA, partial(tokens, length=33, labels=False), outer_loss, options))
+
+
 def test_two_micro_batches_accumulate(worker_pool: PoolOf) -> None:
     outcomes = assert_same(worker_pool(2), Case(GPT, tokens, micro_batches=(0, 1)))
     assert len(outcomes[0].graphs) == 2, "one forward and one backward for both"

@@ -20,7 +20,7 @@ from spcompile.layout import NodeLayout, layout_of, show
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.propagate import Place, leaves_sums
 from spcompile.reshard import is_reshard, parse_place
-from spcompile.resharding import hand_over, reads_directly, reshard_to, state_of, target_of
+from spcompile.resharding import change_state, hand_over, reads_directly, reshard_to, state_of, target_of
 from spcompile.spaces import leaves
 
 
@@ -85,9 +85,9 @@ def _reshard_operands(node: fx.Node, axis: str, ctx: Context) -> None:
             return _read_view(operand, axis, target, node, ctx)
         if state == target:
             return operand
-        if state.startswith("S") and not runs_sharded:
+        if state.startswith("S") and (target.startswith("S") or not runs_sharded):
             _remark_gather(operand, node, layout, axis, ctx)
-        return reshard_to(operand, axis, state, target, origin="insert-reshards")
+        return change_state(operand, axis, state, target, origin="insert-reshards")
 
     node.args = fx.node.map_arg(node.args, convert)
     node.kwargs = fx.node.map_arg(node.kwargs, convert)
@@ -103,10 +103,9 @@ def _read_view(view: fx.Node, axis: str, target: str, user: fx.Node, ctx: Contex
             f"a parameter {tuple(view.meta['val'].shape)} held as {state} is gathered: {user.target} wants it {target}"
         )
         ctx.remarks.add("SPR504", text, user)
-    if target in ("R", "I"):
-        return reshard_to(view, axis, state, target, origin="insert-reshards")
-    whole = reshard_to(view, axis, state, "I", origin="insert-reshards")
-    return reshard_to(whole, axis, "I", target, origin="insert-reshards")
+    if state == target:  # the same place, but another part of it
+        view, state = reshard_to(view, axis, state, "I", origin="insert-reshards"), "I"
+    return change_state(view, axis, state, target, origin="insert-reshards")
 
 
 def _remark_gather(operand: fx.Node, user: fx.Node, layout: NodeLayout | None, axis: str, ctx: Context) -> None:

@@ -205,9 +205,7 @@ class Lower(fx.Interpreter):
         """The collective of one state change."""
         split, source, target = self.split, parse_place(src), parse_place(dst)
         axis, degree = split.axis, split.degree
-        if source is not None and target is not None:
-            whole = self.reshard(x, src, "R", dims)
-            raise AssertionError(f"no collective from {src} to {dst}: {whole}")
+        assert source is None or target is None, f"no collective from {src} to {dst}"
         if source is not None:
             return self.on_split_dim(x, dims, source, True, lambda x, dim, space: self.gather(x, dim, space, dst))
         if target is not None and isinstance(split, OwnParts):

@@ -150,6 +150,9 @@ def propagate(
         for number, dims in enumerate(call.rule.results):
             place = place_of(dims, call, choice)
             if place is not None:
+                # A consumer may have asked for another place; what the call gives is what its choice says.
+                if found.places.get((node, number), place) != place:
+                    del found.places[(node, number)]
                 reach((node, number), place, source if source != (node, number) else None)
 
     for node, choice in seeds.items():

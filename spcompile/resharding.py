@@ -50,6 +50,13 @@ def reshard_to(value: fx.Node, axis: str, src: str, dst: str, *, origin: str) ->
     return node
 
 
+def change_state(value: fx.Node, axis: str, src: str, dst: str, *, origin: str) -> fx.Node:
+    """`reshard_to`, in two steps between two splits: no collective takes one to the other."""
+    if src.startswith("S") and dst.startswith("S"):
+        value, src = reshard_to(value, axis, src, "I", origin=origin), "I"
+    return reshard_to(value, axis, src, dst, origin=origin)
+
+
 def _first(graph: fx.Graph) -> fx.Node:
     """The first node behind the placeholders and the reshards of them."""
     inputs = (n for n in graph.nodes if n.op != "placeholder")
@@ -87,14 +94,14 @@ def run_sharded(node: fx.Node, axis: str, choice: Choice, *, origin: str) -> Non
     layout.choice[axis] = choice
     uses = iter(uses_of(node, axis))
 
-    def convert(read: fx.Node) -> fx.Node:
+    def given(read: fx.Node) -> fx.Node:
         if not isinstance(read.meta.get("val"), torch.Tensor):
             return read
         state, target = state_of(read, axis), target_of(next(uses), axis, runs_sharded=True)
-        return read if state == target else reshard_to(read, axis, state, target, origin=origin)
+        return read if state == target else change_state(read, axis, state, target, origin=origin)
 
-    node.args = fx.node.map_arg(node.args, convert)
-    node.kwargs = fx.node.map_arg(node.kwargs, convert)
+    node.args = fx.node.map_arg(node.args, given)
+    node.kwargs = fx.node.map_arg(node.kwargs, given)
     for number, dims in enumerate(layout.call.rule.results):
         place = place_of(dims, layout.call, choice)
         if place is not None:

@@ -141,6 +141,11 @@ program("one key", lambda h, w, m: cross(h @ w, m @ w).pow(2).sum(), (2, 1, D))
 program("one query", lambda h, w, m: cross(m @ w, h @ w).pow(2).sum(), (2, 1, D))
 program("documents", documents_over, rest=lambda: [documents(S)])
 PROGRAMS["batch equals sequence"] = (lambda h, w: attend(h @ w).sum(0), [(S, S, D), (D, D)], list)
+PROGRAMS["scores written out without a softmax"] = (
+    lambda h, w: (lambda y: ((y @ y.mT).sigmoid() @ y).pow(2).sum())(attend(h @ w)),
+    [(2, S, D), (D, D)],
+    list,
+)
 PROGRAMS["one batch"] = (lambda h, w: (attend(h @ w) * h).sum(), [(1, S, D), (D, D)], list)
 PROGRAMS["one position"] = (lambda h, w: attend(h @ w).pow(2).sum(), [(2, 1, D), (D, D)], list)
 PROGRAMS["fewer positions than ranks"] = (lambda h, w: attend(h @ w).pow(2).sum(), [(2, 3, D), (D, D)], list)

@@ -20,7 +20,9 @@ from spcompile.passes_api import Example, Pass, Stage
 
 GOLDEN = Path(__file__).parent / "golden"
 PASSES = pytest.mark.parametrize("p", PIPELINE, ids=lambda p: p.name)
-DEGREES = pytest.mark.parametrize("degree", [1, 2, 4, 7])  # the examples' sequences have length 7
+DEGREES = pytest.mark.parametrize(
+    "degree", [1, 2, 4, pytest.param(7, marks=pytest.mark.slow)]
+)  # the examples' sequences have length 7
 
 
 def example(p: Pass) -> Example:

@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "llama-tiny": {"vocab": 96, "dim": WIDTH, "heads": HEADS, "kv_heads": KV_HEADS, "hidden": HIDDEN},
 }
 MODELS = pytest.mark.parametrize("name", SETTINGS)
-REGATHER = pytest.mark.parametrize("regather", [True, False])
+REGATHER = pytest.mark.parametrize("regather", [True, pytest.param(False, marks=pytest.mark.slow)])
 
 
 def saved_numbers(name: str) -> float:

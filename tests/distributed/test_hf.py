@@ -72,6 +72,7 @@ def test_float32(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), case, FLOAT32)
 
 
+@pytest.mark.slow
 def test_inductor(worker_pool: PoolOf) -> None:
     """Inductor fuses what RMSNorm computes in float32 and rounds it in another order."""
     case = case_of("llama", "no labels", compiler="inductor")

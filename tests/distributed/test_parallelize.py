@@ -130,6 +130,7 @@ def test_a_transformers_llama_trains_as_the_plain_one(worker_pool: PoolOf) -> No
     assert shapes["model.layers.0.self_attn.q_proj.weight"] == (16, 16)
 
 
+@pytest.mark.slow
 def test_gathered_by_inductor_too(worker_pool: PoolOf) -> None:
     case = Training(partial(models.build, "llama-tiny"), tokens, *MESHES["tp x cp"], {"compiler": "inductor"}, steps=2)
     assert_trains(worker_pool(4), case)

@@ -94,7 +94,7 @@ def awkward(sizes: dict[str, int], axis: str | None, options: dict[str, Any]) ->
         return {"loss": error(want.detach(), have.detach()), **gradients(plain, sharded)}
 
 
-@pytest.mark.parametrize("balance", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("balance", ["zigzag", pytest.param("contiguous", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("sizes", "axis"),
     [
@@ -133,7 +133,7 @@ def use(sizes: dict[str, int], axis: str | None) -> dict[str, float]:
         return {**errors, **gradients(plain, sharded)}
 
 
-@pytest.mark.parametrize(("sizes", "axis"), [({"tp": 2}, None), ({"cp": 2}, "cp")])
+@pytest.mark.parametrize(("sizes", "axis"), [({"cp": 2}, "cp"), pytest.param({"tp": 2}, None, marks=pytest.mark.slow)])
 def test_evaluation_other_lengths_and_uncompiled_calls(
     worker_pool: PoolOf, sizes: dict[str, int], axis: str | None
 ) -> None:

@@ -158,8 +158,8 @@ return all_gather
             """\
 x_1: "f32[5]" = input
 # model.py:7  y = x * w
-new_full: "f32[1]" = aten.new_full(x_1, [1], 0, pin_memory=False)
-cat: "f32[6]" = aten.cat([x_1, new_full])
+full: "f32[1]" = aten.full([1], 0, dtype=f32, layout=torch.strided, device=cpu, pin_memory=False)
+cat: "f32[6]" = aten.cat([x_1, full])
 view: "f32[2, 3]" = aten.view(cat, [2, 3])
 permute: "f32[2, 3]" = aten.permute(view, [0, 1])
 reduce_scatter_tensor: "f32[1, 3]" = _c10d_functional.reduce_scatter_tensor(permute, 'sum', 2, 'cp')

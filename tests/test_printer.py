@@ -12,8 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import spcompile.collectives  # noqa: F401
+from spcompile.diagnostics import Remarks
 from spcompile.mesh import MeshShape
+from spcompile.options import Options
 from spcompile.passes.lower_collectives import LowerCollectives, bind_axes
+from spcompile.passes_api import Context
 from spcompile.printer import format_graph, graph_hash, op_name, type_text, unified_diff
 
 spx = torch.ops.spx
@@ -137,7 +140,7 @@ def test_nothing_of_one_rank_is_in_the_text() -> None:
         s = graph.call_function(spx.shard.default, (z, 0, "cp", 2, "zigzag", 0.0))
         graph.output((y, s))
         gm = fx.GraphModule(torch.nn.Module(), graph)
-        LowerCollectives().run(gm, None)
+        LowerCollectives().run(gm, Context(MeshShape.of({"cp": 2}), Options(), Remarks()))
         bind_axes(gm.graph, {"cp": group})
         assert any(group in node.args for node in gm.graph.nodes)
         return format_graph(gm)

@@ -103,7 +103,7 @@ def test_every_family_is_compared_or_says_why_not() -> None:
 
 @pytest.mark.parametrize(
     "model_type",
-    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in hf_families.families()],
+    [pytest.param(name, marks=() if name in FAST else pytest.mark.long) for name in hf_families.families()],
 )
 def test_each_difference_has_a_reason(model_type: str) -> None:
     if model_type in NOT_BUILT:

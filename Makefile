@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two of pytest's processes: one for the tests that spawn ranks, one for the others (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .PHONY: demo test test-slow test-long lint types bench clean
 
@@ -16,15 +18,15 @@ demo: $(VENV)/ready
 	$(BIN)/spcompile train models:llama --nproc 2 --dump demo-graphs $(DEMO_ARGS)
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not slow and not long and not gpu" $(TEST_ARGS)
+	$(PYTEST) -m "not slow and not long and not gpu" $(TEST_ARGS)
 
 # pytest exits with 5 where no test is marked slow.
 test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -m "slow and not long and not gpu" $(TEST_ARGS) || [ $$? -eq 5 ]
+	$(PYTEST) -m "slow and not long and not gpu" $(TEST_ARGS) || [ $$? -eq 5 ]
 
 # Every kernel configuration compiled for every GPU, and kernels interpreted on large grids: hours.
 test-long: $(VENV)/ready
-	$(BIN)/python -m pytest -m "long and not gpu" $(TEST_ARGS)
+	$(PYTEST) -m "long and not gpu" $(TEST_ARGS)
 
 lint: $(VENV)/ready
 	$(BIN)/python -m ruff check .

@@ -9,6 +9,19 @@ import torch
 from worker_pool import WorkerPool
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests that need processes run in one of pytest's own processes, so that a run spawns each pool once."""
+    for item in items:
+        if "worker_pool" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("processes"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Two of pytest's processes share two cores: one thread each."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def worker_pool() -> Iterator[Callable[[int], WorkerPool]]:
     """`worker_pool(2)`: the session's pool of that many processes."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from spcompile.diagnostics import IllegalOption, UnknownOption
+from spcompile.links import LINKS
+from spcompile.mesh import AXES
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -28,6 +30,8 @@ class Options:
     outputs: "full" (as the plain module), "sharded" (DTensor), "loss" (scalars only).
     compiler: what runs the local graph: "inductor" or "eager".
     regather: gather activations again in the backward instead of saving them whole: less memory, more communication.
+    links: what ranks of an axis talk over, {axis: "nvlink" | "network" | "loopback"}; default: NVLink inside a node of
+        eight ranks, the network beyond. Decides what is chosen and predicted, never what is right.
     passes: {pass name: False} switches a pass off, {pass name: {field: value}} sets its options.
     dump: a folder for numbered text of the graph after every pass.
     strict: turn every remark about lost parallelism into an error.
@@ -39,6 +43,7 @@ class Options:
     outputs: str = "full"
     compiler: str = "inductor"
     regather: bool = True
+    links: Mapping[str, str] = field(default_factory=dict)
     passes: Mapping[str, Any] = field(default_factory=dict)
     dump: str | None = None
     strict: bool = False
@@ -51,6 +56,11 @@ class Options:
         for name in ("regather", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise IllegalOption(f"{name}={getattr(self, name)!r}", legal="True, False")
+        if not isinstance(self.links, Mapping):
+            raise IllegalOption(f"links={self.links!r}", legal="a dict from mesh axes to names of links")
+        for axis, name in self.links.items():
+            _one_of("links: axis", axis, AXES)
+            _one_of(f"links: {axis}", name, tuple(LINKS))
         if self.dump is not None and not isinstance(self.dump, str):
             raise IllegalOption(f"dump={self.dump!r}", legal="a folder's path")
         if not isinstance(self.passes, Mapping):

@@ -19,7 +19,7 @@ LAYERS = (
     "splice torch_private saved_bytes traffic",
     "flex_attention module_buffer",
     # meshes, dims, ops that communicate, attention
-    "autocast mesh options spaces capture attention collectives",
+    "autocast mesh links options spaces capture attention collectives",
     "rank_parts",
     "printer rules states symbolic_mask agreement simulate communication memory verify_report",
     "passes_api index_spaces attention_specs meta_device plan plan_html",

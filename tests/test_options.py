@@ -8,6 +8,7 @@ import pytest
 from torch.distributed.device_mesh import DeviceMesh
 
 from spcompile.diagnostics import IllegalMesh, IllegalOption, NoProcessGroup, UnknownOption
+from spcompile.links import link_of
 from spcompile.mesh import MeshShape, runtime_mesh
 from spcompile.options import Options
 
@@ -38,6 +39,9 @@ def test_a_key_like_none_lists_all() -> None:
         ({"compiler": "gcc"}, "legal: 'inductor', 'eager'"),
         ({"strict": 1}, "legal: True, False"),
         ({"dump": 3}, "a folder's path"),
+        ({"links": "nvlink"}, "a dict from mesh axes"),
+        ({"links": {"sp": "nvlink"}}, "legal: 'dp', 'tp', 'cp'"),
+        ({"links": {"cp": "nvlnk"}}, "did you mean 'nvlink'"),
         ({"passes": ["lower"]}, "a dict from pass names"),
     ],
 )
@@ -54,6 +58,13 @@ def test_the_fingerprint_tells_options_apart_but_not_where_they_dump() -> None:
 def test_mesh_shapes() -> None:
     mesh = MeshShape.of({"tp": 2, "cp": 4})
     assert (mesh.size("cp"), mesh.size("dp"), mesh.world_size, str(mesh)) == (4, 1, 8, "tp=2 cp=4")
+
+
+def test_axes_of_one_node_talk_over_nvlink_unless_told_otherwise() -> None:
+    mesh = MeshShape.of({"dp": 2, "cp": 4, "tp": 4})
+    assert [link_of(mesh, axis, {}).name for axis in ("tp", "cp", "dp")] == ["nvlink", "network", "network"]
+    assert link_of(mesh, "cp", {}, degree=2).name == "nvlink"
+    assert link_of(mesh, "tp", {"tp": "network"}).name == "network"
 
 
 @pytest.mark.parametrize("sizes", [{"sp": 2}, {"cp": 0}, {"cp": 2.0}, {"cp": True}])

@@ -1,11 +1,12 @@
 """How fast ranks talk and compute: the table behind every decision that depends on time.
 
-Decisions read this table and never a clock, so that all ranks, and `explain` on a laptop, decide the same. The figures are
-round numbers of what is reached, not of data sheets.
+Decisions read this table and never a clock, so that all ranks, and `explain` on a laptop, decide the same. The figures
+are round numbers of what is reached, not of data sheets.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -42,7 +43,6 @@ def link_of(mesh: MeshShape, axis: str, chosen: Mapping[str, str], degree: int |
     if axis in chosen:
         return LINKS[chosen[axis]]
     names = [name for name, _ in mesh.axes]
-    inner = 1
-    for name, size in mesh.axes[names.index(axis) + 1 :] if axis in names else ():
-        inner *= size
-    return LINKS["nvlink" if inner * (degree or mesh.size(axis)) <= RANKS_PER_NODE else "network"]
+    further_in = mesh.axes[names.index(axis) + 1 :] if axis in names else ()
+    span = math.prod(size for _, size in further_in) * (degree or mesh.size(axis))
+    return LINKS["nvlink" if span <= RANKS_PER_NODE else "network"]

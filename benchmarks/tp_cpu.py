@@ -2,15 +2,15 @@
 
     python benchmarks/tp_cpu.py [--seq 256] [--dim 256] [--layers 2] [--steps 15]
 
-Theirs: ColwiseParallel, RowwiseParallel and SequenceParallel, planned by hand below, eager and under torch.compile. They
-save the activations that they gather.
-Ours, without a plan: `parallelize`, where each rank holds the parts of the weights that it uses, as theirs does; and the
-plain model, whose weights are whole on every rank, so that their gradients are gathered. regather=False saves gathered
-activations as theirs does, which is what its bytes compare with; by default ours gathers them again in the backward.
+Theirs: ColwiseParallel, RowwiseParallel and SequenceParallel, planned by hand below, eager and under torch.compile.
+They save the activations that they gather.
+Ours, without a plan: `parallelize`, where each rank holds the parts of the weights that it uses, as theirs does; and
+the plain model, whose weights are whole on every rank, so that their gradients are gathered. regather=False saves
+gathered activations as theirs does, and is what their bytes compare with; by default the backward gathers them again.
 
-All in the same processes, on the same weights and batch, step by step in turn: machines are not equally fast for long.
-The ratios are medians of the rounds' own ratios. The table goes to stderr, one line of JSON to stdout. Exits with 1 if a
-loss differs by more than 1e-5.
+All in the same processes, on the same weights and batch, step by step in turn: machines are not equally fast for
+long. The ratios are medians of the rounds' own ratios. The table goes to stderr, one line of JSON to stdout. Exits with
+1 if a loss differs by more than 1e-5.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (

@@ -35,7 +35,8 @@ def parallelize(
     Every parameter becomes a DTensor on `mesh`: split over `tp` as the compiled program splits it, and over the axes
     `shard_parameters` wherever a dim divides (ZeRO-3, Rajbhandari et al. 2020: gathered just before use, gradients
     reduce-scattered). `tp` among them splits those matrices too that the program reads in other parts than they would
-    be stored in, such as fused projections: less memory at rest, one gather more in each step. Called by all ranks of the mesh, before optimizers are made.
+    be stored in, such as fused projections: less memory at rest, one gather more in each step. Called by all ranks of
+    the mesh, before optimizers are made.
 
     model: real weights, equal on all ranks, of which each keeps its parts; or on `meta`, to be made part by part.
     example_inputs: keyword arguments (a dict) or positional ones of one training step. Not computed with.

@@ -45,8 +45,8 @@ def weight_plan(
     """The plan of all parameters.
 
     split: name -> the dim that tp splits, or why it splits none; parameters that the graph does not read are absent.
-    degrees: ranks of each mesh axis. axes: those over which parameters are split besides, wherever a dim divides, ZeRO-3.
-        `tp` among them splits the matrices that the program does not read in the parts in which they would be stored.
+    degrees: ranks of each mesh axis. axes: those over which parameters are split besides, wherever a dim divides
+        (ZeRO-3). `tp` among them splits the matrices that the program does not read in the parts that would be stored.
     """
     plan = WeightPlan()
     for name, parameter in model.named_parameters():

@@ -57,20 +57,22 @@ class Ring:
     """The layout of both sequences on the ring.
 
     q_length, k_length: global lengths; order: of `spcompile.sequence`. Nothing here differs between ranks.
+    inner: every rank has the joined rows of so many neighbours, over all of whom the sequences are laid out.
     """
 
     q_length: int
     k_length: int
     degree: int
     order: str
+    inner: int = 1
 
     def q_runs(self, rank: int) -> tuple[Run, ...]:
         """Where the query rows of `rank` are."""
-        return shard_runs(self.q_length, rank, self.degree, self.order)
+        return shard_runs(self.q_length, rank, self.degree, self.order, self.inner)
 
     def k_runs(self, rank: int) -> tuple[Run, ...]:
         """Where the keys of `rank` are."""
-        return shard_runs(self.k_length, rank, self.degree, self.order)
+        return shard_runs(self.k_length, rank, self.degree, self.order, self.inner)
 
     def hops(self, mask: AttentionMask) -> int:
         """How far keys must travel: the largest distance over which the mask leaves anything on any rank."""
@@ -84,10 +86,10 @@ class Ring:
     def check(self, q: Tensor, k: Tensor) -> None:
         """Raises IllegalOption where the local shapes are not those of this layout."""
         for name, x, length in (("q", q, self.q_length), ("k", k, self.k_length)):
-            expected = local_length(length, self.degree, self.order)
+            expected = self.inner * local_length(length, self.inner * self.degree, self.order)
             if x.shape[2] != expected:
                 found = f"ring attention: {name} has {x.shape[2]} local rows of a sequence of {length}"
-                raise IllegalOption(found, legal=f"{expected} ({self.order} over {self.degree} ranks)")
+                raise IllegalOption(found, legal=f"{expected} ({self.order} over {self.inner * self.degree} ranks)")
 
 
 @functools.lru_cache(maxsize=1024)

@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch.distributed as dist
-
 from spcompile.diagnostics import IllegalMesh, NoProcessGroup
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
 AXES = ("dp", "tp", "cp")
@@ -112,6 +111,8 @@ class RuntimeMesh:
         part = axis_part(axis)
         if part is None:
             return str(self.device_mesh.get_group(axis).group_name)
+        import torch.distributed as dist
+
         ranks = dist.get_process_group_ranks(self.device_mesh.get_group(part.axis))
         own = next(group for group in part.groups(ranks) if dist.get_rank() in group)
         assert dist.group.WORLD is not None
@@ -127,6 +128,8 @@ class RuntimeMesh:
 @functools.cache
 def _group_of(world: dist.ProcessGroup, ranks: tuple[int, ...]) -> dist.ProcessGroup:
     """The group of some ranks, made once for each world by its members alone."""
+    import torch.distributed as dist
+
     return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
@@ -139,6 +142,7 @@ def runtime_mesh(mesh: DeviceMesh | None, device_type: str) -> RuntimeMesh | Non
         NoProcessGroup: the launcher set WORLD_SIZE > 1 but no process group exists.
         IllegalMesh: unnamed axes, or names that mean nothing here.
     """
+    import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     if mesh is None:

@@ -33,13 +33,17 @@ class PassRow:
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """Attentions of one kind: `strategy` is "ring", "ulysses" or "one device"."""
+    """Attentions of one kind: `strategy` is "ring", "ulysses", "hybrid UxR" (Ulysses times ring) or "one device".
+
+    scores: what else happens to the scores, as "softcap 30, ALiBi, sinks, dropout 0.1, dense bias"; "" if nothing.
+    """
 
     strategy: str
     count: int
     heads: int
     kv_heads: int
     mask: str
+    scores: str = ""
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,7 @@ class Plan:
             lines.append("Sequence   not sharded")
         for row in self.attention:
             heads = f"{row.heads} heads, {row.kv_heads} key/value heads, mask {row.mask}"
+            heads += f", {row.scores}" if row.scores else ""
             lines.append(f"Attention  {row.count} x {row.strategy}: {heads}")
         lines += [f"Why        {remark.text}" for remark in self.remarks if remark.code in ("SPR203", "SPR204")]
         lines += [f"Symbol     {name} is {meaning}" for name, meaning in self.symbols.items()]

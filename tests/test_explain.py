@@ -267,7 +267,7 @@ def test_errors() -> None:
         with pytest.raises(IllegalMesh, match="legal"):
             explain(Model(), (ids,), mesh=mesh)  # type: ignore[arg-type]
     with pytest.raises(StrictRemark):
-        plan_of(3, attention="ulysses", strict=True)
+        plan_of(3, attention="hybrid", strict=True)
     with pytest.raises(ValueError, match="the model's own"):
         explain(Raises(), (ids,), mesh={"cp": 2})
 

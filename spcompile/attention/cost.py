@@ -59,8 +59,8 @@ class Cost:
     """Of one rank, forward and backward. inner_bytes, outer_bytes: sent by all-to-alls and by a ring."""
 
     strategy: Strategy
-    inner_bytes: float
-    outer_bytes: float
+    inner_bytes: int
+    outer_bytes: int
     seconds: float
 
     def __str__(self) -> str:
@@ -96,7 +96,7 @@ def cost(problem: Problem, strategy: Strategy, order: str, inner: Link, outer: L
     return Cost(strategy, inner_bytes, outer_bytes, seconds + forward + backward)
 
 
-def _exchanges(problem: Problem, strategy: Strategy, order: str, heads: HeadSplit) -> tuple[float, int]:
+def _exchanges(problem: Problem, strategy: Strategy, order: str, heads: HeadSplit) -> tuple[int, int]:
     """(bytes, messages that wait for one another) of all-to-alls among the inner ranks."""
     n = strategy.inner
     if n == 1:
@@ -111,7 +111,7 @@ def _exchanges(problem: Problem, strategy: Strategy, order: str, heads: HeadSpli
     bias = 3 * n * heads.local_heads * q_rows * problem.bias_row
     apart = heads.repeats_keys or q_rows != k_rows
     messages = 2 * (2 + apart) + 1 + heads.repeats_keys + (3 if bias else 0)
-    return (n - 1) / n * ((2 * once + again) * problem.itemsize + bias), messages
+    return (n - 1) * (((2 * once + again) * problem.itemsize + bias) // n), messages
 
 
 def _pairs(mask: AttentionMask, q_runs: tuple[Run, ...], k_length: int) -> float:

@@ -32,6 +32,7 @@ from spcompile.attention.mask import AttentionMask
 from spcompile.flex_attention import refuse
 from spcompile.graph import argument, call, erase_dead, operand, replace, shape_of
 from spcompile.passes_api import Context, Example, Pass, Stage
+from spcompile.propagate import UNREAD_ATTENTION
 from spcompile.rows_without_keys import with_uniform_rows
 from spcompile.splice import splice
 from spcompile.symbolic_mask.eager import SOFTMAX, EagerAttention, NotAttention, Product, Refused, Term, match_eager
@@ -71,6 +72,7 @@ class RecognizeAttention(Pass):
                 if isinstance(stop, Refused):
                     refuse(node, stop.reason)
                     ctx.remarks.add("SPR202", f"attention at {node.name}: {stop.reason}", stop.node)
+                    node.meta["custom"] = {**node.meta.get("custom", {}), UNREAD_ATTENTION: node.target in SOFTMAX}
             else:
                 rewrites += 1
         if rewrites:

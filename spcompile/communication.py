@@ -153,7 +153,7 @@ def _ring(node: fx.Node, named: Mapping[str, Any]) -> sympy.Expr:
     k, v = (arguments[name].meta["val"] for name in ("k", "v"))
     q_length, k_length = (hint(_value(arguments[name])) for name in ("q_length", "k_length"))
     ring = Ring(q_length, k_length, arguments["degree"], arguments["order"], arguments["inner"])
-    hops = ring.hops(AttentionMask.parse(arguments["mask"]))
+    hops = len(ring.distances(AttentionMask.parse(arguments["mask"])))
     B, G, T, H = (expression(size) for size in k.shape)
     numbers = message_numbers(B, G, T, H, expression(v.shape[3]))
     formula = forward_bytes if is_forward else backward_bytes

@@ -142,7 +142,7 @@ def runtime_mesh(mesh: DeviceMesh | None, device_type: str) -> RuntimeMesh | Non
         NoProcessGroup: the launcher set WORLD_SIZE > 1 but no process group exists.
         IllegalMesh: unnamed axes, or names that mean nothing here.
     """
-    import torch.distributed as dist
+    import torch.distributed as dist  # slow to import: options and explain need meshes without it
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     if mesh is None:

@@ -19,6 +19,8 @@ from spcompile.index_spaces import IndexSpaces, OpSpaces
 from spcompile.rules.base import tensor_operands
 from spcompile.spaces import Space, leaves
 
+UNREAD_ATTENTION = "spx_unread_attention"  # in meta["custom"] of a softmax
+
 
 @dataclass(frozen=True)
 class Place:
@@ -199,10 +201,13 @@ def follow_prefix(call: OpSpaces, choice: Choice) -> None:
 
 
 def sequence_seeds(spaces: IndexSpaces) -> dict[fx.Node, Choice]:
-    """The calls whose rule pairs factors, attention, choose their leading one: the query's rows."""
+    """The calls whose rule pairs factors, attention, choose their leading one: the query's rows.
+
+    So does the softmax of an attention that stayed written out: it is split by rows, and reads all keys.
+    """
     seeds: dict[fx.Node, Choice] = {}
     for node, call in spaces.calls.items():
-        leader = _leader(call)
+        leader = _rows(call) if node.meta.get("custom", {}).get(UNREAD_ATTENTION) else _leader(call)
         if leader is not None:
             seeds[node] = Choice(leader)
     return seeds
@@ -212,6 +217,12 @@ def _leader(call: OpSpaces) -> str | None:
     in_results = {factor for dims in call.rule.results for dim in dims for factor in dim}
     found = [leader for leader in call.rule.paired if leader in in_results - call.rule.replicated]
     return found[0] if found else None  # a query of length 1 has no factor
+
+
+def _rows(call: OpSpaces) -> str | None:
+    """The factor of the rows of scores [..., S, T]."""
+    rows = call.rule.results[0][-2]
+    return rows[0] if rows and rows[0] not in call.rule.replicated else None
 
 
 def sequence_families(calls: Mapping[fx.Node, OpSpaces]) -> set[Space]:

@@ -25,6 +25,7 @@ from spcompile.passes.lower_collectives import LowerCollectives, bind_axes
 from spcompile.passes_api import Context
 
 spx = torch.ops.spx
+pytestmark = pytest.mark.xdist_group("processes")  # one run of the program below serves all tests
 
 DEGREE = 2
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import hf_models
+import plain_models as pm
 import pytest
 import torch
 
@@ -39,6 +40,17 @@ def test_hugging_face_models(name: str, attention: str, degree: int, default_flo
     torch.manual_seed(0)
     model = hf_models.build(name)
     agrees(model, hf_models.inputs(0, model=name, kind="right padding", length=21), degree, attention)
+
+
+@pytest.mark.parametrize("degree", [2, 3])
+def test_unread_attention_is_split_by_rows(degree: int) -> None:
+    torch.manual_seed(0)
+    model = pm.TalkingHeads().double()
+    inputs = {"stuff": pm.ids(0, 13), "goal": pm.ids(1, 13)}
+    agrees(model, inputs, degree, "auto")
+    plan = spcompile.explain(model, inputs, mesh={"cp": degree})
+    assert plan.sharding.length == 13
+    assert f'softmax: "f64[2, 4, {-(-13 // degree)}, 13]' in plan.graph("lower")
 
 
 @pytest.fixture

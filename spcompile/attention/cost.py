@@ -81,7 +81,7 @@ def cost(problem: Problem, strategy: Strategy, order: str, inner: Link, outer: L
     )
     work = 2 * problem.batch * heads.local_heads * pairs * (problem.qk_size + problem.v_size)
     compute = work / FLOPS[outer.name]
-    hops = ring.hops(problem.mask) if strategy.outer > 1 else 0
+    hops = len(ring.distances(problem.mask)) if strategy.outer > 1 else 0
     seconds = inner.seconds(inner_bytes, messages)
     if hops == 0:
         return Cost(strategy, inner_bytes, 0, seconds + (1 + BACKWARD) * compute)

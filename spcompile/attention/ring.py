@@ -11,6 +11,7 @@ B batch, N query heads, G key heads, Sl and Tl local query and key rows, H head 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -74,9 +75,12 @@ class Ring:
         """Where the keys of `rank` are."""
         return shard_runs(self.k_length, rank, self.degree, self.order, self.inner)
 
-    def hops(self, mask: AttentionMask) -> int:
-        """How far keys must travel: the largest distance over which the mask leaves anything on any rank."""
-        return _hops(self, mask)
+    def distances(self, mask: AttentionMask) -> tuple[int, ...]:
+        """How far keys travel, in ascending order: the distances over which the mask leaves anything on any rank.
+
+        A window that reaches both ways leaves the nearest ranks on either side: (1, degree - 1).
+        """
+        return _distances(self, mask)
 
     def meets(self, mask: AttentionMask, q_rank: int, k_rank: int) -> bool:
         """Whether the mask leaves anything of one rank's queries against another's keys."""
@@ -93,11 +97,13 @@ class Ring:
 
 
 @functools.lru_cache(maxsize=1024)
-def _hops(ring: Ring, mask: AttentionMask) -> int:
-    for distance in range(ring.degree - 1, 0, -1):
-        if any(ring.meets(mask, rank, (rank - distance) % ring.degree) for rank in range(ring.degree)):
-            return distance
-    return 0
+def _distances(ring: Ring, mask: AttentionMask) -> tuple[int, ...]:
+    ranks = range(ring.degree)
+    return tuple(
+        distance
+        for distance in range(1, ring.degree)
+        if any(ring.meets(mask, rank, (rank - distance) % ring.degree) for rank in ranks)
+    )
 
 
 def ring_forward(
@@ -105,16 +111,16 @@ def ring_forward(
 ) -> Requests[tuple[Tensor, Tensor]]:
     """One rank's (out [B, N, Sl, V] in q's dtype, lse [B, N, Sl]); padded rows are 0 and -inf."""
     ring.check(q, k)
-    hops = ring.hops(scores.mask)
+    stops = (0, *ring.distances(scores.mask))
     q_runs = ring.q_runs(rank)
-    if hops == 0:
+    if len(stops) == 1:
         return carry.forward(q, k, v, q_runs, ring.k_runs(rank), scores)
     state = carry.start_forward(q, k, v, scores)
     message = pack(k, v)
-    for hop in range(hops + 1):
-        handle = (yield Shift(message)) if hop < hops else None
-        k_runs = ring.k_runs((rank - hop) % ring.degree)
-        state.add(*unpack(message, k, v), q_runs, k_runs, last=hop == hops)
+    for here, further in itertools.zip_longest(stops, stops[1:]):
+        handle = None if further is None else (yield Shift(message, further - here))
+        k_runs = ring.k_runs((rank - here) % ring.degree)
+        state.add(*unpack(message, k, v), q_runs, k_runs, last=further is None)
         if handle is not None:
             message = yield Wait(handle)
     return state.result()
@@ -125,23 +131,23 @@ def ring_backward(
 ) -> Requests[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
     """One rank's (dq, dk, dv) in the inputs' dtypes and the bias's gradient, float32 or float64, None if not wanted."""
     ring.check(rows.q, k)
-    hops = ring.hops(scores.mask)
+    stops = (0, *ring.distances(scores.mask))
     q_runs = ring.q_runs(rank)
-    if hops == 0:
+    if len(stops) == 1:
         grads, grad_bias = carry.backward(rows, k, v, q_runs, ring.k_runs(rank), scores, wants_grad_bias)
         return *grads, grad_bias
     state = carry.start_backward(rows, k, v, scores, wants_grad_bias)
     message = pack(k, v)
     grad_handle = None
-    for hop in range(hops + 1):
-        handle = (yield Shift(message)) if hop < hops else None
-        k_runs = ring.k_runs((rank - hop) % ring.degree)
-        grads_here = pack(*state.add(*unpack(message, k, v), q_runs, k_runs, last=hop == hops))
+    for here, further in itertools.zip_longest(stops, stops[1:]):
+        handle = None if further is None else (yield Shift(message, further - here))
+        k_runs = ring.k_runs((rank - here) % ring.degree)
+        grads_here = pack(*state.add(*unpack(message, k, v), q_runs, k_runs, last=further is None))
         if grad_handle is not None:
             grads_here += yield Wait(grad_handle)
         if handle is not None:
             message = yield Wait(handle)
-        grad_handle = yield Shift(grads_here, 1 if hop < hops else ring.degree - hops)
+        grad_handle = yield Shift(grads_here, (ring.degree if further is None else further) - here)
     dk, dv = unpack((yield Wait(grad_handle)), k, v)
     dq, grad_bias = state.result()
     return dq, dk.to(k.dtype), dv.to(v.dtype), grad_bias

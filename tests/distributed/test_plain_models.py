@@ -31,6 +31,12 @@ def test_scores_and_cross_attention(worker_pool: PoolOf, case: Case, attention: 
     assert not {"SPR101", "SPR201", "SPR202"} & set(outcomes[0].remarks)
 
 
+def test_attention_that_cannot_be_read_is_split_by_rows(worker_pool: PoolOf) -> None:
+    outcomes = assert_same(worker_pool(2), Case(pm.TalkingHeads, pm.sequence_first))
+    assert "SPR202" in outcomes[0].remarks
+    assert "SPR101" not in outcomes[0].remarks
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_model(worker_pool: PoolOf, name: str) -> None:
     assert_same(worker_pool(2), MODELS[name])

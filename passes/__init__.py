@@ -21,6 +21,7 @@ from spcompile.passes.recognize_attention import RecognizeAttention
 from spcompile.passes.recognize_loss import RecognizeLoss
 from spcompile.passes.recognize_mask import RecognizeMask
 from spcompile.passes.sink_all_gather import SinkAllGather
+from spcompile.passes.sink_all_reduce import SinkAllReduce
 from spcompile.passes.split_all_reduce import SplitAllReduce
 from spcompile.passes.split_dropout import SplitDropout
 from spcompile.passes.split_projections import SplitProjections
@@ -45,6 +46,7 @@ PIPELINE: tuple[Pass, ...] = (
     SplitProjections(),  # a fused projection has one factor where its parts have heads
     AnnotateTensorParallel(),  # on the final products
     InsertTensorReshards(),  # Megatron without sequence parallelism: AllReduces
+    SinkAllReduce(),  # while a sum's completion is one node
     SplitAllReduce(),  # makes AllGathers that can move
     SinkAllGather(),  # down, as far as the sequence passes
     HoistShard(),  # up, from where sunk gathers met whole operands

@@ -27,7 +27,7 @@ LAYERS = (
     "propagate verifier",
     "global_view",
     "layout reshard pipeline",
-    "cut lowering dump",
+    "cut lowering dump one_row row_evidence",
     "resharding tensor_parallel program",
     "one_device",
     # the whole machine

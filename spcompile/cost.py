@@ -177,7 +177,8 @@ def hops_of(ring: fx.Node) -> int:
     assert isinstance(ring.target, torch._ops.OpOverload)
     _, named = call_arguments(ring.target, ring.args, ring.kwargs)
     lengths = [hint(_value(named[name])) for name in ("q_length", "k_length")]
-    return Ring(lengths[0], lengths[1], named["degree"], named["order"]).hops(AttentionMask.parse(named["mask"]))
+    layout = Ring(lengths[0], lengths[1], named["degree"], named["order"], named["inner"])
+    return len(layout.distances(AttentionMask.parse(named["mask"])))
 
 
 def bytes_of(node: fx.Node) -> int:

@@ -36,7 +36,7 @@ LINKS = {
 
 
 def link_of(mesh: MeshShape, axis: str, chosen: Mapping[str, str], degree: int | None = None) -> Link:
-    """The link that `axis`, or a part of one, runs over: the user's word, else NVLink where its ranks fit into one node.
+    """The link of `axis` or a part of one: the user's word, else NVLink where its ranks fit into one node.
 
     chosen: axis -> name in LINKS. degree: of the innermost part of the axis, where only that communicates.
     """

@@ -190,16 +190,19 @@ def _fold_constant(gm: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _replace_copy(node: fx.Node) -> None:
-    """copy(x, y), what is left of `x.copy_(y)`, is y in the dtype and shape of x. As it stands it has no derivative."""
+    """copy(x, y), what is left of `x.copy_(y)`, is y in the shape and dtype of x. As it stands it has no derivative.
+
+    In this order, as autograd has it: the gradient of what was repeated is added up in y's dtype.
+    """
     target, value = node.args[:2]
     assert isinstance(value, fx.Node)
     with node.graph.inserting_before(node):
-        if value.meta["val"].dtype != node.meta["val"].dtype:
-            example = value.meta["val"].to(node.meta["val"].dtype)
-            value = node.graph.call_function(aten.to.dtype, (value, example.dtype))
-            value.meta = {**node.meta, "val": example}
         if not all(same(a, b) for a, b in zip_longest(value.meta["val"].shape, node.meta["val"].shape, fillvalue=0)):
+            example = node.meta["val"].to(value.meta["val"].dtype)
             value = node.graph.call_function(aten.expand_as.default, (value, target))
+            value.meta = {**node.meta, "val": example}
+        if value.meta["val"].dtype != node.meta["val"].dtype:
+            value = node.graph.call_function(aten.to.dtype, (value, node.meta["val"].dtype))
             value.meta = dict(node.meta)
     node.replace_all_uses_with(value)
     node.graph.erase_node(node)

@@ -67,7 +67,7 @@ def _remark_weight_memory(model: nn.Module, program: LocalProgram, inputs: Seque
     names = {id(p): name for name, p in model.named_parameters()}
     found = zip(inputs, split_over_tp(snapshot.gm.graph, mesh.size("tp")), strict=True)
     split = {names[id(value)]: dim for value, dim in found if id(value) in names}
-    plan = weight_plan(model, split, dict(mesh.axes), None)
+    plan = weight_plan(model, split, dict(mesh.axes))
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     program.ctx.remarks.add(
         "SPR505",

@@ -25,20 +25,22 @@ def parallelize(
     mesh: DeviceMesh,
     example_inputs: Mapping[str, Any] | Sequence[Any],
     *,
-    shard_parameters: str | None = None,
+    shard_parameters: str | Sequence[str] | None = None,
     initialize: Callable[[], nn.Module] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Shard the parameters of a model over a mesh, in place and under their names, and compile it.
 
-    Every parameter becomes a DTensor on `mesh`: split over `tp` as the compiled program splits it, and over the axis
+    Every parameter becomes a DTensor on `mesh`: split over `tp` as the compiled program splits it, and over the axes
     `shard_parameters` wherever a dim divides (ZeRO-3, Rajbhandari et al. 2020: gathered just before use, gradients
-    reduce-scattered). Called by all ranks of the mesh, before optimizers are made.
+    reduce-scattered). `tp` among them splits those matrices too that the program reads in other parts than they would
+    be stored in, such as fused projections: less memory at rest, one gather more in each step. Called by all ranks of
+    the mesh, before optimizers are made.
 
     model: real weights, equal on all ranks, of which each keeps its parts; or on `meta`, to be made part by part.
     example_inputs: keyword arguments (a dict) or positional ones of one training step. Not computed with.
-    shard_parameters: None, "cp" or "dp".
+    shard_parameters: None, or axes of the mesh: "cp", "dp", "tp", or several of them.
     initialize: for a model on `meta`: builds the same model on real tensors. It runs on all ranks, from the same seed,
         and no rank ever holds all that it makes. A transformers model needs none: its config says how to build it.
     checkpoint: for a model on `meta`: a folder of torch.distributed.checkpoint, or safetensors, to read parts from.
@@ -65,10 +67,11 @@ def parallelize(
     shape, chosen = mesh_shape(mesh), Options.parse({**options, "mesh": mesh})
     on_meta = is_on_meta(model)
     build = initialize or (constructor_of(model) if on_meta else None)
-    _check(model, shape, shard_parameters, on_meta, initialize, checkpoint)
+    axes = (shard_parameters,) if isinstance(shard_parameters, str) else tuple(shard_parameters or ())
+    _check(model, shape, axes, on_meta, initialize, checkpoint)
     _check_source(on_meta, build, checkpoint)
     split = _split_over_tp(model, example_inputs, shape, chosen) if shape.size("tp") > 1 else {}
-    plan = weight_plan(model, split, dict(shape.axes), shard_parameters)
+    plan = weight_plan(model, split, dict(shape.axes), axes)
     for name, reason in plan.whole.items():
         log.info("SPR502 every rank of tp holds all of %s: %s", name, reason)
     if not on_meta:
@@ -83,15 +86,16 @@ def parallelize(
 
 
 def _check(
-    model: nn.Module, shape: MeshShape, axis: str | None, on_meta: bool, initialize: object, checkpoint: object
+    model: nn.Module, shape: MeshShape, axes: Sequence[str], on_meta: bool, initialize: object, checkpoint: object
 ) -> None:
     from torch.distributed.tensor import DTensor
 
     from spcompile.diagnostics import IllegalModel, IllegalOption
 
-    if axis is not None and (axis not in ("cp", "dp") or axis not in dict(shape.axes)):
-        legal = ", ".join(["None", *(repr(name) for name, _ in shape.axes if name in ("cp", "dp"))])
-        raise IllegalOption(f"shard_parameters={axis!r} on a mesh {shape}", legal=legal)
+    for axis in axes:
+        if axis not in dict(shape.axes):
+            legal = ", ".join(["None", *(repr(name) for name, _ in shape.axes)])
+            raise IllegalOption(f"shard_parameters={axis!r} on a mesh {shape}", legal=legal)
     sharded = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
     if sharded is not None:
         raise IllegalModel(f"parameter {sharded} is a DTensor already", legal="a model that is not parallelized yet")

@@ -6,7 +6,7 @@ split of a whole tensor dim. Everything else is held whole, and said so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch.fx as fx
@@ -40,12 +40,13 @@ class WeightPlan:
 
 
 def weight_plan(
-    model: nn.Module, split: Mapping[str, int | str], degrees: Mapping[str, int], data_axis: str | None
+    model: nn.Module, split: Mapping[str, int | str], degrees: Mapping[str, int], axes: Sequence[str] = ()
 ) -> WeightPlan:
     """The plan of all parameters.
 
     split: name -> the dim that tp splits, or why it splits none; parameters that the graph does not read are absent.
-    degrees: ranks of each mesh axis. data_axis: the axis over which parameters are split besides, ZeRO-3; or None.
+    degrees: ranks of each mesh axis. axes: those over which parameters are split besides, wherever a dim divides
+        (ZeRO-3). `tp` among them splits the matrices that the program does not read in the parts that would be stored.
     """
     plan = WeightPlan()
     for name, parameter in model.named_parameters():
@@ -55,12 +56,16 @@ def weight_plan(
             parts.append(Part(found, "tp", degrees["tp"]))
         elif degrees.get("tp", 1) > 1:
             plan.whole[name] = str(found)
-        degree = degrees.get(data_axis, 1) if data_axis is not None else 1
-        if degree > 1 and data_axis is not None:
-            taken = {part.dim for part in parts}
+        for axis in sorted(axes, key=lambda axis: axis != "tp"):
+            if axis == "tp" and (parts or parameter.ndim < 2):
+                continue
+            degree, taken = degrees.get(axis, 1), {part.dim for part in parts}
             free = (d for d, n in enumerate(parameter.shape) if n and n % degree == 0 and d not in taken)
             dim = next(free, None)
-            parts += [Part(dim, data_axis, degree)] if dim is not None else []
+            if degree > 1 and dim is not None:
+                parts.append(Part(dim, axis, degree))
+                if axis == "tp":
+                    del plan.whole[name]
         plan.parts[name] = nested(parts)
     return plan
 

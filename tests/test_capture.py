@@ -104,6 +104,30 @@ def test_views_become_reshapes_and_nothing_is_left_without_meaning() -> None:
     assert ops(gm) == ["aten.reshape", "aten.reshape", "aten.sin"]
 
 
+def test_copies_are_what_was_copied_in_dtype_and_shape_of_the_target() -> None:
+    """`copy` has no derivative as it stands; what it means has one."""
+
+    def model(h: Tensor, row: Tensor) -> Tensor:
+        whole = torch.zeros(3, 4, dtype=torch.float32)
+        whole.copy_(row)
+        same = torch.empty_like(h)
+        same.copy_(h.sin())
+        return whole.double() + same
+
+    gm = captures(model, x(3, 4), x(4))
+    found = ops(gm)
+    assert not [name for name in found if "copy" in name and "_to_copy" not in name]
+    assert "aten.expand_as" in found
+    assert "aten.to" in found
+
+
+def test_type_as_is_a_cast_to_a_known_dtype() -> None:
+    gm = captures(lambda h, like: h.type_as(like).double(), x(3), torch.zeros(2, dtype=torch.float32))
+    cast = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.to.dtype)
+    assert cast.args[1] is torch.float32
+    assert "aten.type_as" not in ops(gm)
+
+
 def test_an_output_that_is_a_clone_stays_its_own_tensor() -> None:
     assert ops(captures(lambda h: h.sin().clone(), x(3))) == ["aten.sin", "aten.clone"]
 

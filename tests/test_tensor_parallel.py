@@ -142,6 +142,13 @@ def test_dtypes(dtype: torch.dtype, tolerance: float) -> None:
     checked(Model(Grouped(), FusedGate()).to(dtype), {"tp": 2}, tolerance=tolerance)
 
 
+@pytest.mark.parametrize(
+    "mesh", [{"tp": 2, "cp": 4}, pytest.param({"tp": 4, "cp": 2}, marks=pytest.mark.slow)], ids=str
+)
+def test_float32_on_eight_ranks(mesh: dict[str, int]) -> None:
+    checked(Model(Grouped(), FusedGate()).float(), mesh, tolerance=1e-5)
+
+
 class Losses(Model):
     """A loss of the logits [B, S, V]: `name` is that of a function below."""
 

@@ -131,6 +131,47 @@ def test_at_run_time(worker_pool: Callable[[int], WorkerPool], name: str, compil
         assert layer == pytest.approx(formula, rel=0.01) or (compiler == "inductor" and layer < formula)
 
 
+def started(name: str, layers: int, regather: bool, compiler: str) -> Counter[tuple[str, str]]:
+    """On one rank: how many functional collectives a forward and a backward start, by (phase, op).
+
+    The model is parallelized, so that what is gathered are activations only.
+    """
+    torch.manual_seed(0)
+    model, inputs = build(name, layers)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    spcompile.parallelize(model, mesh, inputs, compiler=compiler, regather=regather, outputs="loss")
+    model(**inputs).backward()  # compiles
+    found: Counter[tuple[str, str]] = Counter()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as forward:
+        loss = model(**inputs)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as backward:
+        loss.backward()
+    for phase, profile in (("forward", forward), ("backward", backward)):
+        for row in profile.key_averages():
+            prefix, _, op = row.key.partition("::")
+            if prefix == "_c10d_functional" and op != "wait_tensor":
+                found[phase, op] += row.count
+    torch._dynamo.reset()
+    return found
+
+
+@REGATHER
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_layer_starts_what_megatron_starts(
+    worker_pool: Callable[[int], WorkerPool], regather: bool, compiler: str
+) -> None:
+    """Every collective of a layer, counted when it runs; gradients of its norms travel with those of other layers."""
+    ranks = [worker_pool(2).run(started, "llama-tiny", layers, regather, compiler, timeout=400.0) for layers in (1, 2)]
+    for one, two in zip(*ranks, strict=True):
+        assert two - one == {
+            ("forward", "all_gather_into_tensor"): 2,
+            ("forward", "reduce_scatter_tensor"): 2,
+            ("backward", "all_gather_into_tensor"): 4 if regather else 2,
+            ("backward", "reduce_scatter_tensor"): 2,
+        }
+        assert one["backward", "all_reduce"] == two["backward", "all_reduce"]
+
+
 def sent_by_op(plan: Plan) -> Counter[str]:
     """Bytes that two ranks send each."""
     found: Counter[str] = Counter()

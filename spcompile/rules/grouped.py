@@ -13,7 +13,7 @@ from spcompile.rules.factors import build, factors
 
 @register("aten::_grouped_mm", "transformers::grouped_mm_fallback")
 def grouped_mm(node: fx.Node) -> OpRule | None:
-    """`[b] d, [c] d a, [c] -> [b] a | d: sum`; no rule with a bias, or for other forms than rows with offsets."""
+    """`[a] c, [d] c b, [d] -> [a] b | c: sum`; no rule with a bias, or for other forms than rows with offsets."""
     values = [x.meta["val"] for x in tensor_operands(node)]
     if [v.ndim for v in values] != [2, 3, 1] or tensor_results(node)[0].ndim != 2:
         return None

@@ -51,7 +51,7 @@ def save_and_load(build: Callable[[], nn.Module], folder: str) -> dict[str, floa
         torch.manual_seed(5)
         plain = build()
         torch.manual_seed(5)
-        first = parallelized(build(), {"tp": 2}, None)
+        first = parallelized(build(), {"tp": 2}, "tp")  # fused projections too
         plain_optimizer, optimizer = (torch.optim.AdamW(m.parameters(), **ADAMW) for m in (plain, first))
         steps(plain, plain_optimizer, range(1))
         steps(first, optimizer, range(1))

@@ -164,7 +164,7 @@ def refused() -> list[str]:
     done = spcompile.parallelize(models.build("llama-tiny"), mesh, batch())
     calls: list[Callable[[], Any]] = [
         lambda: spcompile.parallelize(model, mesh, batch(), shard_parameters="dp"),
-        lambda: spcompile.parallelize(model, mesh, batch(), shard_parameters="tp"),
+        lambda: spcompile.parallelize(model, mesh, batch(), shard_parameters=("cp", "dp")),
         lambda: spcompile.parallelize(model, {"tp": 2}, batch()),  # type: ignore[arg-type]
         lambda: spcompile.parallelize(model, mesh, batch(), atention="ring"),
         lambda: spcompile.parallelize(done, mesh, batch()),

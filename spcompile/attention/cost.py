@@ -29,7 +29,8 @@ from spcompile.attention.strategy import Strategy
 from spcompile.links import Link
 from spcompile.sequence import local_length
 
-FLOPS = {"nvlink": 400e12, "network": 400e12, "loopback": 50e9}  # of a rank, by the link that its machine has
+FLOPS = 400e12  # a second, of a rank, in 16 bits on an H100
+CPU_FLOPS = 50e9  # of a process among others, where ranks talk over "loopback"
 RING_RATE = 0.75
 BACKWARD = 2.5
 _SAMPLES = 16  # rows of a run for which visible keys are counted
@@ -80,7 +81,7 @@ def cost(problem: Problem, strategy: Strategy, order: str, inner: Link, outer: L
         for rank in range(strategy.outer)
     )
     work = 2 * problem.batch * heads.local_heads * pairs * (problem.qk_size + problem.v_size)
-    compute = work / FLOPS[outer.name]
+    compute = work / (CPU_FLOPS if outer.name == "loopback" else FLOPS)
     hops = len(ring.distances(problem.mask)) if strategy.outer > 1 else 0
     seconds = inner.seconds(inner_bytes, messages)
     if hops == 0:

@@ -1,11 +1,16 @@
 """One training step of a Hugging Face Llama on two processes: axis tp against torch's hand-planned parallelize_module.
 
-    python benchmarks/tp_cpu.py [--seq 256] [--dim 256] [--layers 2] [--steps 5]
+    python benchmarks/tp_cpu.py [--seq 256] [--dim 256] [--layers 2] [--steps 15]
 
 Theirs: ColwiseParallel, RowwiseParallel and SequenceParallel, planned by hand below, eager and under torch.compile.
-Ours: the plain model, without a plan, its parameters whole on every rank, so that gradients of weights are gathered;
-they are counted on their own. All in the same processes, on the same weights and batch, one after the other. The table
-goes to stderr, one line of JSON to stdout. Exits with 1 if a loss differs by more than 1e-5.
+They save the activations that they gather.
+Ours, without a plan: `parallelize`, where each rank holds the parts of the weights that it uses, as theirs does; and
+the plain model, whose weights are whole on every rank, so that their gradients are gathered. regather=False saves
+gathered activations as theirs does, and is what their bytes compare with; by default the backward gathers them again.
+
+All in the same processes, on the same weights and batch, step by step in turn: machines are not equally fast for
+long. The ratios are medians of the rounds' own ratios. The table goes to stderr, one line of JSON to stdout. Exits with
+1 if a loss differs by more than 1e-5.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -41,16 +46,21 @@ from spcompile.train import cores, join_processes, on_processes
 from spcompile.train_report import relative
 
 RANKS = 2
+WARM_UP = 2  # steps
 TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """step_seconds: the median; first_seconds: the first step, which compiles; traffic: bytes handed over, by op."""
+    """seconds: of every step but the first, which compiles; traffic: calls and bytes handed over, by op.
+
+    cpu_seconds: what this process computed in each, all threads together; it feels other work on the machine less.
+    """
 
     name: str
     loss: float
-    step_seconds: float
+    seconds: list[float]
+    cpu_seconds: list[float]
     first_seconds: float
     traffic: dict[str, tuple[int, int]]
 
@@ -110,62 +120,81 @@ def by_hand(model: Any, mesh: DeviceMesh, *, whole_embeddings: bool = False) -> 
     return model
 
 
-def measure(name: str, model: nn.Module, batch: dict[str, Tensor], steps: int) -> Measurement:
-    """Forward and backward; the optimizer would be the same for all."""
-    seconds: list[float] = []
-    loss = torch.zeros(())
+class Contender:
+    """One model, and the times of its steps: forward and backward; the optimizer would be the same for all."""
 
-    def step() -> None:
-        nonlocal loss
-        model.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
+    def __init__(self, name: str, model: nn.Module, batch: dict[str, Any]) -> None:
+        self.name, self.model, self.batch = name, model, batch
+        self.loss = torch.zeros(())
+        self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
 
-    for _ in range(steps + 1):
+    def step(self) -> None:
+        """One step."""
+        self.model.zero_grad()
+        self.loss = self.model(**self.batch).loss
+        self.loss.backward()
+
+    def timed_step(self) -> None:
+        """One step, from when all ranks are ready until the last one is."""
         dist.barrier()
-        start = time.perf_counter()
-        step()
+        start, computed = time.perf_counter(), time.process_time()
+        self.step()
         dist.barrier()
-        seconds.append(time.perf_counter() - start)
-    traffic = {row.op: (row.count, row.bytes) for row in traffic_of(step)}
-    torch._dynamo.reset()
-    return Measurement(name, loss.item(), statistics.median(seconds[1:]), seconds[0], traffic)
+        self.seconds.append(time.perf_counter() - start)
+        self.cpu_seconds.append(time.process_time() - computed)
+
+    def result(self) -> Measurement:
+        """What was measured; counts the traffic of one more step."""
+        traffic = {row.op: (row.count, row.bytes) for row in traffic_of(self.step)}
+        seconds, cpu_seconds = self.seconds[WARM_UP:], self.cpu_seconds[WARM_UP:]
+        return Measurement(self.name, self.loss.item(), seconds, cpu_seconds, self.seconds[0], traffic)
 
 
 def run_rank(options: argparse.Namespace) -> list[Measurement]:
     """All contenders in this process."""
     torch.set_num_threads(max(1, cores() // RANKS))
-    found: list[Measurement] = []
+    found: list[Contender] = []
     with join_processes():
         mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("tp",))
         ids_BS = torch.randint(1024, (1, options.seq), generator=torch.Generator().manual_seed(1))
         positions_BS = torch.arange(options.seq)[None]
         batch = {"input_ids": ids_BS, "labels": ids_BS, "position_ids": positions_BS, "use_cache": False}
         plain = llama(options)
-        for name, make in contenders(mesh).items():
+        for name, make in contenders(mesh, batch).items():
+            contender = Contender(name, make(copy.deepcopy(plain)), batch)
             try:
-                found.append(measure(name, make(copy.deepcopy(plain)), batch, options.steps))
+                contender.timed_step()
             except Exception as error:  # a contender that cannot run is a result too; all ranks see the same error
                 print(f"{name}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
             else:
-                if dist.get_rank() == 0:
-                    print(f"{name}: {found[-1].step_seconds:.3f} s a step", file=sys.stderr, flush=True)
-    return found
+                found.append(contender)
+        for number in range(options.steps + WARM_UP - 1):
+            for contender in found[number % len(found) :] + found[: number % len(found)]:
+                contender.timed_step()
+        return [contender.result() for contender in found]
 
 
-def contenders(mesh: DeviceMesh) -> dict[str, Callable[[Any], nn.Module]]:
-    """Theirs save gathered activations, as ours do with regather=False."""
+def contenders(mesh: DeviceMesh, batch: dict[str, Any]) -> dict[str, Callable[[Any], nn.Module]]:
+    """How each model is made, the baseline first."""
 
     def compiled(model: Any, backend: str, **options: Any) -> nn.Module:
         model.compile(backend=backend, dynamic=False, **options)
         return model
 
-    ours = {"mesh": mesh, "outputs": "loss"}
+    def plain(model: Any, **options: Any) -> nn.Module:
+        return compiled(model, "spcompile", options={"mesh": mesh, "outputs": "loss", **options})
+
+    def parallelized(model: Any, **options: Any) -> nn.Module:
+        return spcompile.parallelize(model, mesh, batch, outputs="loss", **options)
+
     return {
         "theirs, eager": lambda model: by_hand(model, mesh),
         "theirs, torch.compile": lambda model: compiled(by_hand(model, mesh, whole_embeddings=True), "inductor"),
-        "ours": lambda model: compiled(model, "spcompile", options=ours),
-        "ours, regather=False": lambda model: compiled(model, "spcompile", options={**ours, "regather": False}),
+        "ours, parallelize": parallelized,
+        "ours, parallelize, regather=False": lambda model: parallelized(model, regather=False),
+        "ours, plain model": plain,
+        "ours, plain model, regather=False": lambda model: plain(model, regather=False),
     }
 
 
@@ -180,20 +209,29 @@ def planned(options: argparse.Namespace) -> dict[str, int]:
     return found
 
 
+def ratio(ours: list[float], theirs: list[float]) -> float:
+    """How much more of it a step takes: the median over the rounds."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
 def main() -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name, default in {"seq": 256, "dim": 256, "layers": 2, "steps": 5}.items():
+    for name, default in {"seq": 256, "dim": 256, "layers": 2, "steps": 15}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     rows: list[Measurement] = on_processes(RANKS, run_rank, options)[0]
     cost = planned(options)
-    table = Table("", "step, s", "first step, s", "handed over, kB", "calls", "loss")
+    against = [row for row in rows if row.name.startswith("theirs")]
+    titles = [f"{what} / {row.name}" for what in ("step", "CPU") for row in against]
+    table = Table("", "step, s", *titles, "first step, s", "handed over, kB", "calls", "loss")
     for row in rows:
         size, calls = (sum(v[i] for v in row.traffic.values()) for i in (1, 0))
-        figures = f"{row.step_seconds:.3f}", f"{row.first_seconds:.1f}", f"{size / 1e3:,.0f}", str(calls)
-        table.add_row(row.name, *figures, f"{row.loss:.6f}")
-    console = Console(stderr=True)
+        ratios = [f"{ratio(row.seconds, other.seconds):.2f}" for other in against]
+        ratios += [f"{ratio(row.cpu_seconds, other.cpu_seconds):.2f}" for other in against]
+        figures = f"{statistics.median(row.seconds):.3f}", *ratios, f"{row.first_seconds:.1f}", f"{size / 1e3:,.0f}"
+        table.add_row(row.name, *figures, str(calls), f"{row.loss:.6f}")
+    console = Console(stderr=True, width=160)
     console.print(table)
     console.print({row.name: row.traffic for row in rows})
     console.print("cost model, kB on the wire per rank:", {name: round(size / 1e3) for name, size in cost.items()})

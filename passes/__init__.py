@@ -16,11 +16,13 @@ from spcompile.passes.lower import LowerToLocal
 from spcompile.passes.lower_collectives import LowerCollectives
 from spcompile.passes.lower_data_parallel import LowerDataParallel
 from spcompile.passes.lower_tensor_parallel import LowerTensorParallel
+from spcompile.passes.overlap_collectives import OverlapCollectives
 from spcompile.passes.parallelize_attention import ParallelizeAttention
 from spcompile.passes.recognize_attention import RecognizeAttention
 from spcompile.passes.recognize_loss import RecognizeLoss
 from spcompile.passes.recognize_mask import RecognizeMask
 from spcompile.passes.sink_all_gather import SinkAllGather
+from spcompile.passes.sink_all_reduce import SinkAllReduce
 from spcompile.passes.split_all_reduce import SplitAllReduce
 from spcompile.passes.split_dropout import SplitDropout
 from spcompile.passes.split_projections import SplitProjections
@@ -45,6 +47,7 @@ PIPELINE: tuple[Pass, ...] = (
     SplitProjections(),  # a fused projection has one factor where its parts have heads
     AnnotateTensorParallel(),  # on the final products
     InsertTensorReshards(),  # Megatron without sequence parallelism: AllReduces
+    SinkAllReduce(),  # while a sum's completion is one node
     SplitAllReduce(),  # makes AllGathers that can move
     SinkAllGather(),  # down, as far as the sequence passes
     HoistShard(),  # up, from where sunk gathers met whole operands
@@ -54,5 +57,6 @@ PIPELINE: tuple[Pass, ...] = (
     ParallelizeAttention(),  # while gathers of keys and values still stand beside their attention
     # SCHEDULE stage: forward and backward graphs after autograd.
     BucketCollectives(),  # while an all-reduce is still one node
-    LowerCollectives(),  # last: Inductor sees only functional collectives
+    LowerCollectives(),  # Inductor sees only functional collectives
+    OverlapCollectives(),  # last: nothing may change the order that it finds
 )

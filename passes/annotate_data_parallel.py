@@ -1,7 +1,8 @@
 """annotate-data-parallel: find the batch, of which every rank of `dp` passes its own part.
 
 Before: the program of one rank on its own rows. After: every value that has rows of the batch is split over `dp`, and
-everything that sums over rows leaves a part of a sum. Shapes stay: they are one rank's already.
+everything that sums over rows leaves a part of a sum. Shapes stay: they are one rank's already. But one row has no dim
+that could be followed: then several rows stand for it until `dp` is lowered.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from torch import Tensor
 from spcompile.diagnostics import BatchNotSplit
 from spcompile.index_spaces import IndexSpaces, find_index_spaces
 from spcompile.layout import annotate
+from spcompile.one_row import OWN, with_rows
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.propagate import Choice, Place, propagate
+from spcompile.row_evidence import require_rows
 from spcompile.rules.base import tensor_results
 from spcompile.sizes import same
 
@@ -33,25 +36,35 @@ class AnnotateDataParallel(Pass):
     axis: ClassVar[str | None] = "dp"
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        """Annotate; rewrites nothing.
+        """Annotate; where there is one row a rank, the graph gets several first. Returns how many inputs have them.
 
         Raises:
-            BatchNotSplit: no attention over several rows, or a weight with rows of the batch.
+            BatchNotSplit: no attention over rows of the batch, or rows that cannot be told from something else.
         """
-        spaces = find_index_spaces(gm.graph)
-        seeds = {
-            node: Choice("b") for node, call in spaces.calls.items() if call.rule.paired and "b" in call.rule.sizes
-        }
+        spaces, seeds = _batches(gm.graph)
+        widened = 0
         if not seeds:
-            raise BatchNotSplit(
-                "no attention over a batch was found", legal="two rows or more on every rank of dp, or DDP over dp"
-            )
+            gm.graph, ctx.rows = with_rows(gm.graph)
+            gm.recompile()
+            spaces, seeds = _batches(gm.graph)
+            widened = sum(OWN in n.meta for n in gm.graph.find_nodes(op="placeholder"))
+        if not seeds:
+            raise BatchNotSplit("no attention over a batch was found", legal="DDP over dp")
         placements = propagate(gm.graph, spaces, seeds, _inputs_with_rows(gm.graph, spaces, seeds))
+        if ctx.rows is not None:
+            require_rows(gm.graph, spaces, placements, seeds, ctx.rows)
         for node in gm.graph.find_nodes(op="placeholder"):
             if node.meta.get("trainable") and (node, 0) in placements.places:
                 raise BatchNotSplit(f"{node.name} requires a gradient and has rows of the batch", legal="DDP over dp")
         annotate(gm.graph, "dp", spaces, placements)
-        return 0
+        return widened
+
+
+def _batches(graph: fx.Graph) -> tuple[IndexSpaces, dict[fx.Node, Choice]]:
+    """The spaces of a graph, and every attention over several rows."""
+    spaces = find_index_spaces(graph)
+    found = {node: Choice("b") for node, call in spaces.calls.items() if call.rule.paired and "b" in call.rule.sizes}
+    return spaces, found
 
 
 def _inputs_with_rows(graph: fx.Graph, spaces: IndexSpaces, seeds: dict[fx.Node, Choice]) -> dict[fx.Node, Place]:

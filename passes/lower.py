@@ -17,6 +17,7 @@ from spcompile.capture import fake_inputs
 from spcompile.global_view import views
 from spcompile.layout import layout_of
 from spcompile.lowering import Lower, SplitDims
+from spcompile.one_row import OWN
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.reshard import is_reshard
 from spcompile.resharding import state_of
@@ -38,10 +39,11 @@ class LowerToLocal(Pass):
         """Replace the graph by its local form; returns the number of reshards and global views lowered."""
         annotated = [n for n in views(gm.graph, self.split_axis) if layout_of(n) is not None]
         count = sum(is_reshard(n) for n in gm.graph.nodes) + len(annotated)
-        if not count:
-            return 0
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        mode, fakes = fake_inputs([n.meta["val"] for n in placeholders])
+        own = [n.meta.get(OWN, n.meta["val"]) for n in placeholders]
+        if not count and all(n.meta["val"] is value for n, value in zip(placeholders, own, strict=True)):
+            return 0
+        mode, fakes = fake_inputs(own)
         split = self.split(ctx)
         with mode, fx.traceback.preserve_node_meta():
             local = make_fx(Lower(gm, split).run, pre_dispatch=True)(*fakes)
@@ -62,7 +64,7 @@ class LowerToLocal(Pass):
                 setattr(gm, node.target, getattr(local, node.target))
         gm.graph = local.graph
         gm.recompile()
-        return count
+        return count or len(placeholders)
 
     def split(self, ctx: Context) -> SplitDims:
         """How dims are laid out over the axis."""

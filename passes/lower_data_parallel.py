@@ -28,4 +28,4 @@ class LowerDataParallel(LowerToLocal):
 
     def split(self, ctx: Context) -> SplitDims:
         """Every rank's part is what it was given."""
-        return OwnParts("dp", ctx.mesh.size("dp"), "contiguous")
+        return OwnParts("dp", ctx.mesh.size("dp"), "contiguous", ctx.rows)

@@ -56,7 +56,9 @@ def passes(user: fx.Node, gather: fx.Node) -> Choice | None:
     place = parse_place(str(gather.args[2]))
     if user.op != "call_function" or is_reshard(user) or is_getitem(user) or is_view(operand(gather, 0), "tp"):
         return None
-    if layout is None or layout.call is None or place is None or "tp" in layout.choice or layout.call.rule.paired:
+    if layout is None or layout.call is None or place is None or layout.call.rule.paired:
+        return None
+    if "tp" in layout.choice or "tp" in layout.partial:
         return None
     choice = choice_as_operand(user, gather, layout.call, place)
     return None if choice is None or choice.factor in layout.call.rule.completed else choice

@@ -68,7 +68,7 @@ def communication(phase: str, gm: fx.GraphModule, mesh: MeshShape, trained: Sequ
     gradient_path = _depend_on_tangents(gm.graph)
     found: dict[tuple[Any, ...], tuple[int, sympy.Expr]] = {}
     for node in gm.graph.nodes:
-        sent = _sent(node, mesh)
+        sent = sent_by(node, mesh)
         if sent is None:
             continue
         op, axis, amount = sent
@@ -121,8 +121,8 @@ def layer_of(node: fx.Node) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
 
 
-def _sent(node: fx.Node, mesh: MeshShape) -> tuple[str, str, sympy.Expr] | None:
-    """(name, axis, bytes) of a node that communicates."""
+def sent_by(node: fx.Node, mesh: MeshShape) -> tuple[str, str, sympy.Expr] | None:
+    """(name, axis, bytes that one rank sends) of a node that communicates, else None."""
     target: Any = node.target
     if axis_argument(target) is None:
         return None

@@ -19,12 +19,14 @@ class NodeLayout:
     call: rule and factor spaces, for a call that has a rule.
     choice: per mesh axis, the factor over which the call runs sharded.
     places: per mesh axis and result number, where the value is split (absent: replicated).
+    partial: the axes on which the call, which is linear, reads and gives parts of sums.
     """
 
     dims: list[Dims]
     call: OpSpaces | None = None
     choice: dict[str, Choice] = field(default_factory=dict)
     places: dict[str, dict[int, Place]] = field(default_factory=dict)
+    partial: set[str] = field(default_factory=set)
 
     def place(self, axis: str, result: int = 0) -> Place | None:
         """Where a result is split on `axis`."""

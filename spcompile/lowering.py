@@ -58,15 +58,28 @@ class SplitDims:
 
 
 class OwnParts(SplitDims):
-    """An axis whose ranks were given their parts from outside: sizes in the graph are those of one part."""
+    """An axis whose ranks were given their parts from outside: sizes in the graph are those of one part.
+
+    rows: where every rank has one row, the size that stands for it in the graph (`spcompile.one_row`).
+    """
+
+    def __init__(self, axis: str, degree: int, order: str, rows: int | None = None) -> None:
+        super().__init__(axis, degree, order)
+        self.rows = rows
 
     def local(self, space: Space) -> Size:
-        """The size itself."""
-        return space.find().size
+        """The size itself; one row where another size stands for it."""
+        size = space.find().size
+        assert self.rows is None or same(size, self.rows), "only the batch is split over dp"
+        return size if self.rows is None else 1
 
     def whole(self, space: Space) -> Size:
         """All ranks have equally many."""
-        return space.find().size * self.degree
+        return self.local(space) * self.degree
+
+    def own(self, x: Tensor, dim: int, space: Space) -> Tensor:
+        """A rank's rows of what every rank made for its own."""
+        return x if self.rows is None else x.narrow(dim, 0, 1)
 
     def padded(self, space: Space) -> bool:
         """A part has no padding."""
@@ -210,6 +223,7 @@ class Lower(fx.Interpreter):
             return self.on_split_dim(x, dims, source, True, lambda x, dim, space: self.gather(x, dim, space, dst))
         if target is not None and isinstance(split, OwnParts):
             assert src == "I", (src, dst)
+            x = self.on_split_dim(x, dims, target, False, split.own)
             return spx.vary(x, axis, degree) if x.is_floating_point() else x  # made by every rank for its own part
         if target is not None:
             assert src in "IP", (src, dst)

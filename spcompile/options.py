@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from spcompile.accelerators import ACCELERATORS
 from spcompile.diagnostics import IllegalOption, UnknownOption
 from spcompile.links import LINKS
 from spcompile.mesh import AXES
@@ -33,6 +34,7 @@ class Options:
     regather: gather activations again in the backward instead of saving them whole: less memory, more communication.
     links: what ranks of an axis talk over, {axis: "nvlink" | "network" | "loopback"}; default: NVLink inside a node of
         eight ranks, the network beyond. Decides what is chosen and predicted, never what is right.
+    accelerator: what computes: "h100", "a100", "cpu". Decides what hides behind what, and predicted times.
     passes: {pass name: False} switches a pass off, {pass name: {field: value}} sets its options.
     dump: a folder for numbered text of the graph after every pass.
     strict: turn every remark about lost parallelism into an error.
@@ -45,6 +47,7 @@ class Options:
     compiler: str = "inductor"
     regather: bool = True
     links: Mapping[str, str] = field(default_factory=dict)
+    accelerator: str = "h100"
     passes: Mapping[str, Any] = field(default_factory=dict)
     dump: str | None = None
     strict: bool = False
@@ -57,6 +60,7 @@ class Options:
         _one_of("balance", self.balance, BALANCE)
         _one_of("outputs", self.outputs, OUTPUTS)
         _one_of("compiler", self.compiler, COMPILER)
+        _one_of("accelerator", self.accelerator, tuple(ACCELERATORS))
         for name in ("regather", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise IllegalOption(f"{name}={getattr(self, name)!r}", legal="True, False")

@@ -101,7 +101,7 @@ def _build(
     for index, p in enumerate(before_autograd):
         if p.leaves is Stage.LOCAL:  # layouts are gone behind it
             run_passes(work, before_autograd[done:index], ctx, history)
-            _note_split_outputs(work, outputs, p.axis or "cp", ctx)
+            _note_split_outputs(work, outputs, p.axis or "cp", ctx, captured.graph)
             done = index
     run_passes(work, before_autograd[done:], ctx, history)
     schedule = [p for p in passes if p.stage is Stage.SCHEDULE]
@@ -112,10 +112,15 @@ def _output_node(graph: fx.Graph) -> fx.Node:
     return next(n for n in reversed(graph.nodes) if n.op == "output")
 
 
+def _flat_outputs(graph: fx.Graph) -> list[Any]:
+    values = _output_node(graph).args[0]
+    return list(values) if isinstance(values, (tuple, list)) else [values]
+
+
 def _select_outputs(gm: fx.GraphModule, options: Options) -> list[Output]:
     """Flatten the outputs; outputs="loss" drops everything but scalars, and with it what only they needed."""
     node = _output_node(gm.graph)
-    flat = list(node.args[0]) if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
+    flat = _flat_outputs(gm.graph)
     kept: list[Any] = []
     outputs: list[Output] = []
     for value in flat:
@@ -131,11 +136,11 @@ def _select_outputs(gm: fx.GraphModule, options: Options) -> list[Output]:
     return outputs
 
 
-def _note_split_outputs(gm: fx.GraphModule, outputs: list[Output], axis: str, ctx: Context) -> None:
-    """Remember over which dim the axis leaves each output split."""
+def _note_split_outputs(gm: fx.GraphModule, outputs: list[Output], axis: str, ctx: Context, captured: fx.Graph) -> None:
+    """Remember over which dim the axis leaves each output split. Rows on this rank are those of the captured graph."""
     values = _output_node(gm.graph).args[0]
     assert isinstance(values, (tuple, list))
-    for output in outputs:
+    for number, output in enumerate(outputs):
         value = values[output.index] if output.index is not None else None
         place = parse_place(state_of(value, axis)) if isinstance(value, fx.Node) else None
         if place is not None and isinstance(value, fx.Node):
@@ -143,5 +148,6 @@ def _note_split_outputs(gm: fx.GraphModule, outputs: list[Output], axis: str, ct
             if output.shape is None:
                 output.shape = tuple(value.meta["val"].shape)
             if axis == "dp":
+                output.shape = tuple(_flat_outputs(captured)[number].meta["val"].shape)
                 rows = output.shape[place.dim] * ctx.mesh.size(axis)
                 output.shape = (*output.shape[: place.dim], rows, *output.shape[place.dim + 1 :])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -243,6 +243,21 @@ def test_plans_are_few_large_blocks() -> None:
         shard_runs(length, 0, degree, "zigzag"), shard_runs(length, 3, degree, "zigzag"), Scores(AttentionMask(), 1.0)
     )
     assert [(block.kind, block.q.length, block.k.length) for block in full] == [(Kind.FULL, 16, 16)]
+
+
+def test_conditions_that_hold_for_all_pairs_cost_nothing() -> None:
+    """One document in every row, and no padding, are the plain causal mask; two documents are not."""
+    case = make_case("causal documents key_padding")
+    assert case.q_documents is not None
+    one = case.q_documents[:, :1].expand(-1, 13)
+    for row_of_another in (False, True):
+        k_documents = one.clone()
+        k_documents[1, 4] += row_of_another
+        keep = case.mask.allowed(torch.arange(13), torch.arange(13), one, k_documents, torch.ones(2, 13).bool())
+        idle = replace(case, q_documents=one, k_documents=k_documents, key_valid=torch.ones(2, 13).bool(), keep=keep)
+        (block,) = plan(natural_runs(13), natural_runs(13), idle.scores)
+        assert block.kind is (Kind.PARTIAL if row_of_another else Kind.CAUSAL_DIAGONAL)
+        check(run_provider(CpuFlash(), idle, True), oracle(idle, True))
 
 
 def test_rows_without_keys() -> None:

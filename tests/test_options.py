@@ -84,6 +84,7 @@ def test_axes_of_one_node_talk_over_nvlink_unless_told_otherwise() -> None:
     assert [link_of(mesh, axis, {}).name for axis in ("tp", "cp", "dp")] == ["nvlink", "network", "network"]
     assert link_of(mesh, "cp", {}, degree=2).name == "nvlink"
     assert link_of(mesh, "tp", {"tp": "network"}).name == "network"
+    assert [link_of(mesh, part, {}).name for part in ("cp.inner2", "cp.outer2")] == ["nvlink", "network"]
 
 
 @pytest.mark.parametrize("sizes", [{"sp": 2}, {"cp": 0}, {"cp": 2.0}, {"cp": True}])

@@ -38,6 +38,7 @@ def plan(q_runs: Sequence[Run], k_runs: Sequence[Run], scores: Scores) -> list[B
     Pairs of runs that the mask empties are left out; FULL pairs that are neighbours in memory become one block, and so
     does everything where queries and keys are the same rows under a causal mask (the first step of a zigzag ring).
     """
+    scores = scores.without_idle_conditions()
     if scores.mask == AttentionMask(causal=True) and not scores.depends_on_place and _same_rows(q_runs, k_runs):
         return [_indexed(Kind.CAUSAL_DIAGONAL, (0, q_runs[-1].stop), (0, k_runs[-1].stop), scores)]
     blocks: list[Block] = []

@@ -5,7 +5,7 @@ B batch, N query heads, G key heads, S query rows, T keys of the block; Sg, Tg a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
@@ -62,10 +62,40 @@ class Scores:
         if (self.key_valid is not None) != self.mask.key_padding:
             raise IllegalOption(f"mask {str(self.mask)!r}", legal="'key_padding' with key_valid, or neither")
 
+    def without_idle_conditions(self) -> Scores:
+        """The same scores, without a condition on documents or key padding that holds for all pairs.
+
+        Positions with one document, and padding masks without padding, are what most callers pass. Only on the CPU,
+        where reading a few numbers waits for nothing.
+        """
+        q, k, valid = self.q_documents, self.k_documents, self.key_valid
+        one_document = q is not None and k is not None and q.device.type == "cpu" and _are_one(q, k)
+        no_padding = valid is not None and valid.device.type == "cpu" and bool(valid.all())
+        if not one_document and not no_padding:
+            return self
+        mask = replace(
+            self.mask,
+            documents=self.mask.documents and not one_document,
+            key_padding=self.mask.key_padding and not no_padding,
+        )
+        return replace(
+            self,
+            mask=mask,
+            q_documents=None if one_document else q,
+            k_documents=None if one_document else k,
+            key_valid=None if no_padding else valid,
+        )
+
     @property
     def depends_on_place(self) -> bool:
         """Whether more than the mask depends on where in the sequence a query and a key are."""
         return any(x is not None for x in (self.bias, self.alibi_slopes, self.dropout))
+
+
+def _are_one(q_documents: Tensor, k_documents: Tensor) -> bool:
+    """Whether every row of queries and of keys is of one document, the same."""
+    first = k_documents[:, :1]
+    return k_documents.numel() > 0 and bool((k_documents == first).all()) and bool((q_documents == first).all())
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 from worker_pool import WorkerPool
 
 from spcompile import models
-from spcompile.diagnostics import BatchNotSplit
 
 PoolOf = Callable[[int], WorkerPool]
 IGNORED = -100
@@ -33,7 +32,7 @@ def batch(rows: int, length: int) -> dict[str, Tensor]:
 
 
 def against_the_whole_batch(
-    build: Callable[[], nn.Module], axes: Mapping[str, int], length: int, compiler: str
+    build: Callable[[], nn.Module], axes: Mapping[str, int], length: int, compiler: str, rows: int = 2
 ) -> dict[str, float]:
     """Errors of this rank's loss and of all gradients and parameters, against the plain model on all rows."""
     mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
@@ -41,9 +40,9 @@ def against_the_whole_batch(
         plain = build()
         compiled: Any = copy.deepcopy(plain)
         compiled.compile(backend="spcompile", options={"mesh": mesh, "compiler": compiler})
-        whole = batch(2 * axes["dp"], length)
-        first = 2 * mesh.get_local_rank("dp")
-        own = {name: x[first : first + 2] for name, x in whole.items()}
+        whole = batch(rows * axes["dp"], length)
+        first = rows * mesh.get_local_rank("dp")
+        own = {name: x[first : first + rows] for name, x in whole.items()}
         want, have = plain(**whole), compiled(**own)
         want.backward()
         have.backward()
@@ -66,24 +65,41 @@ def test_own_rows(worker_pool: PoolOf, model: str, axes: dict[str, int], compile
         assert max(errors.values()) <= EXACT, errors
 
 
-def logits_of_own_rows(axes: Mapping[str, int], outputs: str) -> tuple[float, str]:
+@pytest.mark.parametrize(
+    ("model", "axes", "compiler"),
+    [
+        ("llama-tiny", {"dp": 2}, "inductor"),
+        ("gpt-tiny", {"dp": 2, "cp": 2}, "eager"),
+        pytest.param("bert-tiny", {"tp": 2, "dp": 2}, "eager", marks=pytest.mark.slow),
+    ],
+)
+def test_one_row_a_rank(worker_pool: PoolOf, model: str, axes: dict[str, int], compiler: str) -> None:
+    world = torch.Size(axes.values()).numel()
+    build = partial(models.build, model)
+    for errors in worker_pool(world).run(against_the_whole_batch, build, axes, 23, compiler, 1):
+        assert max(errors.values()) <= EXACT, errors
+
+
+def logits_of_own_rows(axes: Mapping[str, int], outputs: str, rows: int) -> tuple[float, str]:
     """(error of what this rank got against the plain model, its type)."""
     mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
     with default_dtype(torch.float64):
         plain = models.build("gpt-tiny")
         compiled: Any = copy.deepcopy(plain)
         compiled.compile(backend="spcompile", options={"mesh": mesh, "compiler": "eager", "outputs": outputs})
-        ids_BS = batch(4, 11)["ids_BS"]
-        first = 2 * mesh.get_local_rank("dp")
-        want, have = plain(ids_BS), compiled(ids_BS[first : first + 2])
+        ids_BS = batch(2 * rows, 11)["ids_BS"]
+        first = rows * mesh.get_local_rank("dp")
+        want, have = plain(ids_BS), compiled(ids_BS[first : first + rows])
         if outputs == "sharded":
             return (have.full_tensor() - want).abs().max().item(), type(have).__name__
-        return (have - want[first : first + 2]).abs().max().item(), type(have).__name__
+        return (have - want[first : first + rows]).abs().max().item(), type(have).__name__
 
 
-@pytest.mark.parametrize(("outputs", "kind"), [("full", "Tensor"), ("sharded", "DTensor")])
-def test_outputs_are_own_rows(worker_pool: PoolOf, outputs: str, kind: str) -> None:
-    for error, found in worker_pool(4).run(logits_of_own_rows, {"dp": 2, "cp": 2}, outputs):
+@pytest.mark.parametrize(
+    ("outputs", "kind", "rows"), [("full", "Tensor", 2), ("sharded", "DTensor", 2), ("sharded", "DTensor", 1)]
+)
+def test_outputs_are_own_rows(worker_pool: PoolOf, outputs: str, kind: str, rows: int) -> None:
+    for error, found in worker_pool(4).run(logits_of_own_rows, {"dp": 2, "cp": 2}, outputs, rows):
         assert found == kind
         assert error <= EXACT
 
@@ -111,18 +127,3 @@ def wrapped_in_ddp() -> dict[str, float]:
 def test_ddp_over_dp(worker_pool: PoolOf) -> None:
     for errors in worker_pool(4).run(wrapped_in_ddp):
         assert max(errors.values()) <= EXACT, errors
-
-
-def one_row_a_rank() -> str:
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
-    model: Any = models.build("gpt-tiny")
-    model.compile(backend="spcompile", options={"mesh": mesh, "compiler": "eager"})
-    with pytest.raises(Exception, match="SP304") as caught:
-        model(**batch(1, 8))
-    return str(caught.value)
-
-
-def test_one_row_a_rank_is_an_error(worker_pool: PoolOf) -> None:
-    for text in worker_pool(2).run(one_row_a_rank):
-        assert BatchNotSplit.title in text
-        assert "two rows" in text

@@ -1,0 +1,249 @@
+"""One row of the batch a rank: a dim of size 1 has no factor, so the batch gets a size that can be followed.
+
+A graph that was captured on one row is computed again, on shapes only, with several rows in the inputs. Every value
+must stay what it was, but for one dim that is `rows` times as long: that one is the batch. Sizes among the arguments
+follow; a value that comes from no input of the user is repeated where an op needs all operands to be equally long.
+Lowering gives each rank its one row back, so what a rank computes on it never changes: what is found here decides only
+over which dims sums go on over the ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from spcompile.diagnostics import BatchNotSplit, source_of
+from spcompile.graph import call, copy_graph, operand
+from spcompile.rules import rule_of
+from spcompile.rules.base import tensor_operands, tensor_results
+from spcompile.rules.calls import overloads
+from spcompile.rules.views import EXPANDS, RESHAPES
+from spcompile.sizes import Size, same
+
+aten = torch.ops.aten
+
+OWN = "own"  # meta of a placeholder: its example value on one rank
+_RESHAPES = frozenset(overloads(RESHAPES))
+_EXPANDS = frozenset(overloads(EXPANDS))
+_TWO_ROWS = "two rows or more on every rank of dp, or DDP over dp"
+
+
+def with_rows(graph: fx.Graph) -> tuple[fx.Graph, int]:
+    """A copy of a graph over one row with several rows in it, and how many: a prime that divides no other size.
+
+    Rows are in all of the user's inputs whose first dim is 1, but those of which an op takes no more than one.
+
+    Raises:
+        BatchNotSplit: no such copy: the op in the way is named.
+    """
+    inputs = [n.name for n in graph.find_nodes(op="placeholder") if _may_have_rows(n)]
+    if not inputs:
+        raise BatchNotSplit("no input has a first dim of 1, which would be the one row of this rank", legal=_TWO_ROWS)
+    rows = _free_prime(graph)
+    attempt = first = _Widen(graph, inputs, rows)
+    while attempt.refused is not None:
+        if not attempt.impossible:
+            raise attempt.refused
+        fewer = [_Widen(graph, [n for n in attempt.inputs if n != name], rows) for name in attempt.inputs]
+        furthest = max(fewer, key=lambda found: found.followed)
+        if furthest.followed <= attempt.followed or not furthest.inputs:
+            assert first.refused is not None
+            raise first.refused
+        attempt = furthest
+    return attempt.graph, rows
+
+
+def _may_have_rows(placeholder: fx.Node) -> bool:
+    values = tensor_results(placeholder)
+    is_user = not placeholder.meta.get("state") and not placeholder.meta.get("trainable")
+    return bool(is_user and values and values[0].ndim and same(values[0].shape[0], 1))
+
+
+def _free_prime(graph: fx.Graph) -> int:
+    sizes = {size for n in graph.nodes for value in tensor_results(n) for size in value.shape if isinstance(size, int)}
+    candidate = 2
+    while any(candidate % n == 0 for n in range(2, candidate)) or any(s and s % candidate == 0 for s in sizes):
+        candidate += 1
+    return candidate
+
+
+class _Widen:
+    """Example values and sizes of a copy of `graph`, node by node, with `rows` in the placeholders `inputs`."""
+
+    def __init__(self, graph: fx.Graph, inputs: Sequence[str], rows: int) -> None:
+        self.graph, self.inputs, self.rows = copy_graph(graph), inputs, rows
+        self.before: dict[fx.Node, list[Sequence[Size]]] = {}  # shapes with one row, of values that have several now
+        self.of_inputs: set[fx.Node] = set()  # values that depend on what the user passed
+
+        self.followed = 0  # nodes before the one that is refused
+        self.refused: BatchNotSplit | None = None
+        self.impossible = False  # the op itself refused: one device could not run it on several rows either
+        try:
+            for node in list(self.graph.nodes):
+                if node.op == "placeholder":
+                    self.placeholder(node)
+                elif node.op == "call_function":
+                    self.follow(node)
+                self.followed += 1
+        except BatchNotSplit as error:
+            self.refused = error
+
+    def placeholder(self, node: fx.Node) -> None:
+        if not node.meta.get("state") and not node.meta.get("trainable"):
+            self.of_inputs.add(node)
+        if node.name in self.inputs:
+            value = node.meta["val"]
+            self.before[node] = [tuple(value.shape)]
+            node.meta[OWN] = value
+            with value.fake_mode:
+                node.meta["val"] = value.new_empty((self.rows, *value.shape[1:]))
+
+    def follow(self, node: fx.Node) -> None:
+        if not self.of_inputs.isdisjoint(node.all_input_nodes) and not _reads_shapes_only(node):
+            self.of_inputs.add(node)
+        if self.before.keys().isdisjoint(node.all_input_nodes):
+            return
+        shapes = [tuple(value.shape) for value in tensor_results(node)]
+        if not shapes:
+            raise self.refusal(node, "it is no tensor")
+        if node.target in _RESHAPES | _EXPANDS:
+            self.resize(node, shapes[0])
+        try:
+            value = _evaluate(node)
+        except Exception as first:
+            self.repeat_constants(node)
+            try:
+                value = _evaluate(node)
+            except Exception:
+                self.impossible = True
+                raise self.refusal(node, str(first).splitlines()[0]) from first
+        node.meta["val"] = value
+        dims = [self.dim_of(node, a, tuple(b.shape)) for a, b in zip(shapes, tensor_results(node), strict=True)]
+        if any(dim is not None for dim in dims):
+            self.before[node] = list(shapes)
+
+    def rows_of(self, value: fx.Node) -> int | None:
+        """The dim of a value with one result that holds the rows."""
+        return (
+            self.dim_of(value, self.before[value][0], tuple(value.meta["val"].shape)) if value in self.before else None
+        )
+
+    def dim_of(self, node: fx.Node, old: Sequence[Size], new: Sequence[Size]) -> int | None:
+        """The dim that is `rows` times as long as it was; None if there is none.
+
+        The batch is major in a dim that holds more: only reshapes make such a dim, and they must make it that way.
+        """
+        changed = [i for i, (a, b) in enumerate(zip(old, new, strict=False)) if not same(a, b)]
+        if len(old) != len(new) or len(changed) > 1 or any(not same(new[i], old[i] * self.rows) for i in changed):
+            raise self.refusal(node, f"{_text(old)} would become {_text(new)} with {self.rows} rows")
+        if not changed:
+            return None
+        (dim,) = changed
+        if node.target in _RESHAPES:
+            source = operand(node, 0)
+            at = self.rows_of(source)
+            if at is None or not same(_product(old[:dim]), _product(self.before[source][0][:at])):
+                raise self.refusal(node, "the batch would not come first in a dim that holds more than it")
+        elif not same(old[dim], 1) and not any(self.has_dim(read, old[dim]) for read in tensor_operands(node)):
+            raise self.refusal(node, f"dim {dim} of {_text(old)} would hold the batch and something else")
+        return dim
+
+    def has_dim(self, value: fx.Node, size: Size) -> bool:
+        """Whether a value, or a result of it, has its rows in a dim that was `size` long."""
+        pairs = zip(self.before.get(value, []), tensor_results(value), strict=False)
+        return any(same(a, size) and not same(a, b) for old, new in pairs for a, b in zip(old, new.shape, strict=True))
+
+    def resize(self, node: fx.Node, shape: Sequence[Size]) -> None:
+        """Give a reshape or expand the sizes that it has with several rows. `shape`: its result with one."""
+        source, at = operand(node, 0), self.rows_of(operand(node, 0))
+        position = next((i for i, arg in enumerate(node.args) if i and isinstance(arg, (list, tuple))), None)
+        if at is None or position is None or node.target in (aten.squeeze.dims,):
+            return
+        sizes = list(node.args[position])  # type: ignore[arg-type]
+        if node.target in _EXPANDS:
+            index, size = at + len(sizes) - source.meta["val"].ndim, -1
+        else:
+            first = len(shape) - len(sizes) if node.target is not aten.unflatten.int else int(node.args[1]) % len(shape)  # type: ignore[arg-type]
+            dim = self.dim_after(node, self.before[source][0], at, shape, sizes, first)
+            index, size = dim - first, self.rows if same(shape[dim], 1) else -1
+        if not 0 <= index < len(sizes):
+            return
+        if size == -1 and node.target not in _EXPANDS:  # one size is inferred, the others are what they were
+            sizes = [shape[first + i] if s == -1 else s for i, s in enumerate(sizes)]
+            if any(isinstance(s, torch.SymInt) for i, s in enumerate(sizes) if i != index):
+                raise self.refusal(node, "two of its sizes are inferred")
+        sizes[index] = size
+        node.args = (*node.args[:position], sizes, *node.args[position + 1 :])
+
+    def dim_after(
+        self, node: fx.Node, old: Sequence[Size], at: int, new: Sequence[Size], sizes: Sequence[Any], first: int
+    ) -> int:
+        """The dim of a reshape's result that holds the rows that dim `at` of its operand holds."""
+        major = _product(old[:at])
+        units = [i for i, size in enumerate(new) if same(size, 1) and same(_product(new[:i]), major)]
+        inferred = [i for i in units if i >= first and _is(sizes[i - first], -1)]
+        old_units = [i for i, size in enumerate(old) if same(size, 1) and same(_product(old[:i]), major)]
+        if len(units) == 1:
+            return units[0]
+        if len(inferred) == 1:
+            return inferred[0]
+        if at in old_units and len(old_units) == len(units):
+            return units[old_units.index(at)]
+        if units:
+            raise self.refusal(node, f"the batch of {_text(old)} may be any of the dims {units} of {_text(new)}")
+        starts = [i for i in range(len(new)) if same(_product(new[:i]), major)]
+        if len(starts) != 1 or (starts[0] > 0 and not _is(sizes[starts[0] - first], -1)):
+            raise self.refusal(node, f"the batch of {_text(old)} cannot be found in {_text(new)}")
+        return starts[0]
+
+    def repeat_constants(self, node: fx.Node) -> None:
+        """Repeat the operands that no input reaches, in the dim in which another operand has the rows."""
+        dims = {(self.rows_of(n), n.meta["val"].ndim) for n in tensor_operands(node) if n in self.before}
+
+        def repeated(value: fx.Node) -> fx.Node:
+            example = value.meta.get("val")
+            if value in self.of_inputs or not isinstance(example, torch.Tensor) or len(dims) != 1:
+                return value
+            ((dim, ndim),) = dims
+            if dim is None or example.ndim != ndim or not same(example.shape[dim], 1):
+                return value
+            sizes = [self.rows if i == dim else -1 for i in range(ndim)]
+            new = call(self.graph, aten.expand.default, (value, sizes), like=node)
+            self.before[new] = [tuple(example.shape)]
+            return new
+
+        node.args = fx.node.map_arg(node.args, repeated)
+        node.kwargs = fx.node.map_arg(node.kwargs, repeated)
+
+    def refusal(self, node: fx.Node, text: str) -> BatchNotSplit:
+        return BatchNotSplit(f"one row on this rank, and {node.target}: {text}", where=source_of(node), legal=_TWO_ROWS)
+
+
+def _reads_shapes_only(node: fx.Node) -> bool:
+    rule = rule_of(node)
+    return rule is not None and len(rule.unread) == len(rule.operands)
+
+
+def _evaluate(node: fx.Node) -> Any:
+    """The result of a call on the example values of its operands, which are fakes."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    example: Any = next(value for read in node.all_input_nodes for value in tensor_results(read))
+    target: Any = node.target
+    with example.fake_mode, torch.no_grad():
+        return target(*args, **kwargs)
+
+
+def _is(size: Any, number: int) -> bool:
+    return isinstance(size, int) and size == number
+
+
+def _product(sizes: Iterable[Size]) -> Size:
+    return math.prod(sizes)
+
+
+def _text(shape: Sequence[Size]) -> str:
+    return str(list(shape))

@@ -1,9 +1,13 @@
 """choose-attention: ring, Ulysses or both for every attention, and the order of the sequence that suits them.
 
-"auto" takes what spcompile.attention.cost predicts to be fastest, from bytes, head counts and the table of links; the
-remark says what it predicts of every candidate. A hybrid has Ulysses among neighbours on the axis, whose link is the
-fast one, and a ring between groups of them. All hybrids of a program divide the axis alike, so that there are two more
-process groups at most: as is best for all its attentions together. Nothing here differs between ranks.
+"auto" takes what spcompile.attention.cost predicts to be fastest, from bytes, head counts and the tables of links and
+accelerators; the remark says what it predicts of every candidate, forward and backward. It assumes that a ring's hop
+hides behind the block of scores before it, all-to-alls behind nothing, that kernels on a ring's blocks reach 3/4 of
+their speed on whole sequences, and that padded heads cost what others do.
+
+A hybrid has Ulysses among neighbours on the axis, whose link is the fast one, and a ring between groups of them. All
+hybrids of a program divide the axis alike, as is best for all its attentions together: so there are two more process
+groups at most. Nothing here differs between ranks.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.accelerators import ACCELERATORS
 from spcompile.attention.cost import Cost, Problem, cost
 from spcompile.attention.mask import AttentionMask
 from spcompile.attention.strategy import Strategy
@@ -111,7 +116,8 @@ def _cost(node: fx.Node, strategy: Strategy, ctx: Context) -> Cost:
     )
     order = _order(node, ctx) if strategy.outer > 1 else "contiguous"
     inner, outer = (link_of(ctx.mesh, "cp", ctx.options.links, degree) for degree in (strategy.inner, None))
-    return cost(problem, strategy, order, inner, outer)
+    flops = ACCELERATORS[ctx.options.accelerator].attention_flops(problem.itemsize)
+    return cost(problem, strategy, order, inner, outer, flops)
 
 
 def _bytes_of_bias_row(node: fx.Node) -> int:

@@ -23,6 +23,10 @@ class Accelerator:
     bytes_per_second: float
     seconds_per_kernel: float
 
+    def attention_flops(self, itemsize: int) -> float:
+        """Products and sums per second that attention reaches on elements of so many bytes."""
+        return self.flops[max(min(self.flops), min(8, itemsize))] * self.attention_reached
+
     def __str__(self) -> str:
         peak, memory = self.flops[min(self.flops)] / 1e12, self.bytes_per_second / 1e12
         return (

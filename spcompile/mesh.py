@@ -127,10 +127,16 @@ class RuntimeMesh:
 
 @functools.cache
 def _group_of(world: dist.ProcessGroup, ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    """The group of some ranks, made once for each world by its members alone."""
+    """The group of some ranks, made once for each world by its members alone.
+
+    AOTAutograd compiles under a fake mode, and groups are made for real, as `Agreement` communicates.
+    """
     import torch.distributed as dist
 
-    return dist.new_group(list(ranks), use_local_synchronization=True)
+    from spcompile.torch_private import no_python_dispatcher, unset_fake_temporarily
+
+    with unset_fake_temporarily(), no_python_dispatcher():
+        return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
 def runtime_mesh(mesh: DeviceMesh | None, device_type: str) -> RuntimeMesh | None:

@@ -28,7 +28,8 @@ def costs(
     found = {}
     for strategy in (Strategy(degree, 1), Strategy(1, degree), *Strategy.hybrids(degree)):
         inner, outer = (link_of(mesh, "cp", links or {}, n) for n in (strategy.inner, None))
-        found[str(strategy)] = cost(problem, strategy, "zigzag" if strategy.outer > 1 else "contiguous", inner, outer)
+        order = "zigzag" if strategy.outer > 1 else "contiguous"
+        found[str(strategy)] = cost(problem, strategy, order, inner, outer, 400e12)
     return found
 
 

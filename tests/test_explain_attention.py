@@ -68,7 +68,7 @@ def test_predicted_bytes_are_those_of_the_graphs(heads: int, kv_heads: int, degr
             asked = {"ulysses": strategy.inner, "ring": strategy.outer}
             plan = explain(Grouped(), (q, k, v), mesh={"cp": degree}, attention=asked)
             problem = Problem(2, heads, kv_heads, length, length, 4, 4, 4, AttentionMask(causal=True))
-            predicted = cost(problem, strategy, plan.sharding.order, LINKS["nvlink"], LINKS["nvlink"])
+            predicted = cost(problem, strategy, plan.sharding.order, LINKS["nvlink"], LINKS["nvlink"], 1e12)
             assert total(plan, op="all_to_all") == predicted.inner_bytes
             rings = total(plan, op="ring_attention") + total(plan, op="ring_attention_backward")
             assert rings == predicted.outer_bytes

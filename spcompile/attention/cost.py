@@ -11,7 +11,7 @@ Time assumes:
 - on rings they reach RING_RATE of it. So did rings of the same kernel on 8 to 64 H100s, 421 to 457 of 582 to 602
   TFLOP/s (SandAI-org/MagiAttention, its benchmark of context parallelism, figures for causal masks);
 - a hop of a ring hides behind the block before it, as far as that takes as long; the gradients' way home does not;
-- all-to-alls hide behind nothing;
+- all-to-alls hide behind nothing, and wait for one message's latency, since all their messages leave at once;
 - the slowest rank decides: padded heads are computed like others, and a causal ring in contiguous order waits for its
   last rank. Documents and padding, which are data, are taken as full.
 """
@@ -29,7 +29,6 @@ from spcompile.attention.strategy import Strategy
 from spcompile.links import Link
 from spcompile.sequence import local_length
 
-FLOPS = {"nvlink": 400e12, "network": 400e12, "loopback": 50e9}  # of a rank, by the link that its machine has
 RING_RATE = 0.75
 BACKWARD = 2.5
 _SAMPLES = 16  # rows of a run for which visible keys are counted
@@ -69,8 +68,11 @@ class Cost:
 
 
 @functools.lru_cache(maxsize=1024)
-def cost(problem: Problem, strategy: Strategy, order: str, inner: Link, outer: Link) -> Cost:
-    """The cost of a strategy. order: of the sequence; inner, outer: what its parts of the axis run over."""
+def cost(problem: Problem, strategy: Strategy, order: str, inner: Link, outer: Link, flops: float) -> Cost:
+    """The cost of a strategy.
+
+    order: of the sequence; inner, outer: what its parts of the axis run over; flops: a second, of a rank, in attention.
+    """
     heads = HeadSplit(problem.heads, problem.kv_heads, strategy.inner)
     inner_bytes, messages = _exchanges(problem, strategy, order, heads)
     length = (problem.q_length, problem.k_length)
@@ -80,7 +82,7 @@ def cost(problem: Problem, strategy: Strategy, order: str, inner: Link, outer: L
         for rank in range(strategy.outer)
     )
     work = 2 * problem.batch * heads.local_heads * pairs * (problem.qk_size + problem.v_size)
-    compute = work / FLOPS[outer.name]
+    compute = work / flops
     hops = len(ring.distances(problem.mask)) if strategy.outer > 1 else 0
     seconds = inner.seconds(inner_bytes, messages)
     if hops == 0:

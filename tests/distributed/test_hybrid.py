@@ -9,8 +9,12 @@ from typing import Any
 import hf_models
 import plain_models as pm
 import pytest
+import torch
 from oracle import EXACT, FLOAT32_INSIDE, Case, assert_same
+from torch import Tensor
 from worker_pool import WorkerPool
+
+from spcompile import models
 
 PoolOf = Callable[[int], WorkerPool]
 HYBRID = {"ulysses": 2, "ring": 2}
@@ -47,3 +51,19 @@ def test_four_heads_on_three_ranks(worker_pool: PoolOf, compiler: str) -> None:
     assert "SPR204" not in outcomes[0].remarks
     case = hugging_face("llama", "right padding", 32, **options)
     assert_same(worker_pool(3), case, FLOAT32_INSIDE, timeout=400.0)
+
+
+def growing(number: int) -> dict[str, Tensor]:
+    """A length that is a symbol, and divides by nothing for most batches."""
+    generator = torch.Generator().manual_seed(number)
+    ids_BS = torch.randint(0, 64, (2, 24 + 9 * number), generator=generator)
+    torch._dynamo.mark_dynamic(ids_BS, 1)
+    return {"ids_BS": ids_BS, "labels_BS": ids_BS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", [HYBRID, "ulysses"], ids=str)
+def test_a_dynamic_length(worker_pool: PoolOf, attention: object) -> None:
+    case = Case(partial(models.build, "llama-tiny"), growing, options={"attention": attention}, micro_batches=(0, 1, 2))
+    outcomes = assert_same(worker_pool(4), case)
+    assert len(outcomes[0].graphs) == 2

@@ -47,7 +47,7 @@ class ChooseAttention(Pass):
         degree = ctx.mesh.size("cp")
         attentions = [n for n in gm.graph.nodes if n.target is spx.attention.default]
         hybrid = _hybrid(attentions, degree, ctx)
-        order = "contiguous"
+        on_rings: list[tuple[fx.Node, Strategy]] = []
         for node in attentions:
             strategy, why = choose(node, degree, hybrid, ctx)
             custom = {"spx_attention": str(strategy), "spx_bias_rows": _bias_has_rows(node)}
@@ -57,9 +57,9 @@ class ChooseAttention(Pass):
             else:
                 asked = ctx.options.attention
                 ctx.remarks.add("SPR204", f"attention={asked!r} was asked for, {strategy} is used: {why}", node)
-            if strategy.outer > 1 and _order(node, ctx) == "zigzag":
-                order = "zigzag"
-        ctx.order = order
+            on_rings += [(node, strategy)] if strategy.outer > 1 else []
+        times = {order: sum(_cost(*ring, order, ctx).seconds for ring in on_rings) for order in _orders(ctx)}
+        ctx.order = min(times, key=lambda order: times[order])
         return 0
 
 
@@ -73,7 +73,7 @@ def choose(node: fx.Node, degree: int, hybrid: Strategy | None, ctx: Context) ->
     wish = [s for s in candidates if _is_asked_for(s, asked)]
     if len(wish) == 1:
         return wish[0], "asked for"
-    costs = {s: _cost(node, s, ctx) for s in (ulysses, ring, *Strategy.hybrids(degree))}
+    costs = {s: _best_cost(node, s, ctx) for s in (ulysses, ring, *Strategy.hybrids(degree))}
     best = min(candidates, key=lambda s: costs[s].seconds)
     heads, kv_heads = _heads(node, ctx)
     numbers = "; ".join(map(str, costs.values()))
@@ -89,7 +89,7 @@ def _hybrid(attentions: list[fx.Node], degree: int, ctx: Context) -> Strategy | 
         return wish if wish in Strategy.hybrids(degree) else None
     if asked not in ("auto", "hybrid"):
         return None
-    times = {s: sum(_cost(node, s, ctx).seconds for node in attentions) for s in Strategy.hybrids(degree)}
+    times = {s: sum(_best_cost(node, s, ctx).seconds for node in attentions) for s in Strategy.hybrids(degree)}
     return min(times, key=lambda s: times[s], default=None)
 
 
@@ -99,7 +99,22 @@ def _is_asked_for(strategy: Strategy, asked: str | Mapping[str, int]) -> bool:
     return asked == "auto" or str(strategy).partition(" ")[0] == asked
 
 
-def _cost(node: fx.Node, strategy: Strategy, ctx: Context) -> Cost:
+def _orders(ctx: Context) -> tuple[str, ...]:
+    """The orders that the sequence may have; the first one where both cost the same, as without a causal mask.
+
+    Zigzag gives all ranks of a causal ring equal work; contiguous spares a window the hops that it does not reach.
+    """
+    is_free = ctx.options.balance == "zigzag" and ctx.options.outputs != "sharded"
+    return ("contiguous", "zigzag") if is_free else ("contiguous",)
+
+
+def _best_cost(node: fx.Node, strategy: Strategy, ctx: Context) -> Cost:
+    """In the order that suits this attention."""
+    orders = _orders(ctx) if strategy.outer > 1 else ("contiguous",)
+    return min((_cost(node, strategy, order, ctx) for order in orders), key=lambda cost: cost.seconds)
+
+
+def _cost(node: fx.Node, strategy: Strategy, order: str, ctx: Context) -> Cost:
     q_BNSH, v_BGTV = (node.args[i].meta["val"] for i in (0, 2))  # type: ignore[union-attr]
     heads, kv_heads = _heads(node, ctx)
     problem = Problem(
@@ -114,7 +129,6 @@ def _cost(node: fx.Node, strategy: Strategy, ctx: Context) -> Cost:
         mask=AttentionMask.parse(str(node.args[9])),
         bias_row=_bytes_of_bias_row(node),
     )
-    order = _order(node, ctx) if strategy.outer > 1 else "contiguous"
     inner, outer = (link_of(ctx.mesh, "cp", ctx.options.links, degree) for degree in (strategy.inner, None))
     flops = ACCELERATORS[ctx.options.accelerator].attention_flops(problem.itemsize)
     return cost(problem, strategy, order, inner, outer, flops)
@@ -126,13 +140,6 @@ def _bytes_of_bias_row(node: fx.Node) -> int:
         return 0
     bias = _bias(node)
     return hint(bias.shape[0]) * hint(bias.shape[3]) * bias.element_size()
-
-
-def _order(node: fx.Node, ctx: Context) -> str:
-    """The order of the sequence that suits a ring."""
-    causal = AttentionMask.parse(str(node.args[9])).causal
-    balanced = causal and ctx.options.balance == "zigzag" and ctx.options.outputs != "sharded"
-    return "zigzag" if balanced else "contiguous"
 
 
 def _heads(node: fx.Node, ctx: Context) -> tuple[int, int]:

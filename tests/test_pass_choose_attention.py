@@ -109,6 +109,16 @@ def test_all_hybrids_of_a_program_divide_the_axis_alike() -> None:
     assert len(found) == 1
 
 
+def windowed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    at = torch.arange(q.shape[2])
+    distance = at[:, None] - at
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=(distance >= 0) & (distance < 2))
+
+
+def both(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return windowed(causal(q, k, v), k, v)
+
+
 @pytest.mark.parametrize(
     ("function", "options", "order"),
     [
@@ -118,7 +128,17 @@ def test_all_hybrids_of_a_program_divide_the_axis_alike() -> None:
         (causal, {"attention": "ulysses"}, "contiguous"),
         (causal, {"attention": "hybrid"}, "zigzag"),
         (full, {"attention": "ring"}, "contiguous"),
+        (windowed, {"attention": "ring"}, "contiguous"),  # balanced as it is, and one hop instead of three
     ],
 )
 def test_the_order_of_the_sequence(function: object, options: dict[str, object], order: str) -> None:
     assert chosen(4, 4, 4, function, **options).ctx.order == order
+
+
+def test_layers_that_alternate_between_masks_share_the_order_that_suits_most() -> None:
+    def order(length: int) -> str:
+        inputs = [torch.randn(1, 4, length, 4) for _ in range(3)]
+        return after_pass("choose-attention", both, inputs, 4, attention="ring", links={"cp": "nvlink"}).ctx.order
+
+    assert order(8) == "contiguous"  # next to no work: a hop less counts
+    assert order(16384) == "zigzag"

@@ -113,7 +113,7 @@ def _side_effects(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
 class ListScheduler:
     """Makes the order.
 
-    budget: bytes that may be alive for the sake of overlap. ahead: how many times its own seconds a gather starts early.
+    budget: bytes that may be alive for the sake of overlap. ahead: how many times its seconds a gather starts early.
     """
 
     def __init__(self, graph: fx.Graph, cost: CostModel, budget: float, ahead: float) -> None:

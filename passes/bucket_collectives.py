@@ -21,19 +21,22 @@ from torch import Tensor
 from spcompile import sequence
 from spcompile.collectives import call_arguments
 from spcompile.collectives.base import packed
+from spcompile.links import link_of
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.sizes import numel_hint
 from spcompile.splice import splice
 
 spx = torch.ops.spx
 MEBIBYTE = 2**20
+BYTES_TO_LATENCY = 10  # how much longer the bytes of a full bucket take than its chain of messages
 
 
 @dataclass(frozen=True)
 class BucketCollectives(Pass):
     """Fuse collectives whose results only leave the graph, and gathers of the graph's parameters.
 
-    bucket_mib: a bucket is closed when it holds this many MiB, counted on one rank.
+    bucket_mib: a bucket is closed when it holds this many MiB, counted on one rank, or before: when its messages take
+        most of their time for bytes, by the table of links. The last bucket of a backward has nothing to hide behind.
     """
 
     name: ClassVar[str] = "bucket-collectives"
@@ -45,23 +48,29 @@ class BucketCollectives(Pass):
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         """Fuse; returns the number of collectives that were replaced."""
         count = 0
-        for bucket in list(self._buckets(gm.graph)):
+        for bucket in list(self._buckets(gm.graph, ctx)):
             _fuse(bucket)
             count += len(bucket)
         gm.recompile()
         return count
 
-    def _buckets(self, graph: fx.Graph) -> Iterator[list[fx.Node]]:
+    def _limit(self, axis: str, ctx: Context) -> float:
+        """Bytes of a full bucket on an axis."""
+        link = link_of(ctx.mesh, axis, ctx.options.links)
+        latency = max(1, ctx.mesh.size(axis) - 1) * link.seconds_per_message
+        return min(self.bucket_mib * MEBIBYTE, BYTES_TO_LATENCY * latency * link.bytes_per_second)
+
+    def _buckets(self, graph: fx.Graph, ctx: Context) -> Iterator[list[fx.Node]]:
         """Runs of collectives of one kind, axis and dtype, in order, of at least two members."""
-        limit = self.bucket_mib * MEBIBYTE
         open_buckets: dict[tuple[object, ...], list[fx.Node]] = {}
         for node in graph.nodes:
             if not (_leaves_graph(node) or _gathers_parameter(node)):
                 continue
             operand: Tensor = node.args[0].meta["val"]
+            _, named = call_arguments(node.target, node.args, node.kwargs)
+            limit = self._limit(named["axis"], ctx)
             if _bytes(node) >= limit:
                 continue
-            _, named = call_arguments(node.target, node.args, node.kwargs)
             key = (node.target, named["axis"], named["degree"], named.get("to"), operand.dtype, operand.device)
             bucket = open_buckets.setdefault(key, [])
             bucket.append(node)

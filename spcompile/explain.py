@@ -79,8 +79,10 @@ def _remark_weight_memory(model: nn.Module, program: LocalProgram, inputs: Seque
 
 def _plan(model: nn.Module, traced: Traced, options: Options, trained: Sequence[bool]) -> Plan:
     from spcompile.communication import communication
+    from spcompile.cost import cost_model
     from spcompile.memory import largest_tensors, memory_of
     from spcompile.plan import Plan
+    from spcompile.timeline import predict
 
     program = traced.program
     final = traced.sharded.graphs
@@ -96,6 +98,7 @@ def _plan(model: nn.Module, traced: Traced, options: Options, trained: Sequence[
         remarks=list(program.ctx.remarks.rows),
         passes=passes,
         largest_tensors=largest_tensors(final, LARGEST),
+        predicted=predict(final, cost_model(program.ctx.mesh, options)),
         symbols=_symbols(program),
         graphs=graphs,
     )

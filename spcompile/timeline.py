@@ -7,7 +7,7 @@ waits is exposed, the rest is hidden. Seconds come from `spcompile.cost`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ import torch.fx as fx
 
 from spcompile.communication import sent_by
 from spcompile.cost import CostModel
+from spcompile.links import link_of
 
 _c10d = torch.ops._c10d_functional
 
@@ -87,3 +88,30 @@ def transfer(node: fx.Node, cost: CostModel) -> tuple[str, float, float]:
     if found is None:
         return "", 0.0, 0.0
     return found[1], cost.communication(node), cost.bytes_sent(node)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One step without the optimizer, by the tables. phases: one timeline for each final graph."""
+
+    phases: tuple[Timeline, ...]
+    assumptions: tuple[str, ...]
+
+    def total(self, name: str) -> float:
+        """The sum of a field of Timeline over the phases."""
+        return float(sum(getattr(phase, name) for phase in self.phases))
+
+
+def predict(graphs: Mapping[str, fx.GraphModule], cost: CostModel) -> Prediction:
+    """Of final graphs by phase."""
+    phases = tuple(timeline(phase, gm.graph.nodes, cost) for phase, gm in graphs.items())
+    links = [(axis, link_of(cost.mesh, axis, cost.links)) for axis, size in cost.mesh.axes if size > 1]
+    return Prediction(
+        phases,
+        (
+            str(cost.accelerator),
+            *(f"{axis}: {link.name}, {link.bytes_per_second / 1e9:g} GB/s each way" for axis, link in links),
+            "elementwise ops are fused" if cost.fuses else "no ops are fused",
+            "what is on its way slows no compute down; sizes that are symbols are those of the example inputs",
+        ),
+    )

@@ -12,7 +12,7 @@ groups at most. Nothing here differs between ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,6 +30,8 @@ from spcompile.sizes import hint, same
 from spcompile.tensor_parallel import heads_on_a_rank
 
 spx = torch.ops.spx
+
+CLEARLY = 0.95  # of the time of zigzag: with less to gain, equal work is worth more than the prediction
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,7 @@ class ChooseAttention(Pass):
                 asked = ctx.options.attention
                 ctx.remarks.add("SPR204", f"attention={asked!r} was asked for, {strategy} is used: {why}", node)
             on_rings += [(node, strategy)] if strategy.outer > 1 else []
-        times = {order: sum(_cost(*ring, order, ctx).seconds for ring in on_rings) for order in _orders(ctx)}
-        ctx.order = min(times, key=lambda order: times[order])
+        ctx.order = _order(on_rings, ctx)
         return 0
 
 
@@ -99,19 +100,22 @@ def _is_asked_for(strategy: Strategy, asked: str | Mapping[str, int]) -> bool:
     return asked == "auto" or str(strategy).partition(" ")[0] == asked
 
 
-def _orders(ctx: Context) -> tuple[str, ...]:
-    """The orders that the sequence may have; the first one where both cost the same, as without a causal mask.
+def _order(rings: Sequence[tuple[fx.Node, Strategy]], ctx: Context) -> str:
+    """The order of the sequence that suits these rings together.
 
     Zigzag gives all ranks of a causal ring equal work; contiguous spares a window the hops that it does not reach.
     """
-    is_free = ctx.options.balance == "zigzag" and ctx.options.outputs != "sharded"
-    return ("contiguous", "zigzag") if is_free else ("contiguous",)
+    causal = any(AttentionMask.parse(str(node.args[9])).causal for node, _ in rings)
+    if not causal or ctx.options.balance != "zigzag" or ctx.options.outputs == "sharded":
+        return "contiguous"
+    zigzag, contiguous = (sum(_cost(*ring, order, ctx).seconds for ring in rings) for order in ("zigzag", "contiguous"))
+    return "contiguous" if contiguous < CLEARLY * zigzag else "zigzag"
 
 
 def _best_cost(node: fx.Node, strategy: Strategy, ctx: Context) -> Cost:
     """In the order that suits this attention."""
-    orders = _orders(ctx) if strategy.outer > 1 else ("contiguous",)
-    return min((_cost(node, strategy, order, ctx) for order in orders), key=lambda cost: cost.seconds)
+    order = _order([(node, strategy)], ctx) if strategy.outer > 1 else "contiguous"
+    return _cost(node, strategy, order, ctx)
 
 
 def _cost(node: fx.Node, strategy: Strategy, order: str, ctx: Context) -> Cost:

@@ -23,6 +23,8 @@ from spcompile.reshard import is_reshard, parse_place
 from spcompile.resharding import change_state, hand_over, reads_directly, reshard_to, state_of, target_of
 from spcompile.spaces import leaves
 
+_READ_SIZES = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, torch.ops.aten.sym_stride.int)
+
 
 @dataclass(frozen=True)
 class InsertReshards(Pass):
@@ -67,6 +69,8 @@ def _insert(graph: fx.Graph, axis: str, ctx: Context) -> None:
     for node in list(graph.nodes):
         if node.op == "output":
             _reshard_outputs(node, axis, ctx)
+        elif axis == "dp" and node.target in _READ_SIZES:
+            continue  # what a rank asks for is the size of its own rows
         elif node.op == "call_function" and node.target is not operator.getitem:
             _reshard_operands(node, axis, ctx)
             _complete_sums(node, axis)

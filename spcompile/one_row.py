@@ -10,7 +10,8 @@ over which dims sums go on over the ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from spcompile.rules import rule_of
 from spcompile.rules.base import tensor_operands, tensor_results
 from spcompile.rules.calls import overloads
 from spcompile.rules.views import EXPANDS, RESHAPES
-from spcompile.sizes import Size, same
+from spcompile.sizes import Size, hint, same
 
 aten = torch.ops.aten
 
@@ -109,15 +110,17 @@ class _Widen:
             return
         shapes = [tuple(value.shape) for value in tensor_results(node)]
         if not shapes:
-            raise self.refusal(node, "it is no tensor")
+            if not same(evaluate(node), node.meta["val"]):
+                raise self.refusal(node, "another number with several rows")
+            return
         if node.target in _RESHAPES | _EXPANDS:
             self.resize(node, shapes[0])
         try:
-            value = _evaluate(node)
+            value = evaluate(node)
         except Exception as first:
             self.repeat_constants(node)
             try:
-                value = _evaluate(node)
+                value = evaluate(node)
             except Exception:
                 self.impossible = True
                 raise self.refusal(node, str(first).splitlines()[0]) from first
@@ -125,6 +128,8 @@ class _Widen:
         dims = [self.dim_of(node, a, tuple(b.shape)) for a, b in zip(shapes, tensor_results(node), strict=True)]
         if any(dim is not None for dim in dims):
             self.before[node] = list(shapes)
+        if isinstance(value, torch.Tensor):
+            node.meta["val"] = _with_symbols(value, shapes[0], dims[0], self.rows)
 
     def rows_of(self, value: fx.Node) -> int | None:
         """The dim of a value with one result that holds the rows."""
@@ -137,8 +142,8 @@ class _Widen:
 
         The batch is major in a dim that holds more: only reshapes make such a dim, and they must make it that way.
         """
-        changed = [i for i, (a, b) in enumerate(zip(old, new, strict=False)) if not same(a, b)]
-        if len(old) != len(new) or len(changed) > 1 or any(not same(new[i], old[i] * self.rows) for i in changed):
+        changed = [i for i, (a, b) in enumerate(zip(old, new, strict=False)) if not _alike(a, b)]
+        if len(old) != len(new) or len(changed) > 1 or any(not _alike(new[i], old[i] * self.rows) for i in changed):
             raise self.refusal(node, f"{_text(old)} would become {_text(new)} with {self.rows} rows")
         if not changed:
             return None
@@ -228,13 +233,33 @@ def _reads_shapes_only(node: fx.Node) -> bool:
     return rule is not None and len(rule.unread) == len(rule.operands)
 
 
-def _evaluate(node: fx.Node) -> Any:
-    """The result of a call on the example values of its operands, which are fakes."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+def evaluate(node: fx.Node, instead: Mapping[fx.Node, torch.Tensor] | None = None) -> Any:
+    """The result of a call on the example values of its operands, which are fakes, or on others `instead`.
+
+    What is learnt about symbols on the way holds for no real size: it becomes no guard.
+    """
+    others = instead or {}
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: others.get(n, n.meta["val"]))
     example: Any = next(value for read in node.all_input_nodes for value in tensor_results(read))
     target: Any = node.target
-    with example.fake_mode, torch.no_grad():
+    symbols = example.fake_mode.shape_env
+    with example.fake_mode, torch.no_grad(), symbols.suppress_guards() if symbols is not None else nullcontext():
         return target(*args, **kwargs)
+
+
+def _alike(a: Size, b: Size) -> bool:
+    """Equal, or equal for the sizes at hand: run on their own, some ops give a number where a graph has a symbol."""
+    return same(a, b) or ((isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt)) and hint(a) == hint(b))
+
+
+def _with_symbols(value: torch.Tensor, old: Sequence[Size], dim: int | None, rows: int) -> torch.Tensor:
+    """An example value with the sizes of the shape with one row, but for the rows."""
+    shape = [size * rows if i == dim else size for i, size in enumerate(old)]
+    if all(same(a, b) for a, b in zip(shape, value.shape, strict=True)):
+        return value
+    example: Any = value
+    with example.fake_mode:
+        return value.new_empty(shape)
 
 
 def _is(size: Any, number: int) -> bool:

@@ -7,17 +7,16 @@ such values, and where an op would refuse its operands if one of them had a sing
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.fx as fx
 
 from spcompile.diagnostics import BatchNotSplit, source_of
 from spcompile.graph import is_getitem
 from spcompile.index_spaces import IndexSpaces
+from spcompile.one_row import evaluate
 from spcompile.propagate import Choice, Placements, place_of, shards_results
 from spcompile.rules.base import tensor_operands
+from spcompile.sizes import same
 from spcompile.states import needs_gradient
 
 _LEGAL = "two rows or more on every rank of dp; for a shared input, one without a dim of 1 in front"
@@ -93,19 +92,14 @@ def _must_have_rows(node: fx.Node, value: fx.Node, placements: Placements, rows:
     if place is None:
         return False
     dim = place.dim
-
-    def given(read: fx.Node) -> Any:
-        return example.narrow(dim, 0, example.shape[dim] // rows) if read is value else read.meta["val"]
-
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), given)
-    target: Callable[..., Any] = node.target  # type: ignore[assignment]
     try:
-        with example.fake_mode, torch.no_grad():
-            result = target(*args, **kwargs)
+        result = evaluate(node, {value: example.narrow(dim, 0, example.shape[dim] // rows)})
     except Exception:
         return True
     wanted = node.meta["val"]
-    return isinstance(wanted, torch.Tensor) and tuple(result.shape) != tuple(wanted.shape)
+    if not isinstance(wanted, torch.Tensor):
+        return False
+    return result.ndim != wanted.ndim or not all(map(same, result.shape, wanted.shape))
 
 
 def _inputs_of(value: fx.Node, placements: Placements) -> set[str]:

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 import spcompile
 from spcompile import models
 from spcompile.diagnostics import BatchNotSplit
+from spcompile.mesh import MeshShape
+from spcompile.options import Options
+from spcompile.passes import PIPELINE
+from spcompile.trace import compile_for, through_dynamo
 
 IGNORED = -100
 S, D = 6, 4
@@ -185,21 +189,19 @@ def test_hugging_face_llama(others: str) -> None:
     assert report.ok, str(report)
 
 
-def test_a_symbolic_length() -> None:
-    """The rows are followed beside a length that is a symbol."""
-    from spcompile.capture import capture
-    from spcompile.one_row import with_rows
+@pytest.mark.parametrize("model", ["gpt-tiny", pytest.param("llama-tiny", marks=pytest.mark.slow)])
+def test_a_symbolic_length(model: str) -> None:
+    """The rows are followed beside a length that is a symbol, and that stays one."""
 
-    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        graph, rows = with_rows(capture(gm, inputs).graph)
-        logits = next(n for n in reversed(graph.nodes) if n.op == "output").args[0][0].meta["val"]
-        found.append((rows, logits.shape))
-        return gm.forward
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> None:
+        traced = compile_for(gm, inputs, MeshShape.of({"dp": 2}), Options(), PIPELINE)
+        logits = next(output for output in traced.program.outputs if output.dims)
+        found.append(logits.shape)
 
     found: list[Any] = []
     ids_BS = torch.randint(0, 64, (1, 13))
     torch._dynamo.mark_dynamic(ids_BS, 1)
-    torch.compile(models.build("gpt-tiny"), backend=backend)(ids_BS)
-    ((rows, shape),) = found
-    assert shape[0] == rows
-    assert isinstance(shape[1], torch.SymInt)
+    through_dynamo(models.build(model), {"ids_BS": ids_BS}, backend)
+    ((rows, length, _),) = found
+    assert rows == 2
+    assert isinstance(length, torch.SymInt)

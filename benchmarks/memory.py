@@ -23,8 +23,8 @@ MIB = 2**20
 
 def rows_of(spec: str, seq: int) -> list[dict[str, Any]]:
     rows = []
-    for attention in ("ring", "ulysses"):
-        for degree in (2, 4, 8):
+    for attention in ("ring", "ulysses", "hybrid"):
+        for degree in (2, 4, 8) if attention != "hybrid" else (4, 8):
             built = build(spec, seq=seq, device="meta", dtype="bfloat16", settings={})
             inputs = built.example_inputs(1, seq, "meta")
             plan = spcompile.explain(built.model, inputs, mesh={"cp": degree}, attention=attention, outputs="loss")

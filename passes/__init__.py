@@ -16,6 +16,7 @@ from spcompile.passes.lower import LowerToLocal
 from spcompile.passes.lower_collectives import LowerCollectives
 from spcompile.passes.lower_data_parallel import LowerDataParallel
 from spcompile.passes.lower_tensor_parallel import LowerTensorParallel
+from spcompile.passes.overlap_collectives import OverlapCollectives
 from spcompile.passes.parallelize_attention import ParallelizeAttention
 from spcompile.passes.recognize_attention import RecognizeAttention
 from spcompile.passes.recognize_loss import RecognizeLoss
@@ -56,5 +57,6 @@ PIPELINE: tuple[Pass, ...] = (
     ParallelizeAttention(),  # while gathers of keys and values still stand beside their attention
     # SCHEDULE stage: forward and backward graphs after autograd.
     BucketCollectives(),  # while an all-reduce is still one node
-    LowerCollectives(),  # last: Inductor sees only functional collectives
+    LowerCollectives(),  # Inductor sees only functional collectives
+    OverlapCollectives(),  # last: nothing may change the order that it finds
 )

@@ -81,6 +81,12 @@ def bind_axes(graph: fx.Graph, groups: Mapping[str, str]) -> int:
     return bound
 
 
+def axes_of(graph: fx.Graph) -> list[str]:
+    """The axes and parts of axes on which an unbound graph communicates, sorted: all ranks have the same order."""
+    places = [(node, axis_argument(node.target)) for node in graph.nodes if "axis" not in node.meta]
+    return sorted({str(_argument(node, place)) for node, place in places if place is not None})
+
+
 def _argument(node: fx.Node, index: int) -> Any:
     assert isinstance(node.target, torch._ops.OpOverload)
     return node.args[index] if index < len(node.args) else node.kwargs[node.target._schema.arguments[index].name]

@@ -12,7 +12,8 @@ from spcompile import sequence
 from spcompile.attention.op import DEFAULTS, spec_ring_attention, spec_ring_attention_backward
 from spcompile.simulate import register_spec
 
-_BIAS, _MORE, _SINKS = 6, 14, 15  # places of the bias, the optional arguments and the sinks in spx::ring_attention
+# Places of the bias, the optional arguments, the sinks and the layout's last part in spx::ring_attention.
+_BIAS, _MORE, _SINKS, _INNER = 6, 14, 15, 19
 
 
 def positions(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
@@ -27,14 +28,14 @@ def ring_gradients(
     """Per rank the gradients of all arguments: q, k, v, the bias and the sinks have one."""
     ranks = []
     for call, (out, lse), (grad_out, grad_lse) in zip(calls, results, grads, strict=True):
-        data, more = call[:_MORE], (*call[_MORE:], *DEFAULTS[len(call) - _MORE :])
+        data, more = call[:_MORE], (*call[_MORE:_INNER], *DEFAULTS[len(call) - _MORE :])
         wants_bias = isinstance(call[_BIAS], Tensor) and call[_BIAS].is_floating_point()
         wants_sinks = isinstance(more[_SINKS - _MORE], Tensor)
-        ranks.append((grad_out, grad_lse, out, lse, *data, wants_bias, *more, wants_sinks))
+        ranks.append((grad_out, grad_lse, out, lse, *data, wants_bias, *more, wants_sinks, *call[_INNER:]))
     all_grads: list[Sequence[Tensor | None]] = []
     for arguments, (dq, dk, dv, dbias, dsinks) in zip(ranks, spec_ring_attention_backward(ranks), strict=True):
-        wants_bias, wants_sinks = arguments[4 + _MORE], arguments[-1]
-        found: list[Tensor | None] = [None] * (_MORE + len(DEFAULTS))
+        wants_bias, wants_sinks = arguments[4 + _MORE], arguments[5 + _INNER]
+        found: list[Tensor | None] = [None] * (_INNER + 1)
         found[:3] = dq, dk, dv
         found[_BIAS], found[_SINKS] = dbias if wants_bias else None, dsinks if wants_sinks else None
         all_grads.append(found)

@@ -24,7 +24,7 @@ from spcompile.one_device import recognise
 from spcompile.options import Options
 from spcompile.outputs import restore_outputs
 from spcompile.passes import PIPELINE
-from spcompile.passes.lower_collectives import bind_axes
+from spcompile.passes.lower_collectives import axes_of, bind_axes
 from spcompile.pipeline import History
 from spcompile.printer import format_graph
 from spcompile.program import LocalProgram, build
@@ -94,14 +94,16 @@ def _compile(
     if not program.is_sharded:
         run = on_local_parts(plain(gm, inputs, options.compiler), given)
         return _checked(run, key, agreement, program.draws_random_numbers)
-    groups = {axis: mesh.group_name(axis) for axis, size in mesh.shape.axes if size > 1}
+
+    def bind(graph: fx.Graph) -> None:
+        bind_axes(graph, {axis: mesh.group_name(axis) for axis in axes_of(graph)})
 
     def agree(phase: str, final: fx.GraphModule) -> None:
         if dump is not None:
             dump.python(phase, final)
         agreement.require(format_graph(final))
 
-    emission = Emission(program, bind=functools.partial(bind_axes, groups=groups), finished=agree)
+    emission = Emission(program, bind=bind, finished=agree)
     with autocast_off():
         compiled = emit(emission, options.compiler)
     PROGRAMS.append((program, emission))

@@ -69,7 +69,7 @@ def train(
         batch: Rows in a batch.
         lr: AdamW's learning rate.
         seed: Of weights and batches.
-        attention: The backend's option: auto, ring or ulysses.
+        attention: The backend's option: auto, ring, ulysses, hybrid, or factors as ulysses=4,ring=2.
         compiler: The backend's option: inductor or eager.
         dtype: float32, float64, bfloat16 or float16.
         dump: A folder for the graph after every pass.
@@ -92,7 +92,7 @@ def train(
         seed=seed,
         text=str(text) if text else None,
         settings=_settings(settings),
-        options={"attention": attention, "compiler": compiler, **_settings(option)},
+        options={"attention": parse_attention(attention), "compiler": compiler, **_settings(option)},
         dump=str(dump.resolve()) if dump else None,
         backend=backend,
     )
@@ -137,7 +137,7 @@ def explain(
         seq: Tokens in a row.
         batch: Rows in a batch.
         dtype: Of weights and activations.
-        attention: The backend's option: auto, ring or ulysses.
+        attention: The backend's option: auto, ring, ulysses, hybrid, or factors as ulysses=4,ring=2.
         outputs: The backend's option: full, sharded or loss.
         html: Also write the plan as an HTML page, with the graph after every pass.
         graph: Print the graph after this pass instead ("forward", "backward": the final ones).
@@ -145,7 +145,7 @@ def explain(
     import spcompile
 
     built, inputs = _built(model, seq, batch, dtype, "meta", settings)
-    options = _given(attention=attention, outputs=outputs) | _settings(option)
+    options = _given(attention=parse_attention(attention), outputs=outputs) | _settings(option)
     plan = spcompile.explain(built, inputs, mesh=parse_mesh(mesh or ["cp=2"]), **options)
     if html is not None:
         plan.save(str(html))
@@ -182,13 +182,13 @@ def verify(
         seq: Tokens in a row.
         batch: Rows in a batch.
         dtype: Of weights and activations.
-        attention: The backend's option: auto, ring or ulysses.
+        attention: The backend's option: auto, ring, ulysses, hybrid, or factors as ulysses=4,ring=2.
         outputs: The backend's option: full, sharded or loss.
     """
     import spcompile
 
     built, inputs = _built(model, seq, batch, dtype, "cpu", settings)
-    options = _given(attention=attention, outputs=outputs) | _settings(option)
+    options = _given(attention=parse_attention(attention), outputs=outputs) | _settings(option)
     report = spcompile.verify(built, inputs, mesh=parse_mesh(mesh or ["cp=2"]), **options)
     print(json_text.dumps(report.to_dict()) if json else str(report))
     return 0 if report.ok else 1
@@ -236,7 +236,24 @@ def parse_mesh(parts: list[str]) -> dict[str, int]:
     return sizes
 
 
-def _given(**options: str | None) -> dict[str, Any]:
+def parse_attention(text: str | None) -> str | dict[str, int] | None:
+    """`"ulysses=4,ring=2"` as factors of a hybrid; names as they are.
+
+    Raises:
+        IllegalOption: a part that is no `name=size`.
+    """
+    if text is None or "=" not in text:
+        return text
+    factors: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if not size.isdigit() or name in factors:
+            raise IllegalOption(f"--attention {text!r}", legal="auto, ring, ulysses, hybrid, or as ulysses=4,ring=2")
+        factors[name] = int(size)
+    return factors
+
+
+def _given(**options: Any) -> dict[str, Any]:
     """The options that were given: the others keep the backend's defaults."""
     return {name: value for name, value in options.items() if value is not None}
 

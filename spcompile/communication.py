@@ -68,7 +68,7 @@ def communication(phase: str, gm: fx.GraphModule, mesh: MeshShape, trained: Sequ
     gradient_path = _depend_on_tangents(gm.graph)
     found: dict[tuple[Any, ...], tuple[int, sympy.Expr]] = {}
     for node in gm.graph.nodes:
-        sent = _sent(node, mesh)
+        sent = sent_by(node, mesh)
         if sent is None:
             continue
         op, axis, amount = sent
@@ -121,8 +121,8 @@ def layer_of(node: fx.Node) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
 
 
-def _sent(node: fx.Node, mesh: MeshShape) -> tuple[str, str, sympy.Expr] | None:
-    """(name, axis, bytes) of a node that communicates."""
+def sent_by(node: fx.Node, mesh: MeshShape) -> tuple[str, str, sympy.Expr] | None:
+    """(name, axis, bytes that one rank sends) of a node that communicates, else None."""
     target: Any = node.target
     if axis_argument(target) is None:
         return None
@@ -152,7 +152,7 @@ def _ring(node: fx.Node, named: Mapping[str, Any]) -> sympy.Expr:
     arguments: dict[str, Any] = dict(named)
     k, v = (arguments[name].meta["val"] for name in ("k", "v"))
     q_length, k_length = (hint(_value(arguments[name])) for name in ("q_length", "k_length"))
-    ring = Ring(q_length, k_length, arguments["degree"], arguments["order"])
+    ring = Ring(q_length, k_length, arguments["degree"], arguments["order"], arguments["inner"])
     hops = len(ring.distances(AttentionMask.parse(arguments["mask"])))
     B, G, T, H = (expression(size) for size in k.shape)
     numbers = message_numbers(B, G, T, H, expression(v.shape[3]))

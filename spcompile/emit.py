@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from spcompile.collectives import erase_identities
 from spcompile.graph import copy_graph
+from spcompile.keep_order import KEEP_THE_ORDER
 from spcompile.passes_api import PassReport, Stage
 from spcompile.pipeline import run_passes
 from spcompile.program import LocalProgram
@@ -121,7 +122,9 @@ def _inductor(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> 
         emission.schedule(graph_module, phase)
         return compile_fx_inner(graph_module, example_inputs, **kwargs)
 
-    patches = {"joint_custom_pre_pass": _PrepareJoint(emission.program.ctx.options.regather)}
+    patches: dict[str, Any] = {"joint_custom_pre_pass": _PrepareJoint(emission.program.ctx.options.regather)}
+    if any(p.name == "overlap-collectives" for p in emission.program.schedule):
+        patches |= KEEP_THE_ORDER
     # Autograd's own cache would skip the SCHEDULE stage and return code that is bound to another mesh's groups. The
     # cache of Inductor below it sees the bound graph, and stays on.
     with torch._functorch.config.patch(enable_autograd_cache=False):

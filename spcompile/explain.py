@@ -79,8 +79,10 @@ def _remark_weight_memory(model: nn.Module, program: LocalProgram, inputs: Seque
 
 def _plan(model: nn.Module, traced: Traced, options: Options, trained: Sequence[bool]) -> Plan:
     from spcompile.communication import communication
+    from spcompile.cost import cost_model
     from spcompile.memory import largest_tensors, memory_of
     from spcompile.plan import Plan
+    from spcompile.timeline import predict
 
     program = traced.program
     final = traced.sharded.graphs
@@ -96,6 +98,7 @@ def _plan(model: nn.Module, traced: Traced, options: Options, trained: Sequence[
         remarks=list(program.ctx.remarks.rows),
         passes=passes,
         largest_tensors=largest_tensors(final, LARGEST),
+        predicted=predict(final, cost_model(program.ctx.mesh, options)),
         symbols=_symbols(program),
         graphs=graphs,
     )
@@ -179,12 +182,27 @@ def _attention(program: LocalProgram) -> list[AttentionRow]:
     from spcompile.sizes import hint
 
     parallel = program.ctx.mesh.world_size > 1
-    kinds: Counter[tuple[str, int, int, str]] = Counter()
+    kinds: Counter[tuple[str, int, int, str, str]] = Counter()
     for node in _whole(program).find_nodes(op="call_function", target=torch.ops.spx.attention.default):
         q, k = node.args[0].meta["val"], node.args[1].meta["val"]
         strategy = node.meta.get("custom", {}).get("spx_attention", "ring") if parallel else "one device"
-        kinds[(strategy, hint(q.shape[1]), hint(k.shape[1]), str(node.args[9]))] += 1
-    return [AttentionRow(strategy, n, heads, kv, mask) for (strategy, heads, kv, mask), n in kinds.items()]
+        kinds[(strategy, hint(q.shape[1]), hint(k.shape[1]), str(node.args[9]), _scores(node))] += 1
+    return [AttentionRow(strategy, n, heads, kv, *rest) for (strategy, heads, kv, *rest), n in kinds.items()]
+
+
+def _scores(node: fx.Node) -> str:
+    """What an attention does to scores beside its mask."""
+    from spcompile.collectives import call_arguments
+
+    named = call_arguments(node.target, node.args, node.kwargs)[1]  # type: ignore[arg-type]
+    found = {
+        f"softcap {named['softcap']:g}": named["softcap"] != 0,
+        "ALiBi": named["alibi_slopes"] is not None,
+        "sinks": named["sinks"] is not None,
+        f"dropout {named['dropout_p']:g}": named["dropout_p"] != 0,
+        "dense bias": named["bias"] is not None,
+    }
+    return ", ".join(name for name, is_there in found.items() if is_there)
 
 
 def _symbols(program: LocalProgram) -> dict[str, str]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from spcompile.mesh import MeshShape
+from spcompile.mesh import MeshShape, axis_part
 
 RANKS_PER_NODE = 8
 
@@ -36,10 +36,13 @@ LINKS = {
 
 
 def link_of(mesh: MeshShape, axis: str, chosen: Mapping[str, str], degree: int | None = None) -> Link:
-    """The link that `axis` runs over: the user's word, else NVLink where its ranks fit into one node.
+    """The link of `axis` or a part of one: the user's word, else NVLink where its ranks fit into one node.
 
     chosen: axis -> name in LINKS. degree: of the innermost part of the axis, where only that communicates.
     """
+    part = axis_part(axis)
+    if part is not None:
+        axis, degree = part.axis, part.size if part.is_inner else None
     if axis in chosen:
         return LINKS[chosen[axis]]
     names = [name for name, _ in mesh.axes]

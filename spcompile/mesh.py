@@ -2,17 +2,61 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from spcompile.diagnostics import IllegalMesh, NoProcessGroup
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
 AXES = ("dp", "tp", "cp")
+
+
+class AxisPart(NamedTuple):
+    """A factor of an axis: `size` neighbours along it (inner), or every so manyth of its ranks (outer).
+
+    An axis of P = inner * outer ranks is a mesh of both, its rank r being (r // inner, r % inner). The name of a part,
+    as `cp.inner2` or `cp.outer4`, stands wherever that of an axis does.
+    """
+
+    axis: str
+    is_inner: bool
+    size: int
+
+    def groups(self, ranks: Sequence[int]) -> list[list[int]]:
+        """The groups of this part among the ranks of one group of the axis, in its order."""
+        count = len(ranks) // self.size
+        if self.is_inner:
+            return [list(ranks[i * self.size : (i + 1) * self.size]) for i in range(count)]
+        return [list(ranks[i::count]) for i in range(count)]
+
+
+def inner_part(axis: str, size: int) -> str:
+    """The name of groups of `size` neighbours along an axis."""
+    return f"{axis}.inner{size}"
+
+
+def outer_part(axis: str, size: int) -> str:
+    """The name of groups of `size` ranks that are equally far apart along an axis, as far as they can be."""
+    return f"{axis}.outer{size}"
+
+
+def axis_part(name: str) -> AxisPart | None:
+    """The part of an axis that has this name; None for a whole axis."""
+    found = re.fullmatch(r"(\w+)\.(inner|outer)(\d+)", name)
+    return AxisPart(found[1], found[2] == "inner", int(found[3])) if found else None
+
+
+def whole_axis(name: str) -> str:
+    """The axis that a name, of an axis or of a part of one, speaks of."""
+    part = axis_part(name)
+    return name if part is None else part.axis
 
 
 @dataclass(frozen=True)
@@ -36,8 +80,9 @@ class MeshShape:
         return cls(tuple(sizes.items()))
 
     def size(self, axis: str) -> int:
-        """Number of ranks along `axis`; 1 if the mesh has no such axis."""
-        return dict(self.axes).get(axis, 1)
+        """Number of ranks along `axis` or a part of one; 1 if the mesh has no such axis."""
+        part = axis_part(axis)
+        return dict(self.axes).get(axis, 1) if part is None else part.size
 
     @property
     def world_size(self) -> int:
@@ -59,14 +104,39 @@ class RuntimeMesh:
     device_mesh: DeviceMesh
 
     def group_name(self, axis: str) -> str:
-        """The c10d name of this rank's group along `axis`: what a collective in an emitted graph is bound to."""
-        return str(self.device_mesh.get_group(axis).group_name)
+        """The c10d name of this rank's group along `axis`: what a collective in an emitted graph is bound to.
+
+        Groups of parts of axes are made when they are first asked for: all their ranks must ask in the same order.
+        """
+        part = axis_part(axis)
+        if part is None:
+            return str(self.device_mesh.get_group(axis).group_name)
+        import torch.distributed as dist
+
+        ranks = dist.get_process_group_ranks(self.device_mesh.get_group(part.axis))
+        own = next(group for group in part.groups(ranks) if dist.get_rank() in group)
+        assert dist.group.WORLD is not None
+        return str(_group_of(dist.group.WORLD, tuple(own)).group_name)
 
     @property
     def key(self) -> str:
         """Equal on all ranks of the mesh, different for meshes over other ranks."""
         text = f"{self.shape}|{self.device_mesh.mesh.tolist()}"
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _group_of(world: dist.ProcessGroup, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """The group of some ranks, made once for each world by its members alone.
+
+    AOTAutograd compiles under a fake mode, and groups are made for real, as `Agreement` communicates.
+    """
+    import torch.distributed as dist
+
+    from spcompile.torch_private import no_python_dispatcher, unset_fake_temporarily
+
+    with unset_fake_temporarily(), no_python_dispatcher():
+        return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
 def runtime_mesh(mesh: DeviceMesh | None, device_type: str) -> RuntimeMesh | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from spcompile.accelerators import ACCELERATORS
 from spcompile.diagnostics import IllegalOption, UnknownOption
 from spcompile.links import LINKS
 from spcompile.mesh import AXES
@@ -14,7 +15,7 @@ from spcompile.mesh import AXES
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-ATTENTION = ("auto", "ring", "ulysses")
+ATTENTION = ("auto", "ring", "ulysses", "hybrid")
 BALANCE = ("zigzag", "contiguous")
 OUTPUTS = ("full", "sharded", "loss")
 COMPILER = ("inductor", "eager")
@@ -25,34 +26,41 @@ class Options:
     """What `torch.compile(model, backend="spcompile", options={...})` accepts.
 
     mesh: a DeviceMesh with named axes; default: one `cp` axis over the whole world.
-    attention: how attention is parallelised: "auto" (by bytes and head counts), "ring", "ulysses".
+    attention: how attention is parallelised: "auto" (by predicted time), "ring", "ulysses", "hybrid" (Ulysses among
+        neighbours, a ring between groups of them), or a hybrid's factors, as {"ulysses": 4, "ring": 2} on cp = 8.
     balance: order of the sequence in causal rings: "zigzag" or "contiguous".
     outputs: "full" (as the plain module), "sharded" (DTensor), "loss" (scalars only).
     compiler: what runs the local graph: "inductor" or "eager".
     regather: gather activations again in the backward instead of saving them whole: less memory, more communication.
     links: what ranks of an axis talk over, {axis: "nvlink" | "network" | "loopback"}; default: NVLink inside a node of
         eight ranks, the network beyond. Decides what is chosen and predicted, never what is right.
+    accelerator: what computes: "h100", "a100", "cpu". Decides what hides behind what, and predicted times.
     passes: {pass name: False} switches a pass off, {pass name: {field: value}} sets its options.
     dump: a folder for numbered text of the graph after every pass.
     strict: turn every remark about lost parallelism into an error.
     """
 
     mesh: DeviceMesh | None = None
-    attention: str = "auto"
+    attention: str | Mapping[str, int] = "auto"
     balance: str = "zigzag"
     outputs: str = "full"
     compiler: str = "inductor"
     regather: bool = True
     links: Mapping[str, str] = field(default_factory=dict)
+    accelerator: str = "h100"
     passes: Mapping[str, Any] = field(default_factory=dict)
     dump: str | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("attention", self.attention, ATTENTION)
+        if isinstance(self.attention, Mapping):
+            _factors(self.attention)
+        else:
+            _one_of("attention", self.attention, ATTENTION)
         _one_of("balance", self.balance, BALANCE)
         _one_of("outputs", self.outputs, OUTPUTS)
         _one_of("compiler", self.compiler, COMPILER)
+        _one_of("accelerator", self.accelerator, tuple(ACCELERATORS))
         for name in ("regather", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise IllegalOption(f"{name}={getattr(self, name)!r}", legal="True, False")
@@ -81,9 +89,25 @@ class Options:
                 raise UnknownOption(f"{key!r}{_did_you_mean(key, legal)}", legal=", ".join(legal))
         return cls(**given)
 
+    def require_factors(self, degree: int) -> None:
+        """Raises IllegalOption where the factors of a hybrid do not make up the axis `cp`."""
+        asked = self.attention
+        if isinstance(asked, Mapping) and asked["ulysses"] * asked["ring"] != degree:
+            pairs = [(n, degree // n) for n in range(1, degree + 1) if degree % n == 0]
+            legal = ", ".join(f"{{'ulysses': {u}, 'ring': {r}}}" for u, r in pairs)
+            raise IllegalOption(f"attention={dict(asked)!r} on cp = {degree}", legal=legal)
+
     def fingerprint(self) -> str:
         """Text that must be equal on all ranks (the mesh is compared on its own)."""
         return " ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in ("mesh", "dump"))
+
+
+def _factors(attention: Mapping[str, int]) -> None:
+    sizes = attention.values()
+    are_counts = all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
+    if set(attention) != {"ulysses", "ring"} or not are_counts:
+        legal = "{'ulysses': U, 'ring': R}, positive ints whose product is the size of axis cp"
+        raise IllegalOption(f"attention={dict(attention)!r}", legal=legal)
 
 
 def _one_of(name: str, value: Any, legal: tuple[str, ...]) -> None:

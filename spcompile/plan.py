@@ -15,6 +15,7 @@ from spcompile.communication import Row
 from spcompile.diagnostics import Remark, SourceLine
 from spcompile.memory import LargeTensor, Memory
 from spcompile.mesh import MeshShape
+from spcompile.timeline import Prediction
 
 SCHEMA_VERSION = 1
 WIDTH = 120
@@ -33,13 +34,17 @@ class PassRow:
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """Attentions of one kind: `strategy` is "ring", "ulysses" or "one device"."""
+    """Attentions of one kind: `strategy` is "ring", "ulysses", "hybrid UxR" (Ulysses times ring) or "one device".
+
+    scores: what else happens to the scores, as "softcap 30, ALiBi, sinks, dropout 0.1, dense bias"; "" if nothing.
+    """
 
     strategy: str
     count: int
     heads: int
     kv_heads: int
     mask: str
+    scores: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Plan:
     remarks: list[Remark]
     passes: list[PassRow]
     largest_tensors: list[LargeTensor]
+    predicted: Prediction
     symbols: dict[str, str] = field(default_factory=dict)
     graphs: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -106,6 +112,10 @@ class Plan:
             ],
             "memory": memory,
             "remarks": [remark.to_dict() for remark in self.remarks],
+            "predicted": {
+                "assumptions": list(self.predicted.assumptions),
+                "phases": [{**vars(row), "hidden": row.hidden} for row in self.predicted.phases],
+            },
             "passes": [dict(vars(row)) for row in self.passes],
             "largest_tensors": [
                 {
@@ -145,8 +155,14 @@ class Plan:
             lines.append("Sequence   not sharded")
         for row in self.attention:
             heads = f"{row.heads} heads, {row.kv_heads} key/value heads, mask {row.mask}"
+            heads += f", {row.scores}" if row.scores else ""
             lines.append(f"Attention  {row.count} x {row.strategy}: {heads}")
         lines += [f"Why        {remark.text}" for remark in self.remarks if remark.code in ("SPR203", "SPR204")]
+        step, sent, exposed = (1e3 * self.predicted.total(name) for name in ("seconds", "communication", "exposed"))
+        lines.append(
+            f"Predicted  {step:.4g} ms a step, of which {exposed:.4g} of {sent:.4g} ms communication are exposed"
+        )
+        lines += [f"Assumed    {text}" for text in self.predicted.assumptions]
         lines += [f"Symbol     {name} is {meaning}" for name, meaning in self.symbols.items()]
         return lines
 
@@ -173,6 +189,18 @@ class Plan:
                     ["parameters", size_text(memory.parameter_bytes)],
                     ["gradients", size_text(memory.gradient_bytes)],
                     ["peak, if nothing is fused", size_text(memory.peak_bytes)],
+                ],
+            ),
+            (
+                "Predicted time of one step without the optimizer",
+                ["phase", "ms", "compute", "communication", "hidden", "exposed", "bytes sent", "bytes exposed"],
+                [
+                    [
+                        r.phase,
+                        *(f"{1e3 * t:.4g}" for t in (r.seconds, r.compute, r.communication, r.hidden, r.exposed)),
+                        *(size_text(sympy.Integer(round(b))) for b in (r.bytes, r.exposed_bytes)),
+                    ]
+                    for r in self.predicted.phases
                 ],
             ),
             (
@@ -231,7 +259,7 @@ def _place(source: SourceLine | None) -> str:
 def _rich(title: str, header: list[str], rows: Iterable[list[str]]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in header:
-        numeric = name in ("count", "elements", "rewrites", "ms")
+        numeric = name in ("count", "elements", "rewrites", "ms", "compute", "communication", "hidden", "exposed")
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)

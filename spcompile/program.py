@@ -78,6 +78,7 @@ def build(
     Raises:
         SpcompileError: the graph cannot be captured, or a remark came under strict.
     """
+    options.require_factors(mesh.size("cp"))
     passes = [p for p in configure(pipeline, options.passes) if p.axis is None or mesh.size(p.axis) > 1]
     check_order(passes)
     ctx = Context(mesh, options, Remarks(strict=options.strict))

@@ -83,6 +83,15 @@ def restore(ranks: Tensor, dim: int, length: int, order: str) -> Tensor:
 
     Written with views, flip and cat only, so that it traces to a graph that is the same for every degree.
     """
+    return beginning(join(ranks, dim, order), dim, length)
+
+
+def join(ranks: Tensor, dim: int, order: str) -> Tensor:
+    """`restore` that keeps the padding: [degree, ..., local, ...] -> [..., degree * local, ...].
+
+    Of neighbours among more ranks than these, it joins their parts to the part of one member of a layout over so many
+    fewer ranks, in the same order.
+    """
     degree = ranks.shape[0]
     if chunks_per_rank(order) == 2:
         chunk = ranks.shape[dim + 1] // 2
@@ -90,7 +99,7 @@ def restore(ranks: Tensor, dim: int, length: int, order: str) -> Tensor:
         degree = 2 * degree
     joined = ranks.movedim(0, dim)
     shape = [*joined.shape[:dim], degree * joined.shape[dim + 1], *joined.shape[dim + 2 :]]
-    return beginning(joined.reshape(shape), dim, length)
+    return joined.reshape(shape)
 
 
 def beginning(x: Tensor, dim: int, length: int) -> Tensor:
@@ -105,11 +114,15 @@ def beginning(x: Tensor, dim: int, length: int) -> Tensor:
 
 def split(x: Tensor, dim: int, degree: int, order: str, fill: float | None = 0) -> Tensor:
     """The inverse of `restore`: [..., length, ...] -> [degree, ..., local, ...], rank r's part at index r."""
-    per_rank = chunks_per_rank(order)
     chunk = chunk_length(x.shape[dim], degree, order)
-    padded = pad(x, dim, chunk * per_rank * degree, fill)
+    return divide(pad(x, dim, chunk * chunks_per_rank(order) * degree, fill), dim, degree, order, chunk)
+
+
+def divide(x: Tensor, dim: int, degree: int, order: str, chunk: int) -> Tensor:
+    """The inverse of `join`. chunk: elements in one chunk."""
+    per_rank = chunks_per_rank(order)
     shape = [*x.shape[:dim], per_rank * degree, chunk, *x.shape[dim + 1 :]]
-    chunks = padded.reshape(shape).movedim(dim, 0)
+    chunks = x.reshape(shape).movedim(dim, 0)
     if per_rank == 1:
         return chunks
     return torch.cat([chunks.narrow(0, 0, degree), chunks.narrow(0, degree, degree).flip(0)], dim + 1)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spcompile.collectives import COLLECTIVES, call_arguments
 from spcompile.diagnostics import source_of
-from spcompile.mesh import MeshShape
+from spcompile.mesh import MeshShape, axis_part
 
 Arguments = tuple[Any, ...]
 ForwardSpec = Callable[[list[Arguments]], list[Any]]
@@ -62,7 +62,9 @@ class Simulator:
         self._pending: dict[int, tuple[Tensor, Callable[[], list[Tensor]], int]] = {}
 
     def groups(self, axis: str) -> list[list[int]]:
-        """The groups of ranks that differ in `axis` only, each in the order of `axis`."""
+        """The groups of ranks that differ in `axis`, or a part of one, only, each in the order of `axis`."""
+        if (part := axis_part(axis)) is not None:
+            return [group for ranks in self.groups(part.axis) for group in part.groups(ranks)]
         names = [name for name, _ in self.mesh.axes]
         if axis not in names:
             raise ValueError(f"axis {axis!r} is not in the mesh {self.mesh}")

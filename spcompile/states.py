@@ -15,7 +15,7 @@ import torch.fx as fx
 
 from spcompile.collectives import COLLECTIVES, Collective, call_arguments
 from spcompile.diagnostics import InvalidGraph, source_of
-from spcompile.mesh import MeshShape
+from spcompile.mesh import MeshShape, whole_axis
 
 _FITS = {"I": "I", "S": "S", "P": "PS"}
 _aten = torch.ops.aten
@@ -52,12 +52,19 @@ def check_states(
     """
     for node in graph.nodes:
         axis = _axis_of(node)
-        if axis is not None and axis not in dict(mesh.axes):
+        if axis is not None and whole_axis(axis) not in dict(mesh.axes):
             raise invalid(node, f"axis {axis!r} is not in the mesh {mesh}")
     gradient = needs_gradient(graph, trainable)
     outputs = "IS" if sharded_outputs else "I"
-    for axis, degree in mesh.axes:
-        infer_states(graph, axis, degree, gradient, input_states, outputs=outputs if axis != "dp" else "IS")
+    for whole, _ in mesh.axes:
+        for axis in _parts_of(whole, graph):
+            infer_states(graph, axis, mesh, gradient, input_states, outputs=outputs if axis != "dp" else "IS")
+
+
+def _parts_of(axis: str, graph: fx.Graph) -> list[str]:
+    """The parts of an axis over which a graph communicates on their own: axes of a finer mesh. Else the axis."""
+    names = {found for node in graph.nodes if (found := _axis_of(node)) is not None}
+    return sorted(name for name in names if name != axis and whole_axis(name) == axis) or [axis]
 
 
 def needs_gradient(graph: fx.Graph, trainable: Collection[str] | None = None) -> set[fx.Node]:
@@ -80,23 +87,23 @@ def needs_gradient(graph: fx.Graph, trainable: Collection[str] | None = None) ->
 def infer_states(
     graph: fx.Graph,
     axis: str,
-    degree: int,
+    mesh: MeshShape,
     gradient: set[fx.Node],
     input_states: Mapping[str, Mapping[str, str]],
     outputs: str,
 ) -> dict[fx.Node, str]:
-    """The state of every value on one axis."""
+    """The state of every value on one axis, or on a part of one: what communicates on an axis does so on its parts."""
     found: dict[fx.Node, str] = {}
     for node in graph.nodes:
         if node.op == "output":
             _check_outputs(node, found, axis, outputs)
             continue
         if node.op in ("placeholder", "get_attr"):
-            state = input_states.get(node.name, {}).get(axis, "I")
+            state = input_states.get(node.name, {}).get(whole_axis(axis), "I")
         else:
-            collective = COLLECTIVES.get(node.target) if _axis_of(node) == axis else None
+            collective = COLLECTIVES.get(node.target) if _axis_of(node) in (axis, whole_axis(axis)) else None
             if collective is not None:
-                state = _collective_state(node, collective, found, degree)
+                state = _collective_state(node, collective, found, mesh)
             else:
                 state = _op_state(node, found, gradient, axis)
         found[node] = "I" if state == "R" and node not in gradient else state
@@ -111,12 +118,13 @@ def _axis_of(node: fx.Node) -> str | None:
     return call_arguments(target, node.args, node.kwargs)[1].get("axis")
 
 
-def _collective_state(node: fx.Node, collective: Collective, found: Mapping[fx.Node, str], degree: int) -> str:
+def _collective_state(node: fx.Node, collective: Collective, found: Mapping[fx.Node, str], mesh: MeshShape) -> str:
     arguments = call_arguments(collective.op, node.args, node.kwargs)[1]
     src, dst = collective.signature(arguments)
     operand = node.all_input_nodes[0]
     if found[operand] not in _FITS[src]:
         raise invalid(node, f"{collective.name} is {src} -> {dst}, but {operand.name} is {found[operand]}")
+    degree = mesh.size(arguments["axis"])
     if arguments["degree"] != degree:
         raise invalid(node, f"degree {arguments['degree']} on axis {arguments['axis']} of size {degree}")
     return dst
@@ -126,9 +134,10 @@ def _op_state(node: fx.Node, found: Mapping[fx.Node, str], gradient: set[fx.Node
     """I if all operands are; else S if one is (P if a pass says so); else R."""
     operands = [] if node.target in _SHAPE_ONLY else node.all_input_nodes
     varying = [n for n in operands if found[n] != "I"]
-    if _axis_of(node) == axis and not any(isinstance(n.meta.get("val"), torch.Tensor) for n in operands):
+    communicates = _axis_of(node) in (axis, whole_axis(axis))
+    if communicates and not any(isinstance(n.meta.get("val"), torch.Tensor) for n in operands):
         return "S"  # made from the rank alone, as positions are
-    if _axis_of(node) == axis and all(found[n] != "S" for n in operands):
+    if communicates and all(found[n] != "S" for n in operands):
         raise invalid(node, f"communicates on {axis}, but none of its operands is S")
     if not varying:
         return "I"
@@ -140,7 +149,7 @@ def _op_state(node: fx.Node, found: Mapping[fx.Node, str], gradient: set[fx.Node
             f"it is invariant, {varying[0].name} is {found[varying[0]]}",
             legal=f"spx.vary({missing.name}, {axis!r}, ...), or spx.shard of it",
         )
-    said = str((node.meta.get("sharding") or {}).get(axis, ""))
+    said = str((node.meta.get("sharding") or {}).get(whole_axis(axis), ""))
     if said.startswith("P"):
         return "P"
     partial = next((n for n in varying if found[n] == "P"), None)

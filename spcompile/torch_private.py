@@ -34,6 +34,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 # torch 2.13: torch/_inductor/decomposition.py. What compile_fx hands to AOTAutograd.
 from torch._inductor.decomposition import select_decomp_table as inductor_decompositions
 
+# torch 2.13: torch/_inductor/fx_passes/control_dependencies.py
+from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
+
 # torch 2.13: torch/_subclasses/fake_tensor.py
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -44,6 +47,7 @@ from torch._subclasses.functional_tensor import (
     disable_functional_mode,
 )
 from torch.distributed.distributed_c10d import _resolve_process_group  # torch 2.13
+from torch.utils._ordered_set import OrderedSet  # torch 2.13
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -56,6 +60,7 @@ __all__ = [
     "CustomGraphPass",
     "FunctionalTensor",
     "FunctionalTensorMode",
+    "OrderedSet",
     "RestartAnalysis",
     "TracingContext",
     "aot_autograd",
@@ -67,6 +72,7 @@ __all__ = [
     "make_boxed_func",
     "min_cut_rematerialization_partition",
     "no_python_dispatcher",
+    "preserve_node_ordering",
     "resolve_process_group",
     "unset_fake_temporarily",
 ]

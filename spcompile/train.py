@@ -48,7 +48,7 @@ def check(job: TrainJob) -> None:
         IllegalModel, IllegalOption, UnknownOption, IllegalMesh: with what would be legal.
     """
     MeshShape.of(job.mesh)
-    Options.parse(job.options)
+    Options.parse(job.options).require_factors(job.mesh.get("cp", 1))
     built = model_spec.build(job.model, seq=job.seq, device="meta", dtype=job.dtype, settings=job.settings)
     if built.vocab < 256:
         raise IllegalModel(f"a vocabulary of {built.vocab} for bytes", legal="at least 256")

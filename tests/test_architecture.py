@@ -19,9 +19,10 @@ LAYERS = (
     "splice torch_private saved_bytes traffic",
     "flex_attention module_buffer",
     # meshes, dims, ops that communicate, attention
-    "autocast mesh links options spaces capture attention collectives",
+    "accelerators autocast mesh links options spaces capture attention collectives",
     "rank_parts",
     "printer rules states symbolic_mask agreement simulate communication memory verify_report",
+    "cost timeline list_schedule keep_order",
     "passes_api index_spaces attention_specs meta_device plan plan_html",
     # where the axes go
     "propagate verifier",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spcompile import sequence
 from spcompile.attention.drivers import RingDeadlock, simulate
-from spcompile.attention.mask import AttentionMask
+from spcompile.attention.mask import AttentionMask, Kind
 from spcompile.attention.op import spec_ring_attention, spec_ring_attention_backward
 from spcompile.attention.provider import Rows, Scores
 from spcompile.attention.ring import (
@@ -216,6 +216,30 @@ def test_bytes_on_the_wire(dtype: torch.dtype, text: str, order: str) -> None:
 )
 def test_only_hops_the_mask_needs(text: str, distances: tuple[int, ...]) -> None:
     assert Ring(64, 64, 8, "contiguous").distances(AttentionMask.parse(text)) == distances
+
+
+@pytest.mark.parametrize("order", sequence.ORDERS)
+@pytest.mark.parametrize("text", MASKS)
+def test_hops_are_those_with_a_block_that_is_not_empty(text: str, order: str) -> None:
+    """By looking at every pair of ranks."""
+    mask = AttentionMask.parse(text)
+    for degree, inner, q_length, k_length in (
+        (8, 1, 64, 64),
+        (5, 1, 61, 61),
+        (4, 2, 60, 60),
+        (3, 1, 9, 20),
+        (4, 1, 21, 5),
+    ):
+        ring = Ring(q_length, k_length, degree, order, inner)
+        expected = {
+            (q_rank - k_rank) % degree
+            for q_rank in range(degree)
+            for k_rank in range(degree)
+            for q in ring.q_runs(q_rank)
+            for k in ring.k_runs(k_rank)
+            if mask.classify(q.first, q.last, k.first, k.last) is not Kind.EMPTY
+        }
+        assert ring.distances(mask) == tuple(sorted(expected - {0}))
 
 
 @pytest.mark.parametrize("text", ["window=9 window_right=9", "window=3 window_right=12", "causal window=10"])

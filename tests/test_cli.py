@@ -13,7 +13,7 @@ import torch
 
 import spcompile
 from spcompile import cli, model_spec
-from spcompile.diagnostics import IllegalMesh, IllegalModel
+from spcompile.diagnostics import IllegalMesh, IllegalModel, IllegalOption
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -22,6 +22,14 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     with pytest.raises(SystemExit) as exit_:
         cli.main()
     return int(exit_.value.code or 0)
+
+
+def test_factors_of_a_hybrid() -> None:
+    assert cli.parse_attention("ulysses=4,ring=2") == {"ulysses": 4, "ring": 2}
+    assert cli.parse_attention("hybrid") == "hybrid"
+    for text in ("ulysses=4,ring", "ulysses=4,ulysses=2", "ulysses=-1,ring=2"):
+        with pytest.raises(IllegalOption, match="ulysses=4,ring=2"):
+            cli.parse_attention(text)
 
 
 def test_mesh_sizes() -> None:

@@ -145,8 +145,14 @@ def test_saved_bytes_of_one_device_are_those_that_autograd_saves() -> None:
 def test_graphs_have_the_same_size_for_every_degree() -> None:
     few, many = (plan_of(degree, 1024, attention="ring") for degree in (2, 512))
     for phase in ("forward", "backward"):
-        assert len(few.graph(phase).splitlines()) == len(many.graph(phase).splitlines())
-    assert [row.rewrites for row in few.passes] == [row.rewrites for row in many.passes]
+        assert len(nodes_of(few.graph(phase))) == len(nodes_of(many.graph(phase)))
+    rewrites = [[row.rewrites for row in p.passes if row.name != "overlap-collectives"] for p in (few, many)]
+    assert rewrites[0] == rewrites[1]
+
+
+def nodes_of(text: str) -> list[str]:
+    """Without comments: a user's line is repeated wherever it goes on behind another."""
+    return [line for line in text.splitlines() if not line.startswith("#")]
 
 
 def test_no_tensor_is_larger_than_a_shard() -> None:
@@ -267,7 +273,7 @@ def test_errors() -> None:
         with pytest.raises(IllegalMesh, match="legal"):
             explain(Model(), (ids,), mesh=mesh)  # type: ignore[arg-type]
     with pytest.raises(StrictRemark):
-        plan_of(3, attention="ulysses", strict=True)
+        plan_of(3, attention="hybrid", strict=True)
     with pytest.raises(ValueError, match="the model's own"):
         explain(Raises(), (ids,), mesh={"cp": 2})
 

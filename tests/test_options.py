@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from spcompile.diagnostics import IllegalMesh, IllegalOption, NoProcessGroup, UnknownOption
 from spcompile.links import link_of
-from spcompile.mesh import MeshShape, runtime_mesh
+from spcompile.mesh import MeshShape, axis_part, inner_part, outer_part, runtime_mesh, whole_axis
 from spcompile.options import Options
 
 
@@ -34,6 +34,8 @@ def test_a_key_like_none_lists_all() -> None:
     ("given", "text"),
     [
         ({"attention": "rings"}, "did you mean 'ring'"),
+        ({"attention": {"ulysses": 2}}, "'ulysses': U, 'ring': R"),
+        ({"attention": {"ulysses": 2, "ring": 0}}, "positive ints"),
         ({"balance": "zig-zag"}, "did you mean 'zigzag'"),
         ({"outputs": "shard"}, "did you mean 'sharded'"),
         ({"compiler": "gcc"}, "legal: 'inductor', 'eager'"),
@@ -55,6 +57,23 @@ def test_the_fingerprint_tells_options_apart_but_not_where_they_dump() -> None:
     assert Options(attention="ring").fingerprint() != Options().fingerprint()
 
 
+def test_factors_of_another_mesh_are_refused_with_those_that_fit() -> None:
+    options = Options(attention={"ulysses": 2, "ring": 2})
+    options.require_factors(4)
+    with pytest.raises(IllegalOption, match=r"(?s)on cp = 6.*\{'ulysses': 2, 'ring': 3\}, \{'ulysses': 3, 'ring': 2\}"):
+        options.require_factors(6)
+
+
+def test_parts_of_an_axis() -> None:
+    """Neighbours inside, and every so manyth rank outside, in the order of the axis."""
+    inner, outer = axis_part(inner_part("cp", 2)), axis_part(outer_part("cp", 3))
+    assert inner is not None
+    assert outer is not None
+    assert inner.groups([0, 1, 2, 3, 4, 5]) == [[0, 1], [2, 3], [4, 5]]
+    assert outer.groups([0, 1, 2, 3, 4, 5]) == [[0, 2, 4], [1, 3, 5]]
+    assert (axis_part("cp"), whole_axis("cp.inner2"), MeshShape.of({"cp": 6}).size("cp.outer3")) == (None, "cp", 3)
+
+
 def test_mesh_shapes() -> None:
     mesh = MeshShape.of({"tp": 2, "cp": 4})
     assert (mesh.size("cp"), mesh.size("dp"), mesh.world_size, str(mesh)) == (4, 1, 8, "tp=2 cp=4")
@@ -65,6 +84,7 @@ def test_axes_of_one_node_talk_over_nvlink_unless_told_otherwise() -> None:
     assert [link_of(mesh, axis, {}).name for axis in ("tp", "cp", "dp")] == ["nvlink", "network", "network"]
     assert link_of(mesh, "cp", {}, degree=2).name == "nvlink"
     assert link_of(mesh, "tp", {"tp": "network"}).name == "network"
+    assert [link_of(mesh, part, {}).name for part in ("cp.inner2", "cp.outer2")] == ["nvlink", "network"]
 
 
 @pytest.mark.parametrize("sizes", [{"sp": 2}, {"cp": 0}, {"cp": 2.0}, {"cp": True}])

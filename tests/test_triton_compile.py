@@ -16,7 +16,15 @@ from spcompile.attention.dropout import Dropout
 from spcompile.attention.mask import AttentionMask
 from spcompile.attention.provider import Scores
 from spcompile.attention.runs import natural_runs
-from spcompile.attention.triton_configs import HEAD_SIZES, TABLE, VARIANTS, Config, Configs, architecture
+from spcompile.attention.triton_configs import (
+    HEAD_SIZES,
+    SPILLED_SINGLES,
+    TABLE,
+    VARIANTS,
+    Config,
+    Configs,
+    architecture,
+)
 from spcompile.attention.triton_launch import ForwardTensors, Hop, Launch, RowTensors
 from spcompile.attention.triton_provider import variant_of
 
@@ -54,10 +62,10 @@ def launches(dtype: torch.dtype, size: int, configs: Configs, text: str, more: d
         yield hop.key_gradients(rows, k.float(), v.float())
 
 
-def check(launch: Launch, capability: int) -> Resources:
+def check(launch: Launch, capability: int, spilled: int = 0) -> Resources:
     found = resources(launch, capability)
     case = f"{launch.kernel.fn.__name__} {launch.options} for sm_{capability}"
-    assert found.spilled == 0, f"{case}: {found.spilled} bytes spilled"
+    assert found.spilled <= spilled, f"{case}: {found.spilled} bytes spilled"
     assert found.shared <= SHARED[capability], f"{case}: {found.shared} bytes of shared memory"
     return found
 
@@ -102,7 +110,7 @@ def test_every_configuration(arch: str, element: int, size: int, variant: str) -
     configs = TABLE[arch, element, size, variant]
     for text, more in variants()[variant]:
         for launch in launches(DTYPES[element], size, configs, text, more):
-            check(launch, int(arch.removeprefix("sm")))
+            check(launch, int(arch.removeprefix("sm")), spilled=0 if element == 2 else SPILLED_SINGLES)
 
 
 @pytest.mark.slow

@@ -87,6 +87,16 @@ def test_attention_dropout_is_that_of_one_device(degree: int, attention: str) ->
     assert any("one device" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("mesh", [{"cp": 4}, {"cp": 4, "dp": 2}, {"tp": 2, "cp": 4}], ids=str)
+def test_a_hybrid_on_parts_of_an_axis(mesh: dict[str, int]) -> None:
+    """The graphs before and behind autograd; a length that does not divide, and fewer heads than ranks."""
+    dropout = 0.0 if "dp" in mesh else 0.3  # over dp, ranks have other rows
+    model = Block(heads=4 if "tp" in mesh else 1, attention_dropout=dropout)
+    report = verify(model, batch(rows=4), mesh=mesh, attention={"ulysses": 2, "ring": 2})
+    assert report.ok, str(report)
+    assert {row.graph for row in report.rows} == {"local", "final"}
+
+
 def test_dropout_draws_what_the_plain_model_draws() -> None:
     report = verify(Block(dropout=0.5), batch(), mesh={"cp": 2})
     assert report.ok, str(report)

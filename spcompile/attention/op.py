@@ -2,9 +2,10 @@
 
 B batch, N query heads, G key heads, S query rows, T keys, H head size of q and k, V of v. `mask` is the text of an
 `AttentionMask`; document ids, key validity and the bias's columns are in the natural order of the sequence. What else
-happens to the scores, and in which order, says `Scores`; a softcap or dropout of 0 is none. The memory order of results
-does not depend on the strides of the inputs: `out` lies in memory as [B, S, N, V], so that the next projection reads it
-as [B, S, N * V] and both save one tensor; all else is contiguous. Importing this module defines the ops.
+happens to the scores, and in which order, says `Scores`; a softcap or dropout of 0 is none. `inner` is that of `Ring`.
+The memory order of results does not depend on the strides of the inputs: `out` lies in memory as [B, S, N, V], so that
+the next projection reads it as [B, S, N * V] and both save one tensor; all else is contiguous. Importing this module
+defines the ops.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ BackwardResult = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, t
 for _schema in (
     f"attention({_LOCAL}, {_OPTIONAL}) -> (Tensor out, Tensor lse)",
     f"attention_backward({_GRADS}, {_LOCAL}, {_WANTED}) -> {_RESULT}",
-    f"ring_attention({_SHARDED}, {_OPTIONAL}) -> (Tensor out, Tensor lse)",
-    f"ring_attention_backward({_GRADS}, {_SHARDED}, {_WANTED}) -> {_RESULT}",
+    f"ring_attention({_SHARDED}, {_OPTIONAL}, int inner=1) -> (Tensor out, Tensor lse)",
+    f"ring_attention_backward({_GRADS}, {_SHARDED}, {_WANTED}, int inner=1) -> {_RESULT}",
 ):
     _LIBRARY.define(_schema, tags=_TAGS)
 
@@ -172,11 +173,12 @@ def _ring(
     dropout_seed: Tensor | None = None,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
+    inner: int = 1,
 ) -> Requests[tuple[Tensor, Tensor]]:
     """One rank of the ring; the arguments are those of spx::ring_attention."""
     more = (alibi_slopes, sinks, dropout_seed, softcap, dropout_p)
     scores = _scores((q_documents, k_documents, key_valid, bias), mask, scale, more)
-    out, lse = yield from ring_forward(q, k, v, scores, Ring(q_length, k_length, degree, order), rank)
+    out, lse = yield from ring_forward(q, k, v, scores, Ring(q_length, k_length, degree, order, inner), rank)
     return _rows_first(out), _owned(lse)
 
 
@@ -207,11 +209,12 @@ def _ring_backward(
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     sinks_gradient: bool = False,
+    inner: int = 1,
 ) -> Requests[BackwardResult]:
     more = (alibi_slopes, sinks, dropout_seed, softcap, dropout_p)
     scores = _scores((q_documents, k_documents, key_valid, bias), mask, scale, more)
     rows = Rows(q, out, grad_out, lse, grad_lse)
-    ring = Ring(q_length, k_length, degree, order)
+    ring = Ring(q_length, k_length, degree, order, inner)
     dq, dk, dv, dbias = yield from ring_backward(rows, k, v, scores, ring, rank, bias_gradient)
     dsinks = blocks.sink_gradient(rows, ring.q_runs(rank), sinks) if sinks is not None and sinks_gradient else None
     return _owned(dq), _owned(dk), _owned(dv), _optional(dbias, bias, q), _optional(dsinks, sinks, q)
@@ -287,7 +290,8 @@ def _fake_backward(bias_index: int, width: int) -> Callable[..., BackwardResult]
 
     def fake(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> Any:
         q, k, v, bias, bias_gradient = *rest[:3], rest[bias_index], rest[width]
-        _, sinks, *_, sinks_gradient = (*rest, *(*DEFAULTS, False)[len(rest) - width - 1 :])[width + 1 :]
+        given = rest[width + 1 :]
+        sinks, sinks_gradient = (given[i] if i < len(given) else None for i in (1, len(_MORE)))
         wants_bias = bias is not None and bias_gradient and bias.dtype.is_floating_point
         dbias = bias.new_empty(bias.shape) if wants_bias else q.new_empty(0)
         dsinks = sinks.new_empty(sinks.shape) if sinks is not None and sinks_gradient else q.new_empty(0)
@@ -299,9 +303,10 @@ def _fake_backward(bias_index: int, width: int) -> Callable[..., BackwardResult]
 def _define(name: str, forward: Any, backward: Any, bias_index: int) -> None:
     """Implementation, fake and autograd of one forward op and its backward op.
 
-    bias_index: place of the bias; the arguments of `_MORE` are the last ones.
+    bias_index: place of the bias; the arguments of `_MORE` follow behind the required ones.
     """
-    slopes_index = len(getattr(torch.ops.spx, name).default._schema.arguments) - len(_MORE)
+    schema = getattr(torch.ops.spx, name).default._schema
+    slopes_index = [argument.name for argument in schema.arguments].index("alibi_slopes")
     sinks_index = slopes_index + 1
     _LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
     _LIBRARY.impl(f"{name}_backward", backward, "CompositeExplicitAutograd")
@@ -325,9 +330,10 @@ def _define(name: str, forward: Any, backward: Any, bias_index: int) -> None:
         if needed[slopes_index]:
             raise NotImplementedError(f"spx::{name} has no gradient of alibi_slopes")
         wants_bias, wants_sinks = needed[bias_index], needed[sinks_index]
-        inputs += DEFAULTS[len(inputs) - slopes_index :]
-        data, more = inputs[:slopes_index], inputs[slopes_index:]
-        dq, dk, dv, dbias, dsinks = op(grad_out, grad_lse, out, lse, *data, wants_bias, *more, wants_sinks)
+        inputs += [argument.default_value for argument in schema.arguments[len(inputs) :]]
+        data, more = inputs[:slopes_index], inputs[slopes_index : slopes_index + len(_MORE)]
+        layout = inputs[slopes_index + len(_MORE) :]
+        dq, dk, dv, dbias, dsinks = op(grad_out, grad_lse, out, lse, *data, wants_bias, *more, wants_sinks, *layout)
         grads: list[Tensor | None] = [None] * len(inputs)
         grads[:3] = dq, dk, dv
         grads[bias_index] = dbias if wants_bias else None

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from spcompile.attention import carry
-from spcompile.attention.mask import Kind
 from spcompile.attention.runs import Run, shard_runs
 from spcompile.diagnostics import IllegalOption
-from spcompile.sequence import local_length
+from spcompile.sequence import chunk_length, local_length
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,20 +57,22 @@ class Ring:
     """The layout of both sequences on the ring.
 
     q_length, k_length: global lengths; order: of `spcompile.sequence`. Nothing here differs between ranks.
+    inner: every rank has the joined rows of so many neighbours, over all of whom the sequences are laid out.
     """
 
     q_length: int
     k_length: int
     degree: int
     order: str
+    inner: int = 1
 
     def q_runs(self, rank: int) -> tuple[Run, ...]:
         """Where the query rows of `rank` are."""
-        return shard_runs(self.q_length, rank, self.degree, self.order)
+        return shard_runs(self.q_length, rank, self.degree, self.order, self.inner)
 
     def k_runs(self, rank: int) -> tuple[Run, ...]:
         """Where the keys of `rank` are."""
-        return shard_runs(self.k_length, rank, self.degree, self.order)
+        return shard_runs(self.k_length, rank, self.degree, self.order, self.inner)
 
     def distances(self, mask: AttentionMask) -> tuple[int, ...]:
         """How far keys travel, in ascending order: the distances over which the mask leaves anything on any rank.
@@ -80,28 +81,39 @@ class Ring:
         """
         return _distances(self, mask)
 
-    def meets(self, mask: AttentionMask, q_rank: int, k_rank: int) -> bool:
-        """Whether the mask leaves anything of one rank's queries against another's keys."""
-        pairs = ((q, k) for q in self.q_runs(q_rank) for k in self.k_runs(k_rank))
-        return any(mask.classify(q.first, q.last, k.first, k.last) is not Kind.EMPTY for q, k in pairs)
-
     def check(self, q: Tensor, k: Tensor) -> None:
         """Raises IllegalOption where the local shapes are not those of this layout."""
         for name, x, length in (("q", q, self.q_length), ("k", k, self.k_length)):
-            expected = local_length(length, self.degree, self.order)
+            expected = self.inner * local_length(length, self.inner * self.degree, self.order)
             if x.shape[2] != expected:
                 found = f"ring attention: {name} has {x.shape[2]} local rows of a sequence of {length}"
-                raise IllegalOption(found, legal=f"{expected} ({self.order} over {self.degree} ranks)")
+                raise IllegalOption(found, legal=f"{expected} ({self.order} over {self.inner * self.degree} ranks)")
 
 
 @functools.lru_cache(maxsize=1024)
 def _distances(ring: Ring, mask: AttentionMask) -> tuple[int, ...]:
-    ranks = range(ring.degree)
-    return tuple(
-        distance
-        for distance in range(1, ring.degree)
-        if any(ring.meets(mask, rank, (rank - distance) % ring.degree) for rank in ranks)
-    )
+    """Linear in the degree: the keys that a run of queries reaches are a range of chunks, so one or two of ranks."""
+    changes = [0] * (2 * ring.degree + 1)  # how many more runs reach distance d - degree than d - 1 - degree
+    chunk = ring.inner * chunk_length(ring.k_length, ring.inner * ring.degree, ring.order)
+    for rank in range(ring.degree):
+        for run in ring.q_runs(rank):
+            first, last = mask.reach(run.first, run.last)
+            last = ring.k_length - 1 if last is None else min(last, ring.k_length - 1)
+            if first > last:
+                continue
+            for nearest, furthest in _owners(first // chunk, last // chunk, ring.degree):
+                changes[rank - furthest + ring.degree] += 1
+                changes[rank - nearest + ring.degree + 1] -= 1
+    reached = [count > 0 for count in itertools.accumulate(changes)]
+    return tuple(d for d in range(1, ring.degree) if reached[d] or reached[d + ring.degree])
+
+
+def _owners(first: int, last: int, degree: int) -> Iterator[tuple[int, int]]:
+    """The ranks that hold chunks first..last, as ranges. Zigzag has a second half, which runs backwards."""
+    if first < degree:
+        yield first, min(last, degree - 1)
+    if last >= degree:
+        yield 2 * degree - 1 - last, 2 * degree - 1 - max(first, degree)
 
 
 def ring_forward(

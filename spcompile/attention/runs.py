@@ -77,9 +77,12 @@ def natural_runs(length: int) -> tuple[Run, ...]:
     return (Run(0, length, 0, length - 1),) if length else ()
 
 
-def shard_runs(length: int, rank: int, degree: int, order: str) -> tuple[Run, ...]:
-    """The runs of `rank`'s shard of a sequence laid out by `spcompile.sequence`, padding left out."""
-    chunk = chunk_length(length, degree, order)
+def shard_runs(length: int, rank: int, degree: int, order: str, inner: int = 1) -> tuple[Run, ...]:
+    """The runs of `rank`'s shard of a sequence laid out by `spcompile.sequence`, padding left out.
+
+    inner: the sequence is laid out over so many times more ranks, and this is what that many neighbours hold together.
+    """
+    chunk = inner * chunk_length(length, inner * degree, order)
     runs = []
     for index, number in enumerate(chunks_of(rank, degree, order)):
         first = number * chunk

@@ -1,7 +1,8 @@
 """Sizes of tiles, warps and pipeline stages: a table, so that all ranks run the same kernels on the same shapes.
 
 Nothing is timed at run time. Entries were chosen for compiling without spilled registers, within the architecture's
-shared memory (`tests/test_triton_compile.py`), and among those for large tiles. None has been timed on a GPU yet.
+shared memory (`tests/test_triton_compile.py`), and among those for large tiles; those of float32 may spill up to
+SPILLED_SINGLES bytes a thread, which smaller tiles would cost more. None has been timed on a GPU yet.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 HEAD_SIZES = (64, 128, 256)  # a head, padded to a power of two, takes the first that it fits
+SPILLED_SINGLES = 64
 VARIANTS = ("plain", "rich", "bias")  # positions alone; data, softcap, ALiBi or dropout too; a dense bias
 
 
@@ -36,14 +38,14 @@ class Configs(NamedTuple):
 
 # bfloat16 and float16: (architecture, head size, variant)
 _HALVES = {
-    ("sm80", 64, "plain"): Configs(Config(128, 32, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
+    ("sm80", 64, "plain"): Configs(Config(128, 32, 8, 3), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
     ("sm80", 64, "rich"): Configs(Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 64, 8, 2)),
     ("sm80", 64, "bias"): Configs(Config(128, 32, 8, 3), Config(64, 32, 8, 2), Config(32, 32, 4, 2)),
     ("sm80", 128, "plain"): Configs(Config(128, 32, 8, 3), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
     ("sm80", 128, "rich"): Configs(Config(128, 32, 8, 3), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
     ("sm80", 128, "bias"): Configs(Config(64, 32, 8, 2), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
-    ("sm80", 256, "plain"): Configs(Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 64, 8, 2)),
-    ("sm80", 256, "rich"): Configs(Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(16, 64, 8, 1)),
+    ("sm80", 256, "plain"): Configs(Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 64, 8, 1)),
+    ("sm80", 256, "rich"): Configs(Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(16, 32, 8, 1)),
     ("sm80", 256, "bias"): Configs(Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(16, 32, 8, 1)),
     ("sm90", 64, "plain"): Configs(
         Config(128, 128, 8, 3, True), Config(128, 128, 8, 3, True), Config(64, 128, 8, 3, True)
@@ -63,17 +65,17 @@ _HALVES = {
     ("sm90", 128, "bias"): Configs(
         Config(128, 32, 8, 2, True), Config(128, 32, 8, 2, True), Config(32, 64, 8, 2, True)
     ),
-    ("sm90", 256, "plain"): Configs(Config(64, 64, 8, 2, True), Config(64, 64, 8, 2, True), Config(32, 64, 8, 2, True)),
-    ("sm90", 256, "rich"): Configs(Config(128, 32, 8, 2, True), Config(64, 32, 8, 2, True), Config(16, 64, 8, 2, True)),
+    ("sm90", 256, "plain"): Configs(Config(64, 64, 8, 2, True), Config(64, 32, 8, 2, True), Config(32, 64, 8, 2, True)),
+    ("sm90", 256, "rich"): Configs(Config(64, 64, 8, 2, True), Config(64, 32, 8, 2, True), Config(16, 64, 8, 2, True)),
     ("sm90", 256, "bias"): Configs(Config(64, 32, 8, 2, True), Config(64, 16, 8, 2, True), Config(16, 64, 8, 2, True)),
     ("sm100", 64, "plain"): Configs(
-        Config(128, 128, 8, 3, True), Config(128, 64, 8, 3, True), Config(64, 128, 8, 3, True)
+        Config(128, 128, 8, 3, True), Config(64, 64, 4, 3, True), Config(64, 128, 8, 3, True)
     ),
     ("sm100", 64, "rich"): Configs(
         Config(128, 128, 8, 2, True), Config(128, 64, 8, 3, True), Config(64, 128, 8, 2, True)
     ),
     ("sm100", 64, "bias"): Configs(
-        Config(128, 64, 8, 2, True), Config(128, 64, 8, 2, True), Config(32, 128, 8, 2, True)
+        Config(128, 64, 8, 2, True), Config(128, 64, 8, 2, True), Config(32, 128, 8, 2, True), Config(16, 16, 4, 1)
     ),
     ("sm100", 128, "plain"): Configs(
         Config(128, 128, 8, 2, True), Config(128, 64, 8, 3, True), Config(64, 128, 8, 3, True)
@@ -87,7 +89,9 @@ _HALVES = {
     ("sm100", 256, "plain"): Configs(
         Config(64, 64, 8, 2, True), Config(64, 32, 8, 2, True), Config(32, 64, 8, 1, True)
     ),
-    ("sm100", 256, "rich"): Configs(Config(64, 64, 8, 2, True), Config(64, 32, 8, 2, True), Config(16, 64, 8, 1, True)),
+    ("sm100", 256, "rich"): Configs(
+        Config(64, 64, 8, 2, True), Config(64, 32, 8, 1, True), Config(16, 128, 8, 1, True)
+    ),
     ("sm100", 256, "bias"): Configs(
         Config(64, 16, 8, 2, True), Config(64, 16, 8, 1, True), Config(16, 128, 8, 1, True)
     ),
@@ -98,12 +102,12 @@ _SINGLES = {
     (64, "plain"): Configs(Config(32, 32, 4, 2), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
     (64, "rich"): Configs(Config(32, 32, 4, 2), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
     (64, "bias"): Configs(Config(32, 32, 4, 2), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
-    (128, "plain"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    (128, "plain"): Configs(Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(32, 32, 8, 1)),
     (128, "rich"): Configs(Config(32, 32, 8, 1), Config(16, 16, 4, 1), Config(32, 32, 8, 1)),
-    (128, "bias"): Configs(Config(32, 32, 8, 1), Config(16, 16, 4, 1), Config(32, 32, 4, 1)),
+    (128, "bias"): Configs(Config(32, 32, 8, 1), Config(16, 16, 4, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
     (256, "plain"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
-    (256, "rich"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
-    (256, "bias"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    (256, "rich"): Configs(Config(16, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
+    (256, "bias"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
 }
 
 ARCHITECTURES = ("sm80", "sm90", "sm100")

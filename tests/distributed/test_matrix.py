@@ -50,5 +50,5 @@ LENGTHS = [("llama", "ring"), ("bert", "ulysses")]
 @pytest.mark.parametrize("length", [63, 65, 1000])
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_lengths(worker_pool: PoolOf, world: int, length: int, model: str, attention: str) -> None:
-    """Three ranks divide neither the heads nor most lengths: Ulysses, asked for, gives way to the ring."""
+    """Three ranks divide neither the heads nor most lengths."""
     check(worker_pool(world), model, "right padding", length, attention=attention)

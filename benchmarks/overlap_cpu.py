@@ -1,0 +1,173 @@
+"""How much of the communication of a Llama's training step hides behind compute, on gloo processes: pass on and off.
+
+    python benchmarks/overlap_cpu.py [--ranks 2,4] [--seq 512] [--dim 512] [--layers 4] [--compilers eager]
+
+Cases: `tp`, tensor parallel; `zero-3`, parameters sharded over cp; `sums`, whole parameters on cp. Measured with
+torch.profiler on rank 0: seconds in which compute stands in `wait_tensor`. Without overlap-collectives every wait
+follows its start, so that this is the whole communication; what remains of it with the pass is exposed. Beside it what
+the tables predict (accelerator "cpu", link "loopback"). Then, from the tables alone, a layer of Llama 3 8B in bf16 on
+H100s: tp = 8 over NVLink, 8192 tokens a rank. The tables go to stderr, one line of JSON to stdout. Exits with 1 if a
+loss differs between pass on and off by more than 1e-5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch.distributed.device_mesh import init_device_mesh
+from torch.profiler import ProfilerActivity, profile
+
+import spcompile
+from spcompile.backend import PROGRAMS
+from spcompile.cost import cost_model
+from spcompile.models import build
+from spcompile.timeline import Prediction, predict
+from spcompile.train import cores, join_processes, on_processes
+from spcompile.train_report import relative
+
+TOLERANCE = 1e-5
+CASES = {"tp": ("tp", None), "zero-3": ("cp", "cp"), "sums": ("cp", None)}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The least over steps, since other programs only add.
+
+    waited: seconds in wait_tensor; step: seconds of a step; first: of the one that compiles.
+    """
+
+    case: str
+    compiler: str
+    ranks: int
+    overlaps: bool
+    waited: float
+    step: float
+    first: float
+    predicted_exposed: float
+    predicted_communication: float
+    loss: float
+
+
+def measure(case: str, compiler: str, overlaps: bool, options: argparse.Namespace) -> Measurement:
+    """Steps of one configuration in this process, with the other ranks."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    axis, shard = CASES[case]
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=(axis,))
+    model: Any = build("llama", layers=options.layers, dim=options.dim, hidden=3 * options.dim)
+    ids_BS = torch.randint(256, (1, options.seq), generator=torch.Generator().manual_seed(1))
+    batch = {"ids_BS": ids_BS, "labels_BS": ids_BS}
+    chosen: dict[str, Any] = {
+        "compiler": compiler,
+        "outputs": "loss",
+        "accelerator": "cpu",
+        "links": {axis: "loopback"},
+    }
+    chosen |= {} if overlaps else {"passes": {"overlap-collectives": False}}
+    if shard is None:
+        model.compile(backend="spcompile", options={**chosen, "mesh": mesh}, dynamic=False)
+    else:
+        model = spcompile.parallelize(model, mesh, batch, shard_parameters=shard, **chosen)
+    seconds, waited = [], []
+    for _ in range(options.steps + 1):
+        model.zero_grad()
+        dist.barrier()
+        start = time.perf_counter()
+        with profile(activities=[ProfilerActivity.CPU]) as prof:
+            loss = model(**batch)
+            loss.backward()
+        dist.barrier()
+        seconds.append(time.perf_counter() - start)
+        events = [e for e in prof.events() if e.name == "_c10d_functional::wait_tensor"]
+        waited.append(sum(e.cpu_time_total for e in events) / 1e6)
+    program, emission = PROGRAMS[-1]
+    found = predict(emission.graphs, cost_model(program.ctx.mesh, program.ctx.options))
+    rest = min(waited[1:]), min(seconds[1:]), seconds[0]
+    predicted = found.total("exposed"), found.total("communication")
+    return Measurement(case, compiler, dist.get_world_size(), overlaps, *rest, *predicted, loss.item())
+
+
+def run_rank(options: argparse.Namespace) -> list[Measurement]:
+    """All configurations in this process."""
+    found = []
+    with join_processes():
+        torch.set_num_threads(max(1, cores() // dist.get_world_size()))
+        for case in options.cases:
+            for compiler in options.compilers:
+                for overlaps in (False, True):
+                    found.append(measure(case, compiler, overlaps, options))
+                    if dist.get_rank() == 0:
+                        row = found[-1]
+                        print(f"{case} {compiler} {overlaps}: {row.waited:.3f} s waited", file=sys.stderr, flush=True)
+    return found
+
+
+def llama_8b_layer() -> Prediction:
+    """By the tables: the difference between two layers and one."""
+
+    def plan(layers: int) -> Prediction:
+        with torch.device("meta"):
+            sizes = {"heads": 32, "kv_heads": 8, "dim": 4096, "hidden": 14336}
+            model = build("llama", layers=layers, vocab=1024, **sizes).to(torch.bfloat16)
+            ids_BS = torch.zeros(1, 8 * 8192, dtype=torch.int64)
+        batch = {"ids_BS": ids_BS, "labels_BS": ids_BS}
+        return spcompile.explain(model, batch, mesh={"tp": 8}, outputs="loss", links={"tp": "nvlink"}).predicted
+
+    one, two = plan(1), plan(2)
+    phases = [
+        type(a)(a.phase, *(y - x for x, y in list(zip(vars(a).values(), vars(b).values(), strict=True))[1:]))
+        for a, b in zip(one.phases, two.phases, strict=True)
+    ]
+    return Prediction(tuple(phases), two.assumptions)
+
+
+def table(rows: list[Measurement]) -> Table:
+    """Two rows a configuration; `hidden`: of what compute waits for with the pass off."""
+    result = Table("case", "compiler", "ranks", "pass", "step, s", "waited, s", "hidden", "predicted hidden", "loss")
+    for off, on in zip(rows[::2], rows[1::2], strict=True):
+        for row in (off, on):
+            hidden = 1 - row.waited / off.waited
+            predicted = 1 - row.predicted_exposed / max(row.predicted_communication, 1e-12)
+            cells = [f"{row.step:.3f}", f"{row.waited:.3f}", f"{hidden:.0%}", f"{predicted:.0%}", f"{row.loss:.6f}"]
+            result.add_row(row.case, row.compiler, str(row.ranks), "on" if row.overlaps else "off", *cells)
+    return result
+
+
+def main() -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    for name, default in {"seq": 512, "dim": 512, "layers": 4, "steps": 3}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--ranks", type=lambda text: [int(part) for part in text.split(",")], default=[2, 4])
+    parser.add_argument("--compilers", type=lambda text: text.split(","), default=["eager"])
+    parser.add_argument("--cases", type=lambda text: text.split(","), default=list(CASES))
+    options = parser.parse_args()
+    rows: list[Measurement] = []
+    for ranks in options.ranks:
+        rows += on_processes(ranks, run_rank, options)[0]
+    console = Console(stderr=True, width=120)
+    console.print(table(rows))
+    layer = llama_8b_layer()
+    console.print("A layer of Llama 3 8B, tp = 8, 8192 tokens a rank:", "; ".join(layer.assumptions))
+    for phase in layer.phases:
+        figures = f"{1e3 * phase.seconds:.2f} ms, {1e3 * phase.exposed:.2f} of {1e3 * phase.communication:.2f} exposed"
+        console.print(f"  {phase.phase}: {figures}")
+    share = layer.total("exposed") / layer.total("seconds")
+    console.print(f"  exposed: {share:.1%} of the step")
+    record = {"schema": 1, "options": vars(options), "results": [asdict(r) for r in rows], "llama_8b_exposed": share}
+    print(json.dumps(record))
+    pairs = zip(rows[::2], rows[1::2], strict=True)
+    return int(any(not relative(on.loss, off.loss) <= TOLERANCE for off, on in pairs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,18 +10,19 @@ import torch
 import torch.fx as fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from spcompile import recompute
 from spcompile.collectives import erase_identities
 from spcompile.graph import copy_graph
 from spcompile.keep_order import KEEP_THE_ORDER
 from spcompile.passes_api import PassReport, Stage
 from spcompile.pipeline import run_passes
 from spcompile.program import LocalProgram
-from spcompile.recompute import tag_recomputed
 from spcompile.torch_private import (
     CustomGraphPass,
     aot_autograd,
     compile_fx,
     compile_fx_inner,
+    get_hash_for_files,
     make_boxed_func,
     min_cut_rematerialization_partition,
 )
@@ -64,7 +65,7 @@ def prepare_joint(graph: fx.Graph, regather: bool = True) -> None:
     Seeds are saved: drawn again, they would be others.
     """
     erase_identities(graph)
-    tag_recomputed(graph, regather)
+    recompute.tag_recomputed(graph, regather)
     for node in graph.nodes:
         if node.target in _SEEDS:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -79,8 +80,24 @@ class _PrepareJoint(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         prepare_joint(graph, self.regather)
 
-    def uuid(self) -> str:
-        return f"spcompile.prepare_joint.3 regather={self.regather}"
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__, recompute.__file__), f"regather={self.regather}")
+
+
+class _BehindUsersOwn(CustomGraphPass):
+    """What a user's configuration of Inductor names, one pass or several, then one of this project."""
+
+    def __init__(self, own: Any, then: CustomGraphPass) -> None:
+        self.passes = [*(own if isinstance(own, (list, tuple)) else [own]), then]
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for one in self.passes:
+            one(graph)
+
+    def uuid(self) -> Any:
+        """None, which is no caching, where a pass has no identity."""
+        found = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in self.passes]
+        return None if None in found else found
 
 
 def emit(emission: Emission, compiler: str) -> Callable[..., Any]:
@@ -125,6 +142,10 @@ def _inductor(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> 
     patches: dict[str, Any] = {"joint_custom_pre_pass": _PrepareJoint(emission.program.ctx.options.regather)}
     if any(p.name == "overlap-collectives" for p in emission.program.schedule):
         patches |= KEEP_THE_ORDER
+    for name in ("joint_custom_pre_pass", "post_grad_custom_post_pass"):
+        own = getattr(torch._inductor.config, name)
+        if own is not None and name in patches:
+            patches[name] = _BehindUsersOwn(own, patches[name])
     # Autograd's own cache would skip the SCHEDULE stage and return code that is bound to another mesh's groups. The
     # cache of Inductor below it sees the bound graph, and stays on.
     with torch._functorch.config.patch(enable_autograd_cache=False):

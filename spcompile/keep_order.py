@@ -12,7 +12,7 @@ import torch.fx as fx
 
 from spcompile.cost import is_product
 from spcompile.timeline import is_wait, starts
-from spcompile.torch_private import CustomGraphPass, OrderedSet, preserve_node_ordering
+from spcompile.torch_private import CustomGraphPass, OrderedSet, get_hash_for_files, preserve_node_ordering
 
 
 class KeepOrder(CustomGraphPass):
@@ -21,8 +21,8 @@ class KeepOrder(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         preserve_node_ordering(graph, {node: OrderedSet(before) for node, before in dependencies(graph).items()})
 
-    def uuid(self) -> str:
-        return "spcompile.keep_order.1"
+    def uuid(self) -> bytes:
+        return get_hash_for_files((__file__,))
 
 
 def dependencies(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

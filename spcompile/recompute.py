@@ -14,6 +14,7 @@ import torch
 import torch.fx as fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+import spcompile.collectives  # noqa: F401  (defines the ops)
 from spcompile.graph import argument, operand
 from spcompile.sizes import numel_hint
 

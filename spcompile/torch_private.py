@@ -29,7 +29,7 @@ from torch._guards import TracingContext, detect_fake_mode
 
 # torch 2.13: torch/_inductor/compile_fx.py, custom_graph_pass.py
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 # torch 2.13: torch/_inductor/decomposition.py. What compile_fx hands to AOTAutograd.
 from torch._inductor.decomposition import select_decomp_table as inductor_decompositions
@@ -68,6 +68,7 @@ __all__ = [
     "compile_fx_inner",
     "detect_fake_mode",
     "disable_functional_mode",
+    "get_hash_for_files",
     "inductor_decompositions",
     "make_boxed_func",
     "min_cut_rematerialization_partition",

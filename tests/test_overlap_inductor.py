@@ -111,3 +111,14 @@ def test_without_its_settings_inductor_sorts_again(monkeypatch: pytest.MonkeyPat
     """What this file reads off the code does tell the difference."""
     monkeypatch.setattr(emit, "KEEP_THE_ORDER", {})
     assert any(undone(gm, code, {"tp": 2}) for gm, code in written({"tp": 2}))
+
+
+def test_passes_of_the_users_own_run_too() -> None:
+    seen: list[str] = []
+    names = ("joint_custom_pre_pass", "post_grad_custom_post_pass")
+    own = {name: lambda graph, name=name: seen.append(name) for name in names}
+    with torch._inductor.config.patch(own):
+        pairs = written({"tp": 2})
+    assert sorted(seen) == [names[0], names[1], names[1]]  # once; forward and backward
+    for gm, code in pairs:
+        assert not undone(gm, code, {"tp": 2})

@@ -99,11 +99,20 @@ def _depend_on_tangents(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _moves_a_parameter(node: fx.Node, trained: Sequence[bool]) -> bool:
-    """Whether nothing is computed between an input that is a parameter and a collective."""
-    source = node
-    while source.op == "call_function" and len(source.all_input_nodes) == 1:
-        source = source.all_input_nodes[0]
-    number = re.fullmatch(r"primals_(\d+)|arg(\d+)_1", source.name) if source.op == "placeholder" else None
+    """Whether nothing is computed between parameters and a collective. A bucket lays them end to end."""
+    pending = list(node.all_input_nodes)
+    while pending:
+        source = pending.pop()
+        moves = len(source.all_input_nodes) == 1 or source.target is torch.ops.aten.cat.default
+        if source.op == "call_function" and moves:
+            pending += source.all_input_nodes
+        elif not _is_parameter(source, trained):
+            return False
+    return bool(node.all_input_nodes)
+
+
+def _is_parameter(node: fx.Node, trained: Sequence[bool]) -> bool:
+    number = re.fullmatch(r"primals_(\d+)|arg(\d+)_1", node.name) if node.op == "placeholder" else None
     if number is None:
         return False
     place = int(number[1]) - 1 if number[1] else int(number[2])

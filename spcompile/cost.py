@@ -211,4 +211,7 @@ def _number(size: sympy.Expr, node: fx.Node) -> float:
         return float(size)
     values = [x for n in (node, *node.all_input_nodes) for x in _tensors(n)]
     symbolic: Any = next(s for x in values for s in x.shape if isinstance(s, torch.SymInt))
-    return float(symbolic.node.shape_env.size_hint(size))
+    environment = symbolic.node.shape_env
+    # torch before 2.13 has size_hint, which later ones warn about
+    hint_of = getattr(environment, "optimization_hint", None) or environment.size_hint
+    return float(size.xreplace({symbol: sympy.Integer(hint_of(symbol)) for symbol in size.free_symbols}))

@@ -68,7 +68,7 @@ def test_own_rows(worker_pool: PoolOf, model: str, axes: dict[str, int], compile
 @pytest.mark.parametrize(
     ("model", "axes", "compiler"),
     [
-        ("llama-tiny", {"dp": 2}, "inductor"),
+        pytest.param("llama-tiny", {"dp": 2}, "inductor", marks=pytest.mark.slow),
         ("gpt-tiny", {"dp": 2, "cp": 2}, "eager"),
         pytest.param("bert-tiny", {"tp": 2, "dp": 2}, "eager", marks=pytest.mark.slow),
     ],

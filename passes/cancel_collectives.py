@@ -7,6 +7,7 @@ P -> I -> S    P -> S: a ReduceScatter
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ import torch.fx as fx
 from spcompile.global_view import is_view
 from spcompile.graph import operand
 from spcompile.passes.annotate_tensor_parallel import EXAMPLE as _MLP
-from spcompile.passes_api import Context, Pass, Stage
+from spcompile.passes_api import Context, RewritePass, Stage
 from spcompile.reshard import is_reshard
 from spcompile.resharding import reshard_to
 
@@ -23,7 +24,7 @@ EXAMPLE = _MLP
 
 
 @dataclass(frozen=True)
-class CancelCollectives(Pass):
+class CancelCollectives(RewritePass):
     """Join neighbouring reshards of `tp`."""
 
     name: ClassVar[str] = "cancel-collectives"
@@ -32,9 +33,8 @@ class CancelCollectives(Pass):
     summary: ClassVar[str] = "removes pairs of collectives that undo each other, and joins those that are one"
     axis: ClassVar[str | None] = "tp"
 
-    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        """Returns how many pairs were joined."""
-        count = 0
+    def rewrites(self, gm: fx.GraphModule, ctx: Context) -> Iterator[fx.Node]:
+        """Join one pair after the other."""
         for node in list(gm.graph.nodes):
             first = operand(node, 0) if is_reshard(node) else None
             if first is None or not is_reshard(first) or node.args[1] != "tp" or first.args[1] != "tp":
@@ -45,12 +45,16 @@ class CancelCollectives(Pass):
             if joined is not None:
                 node.replace_all_uses_with(joined)
                 gm.graph.erase_node(node)
-                count += 1
-        for node in reversed(list(gm.graph.nodes)):
-            if is_reshard(node) and not node.users:
-                gm.graph.erase_node(node)
-        gm.recompile()
-        return count
+                _erase_unread(first)
+                yield joined
+
+
+def _erase_unread(node: fx.Node) -> None:
+    """A change of state that nobody reads any more, and those in front of it."""
+    while is_reshard(node) and not node.users:
+        before = operand(node, 0)
+        node.graph.erase_node(node)
+        node = before
 
 
 def _joined(value: fx.Node, src: str, middle: str, dst: str, origin: str) -> fx.Node | None:

@@ -7,6 +7,7 @@ and what was an AllGather of its gradient is gone: the mirror image of sink-all-
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,14 +17,14 @@ from torch import Tensor
 
 from spcompile.graph import is_getitem, operand
 from spcompile.layout import layout_of, show
-from spcompile.passes_api import Context, Example, Pass, Stage
+from spcompile.passes_api import Context, Example, RewritePass, Stage
 from spcompile.propagate import Choice, choice_at
 from spcompile.reshard import is_reshard, parse_place
 from spcompile.resharding import reshards_of, run_sharded
 
 
 @dataclass(frozen=True)
-class HoistShard(Pass):
+class HoistShard(RewritePass):
     """Let Shards of `tp` pass every op that the sequence passes and nobody else reads."""
 
     name: ClassVar[str] = "hoist-shard"
@@ -32,9 +33,8 @@ class HoistShard(Pass):
     summary: ClassVar[str] = "moves Shards above position lookups, masks and casts"
     axis: ClassVar[str | None] = "tp"
 
-    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        """Returns how many ops were passed."""
-        count = 0
+    def rewrites(self, gm: fx.GraphModule, ctx: Context) -> Iterator[fx.Node]:
+        """Pass one op after the other."""
         waiting = deque(reshards_of(gm.graph, "tp", "I", "S"))
         while waiting:
             shard = waiting.popleft()
@@ -47,9 +47,7 @@ class HoistShard(Pass):
             shard.replace_all_uses_with(value)
             gm.graph.erase_node(shard)
             waiting.extend(n for n in value.all_input_nodes if is_reshard(n) and str(n.args[3]).startswith("S"))
-            count += 1
-        gm.recompile()
-        return count
+            yield value
 
 
 def _passes(value: fx.Node, shard: fx.Node) -> Choice | None:

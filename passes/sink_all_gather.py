@@ -8,6 +8,7 @@ dropout, residual additions, casts, and products with weights that tp does not s
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +18,7 @@ from spcompile.global_view import is_view
 from spcompile.graph import is_getitem, operand, result_number
 from spcompile.layout import layout_of, show
 from spcompile.passes.annotate_tensor_parallel import EXAMPLE as _MLP
-from spcompile.passes_api import Context, Pass, Stage
+from spcompile.passes_api import Context, RewritePass, Stage
 from spcompile.propagate import Choice, choice_as_operand, leaves_sums
 from spcompile.reshard import is_reshard, parse_place
 from spcompile.resharding import hand_over, reshards_of, run_sharded
@@ -26,7 +27,7 @@ EXAMPLE = _MLP
 
 
 @dataclass(frozen=True)
-class SinkAllGather(Pass):
+class SinkAllGather(RewritePass):
     """Let AllGathers of `tp` pass every op that the sequence passes."""
 
     name: ClassVar[str] = "sink-all-gather"
@@ -35,9 +36,8 @@ class SinkAllGather(Pass):
     summary: ClassVar[str] = "moves AllGathers below norms, dropout, residual additions and casts"
     axis: ClassVar[str | None] = "tp"
 
-    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        """Returns how many ops were passed."""
-        count = 0
+    def rewrites(self, gm: fx.GraphModule, ctx: Context) -> Iterator[fx.Node]:
+        """Pass one op after the other."""
         waiting = deque(reshards_of(gm.graph, "tp", "S", "I"))
         while waiting:
             gather = waiting.popleft()
@@ -45,9 +45,7 @@ class SinkAllGather(Pass):
                 choice = passes(user, gather)
                 if choice is not None:
                     waiting.extend(sink_through(user, choice, self.name))
-                    count += 1
-        gm.recompile()
-        return count
+                    yield user
 
 
 def passes(user: fx.Node, gather: fx.Node) -> Choice | None:

@@ -6,6 +6,7 @@ Before: reshard(x, tp, P, I). After: reshard(reshard(x, tp, P, S(seq)), tp, S(se
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,14 +14,14 @@ import torch.fx as fx
 
 from spcompile.graph import operand
 from spcompile.passes.annotate_tensor_parallel import EXAMPLE as _MLP
-from spcompile.passes_api import Context, Pass, Stage
+from spcompile.passes_api import Context, RewritePass, Stage
 from spcompile.resharding import families_of_sequences, reshard_to, reshards_of, sequence_place
 
 EXAMPLE = _MLP
 
 
 @dataclass(frozen=True)
-class SplitAllReduce(Pass):
+class SplitAllReduce(RewritePass):
     """Split every AllReduce of a value that has a sequence."""
 
     name: ClassVar[str] = "split-all-reduce"
@@ -29,10 +30,9 @@ class SplitAllReduce(Pass):
     summary: ClassVar[str] = "splits AllReduce into ReduceScatter and AllGather along the sequence"
     axis: ClassVar[str | None] = "tp"
 
-    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        """Returns how many were split; those of values without a sequence stay."""
+    def rewrites(self, gm: fx.GraphModule, ctx: Context) -> Iterator[fx.Node]:
+        """Split one after the other; those of values without a sequence stay."""
         sequences = families_of_sequences(gm.graph)
-        count = 0
         for node in reshards_of(gm.graph, "tp", "P", "I"):
             value = operand(node, 0)
             place = sequence_place(value, sequences)
@@ -41,6 +41,4 @@ class SplitAllReduce(Pass):
             part = reshard_to(value, "tp", "P", place, origin=self.name)
             node.replace_all_uses_with(reshard_to(part, "tp", place, "I", origin=self.name))
             gm.graph.erase_node(node)
-            count += 1
-        gm.recompile()
-        return count
+            yield part

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -78,6 +79,26 @@ class Pass:
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         """Rewrite the graph; returns the number of rewrites."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class RewritePass(Pass):
+    """A pass made of single rewrites, behind each of which the graph is right.
+
+    limit: make at most so many of them, to find the one behind which a result is wrong.
+    """
+
+    limit: int | None = None
+
+    def rewrites(self, gm: fx.GraphModule, ctx: Context) -> Iterator[fx.Node]:
+        """Make one rewrite for each step, and yield a node that it made or moved."""
+        raise NotImplementedError
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        """Rewrite the graph; returns the number of rewrites."""
+        count = sum(1 for _ in islice(self.rewrites(gm, ctx), self.limit))
+        gm.recompile()
+        return count
 
 
 def op_counts(graph: fx.Graph) -> Counter[str]:

@@ -44,6 +44,8 @@ class ParallelizeAttention(Pass):
         for node in list(gm.graph.nodes):
             if node.target is not spx.attention.default or node.args[3] is None:
                 continue
+            for place in (1, 2):
+                _gather_last(node, place)
             if not _is_gathered(node):
                 _remark_kept(node, ctx)
                 continue
@@ -58,6 +60,22 @@ class ParallelizeAttention(Pass):
         gm.graph.eliminate_dead_code()
         gm.recompile()
         return count
+
+
+def _gather_last(node: fx.Node, place: int) -> None:
+    """vary(all_gather(k)) = all_gather(vary(k)), where they are of two axes: key heads that all ranks of tp share."""
+    varies = []
+    value = operand(node, place)
+    while value.target is spx.vary.default:
+        varies.append(value)
+        value = operand(value, 0)
+    axes = [vary.args[1] for vary in varies]
+    if not varies or value.target is not spx.all_gather.default or value.args[3] in axes:
+        return
+    local = operand(value, 0)
+    for vary in reversed(varies):
+        local = call(node.graph, spx.vary.default, (local, *vary.args[1:]), like=vary, before=node)
+    node.update_arg(place, call(node.graph, spx.all_gather.default, (local, *value.args[1:]), like=value, before=node))
 
 
 def _is_gathered(node: fx.Node) -> bool:

@@ -117,11 +117,14 @@ def test_exact(name: str) -> None:
         (6, 3, {"tp": 2}),  # key/value heads do not divide
         (5, 5, {"tp": 3}),  # nor do heads, the vocabulary (22) and the hidden width (20)
         (4, 2, {"tp": 2, "cp": 2}),
+        (4, 1, {"tp": 2, "cp": 2}),  # all ranks of tp share the keys that a ring of cp carries
     ],
 )
 def test_heads_that_do_not_divide(heads: int, kv_heads: int, mesh: dict[str, int]) -> None:
     report = checked(Model(Grouped(heads, kv_heads), Mlp()), mesh)
-    assert any(remark.code == "SPR503" for remark in report.remarks) == (kv_heads % mesh["tp"] != 0)
+    codes = {remark.code for remark in report.remarks}
+    assert ("SPR503" in codes) == (kv_heads % mesh["tp"] != 0)
+    assert "SPR202" not in codes
 
 
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])

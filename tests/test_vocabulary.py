@@ -65,6 +65,26 @@ def test_every_rank_has_the_whole_loss_and_its_gradient(
     torch.testing.assert_close(torch.cat(grads, 1)[:, :classes], wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("reduction", [NONE, SUM])
+def test_classes_before_other_dims(reduction: int) -> None:
+    """Logits [A, C, S], as cross_entropy takes a transposed sequence."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 6, 3, dtype=torch.float64)
+    target = torch.tensor([[0, -100, 5], [3, 2, 1]])
+    expected = torch.ops.aten.cross_entropy_loss.default(logits, target, None, reduction)
+    parts = list(logits.split(3, 1))
+    sent = [_rank_of(rank, part, [], target, reduction)[1] for rank, part in enumerate(parts)]
+    for rank, part in enumerate(parts):
+        found = _rank_of(rank, part, sent, target, reduction)[0]
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def _rank_of(rank: int, part: Tensor, others: list[Tensor], target: Tensor, reduction: int) -> tuple[Tensor, Tensor]:
+    ranks = _Ranks(rank, part.shape[1], others)
+    call = LocalCall((part, target, None, reduction, -100, 0.0), {}, ((),), "b", 6, 2, ranks)
+    return vocabulary_parallel(call), ranks.sent
+
+
 def test_half_precision_logits_are_reduced_in_float32() -> None:
     torch.manual_seed(0)
     logits = torch.randn(64, 8, dtype=torch.bfloat16)

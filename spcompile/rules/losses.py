@@ -41,7 +41,7 @@ ELEMENTWISE: dict[Any, dict[str, float]] = {
 def classification(node: fx.Node) -> OpRule | None:
     """`a [c] b, a b -> a b` without reduction, else `-> ()`; None for targets that are probabilities.
 
-    A cross entropy over logits [a, c] may have its classes split.
+    A cross entropy may have its classes split.
     """
     args = arguments(node)
     dims, target = factors(args["self"].shape), args["target"]
@@ -50,7 +50,7 @@ def classification(node: fx.Node) -> OpRule | None:
     classes = dims[min(1, len(dims) - 1)]
     rows = [factor for factor in dims if factor is not classes]
     is_entropy = node.target is aten.cross_entropy_loss.default
-    classes.replicated = not (is_entropy and len(dims) == 2 and args["reduction"] != MEAN and args["weight"] is None)
+    classes.replicated = not (is_entropy and len(dims) > 1 and args["reduction"] != MEAN and args["weight"] is None)
     for factor in rows:
         factor.replicated = args["reduction"] == MEAN
     operands = {"self": dims, "target": rows, "weight": [classes]}

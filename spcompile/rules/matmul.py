@@ -128,21 +128,23 @@ def _equation(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
     return inputs, hidden + "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
 
 
-@register(aten.conv1d.default)
-def conv1d(node: fx.Node) -> OpRule:
-    """`a d [e], b d [f] -> a b [c] | d: sum`; channels in groups are replicated."""
+@register(*overloads("conv1d conv2d conv3d conv1d.padding conv2d.padding conv3d.padding"))
+def convolution(node: fx.Node) -> OpRule:
+    """`a d [e], b d [f] -> a b [c] | d: sum`, with one, two or three e, f, c; channels in groups are replicated."""
     args = arguments(node)
-    *batch, channels, length = factors(args["input"].shape)
-    rows, row_channels, taps = factors(args["weight"].shape)
+    space = args["weight"].ndim - 2
+    *batch, channels = factors(args["input"].shape[:-space])
+    rows, row_channels = factors(args["weight"].shape[:2])
     if args["groups"] == 1:
         row_channels = channels
         channels.replicated = args["bias"] is not None
     else:
         rows.replicated = channels.replicated = row_channels.replicated = True
-    steps = Factor(tensor_results(node)[0].shape[-1])
-    for factor in (length, taps, steps):
-        factor.replicated = True
-    operands: dict[str, Any] = {"input": [*batch, channels, length], "weight": [rows, row_channels, taps]}
+    places, taps, steps = (
+        [Factor(size, replicated=True) for size in shape[-space:]]
+        for shape in (args["input"].shape, args["weight"].shape, tensor_results(node)[0].shape)
+    )
+    operands: dict[str, Any] = {"input": [*batch, channels, *places], "weight": [rows, row_channels, *taps]}
     if args["bias"] is not None:
         operands["bias"] = [rows]
-    return build(node, operands, [[*batch, rows, steps]], sums=[channels], fills={"input": 0.0, "weight": 0.0})
+    return build(node, operands, [[*batch, rows, *steps]], sums=[channels], fills={"input": 0.0, "weight": 0.0})

@@ -19,13 +19,19 @@ SUM = 2  # at::Reduction
 
 
 def vocabulary_parallel(call: LocalCall) -> Tensor:
-    """aten.cross_entropy_loss(reduction=none or sum) on logits [N, C]; complete on every rank, computed in float32."""
+    """aten.cross_entropy_loss(reduction=none or sum) on logits [N, C] or [A, C, ...], where N is A and what follows C.
+
+    Complete on every rank, computed in float32.
+    """
     args = bind(aten.cross_entropy_loss.default, call.args, call.kwargs)
-    logits, target_N, ignored = args["self"], args["target"], args["ignore_index"]
+    logits, target, ignored = args["self"], args["target"], args["ignore_index"]
+    target_N = target.flatten()
     smoothing, classes = args["label_smoothing"], call.global_size
     assert call.ranks is not None
     first = call.ranks.first(classes, logits.device)
-    x_NC = logits.to(torch.float32) if logits.dtype.itemsize < 4 else logits
+    x_NC = logits if logits.ndim == 2 else logits.movedim(1, -1).flatten(0, -2)
+    if logits.dtype.itemsize < 4:
+        x_NC = x_NC.to(torch.float32)
     present_C = None
     if not divides(call.degree, classes):
         present_C = torch.arange(x_NC.shape[1], device=logits.device) + first < classes
@@ -39,7 +45,7 @@ def vocabulary_parallel(call: LocalCall) -> Tensor:
     if smoothing:
         loss_N = (1 - smoothing) * loss_N + smoothing * (lse_N - parts_RXN[:, 3].sum(0) / classes)
     loss_N = loss_N.where(target_N != ignored, 0)
-    return (loss_N.sum() if args["reduction"] == SUM else loss_N).to(logits.dtype)
+    return (loss_N.sum() if args["reduction"] == SUM else loss_N.reshape(target.shape)).to(logits.dtype)
 
 
 def _partial_logsumexp(x_NC: Tensor) -> tuple[Tensor, Tensor]:

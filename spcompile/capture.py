@@ -162,6 +162,8 @@ def normalise(gm: fx.GraphModule) -> None:
             node.target = aten.reshape.default
         elif node.target is aten.copy.default and not _is_output(node):
             _replace_copy(node)
+        elif node.target is aten.broadcast_tensors.default:
+            _broadcast_one_by_one(node)
         elif node.target is aten.type_as.default:
             node.target, node.args = aten.to.dtype, (node.args[0], node.meta["val"].dtype)
         elif node.target in _NO_MEANING or (node.target is aten.clone.default and not _is_output(node)):
@@ -197,7 +199,7 @@ def _replace_copy(node: fx.Node) -> None:
     target, value = node.args[:2]
     assert isinstance(value, fx.Node)
     with node.graph.inserting_before(node):
-        if not all(same(a, b) for a, b in zip_longest(value.meta["val"].shape, node.meta["val"].shape, fillvalue=0)):
+        if not _same_shape(value, node):
             example = node.meta["val"].to(value.meta["val"].dtype)
             value = node.graph.call_function(aten.expand_as.default, (value, target))
             value.meta = {**node.meta, "val": example}
@@ -206,6 +208,28 @@ def _replace_copy(node: fx.Node) -> None:
             value.meta = dict(node.meta)
     node.replace_all_uses_with(value)
     node.graph.erase_node(node)
+
+
+def _broadcast_one_by_one(node: fx.Node) -> None:
+    """Losses call broadcast_tensors on what is equally large for the most part: such an operand is its own result."""
+    operands: Any = node.args[0]
+    for user in list(node.users):
+        value = operands[user.args[1]]
+        largest = next((x for x in operands if _same_shape(x, user)), None)
+        if largest is None:
+            continue
+        if not _same_shape(value, user):
+            with node.graph.inserting_before(user):
+                value = node.graph.call_function(aten.expand_as.default, (value, largest))
+            value.meta = dict(user.meta)
+        user.replace_all_uses_with(value)
+        node.graph.erase_node(user)
+    if not node.users:
+        node.graph.erase_node(node)
+
+
+def _same_shape(a: fx.Node, b: fx.Node) -> bool:
+    return all(same(m, n) for m, n in zip_longest(a.meta["val"].shape, b.meta["val"].shape, fillvalue=0))
 
 
 def _is_output(node: fx.Node) -> bool:

@@ -121,6 +121,14 @@ def test_copies_are_what_was_copied_in_dtype_and_shape_of_the_target() -> None:
     assert "aten.to" in found
 
 
+def test_operands_of_losses_are_broadcast_one_by_one() -> None:
+    gm = captures(lambda h, y: torch.nn.functional.mse_loss(h, y), x(3, 4), x(3, 4))
+    assert ops(gm) == ["aten.mse_loss"]
+    gm = captures(lambda h, row: sum(torch.broadcast_tensors(h, row)), x(3, 4), x(4))
+    assert "aten.broadcast_tensors" not in ops(gm)
+    assert "aten.expand_as" in ops(gm)
+
+
 def test_type_as_is_a_cast_to_a_known_dtype() -> None:
     gm = captures(lambda h, like: h.type_as(like).double(), x(3), torch.zeros(2, dtype=torch.float32))
     cast = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.to.dtype)

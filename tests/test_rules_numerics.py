@@ -312,7 +312,7 @@ WRONG: list[tuple[str, Call, dict[str, Any]]] = [
     ),
     (
         "classes over shards",
-        call("cross_entropy_loss", x(4, 6, 2), ints(6, 4, 2), None, NONE),
+        call("nll_loss", x(4, 6), ints(6, 4), None, NONE),
         {"replicated": NOTHING},
     ),
     ("a sum of maxima", call("amax", x(4, 6), [1]), {"reductions": {"b": "sum"}, "replicated": NOTHING}),

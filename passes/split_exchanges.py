@@ -5,7 +5,7 @@ Before: attention(q local, all_gather(k), all_gather(v), positions), to become
 After, on the same values and with as many bytes, one or both of
     apart    q, k and v each in a message of its own, so that q is on its way while k and v are projected
     groups   attention of a part of the heads at a time: while one group is computed, the next one arrives, and the
-             result of the one before is on its way back
+             result of the one before is on its way back; of the first group q, k and v may be apart
 
 What pays is found by adding up, from the tables, when all results are back: the projections that stand between q, k and
 v, the bytes and the latency of every message, attention, and the launches that more messages cost. Assumed: attention
@@ -28,12 +28,13 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.attention.exchanges import Exchanges, Times, candidates, together
+from spcompile.attention.exchanges import WAYS, Exchanges, Times, candidates, together
 from spcompile.attention.gathered import before_gathers, exchange_heads, is_gathered, strategy_of
 from spcompile.attention.head_groups import HeadGroups
 from spcompile.attention.head_parallel import keys_travel_apart
 from spcompile.attention.heads import HeadSplit
 from spcompile.cost import CostModel, cost_model
+from spcompile.diagnostics import IllegalOption
 from spcompile.graph import operand, shape_of
 from spcompile.links import link_of
 from spcompile.mesh import inner_part
@@ -49,7 +50,7 @@ class SplitExchanges(Pass):
     """Cut the exchanges of Ulysses where the tables say that it pays.
 
     groups: of heads; None decides by time. Where so many do not divide a rank's heads, the next smaller number does.
-    apart: whether q, k and v have messages of their own; None decides by time.
+    way: one of WAYS in spcompile/attention/exchanges.py; None decides by time.
     """
 
     name: ClassVar[str] = "split-exchanges"
@@ -59,10 +60,18 @@ class SplitExchanges(Pass):
     summary: ClassVar[str] = "Ulysses in several messages, which hide behind projections and behind attention"
 
     groups: int | None = None
-    apart: bool | None = None
+    way: str | None = None
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        """Rewrite; returns the number of attentions."""
+        """Rewrite; returns the number of attentions.
+
+        Raises:
+            IllegalOption: a way or a number of groups that there is not.
+        """
+        if self.way not in (None, *WAYS):
+            raise IllegalOption(f"passes: split-exchanges: way={self.way!r}", legal=", ".join(WAYS))
+        if self.groups is not None and self.groups < 1:
+            raise IllegalOption(f"passes: split-exchanges: groups={self.groups}", legal="1 or more")
         cost = cost_model(ctx.mesh, ctx.options)
         count = 0
         for node, since in list(_attentions(gm.graph)):
@@ -96,9 +105,8 @@ class SplitExchanges(Pass):
             counts = [1]
         else:
             counts = [n for n in GROUPS if n == 1 or times.attention / n >= FULL * times.kernel]
-        found = list(candidates(heads, counts, keys_apart=keys_apart))
-        if self.apart is not None:
-            found = [x for x in found if any(p.name == "k" for m in x.messages for p in m) == self.apart]
+        ways = WAYS if self.way is None else (self.way,)
+        found = candidates(heads, counts, ways, keys_apart=keys_apart)
         return min(found, key=lambda x: (times.until_back(x), len(x.messages)))
 
 
@@ -159,4 +167,4 @@ def _inputs() -> tuple[Tensor, ...]:
     return x_BSD, *(torch.randn(8, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
 
 
-EXAMPLE = Example(_projected, _inputs, options={"attention": "ulysses"}, fields={"groups": 2, "apart": True})
+EXAMPLE = Example(_projected, _inputs, options={"attention": "ulysses"}, fields={"groups": 2, "way": "first apart"})

@@ -5,9 +5,9 @@ What only moves or waits (views, copies, waits, and what is cheap to make from i
 reader. Compute that no later collective depends on, such as products that give gradients of weights, steps back for
 compute that one depends on, and runs while that is on its way (as Zheng et al. 2022, Alpa, section 6, and Inductor's
 overlap scheduling). Of compute that collectives depend on, what the first of them needs goes first: q is projected,
-rotated and sent before k is projected. A gather of inputs starts so long before its use that the table says it arrives. Gradients travel
-when their axis has nothing better to do, and are waited for at the end. All that these exceptions keep alive is held
-under a number of bytes. Every node is looked at a bounded number of times.
+rotated and sent before k is projected. A gather of inputs starts so long before its use that the table says it
+arrives. Gradients travel when their axis has nothing better to do, and are waited for at the end. All that these
+exceptions keep alive is held under a number of bytes. Every node is looked at a bounded number of times.
 """
 
 from __future__ import annotations

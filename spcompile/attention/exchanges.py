@@ -3,10 +3,11 @@
 Text, as remarks have it: messages in the order in which they leave, "+" joins what one of them carries, a number is a
 group of heads. kv are keys and values side by side.
 
-    q+kv               one message: it leaves when all three are there, and attention waits for all of it
-    q | k | v          q travels while k and v are projected
-    q1+kv1 | q2+kv2    attention of the first group hides the second message, and its result travels during the second
-    q | k | v1 | v2    both
+    q+kv                        one message: it leaves when all three are there, and attention waits for all of it
+    q | k | v                   q travels while k and v are projected
+    q1+kv1 | q2+kv2             attention of the first group hides the second message, that of the second the result
+    q1 | k1 | v1 | q2+kv2       both
+    q1 | k | v | q2             the same, where both groups read the same keys
 """
 
 from __future__ import annotations
@@ -48,32 +49,49 @@ class Exchanges:
 
 def together(heads: HeadSplit, groups: int = 1, *, keys_apart: bool = False) -> Exchanges:
     """As few messages as there are groups. keys_apart: none of them carries both queries and keys."""
-    if groups == 1:
-        pieces = (Piece("q"), Piece("kv"))
-        return Exchanges(tuple((piece,) for piece in pieces) if keys_apart else (pieces,))
-    messages: list[Message] = []
-    cuts_keys = HeadGroups(heads, groups).cuts_keys
-    for group in range(groups):
-        keys = [Piece("kv", group if cuts_keys else None)] if cuts_keys or group == 0 else []
-        pieces = (Piece("q", group), *keys)
-        messages += [(piece,) for piece in pieces] if keys_apart else [pieces]
+    messages = [m for group in range(groups) for m in _of_group(heads, groups, group, keys_apart)]
     return Exchanges(tuple(messages), groups)
 
 
-def apart(heads: HeadSplit, groups: int = 1) -> Exchanges:
-    """A message each for q, k and v, in the order in which models project them; v by groups, where keys have any."""
-    first: tuple[Message, ...] = ((Piece("q"),), (Piece("k"),))
-    if groups == 1 or not HeadGroups(heads, groups).cuts_keys:
-        return Exchanges((*first, (Piece("v"),)), groups)
-    return Exchanges((*first, *((Piece("v", group),) for group in range(groups))), groups)
+def apart(groups: int = 1) -> Exchanges:
+    """q, k and v each in one message, in the order in which models project them; results by groups."""
+    return Exchanges(((Piece("q"),), (Piece("k"),), (Piece("v"),)), groups)
 
 
-def candidates(heads: HeadSplit, groups: Sequence[int], *, keys_apart: bool) -> Iterator[Exchanges]:
-    """The ways to split the exchanges, fewest groups first, for the numbers of groups that the heads allow."""
+def first_apart(heads: HeadSplit, groups: int, *, keys_apart: bool = False) -> Exchanges:
+    """The first group, which nothing but projections can hide, in a message each for q, k and v; then as `together`."""
+    if groups == 1:
+        return apart()
+    own = 0 if HeadGroups(heads, groups).cuts_keys else None
+    first: tuple[Message, ...] = ((Piece("q", 0),), (Piece("k", own),), (Piece("v", own),))
+    rest = [m for group in range(1, groups) for m in _of_group(heads, groups, group, keys_apart)]
+    return Exchanges((*first, *rest), groups)
+
+
+def _of_group(heads: HeadSplit, groups: int, group: int, keys_apart: bool) -> list[Message]:
+    """What a group needs and those before it did not, in one message or in one each."""
+    own = group if groups > 1 else None
+    cuts_keys = HeadGroups(heads, groups).cuts_keys
+    keys = [Piece("kv", own if cuts_keys else None)] if cuts_keys or group == 0 else []
+    pieces = (Piece("q", own), *keys)
+    return [(piece,) for piece in pieces] if keys_apart else [pieces]
+
+
+WAYS = ("together", "apart", "first apart")
+
+
+def candidates(
+    heads: HeadSplit, groups: Sequence[int], ways: Sequence[str] = WAYS, *, keys_apart: bool
+) -> Iterator[Exchanges]:
+    """The exchanges in some of WAYS, for the numbers of groups that the heads allow."""
     for count in groups:
         if HeadGroups.divides(heads, count):
-            yield together(heads, count, keys_apart=keys_apart)
-            yield apart(heads, count)
+            made = {
+                "together": together(heads, count, keys_apart=keys_apart),
+                "apart": apart(count),
+                "first apart": first_apart(heads, count, keys_apart=keys_apart),
+            }
+            yield from (made[way] for way in ways)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import spcompile.collectives  # noqa: F401  (defines the ops)
 from spcompile import sequence
-from spcompile.attention.exchanges import Exchanges, Message, Piece, together
+from spcompile.attention.exchanges import Exchanges, Message, together
 from spcompile.attention.head_groups import HeadGroups
 from spcompile.attention.heads import HeadSplit
 from spcompile.mesh import inner_part, outer_part

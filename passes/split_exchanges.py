@@ -79,7 +79,7 @@ class SplitExchanges(Pass):
             if inner == 1:
                 continue
             q, k = operand(node, 0), before_gathers(node)[0]
-            heads = HeadSplit(*(hint(shape_of(x)[1]) for x in (q, k)), inner)
+            heads = HeadSplit(hint(shape_of(q)[1]), hint(shape_of(k)[1]), inner)
             keys_apart = keys_travel_apart(heads, shape_of(q)[2], shape_of(k)[2])
             whole = together(heads, keys_apart=keys_apart)
             times = _times(node, heads, since, cost)

@@ -73,8 +73,8 @@ def head_parallel_attention(
     exchange = _Exchange(axis if alone else inner_part(axis, inner), order, HeadGroups(heads, exchanges.groups))
 
     whole = exchange.qkv(exchanges.messages, q_BNsH, k_BGsH, v_BGsV, *lengths)
-    is_exchanged = bias is not None and bias_has_rows
-    biases = exchange.bias_rows(bias, lengths[0]) if is_exchanged else exchange.of_heads(bias, 1)
+    rows = bias if bias_has_rows else None
+    biases = exchange.of_heads(bias, 1) if rows is None else exchange.bias_rows(rows, lengths[0])
     vectors = [exchange.of_heads(x, dim) for x, dim in ((alibi_slopes, 0), (sinks, 0), (dropout_seed, 1))]
     chunk = None if alone else q_BNsH.shape[2] // sequence.chunks_per_rank(order)
     outs_RBsmV, lses_RBsm1 = [], []

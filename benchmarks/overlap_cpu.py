@@ -2,12 +2,13 @@
 
     python benchmarks/overlap_cpu.py [--ranks 2,4] [--seq 512] [--dim 512] [--layers 4] [--compilers eager]
 
-Cases: `tp`, tensor parallel; `zero-3`, parameters sharded over cp; `sums`, whole parameters on cp. Measured with
-torch.profiler on rank 0: seconds in which compute stands in `wait_tensor`. Without overlap-collectives every wait
-follows its start, so that this is the whole communication; what remains of it with the pass is exposed. Beside it what
-the tables predict (accelerator "cpu", link "loopback"). Then, from the tables alone, a layer of Llama 3 8B in bf16 on
-H100s: tp = 8 over NVLink, 8192 tokens a rank. The tables go to stderr, one line of JSON to stdout. Exits with 1 if a
-loss differs between pass on and off by more than 1e-5.
+Cases: `tp`, tensor parallel; `zero-3`, parameters sharded over cp; `sums`, whole parameters on cp; `ulysses`, the same
+with attention by heads, whose exchanges split-exchanges may split. Measured with torch.profiler on rank 0: seconds in
+which compute stands in `wait_tensor`. Without overlap-collectives every wait follows its start, so that this is the
+whole communication; what remains of it with the pass is exposed. Beside it what the tables predict (accelerator "cpu",
+link "loopback"). Then, from the tables alone, a layer of Llama 3 8B in bf16 on H100s over NVLink, 8192 tokens a rank:
+tp = 8, and cp = 8 by Ulysses, with one message each way and split. The tables go to stderr, one line of JSON to stdout.
+Exits with 1 if a loss differs between pass on and off by more than 1e-5.
 """
 
 from __future__ import annotations
@@ -35,7 +36,17 @@ from spcompile.train import cores, join_processes, on_processes
 from spcompile.train_report import relative
 
 TOLERANCE = 1e-5
-CASES = {"tp": ("tp", None), "zero-3": ("cp", "cp"), "sums": ("cp", None)}
+CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "tp": ("tp", None, {}),
+    "zero-3": ("cp", "cp", {}),
+    "sums": ("cp", None, {}),
+    "ulysses": ("cp", None, {"attention": "ulysses"}),
+}
+LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tp = 8": ("tp", {}),
+    "cp = 8 by Ulysses, one message each way": ("cp", {"attention": "ulysses", "passes": {"split-exchanges": False}}),
+    "cp = 8 by Ulysses": ("cp", {"attention": "ulysses"}),
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ def measure(case: str, compiler: str, overlaps: bool, options: argparse.Namespac
     """Steps of one configuration in this process, with the other ranks."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    axis, shard = CASES[case]
+    axis, shard, options_of_case = CASES[case]
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=(axis,))
     model: Any = build("llama", layers=options.layers, dim=options.dim, hidden=3 * options.dim)
     ids_BS = torch.randint(256, (1, options.seq), generator=torch.Generator().manual_seed(1))
@@ -71,6 +82,7 @@ def measure(case: str, compiler: str, overlaps: bool, options: argparse.Namespac
         "outputs": "loss",
         "accelerator": "cpu",
         "links": {axis: "loopback"},
+        **options_of_case,
     }
     chosen |= {} if overlaps else {"passes": {"overlap-collectives": False}}
     if shard is None:
@@ -111,7 +123,7 @@ def run_rank(options: argparse.Namespace) -> list[Measurement]:
     return found
 
 
-def llama_8b_layer() -> Prediction:
+def llama_8b_layer(axis: str, chosen: dict[str, Any]) -> Prediction:
     """By the tables: the difference between two layers and one."""
 
     def plan(layers: int) -> Prediction:
@@ -120,7 +132,8 @@ def llama_8b_layer() -> Prediction:
             model = build("llama", layers=layers, vocab=1024, **sizes).to(torch.bfloat16)
             ids_BS = torch.zeros(1, 8 * 8192, dtype=torch.int64)
         batch = {"ids_BS": ids_BS, "labels_BS": ids_BS}
-        return spcompile.explain(model, batch, mesh={"tp": 8}, outputs="loss", links={"tp": "nvlink"}).predicted
+        links = {axis: "nvlink"}
+        return spcompile.explain(model, batch, mesh={axis: 8}, outputs="loss", links=links, **chosen).predicted
 
     one, two = plan(1), plan(2)
     phases = [
@@ -156,14 +169,16 @@ def main() -> int:
         rows += on_processes(ranks, run_rank, options)[0]
     console = Console(stderr=True, width=120)
     console.print(table(rows))
-    layer = llama_8b_layer()
-    console.print("A layer of Llama 3 8B, tp = 8, 8192 tokens a rank:", "; ".join(layer.assumptions))
-    for phase in layer.phases:
-        figures = f"{1e3 * phase.seconds:.2f} ms, {1e3 * phase.exposed:.2f} of {1e3 * phase.communication:.2f} exposed"
-        console.print(f"  {phase.phase}: {figures}")
-    share = layer.total("exposed") / layer.total("seconds")
-    console.print(f"  exposed: {share:.1%} of the step")
-    record = {"schema": 1, "options": vars(options), "results": [asdict(r) for r in rows], "llama_8b_exposed": share}
+    shares = {}
+    for name, (axis, chosen) in LAYERS.items():
+        layer = llama_8b_layer(axis, chosen)
+        console.print(f"A layer of Llama 3 8B, {name}, 8192 tokens a rank:", "; ".join(layer.assumptions))
+        for phase in layer.phases:
+            exposed = f"{1e3 * phase.exposed:.2f} of {1e3 * phase.communication:.2f} exposed"
+            console.print(f"  {phase.phase}: {1e3 * phase.seconds:.2f} ms, {exposed}")
+        shares[name] = layer.total("exposed") / layer.total("seconds")
+        console.print(f"  exposed: {shares[name]:.1%} of the step")
+    record = {"schema": 2, "options": vars(options), "results": [asdict(r) for r in rows], "llama_8b_exposed": shares}
     print(json.dumps(record))
     pairs = zip(rows[::2], rows[1::2], strict=True)
     return int(any(not relative(on.loss, off.loss) <= TOLERANCE for off, on in pairs))

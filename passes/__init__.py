@@ -25,6 +25,7 @@ from spcompile.passes.sink_all_gather import SinkAllGather
 from spcompile.passes.sink_all_reduce import SinkAllReduce
 from spcompile.passes.split_all_reduce import SplitAllReduce
 from spcompile.passes.split_dropout import SplitDropout
+from spcompile.passes.split_exchanges import SplitExchanges
 from spcompile.passes.split_projections import SplitProjections
 from spcompile.passes_api import Pass
 
@@ -54,7 +55,8 @@ PIPELINE: tuple[Pass, ...] = (
     CancelCollectives(),  # when all have moved
     LowerTensorParallel(),  # shapes change: one rank
     # LOCAL stage: one rank's graph.
-    ParallelizeAttention(),  # while gathers of keys and values still stand beside their attention
+    SplitExchanges(),  # needs to see what leads to q, to k and to v, and what they are to become
+    ParallelizeAttention(),  # the rest, while gathers of keys and values still stand beside their attention
     # SCHEDULE stage: forward and backward graphs after autograd.
     BucketCollectives(),  # while an all-reduce is still one node
     LowerCollectives(),  # Inductor sees only functional collectives

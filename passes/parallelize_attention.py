@@ -10,7 +10,6 @@ Before: attention(q local, all_gather(k), all_gather(v), positions). After, on t
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,13 +17,10 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.attention.head_parallel import head_parallel_attention
-from spcompile.attention.op import DEFAULTS
-from spcompile.attention.strategy import Strategy
+from spcompile.attention.gathered import before_gathers, exchange_heads, is_gathered, strategy_of
 from spcompile.graph import call, operand
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.sizes import hint
-from spcompile.splice import splice
 
 spx = torch.ops.spx
 
@@ -46,16 +42,14 @@ class ParallelizeAttention(Pass):
                 continue
             for place in (1, 2):
                 _gather_last(node, place)
-            if not _is_gathered(node):
+            if not is_gathered(node):
                 _remark_kept(node, ctx)
                 continue
-            degree = operand(node, 1).args[4]
-            assert isinstance(degree, int)
-            strategy = Strategy.parse(node.meta.get("custom", {}).get("spx_attention", "ring"), degree)
+            strategy = strategy_of(node)
             if strategy.inner == 1:
                 _ring(node)
             else:
-                _head_parallel(node, strategy.inner)
+                exchange_heads(node, strategy.inner)
             count += 1
         gm.graph.eliminate_dead_code()
         gm.recompile()
@@ -78,15 +72,6 @@ def _gather_last(node: fx.Node, place: int) -> None:
     node.update_arg(place, call(node.graph, spx.all_gather.default, (local, *value.args[1:]), like=value, before=node))
 
 
-def _is_gathered(node: fx.Node) -> bool:
-    k, v, positions = node.args[1], node.args[2], node.args[3]
-    return (
-        all(isinstance(x, fx.Node) and x.target is spx.all_gather.default and x.args[1] == 2 for x in (k, v))
-        and isinstance(positions, fx.Node)
-        and positions.target is spx.positions.default
-    )
-
-
 def _remark_kept(node: fx.Node, ctx: Context) -> None:
     """The rows of an image are split by its first dim, a beginning by the layout of the whole: no ring's layout."""
     k: Any = node.args[1]
@@ -95,37 +80,13 @@ def _remark_kept(node: fx.Node, ctx: Context) -> None:
         ctx.remarks.add("SPR202", f"keys and values of an attention are gathered: {why}", node)
 
 
-def _before_gathers(node: fx.Node) -> tuple[fx.Node, fx.Node, tuple[Any, ...]]:
-    """The local keys and values behind the gathers, and (query length, key length, axis, degree, order)."""
-    gather = operand(node, 1)
-    _, _, k_length, axis, degree, order, _ = gather.args
-    q_length = operand(node, 3).args[0]
-    return operand(gather, 0), operand(operand(node, 2), 0), (q_length, k_length, axis, degree, order)
-
-
 def _ring(node: fx.Node) -> None:
     q, _, _, _, _, q_documents, k_documents, key_valid, bias, mask, scale, *more = node.args
-    k, v, layout = _before_gathers(node)
+    k, v, layout = before_gathers(node)
     args = (q, k, v, q_documents, k_documents, key_valid, bias, mask, scale)
     new = call(node.graph, spx.ring_attention.default, (*args, *layout, *more), like=node)
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
-
-
-def _head_parallel(node: fx.Node, inner: int) -> None:
-    q, _, _, _, _, *data = node.args
-    k, v, layout = _before_gathers(node)
-    data += DEFAULTS[len(data) - _REQUIRED :]
-    has_rows = bool(node.meta.get("custom", {}).get("spx_bias_rows", False))
-    results = splice(head_parallel_attention, (q, k, v, *data, *layout, inner, has_rows), like=node)
-    for user in list(node.users):
-        assert user.target is operator.getitem
-        user.replace_all_uses_with(results[user.args[1]])
-        node.graph.erase_node(user)
-    node.graph.erase_node(node)
-
-
-_REQUIRED = 6  # arguments of spx.attention between the positions and the optional ones
 
 
 def _attention(q_BNSH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor) -> Tensor:

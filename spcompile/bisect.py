@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.fx as fx
@@ -20,9 +20,10 @@ from spcompile.layout import layout_of
 from spcompile.lowering import SplitDims
 from spcompile.passes_api import Stage
 from spcompile.pipeline import History, Snapshot
+from spcompile.simulate import InFlight
 from spcompile.spaces import leaves
 from spcompile.trace import emitted
-from spcompile.trial import Trial, difference, largest
+from spcompile.trial import Outcome, Trial, difference, largest
 from spcompile.verify_report import Culprit
 
 Matches = Callable[[Tensor, list[Tensor]], bool]  # (value before a pass, values of all ranks behind it)
@@ -57,8 +58,8 @@ def _after_autograd(trial: Trial) -> Culprit:
     program = trial.program
     for count in range(len(program.schedule) + 1):
         graphs = emitted(replace(program, schedule=program.schedule[:count], history=History())).graphs
-        outcome = trial.run_final(graphs)
-        if isinstance(outcome, str) or not all(row.ok for row in trial.errors("", outcome)):
+        outcomes = [trial.run_final(graphs, in_flight) for in_flight in get_args(InFlight)]
+        if not all(isinstance(x, Outcome) and all(row.ok for row in trial.errors("", x)) for x in outcomes):
             return Culprit(program.schedule[count - 1].name if count else "autograd")
     return Culprit("an unknown one: the result is right when the passes run again")
 

@@ -2,8 +2,8 @@
 
 A node takes the longer of its arithmetic and its memory traffic. Arithmetic: the formulas of torch.utils.flop_counter;
 attention by what its mask leaves of the scores. Traffic: operands and results; elementwise ops behind one another count
-once under Inductor, which fuses them. A collective takes its bytes and its chain of messages on the link of its axis.
-Sizes that are symbols count as at trace time.
+once under Inductor, which fuses them. A collective takes its bytes and its chain of messages on the link of its axis;
+the messages of an all-to-all leave at once. Sizes that are symbols count as at trace time.
 
 B batch, N query heads, S and T query and key rows, H head size of q and k, V of v.
 """
@@ -38,6 +38,7 @@ _spx, _c10d = torch.ops.spx, torch.ops._c10d_functional
 _RINGS = (_spx.ring_attention.default, _spx.ring_attention_backward.default)
 _FORWARDS = (_spx.attention.default, _spx.ring_attention.default)
 _BACKWARDS = (_spx.attention_backward.default, _spx.ring_attention_backward.default)
+_BEFORE_AUTOGRAD = (torch.ops.aten.linear.default, torch.ops.aten.matmul.default)
 _SAMPLES = 64  # query rows at which a mask is looked at
 
 
@@ -91,7 +92,7 @@ class CostModel:
         sent = sent_by(node, self.mesh)
         assert sent is not None, node
         op, axis, amount = sent
-        chain = (self.mesh.size(axis) - 1) * (2 if op == "all_reduce" else 1)
+        chain = 1 if op == "all_to_all" else (self.mesh.size(axis) - 1) * (2 if op == "all_reduce" else 1)
         return self._link(axis).seconds(_number(amount, node), max(1, chain))
 
     def bytes_sent(self, node: fx.Node) -> float:
@@ -140,7 +141,10 @@ def is_product(node: fx.Node) -> bool:
 
 
 def matmul_flops(node: fx.Node) -> int:
-    """By the formulas of torch.utils.flop_counter; 0 for an op that has none."""
+    """By the formulas of torch.utils.flop_counter; 0 for an op that has none. Before autograd also of its products."""
+    if node.target in _BEFORE_AUTOGRAD:
+        contracted = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
+        return 2 * numel_hint(node.meta["val"]) * hint(contracted)
     formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
     if formula is None:
         return 0

@@ -148,6 +148,7 @@ REMARKS: dict[str, str] = {
     "SPR202": "an attention could not be recognised: its keys and values are gathered",
     "SPR203": "attention strategy chosen",
     "SPR204": "the attention strategy that was asked for does not fit, another was taken",
+    "SPR205": "the exchanges of Ulysses are split into messages that hide behind compute",
     "SPR301": "query length 1 (decoding): the graph runs replicated",
     "SPR302": "random numbers are drawn for the whole tensor on every rank, so that they equal one device's",
     "SPR303": "dropout of attention weights follows from seeds and positions: equal on any number of ranks",

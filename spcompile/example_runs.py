@@ -5,6 +5,7 @@ Tests take numbers from the graphs, docs/passes.md their texts.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -66,12 +67,13 @@ def example_of(p: Pass) -> Example | None:
 def run_example(
     p: Pass, pipeline: Sequence[Pass], example: Example, mesh: Mapping[str, int] | None = None
 ) -> ExampleRun:
-    """Run the passes before `p`, then `p` twice.
+    """Run the passes before `p`, then `p` twice, with the fields that the example asks for.
 
     mesh: other axis sizes than the example's own.
     """
     shape = MeshShape.of(dict(mesh if mesh is not None else example.mesh))
     options = Options(**example.options)
+    p = dataclasses.replace(p, **example.fields)
 
     def work(gm: fx.GraphModule, inputs: Sequence[Any]) -> ExampleRun:
         earlier = pipeline[: [type(q) for q in pipeline].index(type(p))]

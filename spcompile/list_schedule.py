@@ -4,9 +4,10 @@ Compute keeps the order that autograd gave, with these exceptions. A collective 
 What only moves or waits (views, copies, waits, and what is cheap to make from inputs) stands right before its first
 reader. Compute that no later collective depends on, such as products that give gradients of weights, steps back for
 compute that one depends on, and runs while that is on its way (as Zheng et al. 2022, Alpa, section 6, and Inductor's
-overlap scheduling). A gather of inputs starts so long before its use that the table says it arrives. Gradients travel
-when their axis has nothing better to do, and are waited for at the end. All that these exceptions keep alive is held
-under a number of bytes. Every node is looked at a bounded number of times.
+overlap scheduling). Of compute that collectives depend on, what the first of them needs goes first: q is projected,
+rotated and sent before k is projected. A gather of inputs starts so long before its use that the table says it
+arrives. Gradients travel when their axis has nothing better to do, and are waited for at the end. All that these
+exceptions keep alive is held under a number of bytes. Every node is looked at a bounded number of times.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ _MOVES = {
     aten.stack,
 }
 _WINDOW = 16  # how many nodes that could run are looked at
+Turn = tuple[int, int]  # the place of the first collective that a node leads to, or its own; its own
 PLACE = "spx_place"  # in meta: where autograd put a node, so that a second run finds the same order
 
 
@@ -45,8 +47,8 @@ class Roles:
 
     inputs: values that must be there first, and what must have run before for its side effects.
     lazy: runs right before its first reader. final: collectives whose result only leaves the graph. early: those of
-    inputs, or of what is cheap to make from them. leads: on the way to a collective that compute waits for.
-    first_use: the place of the first reader that is not lazy.
+    inputs, or of what is cheap to make from them. leads: on the way to a collective that compute waits for, with the
+    place of the first one. first_use: the place of the first reader that is not lazy.
     """
 
     def __init__(self, nodes: list[fx.Node], place: dict[fx.Node, int], heavy: Callable[[fx.Node], bool]) -> None:
@@ -67,13 +69,15 @@ class Roles:
             if node.op != "call_function" or is_wait(node) or (node not in effects and (node in light or _moves(node))):
                 self.lazy.add(node)
         self.first_use: dict[fx.Node, float] = {}
-        self.leads: set[fx.Node] = set()
+        self.leads: dict[fx.Node, int] = {}
         for node in reversed(nodes):
             readers = [r for r in self.readers[node] if r.op != "output"]
             uses = [self.first_use[r] if r in self.lazy else place[r] for r in readers]
             self.first_use[node] = min(uses, default=math.inf)
-            if any(r in self.leads or (starts(r) and not self.is_final(r) and r not in self.early) for r in readers):
-                self.leads.add(node)
+            served = [self.leads[r] for r in readers if r in self.leads]
+            served += [place[r] for r in readers if starts(r) and not self.is_final(r) and r not in self.early]
+            if served:
+                self.leads[node] = min(served)
 
     def is_final(self, start: fx.Node) -> bool:
         """Whether nothing in the graph computes with the result of a collective."""
@@ -131,7 +135,10 @@ class ListScheduler:
         self.now = 0.0
         self.computed = 0.0
         self.free: defaultdict[str, float] = defaultdict(float)  # axis -> when it is idle
-        self.ready: dict[bool, list[tuple[int, fx.Node]]] = {True: [], False: []}  # by whether a collective depends
+        self.turn = {
+            n: (place if starts(n) else self.roles.leads.get(n, place), place) for n, place in self.place.items()
+        }
+        self.ready: dict[bool, list[tuple[Turn, fx.Node]]] = {True: [], False: []}  # by whether a collective depends
         self.held: Counter[fx.Node] = Counter()  # value -> readers that could run but have not
         self.bytes = 0.0
         self.gradients: deque[fx.Node] = deque()  # final collectives that could start
@@ -203,7 +210,7 @@ class ListScheduler:
         else:
             self.when[node] = when
             critical = starts(node) or node in self.roles.leads
-            bisect.insort(self.ready[critical], (self.place[node], node), key=lambda row: row[0])
+            bisect.insort(self.ready[critical], (self.turn[node], node), key=lambda row: row[0])
             if not critical:
                 self._hold(node, 1)
 
@@ -244,13 +251,13 @@ class ListScheduler:
         steps_back = self.place[leading] < self.last_start and self.bytes <= self.budget
         return leading if steps_back or self.place[leading] < self.place[other] else other
 
-    def _first_free(self, rows: list[tuple[int, fx.Node]]) -> fx.Node | None:
+    def _first_free(self, rows: list[tuple[Turn, fx.Node]]) -> fx.Node | None:
         return next((node for _, node in rows[:_WINDOW] if self.when[node] <= self.now), None)
 
     def _run(self, node: fx.Node) -> None:
         critical = starts(node) or node in self.roles.leads
         rows = self.ready[critical]
-        del rows[bisect.bisect_left(rows, self.place[node], key=lambda row: row[0])]
+        del rows[bisect.bisect_left(rows, self.turn[node], key=lambda row: row[0])]
         if not critical:
             self._hold(node, -1)
         if starts(node):
@@ -317,8 +324,9 @@ class ListScheduler:
         """Whether its reader is the next in line."""
         use = self.roles.first_use[start]
         reader = self.at_place[use]
-        lines = [self.ready[True]] if reader in self.roles.leads or starts(reader) else list(self.ready.values())
-        return use < min((rows[0][0] for rows in lines if rows), default=math.inf)
+        if reader in self.roles.leads or starts(reader):
+            return not self.ready[True] or self.turn[reader] < self.ready[True][0][0]
+        return use < min((self.place[rows[0][1]] for rows in self.ready.values() if rows), default=math.inf)
 
     def _start_gradients(self) -> None:
         while self.gradients:

@@ -51,13 +51,15 @@ class Example:
 
     The passes that stand before this one in the pipeline run first (`spcompile.example_runs`).
     function: plain tensor code; inputs: makes its float64 and int inputs, afresh at each call.
-    mesh: axis sizes for the printed text; numerics run on other sizes too. options: of the backend.
+    mesh: axis sizes for the printed text; numerics run on other sizes too. options: of the backend. fields: of the
+    pass, where its defaults leave so small a program alone.
     """
 
     function: Callable[..., Any]
     inputs: Callable[[], tuple[Any, ...]]
     mesh: tuple[tuple[str, int], ...] = (("cp", 2),)
     options: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

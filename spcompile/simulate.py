@@ -20,6 +20,7 @@ from spcompile.collectives import COLLECTIVES, call_arguments
 from spcompile.diagnostics import source_of
 from spcompile.mesh import MeshShape, axis_part
 
+InFlight = Literal["poison", "late"]
 Arguments = tuple[Any, ...]
 ForwardSpec = Callable[[list[Arguments]], list[Any]]
 BackwardSpec = Callable[[list[Arguments], list[Any], list[Any]], list[Sequence["Tensor | None"]]]
@@ -57,7 +58,7 @@ class Simulator:
         that an operand which is overwritten in flight gives a wrong result. In both its buffer is poison until then.
     """
 
-    def __init__(self, mesh: MeshShape, in_flight: Literal["poison", "late"] = "poison") -> None:
+    def __init__(self, mesh: MeshShape, in_flight: InFlight = "poison") -> None:
         self.mesh, self.in_flight = mesh, in_flight
         self._pending: dict[int, tuple[Tensor, Callable[[], list[Tensor]], int]] = {}
 

@@ -25,7 +25,7 @@ from spcompile.passes_api import Pass, Stage
 from spcompile.pipeline import Snapshot
 from spcompile.program import LocalProgram
 from spcompile.rank_parts import coordinates, part_of, split_batch, whole_of
-from spcompile.simulate import Simulator
+from spcompile.simulate import InFlight, Simulator
 from spcompile.trace import Inputs, Traced, compile_for, through_dynamo
 from spcompile.verify_report import Report, TensorError
 
@@ -113,7 +113,7 @@ class Trial:
         gradients = {i: [inputs[rank][i].grad for rank in ranks] for i in self.gradients}
         return Outcome({i: self._whole(i, values, dims[i], mesh) for i, values in outputs.items()}, gradients)
 
-    def run_final(self, graphs: Mapping[str, fx.GraphModule]) -> Outcome | str:
+    def run_final(self, graphs: Mapping[str, fx.GraphModule], in_flight: InFlight = "poison") -> Outcome | str:
         """The forward and the backward graph, or the graph for inference; text if they have another form."""
         mesh, program = self.mesh, self.program
         ranks = range(mesh.world_size)
@@ -123,7 +123,8 @@ class Trial:
         constants = [*program.gm.parameters(), *program.gm.buffers()]  # autograd makes them the first inputs
         torch.set_rng_state(self.rng)
         with torch.no_grad():
-            found = Simulator(mesh).run(forward, [[*constants, *self.inputs(rank, mesh)] for rank in ranks])
+            inputs = [[*constants, *self.inputs(rank, mesh)] for rank in ranks]
+            found = Simulator(mesh, in_flight).run(forward, inputs)
             if len(found[0]) != len(computed) + len(saved):
                 return "final graphs not run: they return more than outputs and saved values"
             outputs = {i: [found[rank][at] for rank in ranks] for at, i in enumerate(computed)}
@@ -137,7 +138,7 @@ class Trial:
             if len(places) != len(tangents):
                 return "final graphs not run: backward takes something else than the gradients of the outputs"
             given = [[self._tangent(i, dims[i], rank, outputs[i][rank]) for i in tangents] for rank in ranks]
-            grads = Simulator(mesh).run(graphs["backward"], [[*kept[r], *given[r]] for r in ranks])
+            grads = Simulator(mesh, in_flight).run(graphs["backward"], [[*kept[r], *given[r]] for r in ranks])
         if len(grads[0]) != len(constants) + len(self.arguments):
             return "final graphs not compared: backward does not return one gradient for each input"
         return Outcome(whole, {i: [grads[rank][len(constants) + i] for rank in ranks] for i in self.gradients})
@@ -232,6 +233,8 @@ def compare(
         final = trial.run_final(trial.traced.sharded.graphs)
         notes += [final] if isinstance(final, str) else []
         rows += [] if isinstance(final, str) else trial.errors("final", final)
+        late = trial.run_final(trial.traced.sharded.graphs, "late") if all(row.ok for row in rows) else ""
+        rows += [] if isinstance(late, str) else [row for row in trial.errors("late", late) if not row.ok]
         report = Report(mesh, trial.tolerance, rows, remarks=list(trial.program.ctx.remarks.rows), notes=notes)
         report.culprit = None if report.ok else culprit_of(trial)
         return report

@@ -19,7 +19,8 @@ SCHEMA_VERSION = 1
 class TensorError:
     """How far one tensor is from the plain model's, on the worst rank.
 
-    graph: "local" (before autograd) or "final" (forward and backward as they run).
+    graph: "local" (before autograd), "final" (forward and backward as they run), or "late": final graphs that are only
+        wrong where a collective reads its operand as late as it may.
     kind: "output" or "gradient". relative: max_abs over the largest element of the plain model's tensor.
     """
 

@@ -67,13 +67,14 @@ def in_code(code: str) -> list[Flight]:
     return [found[name] for name in order]
 
 
-def written(mesh: dict[str, int]) -> list[tuple[fx.GraphModule, str]]:
+def written(mesh: dict[str, int], **options: Any) -> list[tuple[fx.GraphModule, str]]:
     """The final graphs of a Llama and the code for each."""
     codes: list[str] = []
     emissions: list[emit.Emission] = []
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
-        program = build(gm, inputs, MeshShape.of(mesh), Options(outputs="loss", attention="ulysses"), PIPELINE)
+        chosen = Options(outputs="loss", attention="ulysses", **options)
+        program = build(gm, inputs, MeshShape.of(mesh), chosen, PIPELINE)
         emissions.append(emit.Emission(program, bind=lambda graph: None))
         with (
             torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
@@ -98,9 +99,12 @@ def undone(gm: fx.GraphModule, code: str, mesh: dict[str, int]) -> list[tuple[Fl
     return [(w, k) for w, k in pairs if k.before_start > w.before_start or k.before_wait < w.before_wait]
 
 
-@pytest.mark.parametrize("mesh", [{"tp": 2}, {"cp": 2}])
-def test_the_order_is_that_of_the_graph(mesh: dict[str, int]) -> None:
-    pairs = written(mesh)
+GROUPS = {"split-exchanges": {"groups": 2, "way": "first apart"}}
+
+
+@pytest.mark.parametrize(("mesh", "passes"), [({"tp": 2}, {}), ({"cp": 2}, {}), ({"cp": 2}, GROUPS)])
+def test_the_order_is_that_of_the_graph(mesh: dict[str, int], passes: dict[str, Any]) -> None:
+    pairs = written(mesh, passes=passes)
     hidden = [f for gm, _ in pairs for f in in_graph(gm, MeshShape.of(mesh)) if f.before_wait > f.before_start]
     assert len(hidden) >= 5
     for gm, code in pairs:

@@ -119,6 +119,20 @@ def test_ulysses_saves_its_result_and_its_keys_once(
     assert sum(saved_numels(emission)) <= sum(saved_numels(ring)) + padding
 
 
+@pytest.mark.parametrize("way", ["together", "apart", "first apart"])
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_heads_in_groups_save_no_more(kv_heads: int, way: str) -> None:
+    """Results of both groups are exchanged again, and where two ranks read a key head, keys are."""
+    passes = {"split-exchanges": {"groups": 2, "way": way}}
+    emission = graphs_of(Mixed(kv_heads, None), 2, attention="ulysses", passes=passes)
+    there = {"together": 2 if kv_heads == 4 else 3, "apart": 3, "first apart": 4}[way]
+    keys_again = 0 if kv_heads == 4 else 1 if way == "together" else 2
+    assert count(emission, "forward", c10d.all_to_all_single.default) == there + 2
+    assert count(emission, "backward", c10d.all_to_all_single.default) == there + 2 + 2 + keys_again
+    whole = graphs_of(Mixed(kv_heads, None), 2, attention="ulysses")
+    assert sum(saved_numels(emission)) <= sum(saved_numels(whole))
+
+
 def saved_shapes(compiler: str) -> list[tuple[int, ...]]:
     """On one rank: the shapes of what autograd really saves."""
     torch.manual_seed(0)

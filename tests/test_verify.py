@@ -204,6 +204,21 @@ def scale_eps(node: fx.Node) -> None:
     node.args = (*node.args[:4], 0.5)
 
 
+def overwrite_in_flight(node: fx.Node) -> None:
+    with node.graph.inserting_after(node):
+        node.graph.call_function(aten.mul_.Tensor, (node.args[0], 2)).meta = dict(node.meta)
+
+
+def test_an_operand_that_is_overwritten_in_flight_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right if the collective has read it by then, and so in real runs now and then."""
+    start = torch.ops._c10d_functional.all_reduce.default
+    broken_pipeline(monkeypatch, "overlap-collectives", ScheduleSabotage(start, overwrite_in_flight))
+    report = verify(Block(), batch(), mesh={"cp": 2})
+    assert {row.graph for row in report.rows if not row.ok} == {"late"}
+    assert report.culprit is not None
+    assert report.culprit.pass_name == "sabotage"
+
+
 def test_a_lowering_that_is_wrong_is_found_across_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The LOCAL graph has other shapes than the GLOBAL one: values are put together before they are compared."""
     from spcompile.lowering import Lower

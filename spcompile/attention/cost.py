@@ -11,7 +11,8 @@ Time assumes:
 - on rings they reach RING_RATE of it. So did rings of the same kernel on 8 to 64 H100s, 421 to 457 of 582 to 602
   TFLOP/s (SandAI-org/MagiAttention, its benchmark of context parallelism, figures for causal masks);
 - a hop of a ring hides behind the block before it, as far as that takes as long; the gradients' way home does not;
-- all-to-alls hide behind nothing, and wait for one message's latency, since all their messages leave at once;
+- all-to-alls hide behind nothing, an upper bound where split-exchanges splits them, and wait for one message's latency,
+  since all their messages leave at once;
 - the slowest rank decides: padded heads are computed like others, and a causal ring in contiguous order waits for its
   last rank. Documents and padding, which are data, are taken as full.
 """

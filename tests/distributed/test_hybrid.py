@@ -53,6 +53,15 @@ def test_four_heads_on_three_ranks(worker_pool: PoolOf, compiler: str) -> None:
     assert_same(worker_pool(3), case, FLOAT32_INSIDE, timeout=400.0)
 
 
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", ["first apart", pytest.param("apart", marks=pytest.mark.slow)])
+def test_heads_in_groups_on_two_ranks(worker_pool: PoolOf, way: str, compiler: str) -> None:
+    passes = {"split-exchanges": {"groups": 2, "way": way}}
+    options = {"attention": "ulysses", "passes": passes, "compiler": compiler}
+    outcomes = assert_same(worker_pool(2), Case(pm.Scored, pm.sequence_first, options=options), timeout=400.0)
+    assert "SPR205" in outcomes[0].remarks
+
+
 def growing(number: int) -> dict[str, Tensor]:
     """A length that is a symbol, and divides by nothing for most batches."""
     generator = torch.Generator().manual_seed(number)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -108,7 +108,7 @@ def inputs_for(ids: Tensor) -> list[Tensor]:
 
 
 @pytest.fixture
-def shifts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
+def shifts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The distances of all shifts of rank 0, one list for each ring that the simulator runs."""
     found: list[list[int]] = []
 
@@ -128,7 +128,7 @@ def shifts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[int]]]:
         return drivers.simulate([noted(ranks[0], found[-1]), *ranks[1:]])
 
     monkeypatch.setattr(op, "simulate", counting)
-    yield found
+    return found
 
 
 def ops_of(program: LocalProgram) -> tuple[int, int]:

@@ -1,8 +1,8 @@
-"""What the Triton kernels are compiled for: every row of the table of tiles, every kernel, every kind of hop and scores.
+"""What the Triton kernels are compiled for: every row of the table, every kernel, every kind of hop and scores.
 
 A kernel is specialised on its tiles, on the hop's place in the ring, and on which conditions and which other changes of
-the scores there are. `HEAVIEST` has all of a variant at once and so needs the most registers; the others are what
-models ask for.
+the scores there are. Of each row the default is what needs most of what models ask for together: that compiles in
+minutes, all else in an hour or two. "everything" is every condition and every change at once, which no model asks for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 B, N, G, S = 2, 8, 2, 256
 HOPS = {"alone": (True, True), "first": (True, False), "middle": (False, False), "last": (False, True)}
 POSITIONS = "causal prefix=64 window=100 window_right=90 chunk=128"
-HEAVIEST = {"plain": "everything", "rich": "everything", "bias": "everything"}
+HEAVY_SCORES = {"plain": ("sinks",), "rich": ("packed", "dropout"), "bias": ("added",)}
+HEAVY_HOPS = {"forward": "last", "rows": "last", "keys": "middle", "bias": "alone"}
 
 
 class Compilation(NamedTuple):
@@ -45,12 +46,13 @@ class Compilation(NamedTuple):
     def capability(self) -> int:
         return int(self.arch.removeprefix("sm"))
 
-    def launch(self) -> Launch:
-        """With operands that are never read."""
+    def launch(self, size: int | None = None) -> Launch:
+        """With operands that are never read. size: another head size."""
+        size = size or self.size
         configs = TABLE[self.arch, self.element, self.size, self.variant]
         dtype = DTYPES[self.element]
-        q, k, v, grad_out = (torch.empty(B, n, S, self.size, dtype=dtype) for n in (N, G, G, N))
-        row, wide = torch.empty(B, N, S), torch.empty(B, N, S, self.size)
+        q, k, v, grad_out = (torch.empty(B, n, S, size, dtype=dtype) for n in (N, G, G, N))
+        row, wide = torch.empty(B, N, S), torch.empty(B, N, S, size)
         hop = Hop(q, k, v, natural_runs(S), natural_runs(S), scores_of(self.variant)[self.scores], configs)
         rows, place = RowTensors(grad_out, row, row), HOPS[self.hop]
         if self.kernel == "forward":
@@ -63,8 +65,13 @@ class Compilation(NamedTuple):
         return hop.bias_gradient(rows, torch.empty(1, N, S, S))
 
     @property
+    def is_default(self) -> bool:
+        """Whether it stands for its row and kernel."""
+        return self.scores in HEAVY_SCORES[self.variant] and self.hop == HEAVY_HOPS[self.kernel]
+
+    @property
     def number(self) -> int:
-        """The same on every machine: for samples."""
+        """The same on every machine, and spread evenly: for samples."""
         return int.from_bytes(hashlib.sha256(str(self).encode()).digest()[:4], "big")
 
 

@@ -27,7 +27,7 @@ _LIBRARY.define(
 
 
 def needed_hops(q_documents: Tensor, k_documents: Tensor, mask: AttentionMask, ring: Ring) -> Tensor:
-    """bool [P], on the ids' device: whether some rank has a query that sees a key of the rank so far before it.
+    """Bool [P], on the ids' device: whether some rank has a query that sees a key of the rank so far before it.
 
     q_documents [B|1, S], k_documents [B|1, T]. Exact where the keys of a document are neighbours; where they are
     scattered, a document reaches from its first key to its last, so that no hop is left out that has to be made.

@@ -89,9 +89,7 @@ _HALVES = {
     ("sm100", 256, "plain"): Configs(
         Config(64, 64, 8, 2, True), Config(64, 32, 8, 2, True), Config(32, 64, 8, 1, True)
     ),
-    ("sm100", 256, "rich"): Configs(
-        Config(64, 64, 8, 2, True), Config(64, 32, 8, 1, True), Config(16, 64, 8, 1, True)
-    ),
+    ("sm100", 256, "rich"): Configs(Config(64, 64, 8, 2, True), Config(64, 32, 8, 1, True), Config(16, 64, 8, 1, True)),
     ("sm100", 256, "bias"): Configs(Config(64, 16, 8, 2, True), Config(64, 16, 8, 1, True), Config(16, 32, 8, 1)),
 }
 

@@ -9,16 +9,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from example_numerics import after_pass, check_pipeline, nodes_of
+from example_numerics import after_pass, check_pipeline, nodes_of, remarks_of
 from torch import Tensor
 
-from spcompile import sequence
+from spcompile import explain, sequence
 from spcompile.attention import drivers, op
 from spcompile.attention.hops import needed_hops
 from spcompile.attention.mask import AttentionMask
 from spcompile.attention.ring import Requests, Ring, Shift
-from spcompile.diagnostics import IllegalOption
-from spcompile.passes.parallelize_attention import ParallelizeAttention
+from spcompile.diagnostics import IllegalOption, Remarks
+from spcompile.mesh import MeshShape
+from spcompile.options import Options
+from spcompile.passes.parallelize_attention import ParallelizeAttention, _is_worth_asking
+from spcompile.passes_api import Context
 from spcompile.program import LocalProgram
 
 MASKS = ["documents", "causal documents", "causal documents window=9", "documents chunk=10 window_right=6"]
@@ -171,6 +174,55 @@ def test_hybrids_ask_for_the_hops_of_their_groups() -> None:
     program = check_pipeline(packed, inputs_for(ids), {"cp": 4}, attention={"ulysses": 2, "ring": 2})
     (asked,) = nodes_of(program, "spx.ring_hops")
     assert asked.args[3:] == (2, "zigzag", 2)
+
+
+def test_remarks_say_which_order_documents_get() -> None:
+    for balance in sequence.ORDERS:
+        program = after_pass(
+            "parallelize-attention", packed, inputs_for(lengths_to_ids([8, 8])), attention="ring", balance=balance
+        )
+        texts = [remark.text for remark in remarks_of(program, "SPR203")]
+        assert any(f"in {balance} order" in text and "documents" in text for text in texts)
+
+
+def test_on_a_gpu_it_is_asked_where_the_tables_say_so() -> None:
+    """Ids on a GPU, a length of which one hop takes long, and one of which all take less than waiting for them."""
+    asked = {}
+    for length in (512, 2**20):
+        q, ids = (torch.empty(shape, device="meta") for shape in ((1, 1, length // 8, 64), (1, length)))
+        graph = torch.fx.Graph()
+        nodes = [graph.placeholder(name) for name in ("q", "ids")]
+        for node, value in zip(nodes, (q, ids.long()), strict=True):
+            node.meta["val"] = value
+        layout = ("causal documents", 1.0, length, length, "cp", 8, "zigzag")
+        args = (nodes[0], nodes[0], nodes[0], nodes[1], nodes[1], None, None, *layout)
+        ring = graph.call_function(torch.ops.spx.ring_attention.default, args)
+        ring.meta["val"] = (q, q)
+        context = Context(MeshShape.of({"cp": 8}), Options(), Remarks())
+        asked[length] = _is_worth_asking([ring], context)
+    assert asked == {512: False, 2**20: True}
+
+
+def test_explain_says_at_most() -> None:
+    class Packed(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+            return packed(q, k, v, ids, 1)
+
+    tensors = [x.detach().float().requires_grad_(x.requires_grad) for x in inputs_for(lengths_to_ids([8, 8]))[:3]]
+    found = {}
+    for skip in ("always", "never"):
+        plan = explain(
+            Packed(), [*tensors, lengths_to_ids([8, 8])], mesh={"cp": 4}, attention="ring",
+            passes={"parallelize-attention": {"skip_hops": skip}},
+        )  # fmt: skip
+        rows = [row for row in plan.collectives if row.op.startswith("ring")]
+        found[skip] = [(row.op, row.bytes) for row in rows]
+        assert {row.at_most for row in rows} == {skip == "always"}
+        assert ("at most" in str(plan)) == (skip == "always")
+        assert {row["at_most"] for row in plan.to_dict()["collectives"] if row["op"] != "all_gather"} >= {
+            skip == "always"
+        }
+    assert found["always"] == found["never"]
 
 
 def test_the_pass_may_be_told() -> None:

@@ -95,9 +95,9 @@ _HALVES = {
 
 # float32, which no tensor core multiplies exactly, and so no architecture differently: (head size, variant)
 _SINGLES = {
-    (64, "plain"): Configs(Config(32, 32, 4, 2), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
-    (64, "rich"): Configs(Config(32, 32, 4, 2), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
-    (64, "bias"): Configs(Config(32, 32, 4, 2), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
+    (64, "plain"): Configs(Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
+    (64, "rich"): Configs(Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
+    (64, "bias"): Configs(Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
     (128, "plain"): Configs(Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(32, 32, 8, 1)),
     (128, "rich"): Configs(Config(32, 32, 8, 1), Config(16, 16, 4, 1), Config(32, 32, 8, 1)),
     (128, "bias"): Configs(Config(32, 32, 8, 1), Config(16, 16, 4, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),

@@ -31,7 +31,7 @@ from spcompile.attention.op import DEFAULTS
 from spcompile.attention.strategy import Strategy
 from spcompile.cost import cost_model
 from spcompile.diagnostics import IllegalOption
-from spcompile.graph import call, operand
+from spcompile.graph import argument, call, operand
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.sizes import hint
 from spcompile.splice import splice
@@ -136,8 +136,8 @@ def _ask_for_hops(graph: fx.Graph, always: bool, ctx: Context) -> None:
     alike: defaultdict[tuple[Any, ...], list[fx.Node]] = defaultdict(list)
     for ring in graph.find_nodes(op="call_function", target=spx.ring_attention.default):
         q_documents, k_documents, mask, degree, order = (ring.args[i] for i in (3, 4, 7, 12, 13))
-        inner, hops = ring.args[_INNER:] if len(ring.args) > _INNER + 1 else (*(ring.args[_INNER:] or (1,)), None)
-        if q_documents is not None and AttentionMask.parse(str(mask)).documents and hops is None:
+        inner, hops = argument(ring, _INNER, "inner", 1), argument(ring, _INNER + 1, "hops")
+        if hops is None and AttentionMask.parse(str(mask)).documents:
             alike[q_documents, k_documents, mask, degree, order, inner].append(ring)
     for (*key, inner), rings in alike.items():
         if always or _is_worth_asking(rings, ctx):

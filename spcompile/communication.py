@@ -79,7 +79,10 @@ def communication(phase: str, gm: fx.GraphModule, mesh: MeshShape, trained: Sequ
         key = (op, axis, phase, layer_of(node), source_of(node), origin, _asks_for_hops(node))
         count, total = found.get(key, (0, sympy.Integer(0)))
         found[key] = (count + 1, total + amount)
-    return [Row(*key[:3], count, total, *key[3:]) for key, (count, total) in found.items()]
+    return [
+        Row(op, axis, phase, n, b, layer, src, why, at_most)
+        for (op, axis, phase, layer, src, why, at_most), (n, b) in found.items()
+    ]
 
 
 def _origin(node: fx.Node, phase: str, trained: Sequence[bool], of_gradient: bool) -> str:

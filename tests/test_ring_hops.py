@@ -73,6 +73,13 @@ def test_no_hop_is_left_out_that_scattered_documents_need(text: str, order: str)
         assert all(a or not b for a, b in zip(found, needed, strict=True))
 
 
+def test_ids_of_any_dtype() -> None:
+    ids, ring = lengths_to_ids([8, 8]), Ring(16, 16, 4, "contiguous")
+    for dtypes in ((torch.bool, torch.bool), (torch.int32, torch.int64), (torch.float32, torch.float32)):
+        found = needed_hops(*(ids.to(dtype) for dtype in dtypes), AttentionMask.parse("causal documents"), ring)
+        assert found.tolist() == [True, True, False, False]
+
+
 PACKED = [  # documents of 64 tokens on 8 ranks, and the distances that causal rings need in contiguous and zigzag order
     ([8] * 8, (), (1, 7)),
     ([16] * 4, (1,), (1, 2, 3, 5, 6, 7)),

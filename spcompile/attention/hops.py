@@ -34,11 +34,12 @@ def needed_hops(q_documents: Tensor, k_documents: Tensor, mask: AttentionMask, r
     """
     chunks = chunks_per_rank(ring.order) * ring.degree
     batch = max(q_documents.shape[0], k_documents.shape[0])
-    q_documents = q_documents.expand(batch, -1).contiguous()
-    sorted_BT, at_BT = k_documents.expand(batch, -1).sort(dim=1, stable=True)
-    sorted_BT = sorted_BT.contiguous()
-    first_BS = torch.searchsorted(sorted_BT, q_documents)
-    last_BS = torch.searchsorted(sorted_BT, q_documents, right=True) - 1
+    dtype = torch.promote_types(q_documents.dtype, k_documents.dtype)
+    dtype = dtype if dtype.is_floating_point else torch.int64
+    q_BS, k_BT = (x.to(dtype).expand(batch, -1).contiguous() for x in (q_documents, k_documents))
+    sorted_BT, at_BT = k_BT.sort(dim=1, stable=True)
+    first_BS = torch.searchsorted(sorted_BT, q_BS)
+    last_BS = torch.searchsorted(sorted_BT, q_BS, right=True) - 1
     seen_BS = first_BS <= last_BS
     end = ring.k_length - 1
     first_BS, last_BS = (at_BT.gather(1, x.clamp(0, end)) for x in (first_BS, last_BS))

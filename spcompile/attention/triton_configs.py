@@ -98,7 +98,7 @@ _SINGLES = {
     (64, "plain"): Configs(Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
     (64, "rich"): Configs(Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
     (64, "bias"): Configs(Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
-    (128, "plain"): Configs(Config(32, 32, 8, 1), Config(16, 16, 4, 1), Config(32, 32, 8, 1)),
+    (128, "plain"): Configs(Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(32, 32, 8, 1)),
     (128, "rich"): Configs(Config(32, 32, 8, 1), Config(16, 16, 4, 1), Config(32, 32, 8, 1)),
     (128, "bias"): Configs(Config(32, 32, 8, 1), Config(16, 16, 4, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
     (256, "plain"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),

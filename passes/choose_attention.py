@@ -61,6 +61,9 @@ class ChooseAttention(Pass):
                 ctx.remarks.add("SPR204", f"attention={asked!r} was asked for, {strategy} is used: {why}", node)
             on_rings += [(node, strategy)] if strategy.outer > 1 else []
         ctx.order = _order(on_rings, ctx)
+        if any(AttentionMask.parse(str(node.args[9])).documents for node, _ in on_rings):
+            why = "documents are data, and are taken as one; hops that they leave empty are skipped when it runs"
+            ctx.remarks.add("SPR203", f"rings have the sequence in {ctx.order} order: {why}", strict_error=False)
         return 0
 
 

@@ -6,10 +6,15 @@ Before: attention(q local, all_gather(k), all_gather(v), positions). After, on t
               -> all_to_all back (Jacobs et al. 2023), made again in the backward, since saving its result beside its
               operand would be saving it twice
     hybrid    the same all-to-alls among neighbours, and ring_attention between groups of them (Fang and Zhao 2024)
+
+Rings whose mask has documents are told when they run which hops documents leave empty: one spx.ring_hops for each mask,
+shared by all layers. On a GPU it waits for the device once a step, so there it is made where all those hops together
+would take much longer than that, by the tables of links and accelerators.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,22 +22,40 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+import spcompile.attention.hops  # noqa: F401  (defines spx::ring_hops)
+from spcompile.accelerators import ACCELERATORS
 from spcompile.attention.gathered import before_gathers, exchange_heads, is_gathered, strategy_of
-from spcompile.graph import call, operand
+from spcompile.attention.mask import AttentionMask
+from spcompile.attention.op import DEFAULTS
+from spcompile.cost import cost_model
+from spcompile.diagnostics import IllegalOption
+from spcompile.graph import argument, call, operand
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.sizes import hint
 
 spx = torch.ops.spx
 
+SKIP_HOPS = ("auto", "always", "never")
+WORTH = 10  # a hop that might be empty is asked for where all of them take so many times the asking
+
 
 @dataclass(frozen=True)
 class ParallelizeAttention(Pass):
-    """Rewrite every attention whose keys and values are gathered over one axis."""
+    """Rewrite every attention whose keys and values are gathered over one axis.
+
+    skip_hops: whether rings ask which hops documents leave empty: "always", "never", or "auto", where it is worth it.
+    """
 
     name: ClassVar[str] = "parallelize-attention"
     stage: ClassVar[Stage] = Stage.LOCAL
     after: ClassVar[frozenset[str]] = frozenset({"lower"})
     summary: ClassVar[str] = "turns gathered keys and values into ring, Ulysses or hybrid attention"
+
+    skip_hops: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.skip_hops not in SKIP_HOPS:
+            raise IllegalOption(f"skip_hops={self.skip_hops!r}", legal=", ".join(map(repr, SKIP_HOPS)))
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         """Rewrite; returns the number of attentions."""
@@ -51,6 +74,8 @@ class ParallelizeAttention(Pass):
             else:
                 exchange_heads(node, strategy.inner)
             count += 1
+        if self.skip_hops != "never":
+            _ask_for_hops(gm.graph, self.skip_hops == "always", ctx)
         gm.graph.eliminate_dead_code()
         gm.recompile()
         return count
@@ -87,6 +112,38 @@ def _ring(node: fx.Node) -> None:
     new = call(node.graph, spx.ring_attention.default, (*args, *layout, *more), like=node)
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
+
+
+def _ask_for_hops(graph: fx.Graph, always: bool, ctx: Context) -> None:
+    """Give every ring with documents the hops that they leave: one spx.ring_hops for all rings of one mask."""
+    alike: defaultdict[tuple[Any, ...], list[fx.Node]] = defaultdict(list)
+    for ring in graph.find_nodes(op="call_function", target=spx.ring_attention.default):
+        q_documents, k_documents, mask, degree, order = (ring.args[i] for i in (3, 4, 7, 12, 13))
+        inner, hops = argument(ring, _INNER, "inner", 1), argument(ring, _INNER + 1, "hops")
+        if hops is None and AttentionMask.parse(str(mask)).documents:
+            alike[q_documents, k_documents, mask, degree, order, inner].append(ring)
+    for (*key, inner), rings in alike.items():
+        if always or _is_worth_asking(rings, ctx):
+            asked = call(graph, spx.ring_hops.default, (*key, inner), like=rings[0])
+            for mark in ("recompute", "ac_graph_id"):  # one answer for forward and backward, of all layers
+                asked.meta.pop(mark, None)
+            for ring in rings:
+                missing = DEFAULTS[len(ring.args) - _MORE :] if len(ring.args) < _INNER else ()
+                ring.args = (*ring.args[:_INNER], *missing, inner, asked)
+
+
+def _is_worth_asking(rings: list[fx.Node], ctx: Context) -> bool:
+    """Whether the hops of these rings, which documents may leave empty, take much longer than waiting for the device.
+
+    On a CPU the documents are at hand.
+    """
+    if operand(rings[0], 3).meta["val"].device.type == "cpu":
+        return True
+    cost = cost_model(ctx.mesh, ctx.options)
+    return sum(map(cost.communication, rings)) > WORTH * ACCELERATORS[ctx.options.accelerator].seconds_per_sync
+
+
+_MORE, _INNER = 14, 19  # places of the optional arguments, and of `inner` and `hops`, in spx.ring_attention
 
 
 def _attention(q_BNSH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor) -> Tensor:

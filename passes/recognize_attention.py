@@ -305,7 +305,8 @@ def _must_average(parts: list[Part], replaced: dict[Part, float], q: fx.Node, k:
     try:
         return must_average(parts, replaced, q, k, more.sinks is not None, more.softcap != 0)
     except NotKnown as stop:
-        raise Refused("masked scores get a finite fill and some row may have no key", stop.node) from None
+        text = f"masked scores get a finite fill and some row may have no key: {stop.why}"
+        raise Refused(text, stop.node) from None
 
 
 def _unfolded(term: Term, heads: int, found: EagerAttention, new: _Builder) -> fx.Node:

@@ -12,8 +12,9 @@ from spcompile import sequence
 from spcompile.attention.op import DEFAULTS, spec_ring_attention, spec_ring_attention_backward
 from spcompile.simulate import register_spec
 
-# Places of the bias, the optional arguments, the sinks and the layout's last part in spx::ring_attention.
-_BIAS, _MORE, _SINKS, _INNER = 6, 14, 15, 19
+# Places of the bias, the optional arguments, the sinks and the layout's last part in spx::ring_attention, and how many
+# arguments it has.
+_BIAS, _MORE, _SINKS, _INNER, _ARGUMENTS = 6, 14, 15, 19, 21
 
 
 def positions(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
@@ -35,7 +36,7 @@ def ring_gradients(
     all_grads: list[Sequence[Tensor | None]] = []
     for arguments, (dq, dk, dv, dbias, dsinks) in zip(ranks, spec_ring_attention_backward(ranks), strict=True):
         wants_bias, wants_sinks = arguments[4 + _MORE], arguments[5 + _INNER]
-        found: list[Tensor | None] = [None] * (_INNER + 1)
+        found: list[Tensor | None] = [None] * _ARGUMENTS
         found[:3] = dq, dk, dv
         found[_BIAS], found[_SINKS] = dbias if wants_bias else None, dsinks if wants_sinks else None
         all_grads.append(found)

@@ -44,6 +44,7 @@ class Row:
     """Collectives of one kind.
 
     bytes: sent by each rank in all `count` of them together. layer: module path, `*` for any layer number.
+    at_most: documents decide at run time which of its hops are made; all are counted here.
     origin: "attention" (a ring), "activation", "activation again" (one that is not saved, recomputed in the backward),
     "parameter" (a sharded one, gathered for its use), "parameter gradient".
     """
@@ -56,6 +57,7 @@ class Row:
     layer: str
     source: SourceLine | None
     origin: str
+    at_most: bool = False
 
 
 def communication(phase: str, gm: fx.GraphModule, mesh: MeshShape, trained: Sequence[bool]) -> list[Row]:
@@ -74,10 +76,13 @@ def communication(phase: str, gm: fx.GraphModule, mesh: MeshShape, trained: Sequ
         op, axis, amount = sent
         why = _origin(node, phase, trained, node in gradient_path)
         origin = "parameter gradient" if node in gradients else why
-        key = (op, axis, phase, layer_of(node), source_of(node), origin)
+        key = (op, axis, phase, layer_of(node), source_of(node), origin, _asks_for_hops(node))
         count, total = found.get(key, (0, sympy.Integer(0)))
         found[key] = (count + 1, total + amount)
-    return [Row(op, axis, phase, n, b, layer, src, why) for (op, axis, phase, layer, src, why), (n, b) in found.items()]
+    return [
+        Row(op, axis, phase, n, b, layer, src, why, at_most)
+        for (op, axis, phase, layer, src, why, at_most), (n, b) in found.items()
+    ]
 
 
 def _origin(node: fx.Node, phase: str, trained: Sequence[bool], of_gradient: bool) -> str:
@@ -167,6 +172,11 @@ def _ring(node: fx.Node, named: Mapping[str, Any]) -> sympy.Expr:
     numbers = message_numbers(B, G, T, H, expression(v.shape[3]))
     formula = forward_bytes if is_forward else backward_bytes
     return sympy.sympify(formula(numbers, hops, k.element_size()))
+
+
+def _asks_for_hops(node: fx.Node) -> bool:
+    target: Any = node.target
+    return target in _RINGS and call_arguments(target, node.args, node.kwargs)[1]["hops"] is not None
 
 
 def _value(size: Any) -> Size:

@@ -176,7 +176,7 @@ class Plan:
                 "Collectives",
                 ["op", "axis", "phase", "count", "bytes sent", "origin", "layer", "source"],
                 [
-                    [r.op, r.axis, r.phase, str(r.count), size_text(r.bytes), r.origin, r.layer, _place(r.source)]
+                    [r.op, r.axis, r.phase, str(r.count), _sent(r), r.origin, r.layer, _place(r.source)]
                     for r in self.collectives
                 ],
             ),
@@ -236,6 +236,10 @@ def size_text(size: sympy.Expr) -> str:
             break
         number, unit = number / 1024, larger
     return f"{number:.0f} B" if unit == "B" else f"{number:.2f} {unit}"
+
+
+def _sent(row: Row) -> str:
+    return f"at most {size_text(row.bytes)}" if row.at_most else size_text(row.bytes)
 
 
 def _number(value: Any) -> Any:

@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 from spcompile import sequence
+from spcompile.attention import hops as _hops  # noqa: F401  (defines spx::ring_hops)
 from spcompile.attention.op import attention, ring_attention
+from spcompile.traffic import traffic_of
 
 CASES = [
     ("causal", "zigzag", 65, 65),
@@ -78,6 +80,35 @@ def check_case(group: dist.ProcessGroup, text: str, order: str, S: int, T: int, 
         torch.testing.assert_close(a[:, :, real], take(b)[:, :, real], rtol=tolerance, atol=tolerance)
 
 
+def check_hops(group: dist.ProcessGroup, order: str) -> None:
+    """Documents that end where ranks' parts do: nothing is sent. Else keys, and in the backward two gradients more."""
+    rank, degree, name = group.rank(), group.size(), str(group.group_name)
+    S = 8 * degree
+    own = {"contiguous": (S // degree,) * degree, "zigzag": (S // 4, S // 2, S // 4)}[order]
+    for lengths, sent in ((own, (0, 0)), ((S // 4 - 1, S - S // 4 + 1), (1, 3))):
+        documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+        torch.manual_seed(1)
+        full = [torch.randn(1, n, S, 6, dtype=torch.float64) for n in (4, 2, 2)]
+        whole = [x.clone().requires_grad_() for x in full]
+        out, _ = attention(*whole, None, None, documents, documents, None, None, "causal documents", 0.4)
+        expected = [out, *torch.autograd.grad(out.square().sum(), whole)]
+        hops = torch.ops.spx.ring_hops(documents, documents, "causal documents", degree, order, 1)
+        local = [sequence.take(x, 2, rank, degree, order).requires_grad_() for x in full]
+        found: list[torch.Tensor] = []
+
+        def forward(local=local, hops=hops, found=found, documents=documents) -> None:  # type: ignore[no-untyped-def]
+            data = (documents, documents, None, None, "causal documents", 0.4, S, S, name, degree, order)
+            found[:] = [ring_attention(*local, *data, hops=hops)[0]]
+
+        def backward(local=local, found=found) -> None:  # type: ignore[no-untyped-def]
+            found += torch.autograd.grad(found[0].square().sum(), local)
+
+        counts = [sum(row.count for row in traffic_of(run)) for run in (forward, backward)]
+        assert counts == list(sent), (order, lengths, counts)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, sequence.take(b, 2, rank, degree, order), rtol=1e-10, atol=1e-10)
+
+
 def main(rank: int, world: int, store: str) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     groups = [dist.group.WORLD, dist.new_group(list(range(world)))]
@@ -86,6 +117,8 @@ def main(rank: int, world: int, store: str) -> None:
         for text, order, S, T in CASES:
             check_case(group, text, order, S, T, torch.float64)
         check_case(group, "causal", "zigzag", 32, 32, torch.bfloat16)
+    for order in sequence.ORDERS:
+        check_hops(dist.group.WORLD, order)
     dist.destroy_process_group()
 
 

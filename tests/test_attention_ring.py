@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spcompile import sequence
+from spcompile.attention import carry
 from spcompile.attention.drivers import RingDeadlock, simulate
 from spcompile.attention.mask import AttentionMask, Kind
 from spcompile.attention.op import spec_ring_attention, spec_ring_attention_backward
@@ -247,6 +249,37 @@ def test_keys_jump_over_ranks_that_see_nothing_of_them(text: str) -> None:
     for length in (64, 61):
         problem = make_problem(text, length, length)
         check(ring_over(problem, 8, "contiguous"), oracle(problem))
+
+
+def test_the_next_keys_are_on_their_way_while_a_block_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And at most two messages of keys are alive: a ring's memory does not grow with its ranks."""
+    degree, log = 8, []
+    ring, mask = Ring(64, 64, degree, "contiguous"), AttentionMask()
+    q, k, v = (torch.zeros(1, 2, 8, 4) for _ in range(3))
+    start = carry.start_forward
+
+    def started(*args: Any) -> Any:
+        state = start(*args)
+        monkeypatch.setattr(state, "add", lambda *a, add=state.add, **more: (log.append("block"), add(*a, **more))[1])
+        return state
+
+    monkeypatch.setattr(carry, "start_forward", started)
+    requests = ring_forward(q, k, v, Scores(mask, 1.0), ring, 0)
+    alive: list[weakref.ref[Tensor]] = []
+    most, answer = 0, None
+    while True:
+        try:
+            request = requests.send(answer)
+        except StopIteration:
+            break
+        log.append(type(request).__name__)
+        answer = request.message.clone() if isinstance(request, Shift) else request.handle
+        if isinstance(request, Shift):
+            alive.append(weakref.ref(answer))
+        del request
+        most = max(most, sum(message() is not None for message in alive))
+    assert log == ["Shift", "block", "Wait"] * (degree - 1) + ["block"]
+    assert most <= 2
 
 
 def test_wrong_local_length_is_refused() -> None:

@@ -11,8 +11,10 @@ from torch import Tensor
 from spcompile import sequence
 from spcompile.attention import tiles
 from spcompile.attention.dropout import Dropout, first_word
+from spcompile.attention.hops import needed_hops
 from spcompile.attention.mask import AttentionMask
 from spcompile.attention.op import attention, spec_ring_attention, spec_ring_attention_backward
+from spcompile.attention.ring import Ring
 from spcompile.diagnostics import IllegalOption
 
 B, N, G, H, SCALE, P = 2, 4, 2, 6, 0.37, 0.3
@@ -34,6 +36,7 @@ def problem(features: tuple[str, ...], text: str, S: int, T: int) -> dict[str, A
         "v": leaf(B, G, T, 5),
         "mask": mask,
         "key_valid": torch.rand(B, T) > 0.3 if mask.key_padding else None,
+        "documents": torch.randint(0, 3, (B, T)).sort(-1).values if mask.documents else None,
         "bias": leaf(B, N, 1, T) if "key bias" in features else None,
         "slopes": 2.0 ** -torch.arange(N).double() if "alibi" in features else None,
         "sinks": leaf(N) if "sinks" in features else None,
@@ -53,7 +56,7 @@ def plain(x: dict[str, Any]) -> Tensor:
         scores = scores + x["bias"]
     if x["slopes"] is not None:
         scores = scores + x["slopes"][:, None, None] * (columns - rows[:, None])
-    keep = x["mask"].allowed(rows, columns, None, None, x["key_valid"])
+    keep = x["mask"].allowed(rows, columns, x["documents"], x["documents"], x["key_valid"])
     empty = ~keep.expand_as(scores).any(-1, keepdim=True)
     scores = torch.where(keep | empty, scores, -torch.inf)
     if x["sinks"] is not None:
@@ -115,25 +118,44 @@ def test_ring(features: tuple[str, ...], text: str, order: str) -> None:
     """The same mask of dropout on any number of ranks; gradients of sinks and key biases are sums over ranks."""
     for degree, S, T in ((2, 13, 13), (3, 7, 16), (4, 16, 16)):
         x = problem(features, text, S, T)
-        wanted = expected(x)
+        check(ring_over(x, degree, order), expected(x))
 
-        def shards(name: str, d: int = degree, values: dict[str, Any] = x) -> list[Tensor]:
-            return [sequence.take(values[name].detach(), 2, r, d, order, torch.nan) for r in range(d)]
 
-        q, k, v, grad_out = (shards(name) for name in ("q", "k", "v", "grad_out"))
-        bias, sinks = (None if x[name] is None else x[name].detach() for name in ("bias", "sinks"))
-        more = (x["slopes"], sinks, x["seed"], x["softcap"], P if x["seed"] is not None else 0.0)
-        data = (None, None, x["key_valid"], bias, str(x["mask"]), SCALE, S, T, "cp", degree, order)
-        calls = [(q[r], k[r], v[r], *data, *more) for r in range(degree)]
-        results = spec_ring_attention(calls)
-        backward = spec_ring_attention_backward(
-            [(grad_out[r], None, *results[r], *calls[r][:14], True, *more, True) for r in range(degree)]
-        )
-        found = [sequence.restore_all([out for out, _ in results], 2, S, order)]
-        grads = [*zip(*backward, strict=True)]
-        found += [sequence.restore_all(grads[i], 2, n, order) for i, n in enumerate((S, T, T))]
-        found += [torch.stack(grads[i]).sum(0) for i, name in ((3, "bias"), (4, "sinks")) if x[name] is not None]
-        check(found, wanted)
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("order", sequence.ORDERS)
+def test_everything_in_one_ring(order: str, asks: bool) -> None:
+    """Softcap, a window, documents, sinks and either order of the sequence together, and all else on top."""
+    text = "causal window=7 documents key_padding"
+    for features in (("softcap", "sinks"), tuple(FEATURES)):
+        for degree, length in ((4, 33), (8, 40)):
+            x = problem(features, text, length, length)
+            hops = needed_hops(x["documents"], x["documents"], x["mask"], Ring(length, length, degree, order))
+            check(ring_over(x, degree, order, hops if asks else None), expected(x))
+
+
+def ring_over(x: dict[str, Any], degree: int, order: str, hops: Tensor | None = None) -> list[Tensor]:
+    """As `expected`, from a simulated ring."""
+    S, T = x["q"].shape[2], x["k"].shape[2]
+
+    def shards(name: str) -> list[Tensor]:
+        return [sequence.take(x[name].detach(), 2, r, degree, order, torch.nan) for r in range(degree)]
+
+    q, k, v, grad_out = (shards(name) for name in ("q", "k", "v", "grad_out"))
+    bias, sinks = (None if x[name] is None else x[name].detach() for name in ("bias", "sinks"))
+    more = (x["slopes"], sinks, x["seed"], x["softcap"], P if x["seed"] is not None else 0.0)
+    documents = x["documents"], x["documents"]
+    data = (*documents, x["key_valid"], bias, str(x["mask"]), SCALE, S, T, "cp", degree, order)
+    last = (1, hops)
+    calls = [(q[r], k[r], v[r], *data, *more, *last) for r in range(degree)]
+    results = spec_ring_attention(calls)
+    backward = spec_ring_attention_backward(
+        [(grad_out[r], None, *results[r], *calls[r][:14], True, *more, True, *last) for r in range(degree)]
+    )
+    found = [sequence.restore_all([out for out, _ in results], 2, S, order)]
+    grads = [*zip(*backward, strict=True)]
+    found += [sequence.restore_all(grads[i], 2, n, order) for i, n in enumerate((S, T, T))]
+    found += [torch.stack(grads[i]).sum(0) for i, name in ((3, "bias"), (4, "sinks")) if x[name] is not None]
+    return found
 
 
 def test_opcheck() -> None:

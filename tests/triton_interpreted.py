@@ -281,6 +281,40 @@ def test_everything_at_once() -> None:
     )  # fmt: skip
 
 
+def test_rows_without_keys_are_zero_and_so_are_their_gradients() -> None:
+    """Exactly, in the outputs that were NaN before: one sequence without a valid key, beside one with all of them."""
+    q, k, v, grad_out = (torch.randn(2, 2, 20, 16) for _ in range(4))
+    valid = torch.tensor([[False], [True]]).expand(2, 20)
+    scores, tiles = Scores(AttentionMask(key_padding=True), 0.3, key_valid=valid), TILES[0]
+    provider = Triton(lambda *_: Configs(tiles, tiles, tiles, tiles))
+    hop = k, v, natural_runs(20), natural_runs(20)
+    state = provider.start_forward(q, v, scores)
+    state.add(*hop, last=True)
+    out, lse = state.result()
+    gradients, _ = provider.backward(Rows(q, out, grad_out, lse, None), *hop, scores, False)
+    assert bool((lse[0] == -torch.inf).all())
+    assert all(bool((x[0] == 0).all()) and bool(x[1].isfinite().all()) for x in (out, *gradients))
+
+
+def test_the_backward_is_deterministic() -> None:
+    """Twice the same bits, with keys that several heads share, and over hops."""
+    q, grad_out = (torch.randn(1, 4, 40, 16).bfloat16() for _ in range(2))
+    k, v = (torch.randn(1, 1, 40, 16).bfloat16() for _ in range(2))
+    scores, tiles = Scores(AttentionMask.parse("causal window=17"), 0.3), TILES[1]
+    provider = Triton(lambda *_: Configs(tiles, tiles, tiles, tiles))
+    hops = [(k[:, :, a:b], v[:, :, a:b], natural_runs(40), (Run(0, 20, a, b - 1),)) for a, b in ((0, 20), (20, 40))]
+    found = []
+    for _ in range(2):
+        state = provider.start_forward(q, v, scores)
+        for hop in hops:
+            state.add(*hop, last=hop is hops[-1])
+        out, lse = state.result()
+        gradients = provider.start_backward(Rows(q, out, grad_out, lse, None), v, scores, False)
+        keys = [x for hop in hops for x in gradients.add(*hop, last=hop is hops[-1])]
+        found.append([out, lse, gradients.result()[0], *keys])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.slow
 def test_error_does_not_grow_with_hops() -> None:
     """Root mean square error of bfloat16 against float64, for the same attention in more and more hops."""

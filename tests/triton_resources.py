@@ -14,13 +14,18 @@ from triton.runtime.driver import driver
 
 from spcompile.attention.triton_launch import Launch
 
+TENSOR_MEMORY = 512  # columns that one program may have; with more, the kernel is nothing but a trap
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 class Resources(NamedTuple):
-    """Per program: bytes of shared memory; per thread: registers, bytes of spilled registers (stack and local)."""
+    """Per program: bytes of shared memory, columns of tensor memory (sm_100), of which there are TENSOR_MEMORY.
+
+    Per thread: registers, bytes of spilled registers (stack and local).
+    """
 
     shared: int
+    columns: int
     registers: int
     spilled: int
     assembly: str
@@ -60,6 +65,6 @@ def resources(launch: Launch, capability: int) -> Resources:
         file.flush()
         text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
-    return Resources(
-        kernel.metadata.shared, int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"]), kernel.asm["ptx"]
-    )
+    spilled = int(found["STACK"]) + int(found["LOCAL"])
+    columns = kernel.metadata.tmem_size
+    return Resources(kernel.metadata.shared, columns, int(found["REG"]), spilled, kernel.asm["ptx"])

@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import TYPE_CHECKING
 
+import torch
+
 from spcompile.diagnostics import IllegalOption
 
 if TYPE_CHECKING:
@@ -143,6 +145,23 @@ class AttentionMask:
             first = max(first, q_first // self.chunk * self.chunk)
             lasts.append((q_last // self.chunk + 1) * self.chunk - 1)
         return first, min(lasts) if lasts else None
+
+    def reach_of_each(self, q_positions: Tensor, k_length: int) -> tuple[Tensor, Tensor]:
+        """`reach` of every query alone: the first and the last of keys 0 .. k_length - 1 that it may see.
+
+        Of the shape of q_positions; first > last where there is none. Every key between passes what positions decide.
+        """
+        first, last = torch.zeros_like(q_positions), torch.full_like(q_positions, k_length - 1)
+        if self.causal:
+            last = torch.minimum(last, (q_positions + self.offset).clamp(min=(self.prefix or 0) - 1))
+        if self.window is not None:
+            first = (q_positions - self.window + 1).clamp(min=0)
+        if self.window_right is not None:
+            last = torch.minimum(last, q_positions + self.window_right - 1)
+        if self.chunk is not None:
+            chunk = q_positions // self.chunk * self.chunk
+            first, last = torch.maximum(first, chunk), torch.minimum(last, chunk + self.chunk - 1)
+        return first, last
 
     def classify(self, q_first: int, q_last: int, k_first: int, k_last: int) -> Kind:
         """What the mask leaves of queries q_first..q_last against keys k_first..k_last (all inclusive, consecutive)."""

@@ -2,7 +2,8 @@
 
 B batch, N query heads, G key heads, S query rows, T keys, H head size of q and k, V of v. `mask` is the text of an
 `AttentionMask`; document ids, key validity and the bias's columns are in the natural order of the sequence. What else
-happens to the scores, and in which order, says `Scores`; a softcap or dropout of 0 is none. `inner` is that of `Ring`.
+happens to the scores, and in which order, says `Scores`; a softcap or dropout of 0 is none. `inner` is that of `Ring`,
+`hops` that of `ring_forward`, which spx::ring_hops finds.
 The memory order of results does not depend on the strides of the inputs: `out` lies in memory as [B, S, N, V], so that
 the next projection reads it as [B, S, N * V] and both save one tensor; all else is contiguous. Importing this module
 defines the ops.
@@ -41,6 +42,7 @@ _GRADS = "Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse"
 _MORE = ("Tensor? alibi_slopes", "Tensor? sinks", "Tensor? dropout_seed", "float softcap", "float dropout_p")
 _OPTIONAL = ", ".join(f"{x}={'None' if x.startswith('Tensor') else '0.0'}" for x in _MORE)
 _WANTED = f"bool bias_gradient, {_OPTIONAL}, bool sinks_gradient=False"
+_LAST = "int inner=1, Tensor? hops=None"
 _RESULT = "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
 DEFAULTS = (None, None, None, 0.0, 0.0)  # of _MORE; PyTorch leaves out trailing arguments that equal them
 _AXIS = 11  # place of axis and degree among the arguments of ring_attention
@@ -50,8 +52,8 @@ BackwardResult = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, t
 for _schema in (
     f"attention({_LOCAL}, {_OPTIONAL}) -> (Tensor out, Tensor lse)",
     f"attention_backward({_GRADS}, {_LOCAL}, {_WANTED}) -> {_RESULT}",
-    f"ring_attention({_SHARDED}, {_OPTIONAL}, int inner=1) -> (Tensor out, Tensor lse)",
-    f"ring_attention_backward({_GRADS}, {_SHARDED}, {_WANTED}, int inner=1) -> {_RESULT}",
+    f"ring_attention({_SHARDED}, {_OPTIONAL}, {_LAST}) -> (Tensor out, Tensor lse)",
+    f"ring_attention_backward({_GRADS}, {_SHARDED}, {_WANTED}, {_LAST}) -> {_RESULT}",
 ):
     _LIBRARY.define(_schema, tags=_TAGS)
 
@@ -174,11 +176,13 @@ def _ring(
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     inner: int = 1,
+    hops: Tensor | None = None,
 ) -> Requests[tuple[Tensor, Tensor]]:
     """One rank of the ring; the arguments are those of spx::ring_attention."""
     more = (alibi_slopes, sinks, dropout_seed, softcap, dropout_p)
     scores = _scores((q_documents, k_documents, key_valid, bias), mask, scale, more)
-    out, lse = yield from ring_forward(q, k, v, scores, Ring(q_length, k_length, degree, order, inner), rank)
+    ring = Ring(q_length, k_length, degree, order, inner)
+    out, lse = yield from ring_forward(q, k, v, scores, ring, rank, hops)
     return _rows_first(out), _owned(lse)
 
 
@@ -210,12 +214,13 @@ def _ring_backward(
     dropout_p: float = 0.0,
     sinks_gradient: bool = False,
     inner: int = 1,
+    hops: Tensor | None = None,
 ) -> Requests[BackwardResult]:
     more = (alibi_slopes, sinks, dropout_seed, softcap, dropout_p)
     scores = _scores((q_documents, k_documents, key_valid, bias), mask, scale, more)
     rows = Rows(q, out, grad_out, lse, grad_lse)
     ring = Ring(q_length, k_length, degree, order, inner)
-    dq, dk, dv, dbias = yield from ring_backward(rows, k, v, scores, ring, rank, bias_gradient)
+    dq, dk, dv, dbias = yield from ring_backward(rows, k, v, scores, ring, rank, bias_gradient, hops)
     dsinks = blocks.sink_gradient(rows, ring.q_runs(rank), sinks) if sinks is not None and sinks_gradient else None
     return _owned(dq), _owned(dk), _owned(dv), _optional(dbias, bias, q), _optional(dsinks, sinks, q)
 

@@ -3,7 +3,8 @@
 Every rank keeps its queries; keys and values travel from rank to rank (arXiv 2310.01889). In the backward the gradients
 of keys and values travel too, one hop behind, in the accumulation dtype, and at the end go home in one message. Partial
 results are never rounded, so the error does not grow with the number of ranks. Keys are not repeated for query heads
-that share one, and no hop is made that the mask empties on every rank.
+that share one, and no hop is made that the mask empties on every rank: from positions that is known when a graph is
+compiled, from documents when it runs (`hops`).
 
 B batch, N query heads, G key heads, Sl and Tl local query and key rows, H head size of q and k, V of v.
 """
@@ -81,6 +82,11 @@ class Ring:
         """
         return _distances(self, mask)
 
+    def stops(self, mask: AttentionMask, hops: Tensor | None) -> tuple[int, ...]:
+        """The distances at which a block is computed, 0 among them. hops: see `ring_forward`."""
+        needed = None if hops is None else hops.tolist()
+        return (0, *(d for d in self.distances(mask) if needed is None or needed[d]))
+
     def check(self, q: Tensor, k: Tensor) -> None:
         """Raises IllegalOption where the local shapes are not those of this layout."""
         for name, x, length in (("q", q, self.q_length), ("k", k, self.k_length)):
@@ -117,11 +123,14 @@ def _owners(first: int, last: int, degree: int) -> Iterator[tuple[int, int]]:
 
 
 def ring_forward(
-    q: Tensor, k: Tensor, v: Tensor, scores: Scores, ring: Ring, rank: int
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, ring: Ring, rank: int, hops: Tensor | None = None
 ) -> Requests[tuple[Tensor, Tensor]]:
-    """One rank's (out [B, N, Sl, V] in q's dtype, lse [B, N, Sl]); padded rows are 0 and -inf."""
+    """One rank's (out [B, N, Sl, V] in q's dtype, lse [B, N, Sl]); padded rows are 0 and -inf.
+
+    hops: bool [degree] on the host, the same on all ranks: over which distances documents leave anything.
+    """
     ring.check(q, k)
-    stops = (0, *ring.distances(scores.mask))
+    stops = ring.stops(scores.mask, hops)
     q_runs = ring.q_runs(rank)
     if len(stops) == 1:
         return carry.forward(q, k, v, q_runs, ring.k_runs(rank), scores)
@@ -137,11 +146,21 @@ def ring_forward(
 
 
 def ring_backward(
-    rows: Rows, k: Tensor, v: Tensor, scores: Scores, ring: Ring, rank: int, wants_grad_bias: bool
+    rows: Rows,
+    k: Tensor,
+    v: Tensor,
+    scores: Scores,
+    ring: Ring,
+    rank: int,
+    wants_grad_bias: bool,
+    hops: Tensor | None = None,
 ) -> Requests[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """One rank's (dq, dk, dv) in the inputs' dtypes and the bias's gradient, float32 or float64, None if not wanted."""
+    """One rank's (dq, dk, dv) in the inputs' dtypes and the bias's gradient, float32 or float64, None if not wanted.
+
+    hops: those of the forward.
+    """
     ring.check(rows.q, k)
-    stops = (0, *ring.distances(scores.mask))
+    stops = ring.stops(scores.mask, hops)
     q_runs = ring.q_runs(rank)
     if len(stops) == 1:
         grads, grad_bias = carry.backward(rows, k, v, q_runs, ring.k_runs(rank), scores, wants_grad_bias)

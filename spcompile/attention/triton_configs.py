@@ -89,25 +89,21 @@ _HALVES = {
     ("sm100", 256, "plain"): Configs(
         Config(64, 64, 8, 2, True), Config(64, 32, 8, 2, True), Config(32, 64, 8, 1, True)
     ),
-    ("sm100", 256, "rich"): Configs(
-        Config(64, 64, 8, 2, True), Config(64, 32, 8, 1, True), Config(16, 128, 8, 1, True)
-    ),
-    ("sm100", 256, "bias"): Configs(
-        Config(64, 16, 8, 2, True), Config(64, 16, 8, 1, True), Config(16, 128, 8, 1, True)
-    ),
+    ("sm100", 256, "rich"): Configs(Config(64, 64, 8, 2, True), Config(64, 32, 8, 1, True), Config(16, 64, 8, 1, True)),
+    ("sm100", 256, "bias"): Configs(Config(64, 16, 8, 2, True), Config(64, 16, 8, 1, True), Config(16, 32, 8, 1)),
 }
 
 # float32, which no tensor core multiplies exactly, and so no architecture differently: (head size, variant)
 _SINGLES = {
-    (64, "plain"): Configs(Config(32, 32, 4, 2), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
-    (64, "rich"): Configs(Config(32, 32, 4, 2), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
-    (64, "bias"): Configs(Config(32, 32, 4, 2), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
+    (64, "plain"): Configs(Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
+    (64, "rich"): Configs(Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
+    (64, "bias"): Configs(Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
     (128, "plain"): Configs(Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(32, 32, 8, 1)),
     (128, "rich"): Configs(Config(32, 32, 8, 1), Config(16, 16, 4, 1), Config(32, 32, 8, 1)),
     (128, "bias"): Configs(Config(32, 32, 8, 1), Config(16, 16, 4, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
     (256, "plain"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
     (256, "rich"): Configs(Config(16, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
-    (256, "bias"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
+    (256, "bias"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 32, 8, 1)),
 }
 
 ARCHITECTURES = ("sm80", "sm90", "sm100")

@@ -261,10 +261,12 @@ class Hop:
         """Reads the state unless this is the first hop; writes it, or on the last hop out and lse."""
         config = self.configs.forward
         B, N, S, _ = self.q.shape
+        only_read = last and not first
+        acc = tiled(state.acc, config.block_m, config.tma) if only_read else operand(state.acc)
         return Launch(
             forward_kernel,
             (-(-S // config.block_m), N, B),
-            (*self._operands(config), operand(state.out), state.lse, operand(state.acc),
+            (*self._operands(config), operand(state.out), state.lse, acc,
              state.peak, state.mass, self.scores.sinks, *self._place_args(), self.segments(config, False),
              self.score_args, S, self.k.shape[2]),
             {**self._sizes, "FIRST": first, "LAST": last, **_options(config)},

@@ -18,11 +18,11 @@ from spcompile.symbolic_mask.views import IndexSpace, Indices, sizes_of
 
 
 class NotKnown(Exception):
-    """What such rows are cannot be said; `node` is the mask that may leave some."""
+    """Such rows are nothing that could be put in behind an attention; `node` is the mask that may leave some."""
 
-    def __init__(self, node: fx.Node) -> None:
-        super().__init__(str(node))
-        self.node = node
+    def __init__(self, node: fx.Node, why: str) -> None:
+        super().__init__(why)
+        self.node, self.why = node, why
 
 
 def must_average(
@@ -35,7 +35,7 @@ def must_average(
     q [B, N, S, H], k [B, G, T, H].
 
     Raises:
-        NotKnown: there may be such rows, and they are neither zeros nor the mean.
+        NotKnown: there may be such rows, and they are neither zeros nor the mean with a gradient linear in the scores.
     """
     reader, indices = _reader(q, k)
     readings = {part: _reading(part, reader, indices) for part in parts}
@@ -53,7 +53,17 @@ def must_average(
         return True
     if is_only_mask and added and absorbs and not has_softcap:
         return False
-    raise NotKnown(mask.node)
+    raise NotKnown(mask.node, _why(is_only_mask, absorbs, has_softcap))
+
+
+def _why(is_only_mask: bool, absorbs: bool, has_softcap: bool) -> str:
+    """What such rows are, and why that is no function of sums over keys."""
+    if not is_only_mask:
+        return "it would average the keys that fewest of several masks exclude"
+    if not absorbs:
+        return "the fill leaves the scores a say in its weights"
+    assert has_softcap
+    return "its scores, added to under a softcap, all have gradients of their own"
 
 
 def _reader(q: fx.Node, k: fx.Node) -> tuple[Reader, Indices]:

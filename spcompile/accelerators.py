@@ -13,7 +13,8 @@ from dataclasses import dataclass
 class Accelerator:
     """flops: dense products per second at best, by bytes of an element. reached, attention_reached: parts of that.
 
-    bytes_per_second: of its memory, as reached. seconds_per_kernel: the least that anything takes.
+    bytes_per_second: of its memory, as reached. seconds_per_kernel: the least that anything takes. units: what computes
+    one tile of a product's result each, at once; a product takes whole rounds of them.
     """
 
     name: str
@@ -22,6 +23,11 @@ class Accelerator:
     attention_reached: float
     bytes_per_second: float
     seconds_per_kernel: float
+    units: int = 1
+
+    def rounding(self, tiles: int) -> float:
+        """By how much a product of so many tiles takes longer since units stand idle in the last round."""
+        return -(-tiles // self.units) * self.units / tiles
 
     def attention_flops(self, itemsize: int) -> float:
         """Products and sums per second that attention reaches on elements of so many bytes."""
@@ -38,7 +44,7 @@ class Accelerator:
 ACCELERATORS = {
     # Data sheets: dense bf16, float32 without TF32, float64 tensor cores. Reached: by large cuBLAS products and by
     # FlashAttention.
-    "h100": Accelerator("H100 SXM", {2: 989e12, 4: 67e12, 8: 67e12}, 0.65, 0.5, 0.8 * 3.35e12, 3e-6),
-    "a100": Accelerator("A100 SXM", {2: 312e12, 4: 19.5e12, 8: 19.5e12}, 0.75, 0.6, 0.8 * 2.04e12, 4e-6),
+    "h100": Accelerator("H100 SXM", {2: 989e12, 4: 67e12, 8: 67e12}, 0.65, 0.5, 0.8 * 3.35e12, 3e-6, units=132),
+    "a100": Accelerator("A100 SXM", {2: 312e12, 4: 19.5e12, 8: 19.5e12}, 0.75, 0.6, 0.8 * 2.04e12, 4e-6, units=108),
     "cpu": Accelerator("one CPU core", {4: 80e9, 8: 40e9}, 0.6, 0.4, 6e9, 5e-6),
 }

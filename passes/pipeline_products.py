@@ -87,7 +87,7 @@ def _attention_and_mlp(x_BSD: Tensor, weight_D: Tensor, up_DF: Tensor, down_FD: 
 
 
 def _inputs() -> tuple[Tensor, ...]:
-    shapes = ((1, 511, 64), (64,), (64, 128), (128, 64))
+    shapes = ((1, 511, 64), (64,), (64, 512), (512, 64))
     return tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
 
 

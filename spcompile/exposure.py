@@ -44,6 +44,7 @@ def exposed_seconds(graph: fx.Graph, cost: CostModel, budget: float, ahead: floa
 
 def _in_two(node: fx.Node) -> fx.Node:
     """Start and wait in place of a collective; returns the start."""
+    assert isinstance(node.target, torch._ops.OpOverload)
     target, arguments = _STARTS[node.target]
     operand, named = call_arguments(node.target, node.args, node.kwargs)
     with node.graph.inserting_before(node):

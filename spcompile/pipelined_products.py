@@ -142,7 +142,7 @@ def multiply_and_scatter(
 
 
 def _add_products(total: Tensor, rows: Sequence[Tensor], weights: Sequence[Tensor], is_first: bool) -> None:
-    """total += the sum of products, in place; of the first nothing is read."""
+    """Add products to a sum, in place; before the first one it holds nothing that is read."""
     for x, weight in zip(rows, weights, strict=True):
         if is_first:
             torch.mm(x, weight, out=total)

@@ -1,4 +1,4 @@
-"""pipeline-products: the ops on all ranks, whole models in the simulator, races that it must catch, and where it pays."""
+"""pipeline-products: its ops on all ranks, whole models in the simulator, races that it must catch, where it pays."""
 
 from __future__ import annotations
 

@@ -79,8 +79,8 @@ def _worth_passing(
     """The calls on whose parts a sum is carried so that the fewest bytes are sent.
 
     On the source's side of the cut a value is in parts. Cut edges cost its bytes where somebody reads it whole, and the
-    bytes of a fixed operand's gradient, which becomes a sum over ranks. Where two places cost the same, the earlier one:
-    behind it every rank computes with its rows alone, and a residual stream is not a sum that all ranks hold whole.
+    bytes of a fixed operand's gradient, which becomes a sum over ranks. Of two places that cost the same the earlier
+    one: behind it every rank computes with its rows alone, and a residual stream is not a sum that all ranks hold whole.
     """
     gradient = needs_gradient(graph)
     network = nx.DiGraph()

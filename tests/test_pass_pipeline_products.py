@@ -150,7 +150,7 @@ def test_a_planted_race_is_caught(mode: Mode, race: Any, monkeypatch: pytest.Mon
 
 
 def test_the_bytes_stay_what_they_were() -> None:
-    """Counted for each phase and place; only the names of the rows are others."""
+    """Counted for each phase and origin; only the names of the rows are others."""
     sent: list[dict[tuple[str, str], Any]] = []
     for passes in ({"pipeline-products": False}, EVERYWHERE):
         graphs, _, _ = final_graphs(llama(), tokens(), {"tp": 2}, passes=passes)
@@ -158,7 +158,7 @@ def test_the_bytes_stay_what_they_were() -> None:
         for phase, gm in graphs.items():
             for row in communication(phase, gm, MeshShape.of({"tp": 2}), ()):
                 kind = "gather" if "gather" in row.op else "scatter" if "scatter" in row.op else row.op
-                key = (phase, f"{kind} {row.origin} {row.layer}")
+                key = (phase, f"{kind} {row.origin}")
                 found[key] = found.get(key, 0) + row.bytes
         sent.append(found)
     assert sent[0] == sent[1]

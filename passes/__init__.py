@@ -18,6 +18,7 @@ from spcompile.passes.lower_data_parallel import LowerDataParallel
 from spcompile.passes.lower_tensor_parallel import LowerTensorParallel
 from spcompile.passes.overlap_collectives import OverlapCollectives
 from spcompile.passes.parallelize_attention import ParallelizeAttention
+from spcompile.passes.pipeline_products import PipelineProducts
 from spcompile.passes.recognize_attention import RecognizeAttention
 from spcompile.passes.recognize_loss import RecognizeLoss
 from spcompile.passes.recognize_mask import RecognizeMask
@@ -59,6 +60,7 @@ PIPELINE: tuple[Pass, ...] = (
     ParallelizeAttention(),  # the rest, while gathers of keys and values still stand beside their attention
     # SCHEDULE stage: forward and backward graphs after autograd.
     BucketCollectives(),  # while an all-reduce is still one node
+    PipelineProducts(),  # while a gather or a scatter is still one node; gathers of parameters are in buckets
     LowerCollectives(),  # Inductor sees only functional collectives
     OverlapCollectives(),  # last: nothing may change the order that it finds
 )

@@ -79,7 +79,8 @@ def _worth_passing(
     """The calls on whose parts a sum is carried so that the fewest bytes are sent.
 
     On the source's side of the cut a value is in parts. Cut edges cost its bytes where somebody reads it whole, and the
-    bytes of a fixed operand's gradient, which becomes a sum over ranks.
+    bytes of a fixed operand's gradient, which becomes a sum over ranks. Of two places that cost the same the earlier
+    one: behind it every rank computes with its rows alone, and a residual stream is not a sum that all ranks hold whole.
     """
     gradient = needs_gradient(graph)
     network = nx.DiGraph()
@@ -95,7 +96,8 @@ def _worth_passing(
     for node, group in groups.items():
         fixed = [read for i, read in enumerate(tensor_operands(node)) if i not in group and read in gradient]
         network.add_edge(node, "whole", capacity=float(sum(bytes_of(read) for read in fixed)))
-    _, (parts, _) = nx.minimum_cut(network, "parts", "whole")
+    # networkx finds the minimum cut next to the sink: here the sink is where sums are made.
+    _, (_, parts) = nx.minimum_cut(network.reverse(), "whole", "parts")
     return {node for node in groups if node in parts}
 
 

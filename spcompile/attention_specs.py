@@ -1,4 +1,4 @@
-"""The attention ops and `spx::positions` for the simulator. Importing this module registers them."""
+"""The ops with a loop inside, and `spx::positions`, for the simulator. Importing this module registers them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from torch import Tensor
 
 from spcompile import sequence
 from spcompile.attention.op import DEFAULTS, spec_ring_attention, spec_ring_attention_backward
+from spcompile.pipelined_products import (
+    all_gather_matmul,
+    matmul_reduce_scatter,
+    spec_all_gather_matmul,
+    spec_matmul_reduce_scatter,
+)
 from spcompile.simulate import register_spec
 
 # Places of the bias, the optional arguments, the sinks and the layout's last part in spx::ring_attention, and how many
@@ -46,3 +52,5 @@ def ring_gradients(
 register_spec(torch.ops.spx.positions.default, positions)
 register_spec(torch.ops.spx.ring_attention.default, spec_ring_attention, ring_gradients)
 register_spec(torch.ops.spx.ring_attention_backward.default, spec_ring_attention_backward)
+register_spec(all_gather_matmul, spec_all_gather_matmul)
+register_spec(matmul_reduce_scatter, spec_matmul_reduce_scatter)

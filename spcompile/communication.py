@@ -22,6 +22,7 @@ from spcompile.attention.ring import Ring, backward_bytes, forward_bytes, messag
 from spcompile.collectives import COLLECTIVES, axis_argument, call_arguments
 from spcompile.diagnostics import SourceLine, source_of
 from spcompile.mesh import MeshShape
+from spcompile.pipelined_products import PIPELINED, all_gather_matmul
 from spcompile.sizes import Size, expression, hint
 
 _spx, _c10d = torch.ops.spx, torch.ops._c10d_functional
@@ -143,6 +144,9 @@ def sent_by(node: fx.Node, mesh: MeshShape) -> tuple[str, str, sympy.Expr] | Non
     operand, named = call_arguments(target, node.args, node.kwargs)
     if target in _RINGS:
         return target._opname, named["axis"], _ring(node, named)
+    if target in PIPELINED:
+        part = operand if target is all_gather_matmul else node
+        return target._opname, named["axis"], (named["degree"] - 1) * _bytes(part)
     if target in COLLECTIVES:
         values = fx.node.map_arg((operand, named), lambda n: n.meta["val"])
         amount = expression(COLLECTIVES[target].sent(values[0], **values[1]))

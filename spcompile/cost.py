@@ -3,7 +3,9 @@
 A node takes the longer of its arithmetic and its memory traffic. Arithmetic: the formulas of torch.utils.flop_counter;
 attention by what its mask leaves of the scores. Traffic: operands and results; elementwise ops behind one another count
 once under Inductor, which fuses them. A collective takes its bytes and its chain of messages on the link of its axis;
-the messages of an all-to-all leave at once. Sizes that are symbols count as at trace time.
+the messages of an all-to-all leave at once. A product that is cut into chunks takes, for each chunk, a kernel, the
+whole weight, and whole rounds of tiles; of the messages between chunks what takes longer than a chunk is exposed. Sizes
+that are symbols count as at trace time.
 
 B batch, N query heads, S and T query and key rows, H head size of q and k, V of v.
 """
@@ -11,7 +13,8 @@ B batch, N query heads, S and T query and key rows, H head size of q and k, V of
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +35,7 @@ from spcompile.links import link_of
 from spcompile.memory import root_of
 from spcompile.mesh import MeshShape
 from spcompile.options import Options
+from spcompile.pipelined_products import PIPELINED, all_gather_matmul
 from spcompile.sizes import hint, numel_hint
 
 _spx, _c10d = torch.ops.spx, torch.ops._c10d_functional
@@ -40,6 +44,7 @@ _FORWARDS = (_spx.attention.default, _spx.ring_attention.default)
 _BACKWARDS = (_spx.attention_backward.default, _spx.ring_attention_backward.default)
 _BEFORE_AUTOGRAD = (torch.ops.aten.linear.default, torch.ops.aten.matmul.default)
 _SAMPLES = 64  # query rows at which a mask is looked at
+_TILE = 128  # rows and columns of the tiles in which products are computed
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,25 @@ class Work:
     def seconds(self) -> float:
         """From its start to its end."""
         return self.compute + self.exposed
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Products that are cut into one chunk for each rank of an axis, between which messages travel.
+
+    rows: of a chunk. products: (width, columns) of the weights. pieces: products in which a chunk is computed.
+    message, messages: bytes that a hop sends, and in how many messages. copied: bytes moved once more in all.
+    """
+
+    axis: str
+    degree: int
+    rows: int
+    products: tuple[tuple[int, int], ...]
+    pieces: int
+    itemsize: int
+    message: int
+    messages: int
+    copied: int
 
 
 @dataclass(frozen=True)
@@ -76,12 +100,32 @@ class CostModel:
         sent = sent_by(node, self.mesh)
         if sent is None:
             return Work(compute)
+        if node.target in PIPELINED:
+            return self.pipelined(_chunks_of(node))
         if node.target not in _RINGS:  # one op that communicates and returns when it is done
             seconds = self.communication(node)
             return Work(compute, seconds, seconds)
         hops = max(1, hops_of(node))
         one = self._link(sent[1]).seconds(_number(sent[2], node) / hops)
         return Work(compute, hops * one, hops * max(0.0, one - compute / (hops + 1)))
+
+    def pipelined(self, chunks: Chunks) -> Work:
+        """Of products that hide a collective."""
+        hop = sum(self._chunk_product(chunks, width, columns) for width, columns in chunks.products)
+        one = self._link(chunks.axis).seconds(chunks.message, chunks.messages)
+        copies = 2 * chunks.copied / self.accelerator.bytes_per_second
+        hops = chunks.degree - 1
+        return Work(chunks.degree * hop + copies, hops * one, hops * max(0.0, one - hop))
+
+    def _chunk_product(self, chunks: Chunks, width: int, columns: int) -> float:
+        """[rows, width] @ [width, columns] of one chunk, in pieces."""
+        table = self.accelerator.flops
+        peak = table[max(min(table), min(8, chunks.itemsize))] * self.accelerator.reached
+        tiles = -(-chunks.rows // chunks.pieces // _TILE) * -(-columns // _TILE)
+        arithmetic = 2 * chunks.rows * width * columns / peak * self.accelerator.rounding(tiles)
+        elements = chunks.rows * (width + columns) + chunks.pieces * width * columns
+        moved = elements * chunks.itemsize / self.accelerator.bytes_per_second
+        return max(arithmetic, moved) + chunks.pieces * self.accelerator.seconds_per_kernel
 
     def is_heavy(self, node: fx.Node) -> bool:
         """Whether a node is a product, an attention, or sends anything."""
@@ -137,7 +181,40 @@ def cost_model(mesh: MeshShape, options: Options) -> CostModel:
 def is_product(node: fx.Node) -> bool:
     """Whether a node is a matrix product, a convolution or an attention."""
     is_counted = getattr(node.target, "overloadpacket", None) in flop_registry
-    return is_counted or node.target in (*_FORWARDS, *_BACKWARDS)
+    return is_counted or node.target in (*_FORWARDS, *_BACKWARDS, *PIPELINED)
+
+
+def gathering_chunks(
+    part: torch.Tensor, weights: Sequence[torch.Tensor], dim: int, axis: str, degree: int, gathered: bool
+) -> Chunks:
+    """Of an all-gather of `part` whose result is multiplied. gathered: others want it whole."""
+    pieces = math.prod(part.shape[:dim])
+    message = part.numel() * part.element_size()
+    products = tuple((weight.shape[0], weight.shape[1]) for weight in weights)
+    rows = part.numel() // part.shape[-1]
+    copied = degree * message if gathered and pieces > 1 else 0
+    return Chunks(axis, degree, rows, products, pieces, part.element_size(), message, 1, copied)
+
+
+def scattering_chunks(
+    result: torch.Tensor, weights: Sequence[torch.Tensor], dim: int, axis: str, degree: int
+) -> Chunks:
+    """Of products whose sum is reduce-scattered; the sums travel in halves."""
+    batch = math.prod(result.shape[:dim])
+    message = result.numel() * result.element_size()
+    products = tuple((weight.shape[0], weight.shape[1]) for weight in weights)
+    rows = result.numel() // result.shape[-1]
+    return Chunks(axis, degree, rows, products, 2 * batch, result.element_size(), message, 2, message)
+
+
+def _chunks_of(node: fx.Node) -> Chunks:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    first, named = call_arguments(node.target, node.args, node.kwargs)
+    weights = [weight.meta["val"] for weight in named["weights"]]
+    if node.target is all_gather_matmul:
+        layout = named["dim"], named["axis"], named["degree"], named["gathered"]
+        return gathering_chunks(first.meta["val"], weights, *layout)
+    return scattering_chunks(node.meta["val"], weights, named["dim"], named["axis"], named["degree"])
 
 
 def matmul_flops(node: fx.Node) -> int:

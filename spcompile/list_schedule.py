@@ -142,7 +142,7 @@ class ListScheduler:
         self.held: Counter[fx.Node] = Counter()  # value -> readers that could run but have not
         self.bytes = 0.0
         self.gradients: deque[fx.Node] = deque()  # final collectives that could start
-        self.unwaited: deque[fx.Node] = deque()  # final collectives that have
+        self.unwaited: deque[fx.Node] = deque()  # final collectives that have, and keep something alive
         self.gathers = self._gathers(ahead)
         self.last_start = max((self.place[n] for n in self.nodes if self._is_critical(n)), default=-1)
 
@@ -300,7 +300,7 @@ class ListScheduler:
         for wait in start.users:
             self.when[wait] = self.free[axis]
         if self.roles.is_final(start):
-            self.unwaited.append(start)
+            self.unwaited.extend([start] if self._in_flight(start) else ())
         elif start in self.roles.early:
             self.bytes += bytes_of(start)
         self._tell_readers(start)

@@ -258,6 +258,13 @@ def _unwrapped(op: Any, per_rank: list[Any]) -> list[Any]:
 
 def _run_spec(op: Any, group: list[tuple[Any, dict[str, Any]]]) -> list[Any]:
     calls = [(operand, *named.values()) for operand, named in group]
+    forward, backward = _SPECS[op]
+    if backward is None:
+        tensors = [x for x in torch.utils._pytree.tree_leaves(calls) if isinstance(x, Tensor)]
+        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        assert not wanted, f"{op} was registered without a backward spec"
+        with torch.no_grad():
+            return list(forward(calls))
     detached = [tuple(v.detach() if isinstance(v, Tensor) else v for v in call) for call in calls]
     flat = _Spec.apply(op, detached, *[v for call in calls for v in call if isinstance(v, Tensor)])
     width = len(op._schema.returns)

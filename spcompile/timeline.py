@@ -56,8 +56,13 @@ def is_wait(node: fx.Node) -> bool:
     return node.target is _c10d.wait_tensor.default
 
 
-def timeline(phase: str, nodes: Iterable[fx.Node], cost: CostModel) -> Timeline:
-    """Run nodes in this order on the streams."""
+def timeline(
+    phase: str, nodes: Iterable[fx.Node], cost: CostModel, late_by: dict[fx.Node, float] | None = None
+) -> Timeline:
+    """Run nodes in this order on the streams.
+
+    late_by: is given, for every started collective, the seconds that compute waits for it.
+    """
     now = compute = communication = exposed = sent = exposed_bytes = 0.0
     free: defaultdict[str, float] = defaultdict(float)  # axis -> when its stream is
     flying: dict[fx.Node, tuple[float, float, float]] = {}  # start -> (arrival, seconds, bytes)
@@ -71,6 +76,8 @@ def timeline(phase: str, nodes: Iterable[fx.Node], cost: CostModel) -> Timeline:
         if is_wait(node):
             arrival, seconds, size = flying.pop(node.all_input_nodes[0], (0.0, 1.0, 0.0))
             late = max(0.0, arrival - now)
+            if late_by is not None:
+                late_by[node.all_input_nodes[0]] = late
             exposed_bytes += size * min(1.0, late / seconds)
         else:
             work = cost.work(node)

@@ -20,9 +20,9 @@ LAYERS = (
     "flex_attention module_buffer",
     # meshes, dims, ops that communicate, attention
     "accelerators autocast mesh links options spaces capture attention collectives",
-    "rank_parts",
+    "rank_parts pipelined_products",
     "printer rules states symbolic_mask agreement simulate communication memory verify_report",
-    "cost timeline list_schedule keep_order",
+    "cost timeline list_schedule keep_order product_sites exposure",
     "passes_api index_spaces attention_specs meta_device plan plan_html",
     # where the axes go
     "propagate verifier",

@@ -36,7 +36,7 @@ def drive(requests: Requests[T], group: dist.ProcessGroup) -> T:
             return stop.value
         if isinstance(request, Shift):
             message = request.message.contiguous()
-            received = torch.empty_like(message)
+            received = torch.empty_like(message) if request.into is None else request.into
             to, source = (rank + request.distance) % size, (rank - request.distance) % size
             works = dist.batch_isend_irecv(
                 [
@@ -112,7 +112,8 @@ def _advance(states: list[_Rank], rank: int) -> bool:
             break
         if isinstance(request, Shift):
             message = request.message
-            received = torch.full(message.shape, torch.nan, dtype=message.dtype, device=message.device)
+            received = torch.empty_like(message) if request.into is None else request.into
+            received.fill_(torch.nan)
             state.answer = _Posted(rank, len(state.posted), request, message.clone(), received)
             state.posted.append(state.answer)
         else:

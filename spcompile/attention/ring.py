@@ -36,10 +36,12 @@ class Shift:
     """Start to send `message` to the rank `distance` further on; the answer is a handle.
 
     All ranks yield the same sequence of requests with messages of one shape. The message must not change until waited.
+    into: a contiguous tensor in which the message from the rank before arrives; a new one by default.
     """
 
     message: Tensor
     distance: int = 1
+    into: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

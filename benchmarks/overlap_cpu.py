@@ -5,8 +5,8 @@
 Cases: `tp`, tensor parallel; `zero-3`, parameters sharded over cp; `sums`, whole parameters on cp; `ulysses`, the same
 with attention by heads, whose exchanges split-exchanges may split. Measured with torch.profiler on rank 0: seconds in
 which compute stands in `wait_tensor`. Without overlap-collectives every wait follows its start, so that this is the
-whole communication; what remains of it with the pass is exposed. Products stay whole here, since what waits inside an op
-would not be seen. Beside it what the tables predict (accelerator "cpu", link "loopback"). Then, from the tables alone,
+whole communication; what remains of it with the pass is exposed. Products stay whole here, since what waits inside an
+op would not be seen. Beside it what the tables predict (accelerator "cpu", link "loopback"). Then, from tables alone,
 a layer of Llama 3 8B in bf16 on H100s over NVLink, 8192 tokens a rank: tp = 8 with products whole and in chunks, cp = 8
 by Ulysses with one message each way and split. The tables go to stderr, one line of JSON to stdout. Exits with 1 if a
 loss differs between pass on and off by more than 1e-5.

@@ -80,7 +80,7 @@ def _worth_passing(
 
     On the source's side of the cut a value is in parts. Cut edges cost its bytes where somebody reads it whole, and the
     bytes of a fixed operand's gradient, which becomes a sum over ranks. Of two places that cost the same the earlier
-    one: behind it every rank computes with its rows alone, and a residual stream is not a sum that all ranks hold whole.
+    one: behind it every rank computes with its rows alone, and no residual stream is a sum that all ranks hold whole.
     """
     gradient = needs_gradient(graph)
     network = nx.DiGraph()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from spcompile.program import LocalProgram
 from spcompile.torch_private import (
     CustomGraphPass,
     aot_autograd,
+    autograd_result,
     compile_fx,
     compile_fx_inner,
     get_hash_for_files,
@@ -37,12 +39,16 @@ class Emission:
     bind: replaces axis names by this process's groups in a finished graph (nothing for a dry run).
     finished: called with ("forward" | "backward" | "inference", graph) when a graph is final, before it is bound.
     graphs: the final graphs by phase, unbound.
+    keep: leave in `result` what AOTAutograd made, to be stored, if it can be; the backward is then compiled with the
+        forward, not when it is first called.
     """
 
     program: LocalProgram
     bind: Callable[[fx.Graph], Any]
     finished: Callable[[str, fx.GraphModule], None] = lambda phase, gm: None
     graphs: dict[str, fx.GraphModule] = field(default_factory=dict)
+    keep: bool = False
+    result: Any = None
 
     def schedule(self, gm: fx.GraphModule, phase: str) -> None:
         """The SCHEDULE stage on one graph after autograd, in place."""
@@ -146,10 +152,19 @@ def _inductor(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> 
         own = getattr(torch._inductor.config, name)
         if own is not None and name in patches:
             patches[name] = _BehindUsersOwn(own, patches[name])
-    # Autograd's own cache would skip the SCHEDULE stage and return code that is bound to another mesh's groups. The
-    # cache of Inductor below it sees the bound graph, and stays on.
-    with torch._functorch.config.patch(enable_autograd_cache=False):
-        return callable_of(compile_fx(gm, inputs, inner_compile=inner, config_patches=patches))
+    # A hit in autograd's own cache would skip the SCHEDULE stage and what `finished` is told. So the graph gets a name
+    # that no other has: what this cache writes, it never finds. `program_cache` stands above it. The cache of Inductor
+    # below sees the bound graph, and is shared.
+    gm.spx_compile = uuid.uuid4().hex  # type: ignore[assignment]
+    functorch = torch._functorch.config
+    with functorch.patch(
+        enable_autograd_cache=emission.keep,
+        force_non_lazy_backward_lowering=emission.keep or functorch.force_non_lazy_backward_lowering,
+    ):
+        compiled = callable_of(compile_fx(gm, inputs, inner_compile=inner, config_patches=patches))
+    if emission.keep:
+        emission.result = autograd_result(compiled)
+    return compiled
 
 
 def callable_of(compiled: Any) -> Callable[..., Any]:

@@ -41,6 +41,7 @@ class ParallelizeAttention(Pass):
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         """Rewrite; returns the number of attentions."""
         count = 0
+        traced: dict[Any, fx.Graph] = {}
         for node in list(gm.graph.nodes):
             if node.target is not spx.attention.default or node.args[3] is None:
                 continue
@@ -53,7 +54,7 @@ class ParallelizeAttention(Pass):
             if strategy.inner == 1:
                 _ring(node)
             else:
-                _head_parallel(node, strategy.inner)
+                _head_parallel(node, strategy.inner, traced)
             count += 1
         gm.graph.eliminate_dead_code()
         gm.recompile()
@@ -94,12 +95,12 @@ def _ring(node: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def _head_parallel(node: fx.Node, inner: int) -> None:
+def _head_parallel(node: fx.Node, inner: int, traced: dict[Any, fx.Graph]) -> None:
     q, _, _, _, _, *data = node.args
     k, v, layout = _before_gathers(node)
     data += DEFAULTS[len(data) - _REQUIRED :]
     has_rows = bool(node.meta.get("custom", {}).get("spx_bias_rows", False))
-    results = splice(head_parallel_attention, (q, k, v, *data, *layout, inner, has_rows), like=node)
+    results = splice(head_parallel_attention, (q, k, v, *data, *layout, inner, has_rows), like=node, traced=traced)
     for user in list(node.users):
         assert user.target is operator.getitem
         user.replace_all_uses_with(results[user.args[1]])

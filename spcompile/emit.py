@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from spcompile import recompute
 from spcompile.collectives import erase_identities
-from spcompile.graph import copy_graph
+from spcompile.graph import copy_module
 from spcompile.keep_order import KEEP_THE_ORDER
 from spcompile.passes_api import PassReport, Stage
 from spcompile.pipeline import run_passes
@@ -58,7 +58,7 @@ class Emission:
                 node.meta["spx_origin"] = "autograd"
         run_passes(gm, program.schedule, program.ctx, program.history)
         program.history.add(phase, Stage.SCHEDULE, gm, program.ctx, PassReport())
-        kept = fx.GraphModule(gm, copy_graph(gm.graph))
+        kept = copy_module(gm)
         self.graphs[phase] = kept
         self.finished(phase, kept)
         self.bind(gm.graph)

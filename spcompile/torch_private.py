@@ -56,6 +56,9 @@ from torch._subclasses.functional_tensor import (
     disable_functional_mode,
 )
 from torch.distributed.distributed_c10d import _resolve_process_group  # torch 2.13
+
+# torch 2.13: torch/fx/_lazy_graph_module.py
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.utils._ordered_set import OrderedSet  # torch 2.13
 from torch.utils._python_dispatch import _disable_current_modes as disable_modes  # torch 2.13
 
@@ -71,6 +74,7 @@ __all__ = [
     "CustomGraphPass",
     "FunctionalTensor",
     "FunctionalTensorMode",
+    "LazyGraphModule",
     "OrderedSet",
     "RestartAnalysis",
     "TracingContext",

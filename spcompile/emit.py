@@ -18,13 +18,13 @@ from spcompile.keep_order import KEEP_THE_ORDER
 from spcompile.passes_api import PassReport, Stage
 from spcompile.pipeline import run_passes
 from spcompile.program import LocalProgram
+from spcompile.program_cache import sources
 from spcompile.torch_private import (
     CustomGraphPass,
     aot_autograd,
     autograd_result,
     compile_fx,
     compile_fx_inner,
-    get_hash_for_files,
     make_boxed_func,
     min_cut_rematerialization_partition,
 )
@@ -78,7 +78,7 @@ def prepare_joint(graph: fx.Graph, regather: bool = True) -> None:
 
 
 class _PrepareJoint(CustomGraphPass):
-    """prepare_joint as a pass of Inductor, with an identity for its cache."""
+    """prepare_joint as a pass of Inductor, with an identity for its cache: all that decides on code beside the graph."""
 
     def __init__(self, regather: bool) -> None:
         self.regather = regather
@@ -87,7 +87,7 @@ class _PrepareJoint(CustomGraphPass):
         prepare_joint(graph, self.regather)
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((__file__, recompute.__file__), f"regather={self.regather}")
+        return f"{sources()} regather={self.regather}".encode()
 
 
 class _BehindUsersOwn(CustomGraphPass):

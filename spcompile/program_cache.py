@@ -77,7 +77,7 @@ def key_of(
         return None
     facts = [theirs, format_graph(gm), options.fingerprint(), *(f"{k}={v}" for k, v in sorted(machine.items()))]
     facts += [_input_facts(n, x) for n, x in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)]
-    facts += [_sources(), *(f"{p!r} {_file_hash(inspect.getfile(type(p)))}" for p in passes)]
+    facts += [sources(), *(f"{p!r} {_file_hash(inspect.getfile(type(p)))}" for p in passes)]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()
 
 
@@ -129,8 +129,8 @@ def _input_facts(placeholder: fx.Node, value: Any) -> str:
 
 
 @functools.cache
-def _sources() -> str:
-    """A hash of every source file of this package."""
+def sources() -> str:
+    """A hash of every source file of this package: what caches below, which see graphs alone, must be told."""
     root = Path(__file__).parent
     files = sorted(root.rglob("*.py"))
     names = "\0".join(f"{file.relative_to(root)} {_file_hash(str(file))}" for file in files)

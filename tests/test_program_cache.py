@@ -94,22 +94,22 @@ def test_options_of_passes_change_the_key() -> None:
 def test_sources_change_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     before = key()
     monkeypatch.setattr(program_cache, "_file_hash", lambda file: "edited")
-    program_cache._sources.cache_clear()
+    program_cache.sources.cache_clear()
     try:
         assert key() != before
     finally:
-        program_cache._sources.cache_clear()
+        program_cache.sources.cache_clear()
 
 
 def test_all_sources_are_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's and, in a source tree where they lie elsewhere, those of the passes."""
     seen: set[str] = set()
     monkeypatch.setattr(program_cache, "_file_hash", lambda file: seen.add(Path(file).name) or "")
-    program_cache._sources.cache_clear()
+    program_cache.sources.cache_clear()
     try:
         key()
     finally:
-        program_cache._sources.cache_clear()
+        program_cache.sources.cache_clear()
     assert {"ring.py", "all_gather.py", "lowering.py", "emit.py", "lower.py", "overlap_collectives.py"} <= seen
 
 

@@ -78,7 +78,7 @@ def prepare_joint(graph: fx.Graph, regather: bool = True) -> None:
 
 
 class _PrepareJoint(CustomGraphPass):
-    """prepare_joint as a pass of Inductor, with an identity for its cache: all that decides on code beside the graph."""
+    """prepare_joint as a pass of Inductor. Its identity is all that decides on code beside the graph."""
 
     def __init__(self, regather: bool) -> None:
         self.regather = regather

@@ -64,7 +64,7 @@ def band_of(buffer: Tensor) -> Band | None:
 class Relied(NamedTuple):
     """A buffer whose values a program relies on: its place among the inputs, its name, what was read of it."""
 
-    index: int
+    place: int
     name: str
     band: Band
 
@@ -89,7 +89,7 @@ def watched(run: Callable[..., Any], relied: Sequence[Relied], inputs: Sequence[
     """
     if not relied:
         return run
-    seen = [(r, weakref.ref(inputs[r.index]), inputs[r.index]._version) for r in relied]
+    seen = [(r, weakref.ref(inputs[r.place]), inputs[r.place]._version) for r in relied]
 
     def call(*args: Any) -> Any:
         for (i, name, band), buffer, version in seen:

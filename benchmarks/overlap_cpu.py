@@ -112,6 +112,7 @@ def measure(case: str, compiler: str, overlaps: bool, options: argparse.Namespac
 
 def run_rank(options: argparse.Namespace) -> list[Measurement]:
     """All configurations in this process."""
+    torch._functorch.config.enable_autograd_cache = False  # predictions read the graphs of compiles made here
     found = []
     with join_processes():
         torch.set_num_threads(max(1, cores() // dist.get_world_size()))

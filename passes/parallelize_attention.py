@@ -60,6 +60,7 @@ class ParallelizeAttention(Pass):
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         """Rewrite; returns the number of attentions."""
         count = 0
+        traced: dict[Any, fx.Graph] = {}
         for node in list(gm.graph.nodes):
             if node.target is not spx.attention.default or node.args[3] is None:
                 continue
@@ -72,7 +73,7 @@ class ParallelizeAttention(Pass):
             if strategy.inner == 1:
                 _ring(node)
             else:
-                exchange_heads(node, strategy.inner)
+                exchange_heads(node, strategy.inner, traced=traced)
             count += 1
         if self.skip_hops != "never":
             _ask_for_hops(gm.graph, self.skip_hops == "always", ctx)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.fx as fx
@@ -74,6 +74,7 @@ class SplitExchanges(Pass):
             raise IllegalOption(f"passes: split-exchanges: groups={self.groups}", legal="1 or more")
         cost = cost_model(ctx.mesh, ctx.options)
         count = 0
+        traced: dict[Any, fx.Graph] = {}
         for node, since in list(_attentions(gm.graph)):
             inner = strategy_of(node).inner
             if inner == 1:
@@ -90,7 +91,7 @@ class SplitExchanges(Pass):
             back = f"{best.groups} back" if best.groups > 1 else "one back"
             text = f"Ulysses sends {best}, and {back}: from the projections to the result in {new}, instead of {old}"
             ctx.remarks.add("SPR205", text, strict_error=False)
-            exchange_heads(node, inner, best)
+            exchange_heads(node, inner, best, traced)
             count += 1
         if count:
             gm.graph.eliminate_dead_code()

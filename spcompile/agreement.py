@@ -20,6 +20,7 @@ from spcompile.torch_private import no_python_dispatcher, unset_fake_temporarily
 
 TIMEOUT = timedelta(seconds=30)
 STOPPED = "stopped with "
+_LEGAL = "the same model, options and input shapes everywhere"
 
 
 class Agreement:
@@ -45,14 +46,30 @@ class Agreement:
         Raises:
             RanksDisagree: the same error on all ranks.
         """
+        texts = self._compare(text, but_over)
+        if texts is not None:
+            raise RanksDisagree(_explain(texts), legal=_LEGAL)
+
+    def everywhere(self, question: str, answer: bool) -> bool:
+        """Whether the answer is yes on all ranks, each of which must ask the same question.
+
+        Raises:
+            RanksDisagree: a rank does something else at its place; the same error on all ranks.
+        """
+        texts = self._compare(f"{question} {'yes' if answer else 'no'}")
+        if texts is None:
+            return answer
+        if all(text.startswith(question) for text in texts.values()):
+            return False
+        raise RanksDisagree(_explain(texts), legal=_LEGAL)
+
+    def _compare(self, text: str, but_over: str | None = None) -> dict[int, str] | None:
+        """The texts of all ranks, if they are not equal."""
         self._count += 1
         # AOTAutograd compiles under a fake mode; this communicates for real. And under the Python dispatcher, which
         # gloo's threads would inherit: they would wait for the GIL that a checked collective holds (level DETAIL).
         with unset_fake_temporarily(), no_python_dispatcher():
-            if self._hashes_equal(text, but_over):
-                return
-            texts = self._exchange(text)
-        raise RanksDisagree(_explain(texts), legal="the same model, options and input shapes everywhere")
+            return None if self._hashes_equal(text, but_over) else self._exchange(text)
 
     @contextlib.contextmanager
     def shared_errors(self) -> Iterator[None]:

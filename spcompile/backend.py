@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from spcompile import program_cache
 from spcompile.agreement import Agreement
 from spcompile.autocast import autocast_off
 from spcompile.diagnostics import GraphBreak
@@ -19,7 +20,7 @@ from spcompile.dynamo_settings import ignore_library_logging
 from spcompile.emit import Emission, callable_of, emit
 from spcompile.local_inputs import on_local_parts, over_local_parts
 from spcompile.mesh import RuntimeMesh, runtime_mesh
-from spcompile.module_buffer import watched
+from spcompile.module_buffer import relied_on, watched
 from spcompile.one_device import recognise
 from spcompile.options import Options
 from spcompile.outputs import restore_outputs
@@ -28,6 +29,7 @@ from spcompile.passes.lower_collectives import axes_of, bind_axes
 from spcompile.pipeline import History
 from spcompile.printer import format_graph
 from spcompile.program import LocalProgram, build
+from spcompile.program_cache import Finished
 from spcompile.torch_private import aot_autograd, compile_fx
 
 log = logging.getLogger(__name__)
@@ -70,7 +72,7 @@ def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Calla
     with autocast_off():
         compiled = emit(emission, options.compiler)
     PROGRAMS.append((program, emission))
-    return watched(compiled, program.captured.graph, inputs)
+    return watched(compiled, relied_on(program.captured.graph), inputs)
 
 
 def plain(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: str) -> Callable[..., Any]:
@@ -85,34 +87,81 @@ def _compile(
 ) -> Callable[..., Any]:
     given = inputs
     gm, inputs = over_local_parts(gm, given)
+    key = program_cache.key_of(gm, inputs, options, _machine(mesh), PIPELINE)
+    number = agreement.count
+    done = _cached(key, mesh, agreement) or _made(gm, inputs, options, mesh, agreement, key)
+    if done is None:
+        return _checked(on_local_parts(plain(gm, inputs, options.compiler), given), str(number), agreement, False)
+    finished, compiled = done
+    for remark in finished.remarks:
+        log.info("%s", remark)
+    whole = restore_outputs(compiled, finished.outputs, mesh, as_dtensors=options.outputs == "sharded")
+    run = watched(on_local_parts(whole, given), finished.relied, inputs)
+    is_random = finished.draws_random_numbers
+    return _checked(run, f"{number}{' of random numbers' if is_random else ''}", agreement, is_random)
+
+
+def _machine(mesh: RuntimeMesh) -> dict[str, str]:
+    groups = {axis: mesh.group_name(axis) for axis, _ in mesh.shape.axes}
+    return {"mesh": str(mesh.shape), "device": mesh.device_mesh.device_type, "groups": str(groups)}
+
+
+def _cached(key: str | None, mesh: RuntimeMesh, agreement: Agreement) -> tuple[Finished, Callable[..., Any]] | None:
+    """A program that every rank has found, and whose code names groups that exist; else all ranks compile."""
+    found = program_cache.load(key) if key is not None else None
+    if not agreement.everywhere("found a finished program:", found is not None):
+        return None
+    assert found is not None
+    finished = found[0]
+    agreement.require(finished.text)
+    groups = {axis: mesh.group_name(axis) for axis in finished.groups}  # those of parts of axes are made here
+    return found if agreement.everywhere("its process groups exist:", groups == finished.groups) else None
+
+
+def _made(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    mesh: RuntimeMesh,
+    agreement: Agreement,
+    key: str | None,
+) -> tuple[Finished, Callable[..., Any]] | None:
+    """Compile, and store the program under `key`; None if nothing of it is sharded."""
     dump = Dump(options.dump) if options.dump else None
     history = History(on_snapshot=dump.snapshot if dump else None)
     program = build(gm, inputs, mesh.shape, options, PIPELINE, history)
-    for remark in program.ctx.remarks.rows:
-        log.info("%s", remark)
-    key = f"{agreement.count}{' of random numbers' if program.draws_random_numbers else ''}"
+    finished = Finished(
+        program.outputs,
+        relied_on(program.captured.graph),
+        program.draws_random_numbers,
+        [str(remark) for remark in program.ctx.remarks.rows],
+    )
     if not program.is_sharded:
-        run = on_local_parts(plain(gm, inputs, options.compiler), given)
-        return _checked(run, key, agreement, program.draws_random_numbers)
+        return None
 
     def bind(graph: fx.Graph) -> None:
-        bind_axes(graph, {axis: mesh.group_name(axis) for axis in axes_of(graph)})
+        groups = {axis: mesh.group_name(axis) for axis in axes_of(graph)}
+        finished.groups |= groups
+        bind_axes(graph, groups)
 
     def agree(phase: str, final: fx.GraphModule) -> None:
         if dump is not None:
             dump.python(phase, final)
-        agreement.require(format_graph(final))
+        text = format_graph(final)
+        finished.text += text
+        agreement.require(text)
 
-    emission = Emission(program, bind=bind, finished=agree)
+    emission = Emission(program, bind=bind, finished=agree, keep=key is not None)
     with autocast_off():
         compiled = emit(emission, options.compiler)
     PROGRAMS.append((program, emission))
-    whole = restore_outputs(compiled, program, mesh)
-    run = watched(on_local_parts(whole, given), program.captured.graph, inputs)
-    return _checked(run, key, agreement, program.draws_random_numbers)
+    finished.result = emission.result
+    if key is not None:
+        program_cache.store(key, finished)
+    return finished, compiled
 
 
-PROGRAMS: list[tuple[LocalProgram, Emission]] = []  # all compiles of this process, to look into
+PROGRAMS: list[tuple[LocalProgram, Emission]] = []  # compiled in this process, to look into
 
 
 def _checked(run: Callable[..., Any], key: str, agreement: Agreement, is_random: bool) -> Callable[..., Any]:

@@ -132,7 +132,7 @@ def _name_placeholders(captured: fx.GraphModule, original: fx.GraphModule, input
     nodes = [n for n in captured.graph.nodes if n.op == "placeholder"]
     for node, source, given in zip(nodes, names, inputs, strict=True):
         node.meta["trainable"] = isinstance(given, torch.Tensor) and given.requires_grad
-        node.meta["state"] = _is_state(source)
+        node.meta["state"] = is_state(source)
         if node.meta["state"] and type(given) is torch.Tensor and given.dtype == torch.bool:
             node.meta[KEY] = ModuleBuffer(given)
         node._rename(source.name)
@@ -142,7 +142,7 @@ def _name_placeholders(captured: fx.GraphModule, original: fx.GraphModule, input
                 node.meta[key] = source.meta[key]
 
 
-def _is_state(placeholder: fx.Node) -> bool:
+def is_state(placeholder: fx.Node) -> bool:
     """Whether Dynamo read this input from a module: what a caller passes may be another at every call."""
     source = getattr(placeholder.meta.get("grapharg"), "source", None)
     kind = getattr(source, "guard_source", None)

@@ -6,6 +6,7 @@ have expected something else; under `strict=True` it becomes an error. docs/erro
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,7 +34,12 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<functio
 def source_of(node: fx.Node) -> SourceLine | None:
     """The innermost user frame of the node's stack trace; None for placeholders and outputs."""
     trace = node.meta.get("stack_trace")
-    frames = list(_FRAME.finditer(trace)) if isinstance(trace, str) else []
+    return _innermost(trace) if isinstance(trace, str) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _innermost(trace: str) -> SourceLine | None:
+    frames = list(_FRAME.finditer(trace))
     if not frames:
         return None
     last = frames[-1]

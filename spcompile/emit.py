@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,17 +13,18 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from spcompile import recompute
 from spcompile.collectives import erase_identities
-from spcompile.graph import copy_graph
+from spcompile.graph import copy_module
 from spcompile.keep_order import KEEP_THE_ORDER
 from spcompile.passes_api import PassReport, Stage
 from spcompile.pipeline import run_passes
 from spcompile.program import LocalProgram
+from spcompile.program_cache import sources
 from spcompile.torch_private import (
     CustomGraphPass,
     aot_autograd,
+    autograd_result,
     compile_fx,
     compile_fx_inner,
-    get_hash_for_files,
     make_boxed_func,
     min_cut_rematerialization_partition,
 )
@@ -37,12 +39,16 @@ class Emission:
     bind: replaces axis names by this process's groups in a finished graph (nothing for a dry run).
     finished: called with ("forward" | "backward" | "inference", graph) when a graph is final, before it is bound.
     graphs: the final graphs by phase, unbound.
+    keep: leave in `result` what AOTAutograd made, to be stored, if it can be; the backward is then compiled with the
+        forward, not when it is first called.
     """
 
     program: LocalProgram
     bind: Callable[[fx.Graph], Any]
     finished: Callable[[str, fx.GraphModule], None] = lambda phase, gm: None
     graphs: dict[str, fx.GraphModule] = field(default_factory=dict)
+    keep: bool = False
+    result: Any = None
 
     def schedule(self, gm: fx.GraphModule, phase: str) -> None:
         """The SCHEDULE stage on one graph after autograd, in place."""
@@ -52,7 +58,7 @@ class Emission:
                 node.meta["spx_origin"] = "autograd"
         run_passes(gm, program.schedule, program.ctx, program.history)
         program.history.add(phase, Stage.SCHEDULE, gm, program.ctx, PassReport())
-        kept = fx.GraphModule(gm, copy_graph(gm.graph))
+        kept = copy_module(gm)
         self.graphs[phase] = kept
         self.finished(phase, kept)
         self.bind(gm.graph)
@@ -72,7 +78,7 @@ def prepare_joint(graph: fx.Graph, regather: bool = True) -> None:
 
 
 class _PrepareJoint(CustomGraphPass):
-    """prepare_joint as a pass of Inductor, with an identity for its cache."""
+    """prepare_joint as a pass of Inductor. Its identity is all that decides on code beside the graph."""
 
     def __init__(self, regather: bool) -> None:
         self.regather = regather
@@ -81,7 +87,7 @@ class _PrepareJoint(CustomGraphPass):
         prepare_joint(graph, self.regather)
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((__file__, recompute.__file__), f"regather={self.regather}")
+        return f"{sources()} regather={self.regather}".encode()
 
 
 class _BehindUsersOwn(CustomGraphPass):
@@ -146,10 +152,19 @@ def _inductor(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> 
         own = getattr(torch._inductor.config, name)
         if own is not None and name in patches:
             patches[name] = _BehindUsersOwn(own, patches[name])
-    # Autograd's own cache would skip the SCHEDULE stage and return code that is bound to another mesh's groups. The
-    # cache of Inductor below it sees the bound graph, and stays on.
-    with torch._functorch.config.patch(enable_autograd_cache=False):
-        return callable_of(compile_fx(gm, inputs, inner_compile=inner, config_patches=patches))
+    # A hit in autograd's own cache would skip the SCHEDULE stage and what `finished` is told. So the graph gets a name
+    # that no other has: what this cache writes, it never finds. `program_cache` stands above it. The cache of Inductor
+    # below sees the bound graph, and is shared.
+    gm.spx_compile = uuid.uuid4().hex  # type: ignore[assignment]
+    functorch = torch._functorch.config
+    with functorch.patch(
+        enable_autograd_cache=emission.keep,
+        force_non_lazy_backward_lowering=emission.keep or functorch.force_non_lazy_backward_lowering,
+    ):
+        compiled = callable_of(compile_fx(gm, inputs, inner_compile=inner, config_patches=patches))
+    if emission.keep:
+        emission.result = autograd_result(compiled)
+    return compiled
 
 
 def callable_of(compiled: Any) -> Callable[..., Any]:

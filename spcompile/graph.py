@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.fx as fx
 
+from spcompile.torch_private import LazyGraphModule
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -90,6 +92,11 @@ def _fake_mode(values: Any) -> FakeTensorMode | None:
         if mode is not None:
             return mode
     return None
+
+
+def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A module with a copy of the graph, and the same attributes. Its Python code is written when it is asked for."""
+    return LazyGraphModule(gm, copy_graph(gm.graph))
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
@@ -61,26 +61,39 @@ def band_of(buffer: Tensor) -> Band | None:
     return Band(ahead, behind) if bool((buffer == expected).all()) else None
 
 
-def watched(run: Callable[..., Any], graph: fx.Graph, inputs: Sequence[Any]) -> Callable[..., Any]:
+class Relied(NamedTuple):
+    """A buffer whose values a program relies on: its place among the inputs, its name, what was read of it."""
+
+    place: int
+    name: str
+    band: Band
+
+
+def relied_on(graph: fx.Graph) -> list[Relied]:
+    """The buffers that were read when a captured graph was compiled."""
+    buffers = [(node.meta.get(KEY), str(node.target)) for node in graph.nodes if node.op == "placeholder"]
+    return [
+        Relied(i, name, buffer.band)
+        for i, (buffer, name) in enumerate(buffers)
+        if buffer is not None and buffer.band is not None
+    ]
+
+
+def watched(run: Callable[..., Any], relied: Sequence[Relied], inputs: Sequence[Any]) -> Callable[..., Any]:
     """`run`, which first makes sure that the buffers that were read still hold what they did.
 
-    graph: the captured one, whose placeholders are `inputs`.
+    inputs: those of the compile, which held it.
 
     Raises:
         ChangedBuffer: one does not.
     """
-    buffers = [(node.meta.get(KEY), str(node.target)) for node in graph.nodes if node.op == "placeholder"]
-    relied = [
-        (i, name, buffer.band, weakref.ref(inputs[i]), inputs[i]._version)
-        for i, (buffer, name) in enumerate(buffers)
-        if buffer is not None and buffer.band is not None
-    ]
     if not relied:
         return run
+    seen = [(r, weakref.ref(inputs[r.place]), inputs[r.place]._version) for r in relied]
 
     def call(*args: Any) -> Any:
-        for i, name, band, seen, version in relied:
-            unchanged = args[i] is seen() and args[i]._version == version
+        for (i, name, band), buffer, version in seen:
+            unchanged = args[i] is buffer() and args[i]._version == version
             if not unchanged and band_of(args[i]) != band:
                 raise ChangedBuffer(f"{name} is another mask than when the model was compiled")
         return run(*args)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from spcompile import sequence
 from spcompile.diagnostics import NotComputed
 from spcompile.mesh import RuntimeMesh
-from spcompile.program import LocalProgram, Output
+from spcompile.program import Output
 
 
 class NotComputedTensor(torch.Tensor):
@@ -30,15 +30,19 @@ class NotComputedTensor(torch.Tensor):
         )
 
 
-def restore_outputs(compiled: Callable[..., Any], program: LocalProgram, mesh: RuntimeMesh) -> Callable[..., Any]:
-    """Wrap a compiled local graph so that it returns what the user's graph returns, in order."""
-    as_dtensors = program.ctx.options.outputs == "sharded"
-    if all(o.index == i and not (o.dims and as_dtensors) for i, o in enumerate(program.outputs)):
+def restore_outputs(
+    compiled: Callable[..., Any], outputs: Sequence[Output], mesh: RuntimeMesh, *, as_dtensors: bool
+) -> Callable[..., Any]:
+    """Wrap a compiled local graph so that it returns what the user's graph returns, in order.
+
+    as_dtensors: what is split stays so (outputs="sharded").
+    """
+    if all(o.index == i and not (o.dims and as_dtensors) for i, o in enumerate(outputs)):
         return compiled
 
     def run(*args: Any) -> list[Any]:
         computed = compiled(*args)
-        return [_restore(output, computed, mesh, as_dtensors) for output in program.outputs]
+        return [_restore(output, computed, mesh, as_dtensors) for output in outputs]
 
     return run
 

@@ -12,7 +12,7 @@ import torch.fx as fx
 
 from spcompile.diagnostics import IllegalOption, InvalidGraph
 from spcompile.global_view import states_of_inputs
-from spcompile.graph import copy_graph
+from spcompile.graph import copy_module
 from spcompile.passes_api import Context, Pass, PassReport, Stage, count_changes, op_counts
 from spcompile.printer import format_graph
 from spcompile.verifier import verify_graph
@@ -40,7 +40,7 @@ class History:
     def add(self, name: str, stage: Stage, gm: fx.GraphModule, ctx: Context, report: PassReport) -> None:
         """Keep the text of a graph."""
         title = f"stage {stage.value}, mesh {ctx.mesh}, after {name}: {report.rewrites} rewrites"
-        kept = fx.GraphModule(gm, copy_graph(gm.graph)) if self.keep_graphs else None
+        kept = copy_module(gm) if self.keep_graphs else None
         snapshot = Snapshot(name, stage, format_graph(gm, title=title), report, kept)
         self.snapshots.append(snapshot)
         if self.on_snapshot is not None:

@@ -13,7 +13,7 @@ from spcompile.autocast import autocast_off
 from spcompile.capture import capture
 from spcompile.diagnostics import Remarks
 from spcompile.global_view import mark_parts
-from spcompile.graph import copy_graph
+from spcompile.graph import copy_module
 from spcompile.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.passes_api import Context, Pass, PassReport, Stage
@@ -93,7 +93,7 @@ def _build(
     captured: fx.GraphModule, inputs: Sequence[Any], ctx: Context, passes: Sequence[Pass], history: History
 ) -> LocalProgram:
     options = ctx.options
-    work = fx.GraphModule(captured, copy_graph(captured.graph))
+    work = copy_module(captured)
     history.add("capture", Stage.GLOBAL, work, ctx, PassReport())
     outputs = _select_outputs(work, options)
     before_autograd = [p for p in passes if p.stage is not Stage.SCHEDULE]

@@ -28,10 +28,12 @@ def splice(
     *,
     like: fx.Node,
     pre_dispatch: bool = True,
+    traced: dict[Any, fx.Graph] | None = None,
 ) -> Any:
     """Trace function(*args) and insert its nodes in front of `like`, with the origin of `like`.
 
     args: nodes and plain values; a node stands for its value. Returns the outputs of `function` as nodes.
+    traced: what earlier calls have traced; one on equal shapes, as in another layer, is copied from there.
     """
     graph = like.graph
     nodes = [a for a in args if isinstance(a, fx.Node)]
@@ -41,15 +43,18 @@ def splice(
         rest = iter(given)
         return function(*[next(rest) if isinstance(a, fx.Node) else a for a in args])
 
-    mode = next(v.fake_mode for v in [*values, like.meta.get("val")] if isinstance(v, FakeTensor))
-    with mode, torch.fx.traceback.preserve_node_meta(False):
-        traced = make_fx(run, pre_dispatch=pre_dispatch)(*values)
-    inside: dict[fx.Node, fx.Node] = dict(
-        zip((n for n in traced.graph.nodes if n.op == "placeholder"), nodes, strict=True)
-    )
+    signature = (function, pre_dispatch, _signature(args)) if traced is not None else None
+    body = traced.get(signature) if traced is not None else None
+    if body is None:
+        mode = next(v.fake_mode for v in [*values, like.meta.get("val")] if isinstance(v, FakeTensor))
+        with mode, torch.fx.traceback.preserve_node_meta(False):
+            body = make_fx(run, pre_dispatch=pre_dispatch)(*values).graph
+        if traced is not None and _is_static(values):
+            traced[signature] = body
+    inside: dict[fx.Node, fx.Node] = dict(zip((n for n in body.nodes if n.op == "placeholder"), nodes, strict=True))
     result: Any = None
     with graph.inserting_before(like):
-        for node in traced.graph.nodes:
+        for node in body.nodes:
             if node.op == "output":
                 result = fx.node.map_arg(node.args[0], lambda n: inside[n])
             elif node.op == "call_function":
@@ -60,3 +65,22 @@ def splice(
             else:
                 assert node.op == "placeholder", f"{node.op} {node.target} in a spliced function"
     return result
+
+
+def _signature(args: Sequence[Any]) -> tuple[Any, ...]:
+    """All that a trace depends on: of a node its value's metadata, and which arguments are the same value."""
+    values = [a.meta["val"] if isinstance(a, fx.Node) else a for a in args]
+    first: dict[int, int] = {}
+    found: list[Any] = []
+    for place, value in enumerate(values):
+        if isinstance(value, torch.Tensor):
+            place = first.setdefault(id(value), place)
+            layout = (tuple(value.shape), value.stride(), value.storage_offset())
+            found.append((place, str(value.dtype), str(value.device), value.requires_grad, str(layout)))
+        else:
+            found.append((type(value).__name__, repr(value)))
+    return tuple(found)
+
+
+def _is_static(values: Sequence[Any]) -> bool:
+    return all(isinstance(v, torch.Tensor) and not v._has_symbolic_sizes_strides for v in values)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch.distributed._functional_collectives  # noqa: F401  torch 2.13: Meta kernels of torch.ops._c10d_functional
 
@@ -14,6 +15,10 @@ from torch._dynamo.backends.common import aot_autograd
 
 # torch 2.13: torch/_dynamo/exc.py. Asks Dynamo to trace again, as with numbers in place of symbolic floats.
 from torch._dynamo.exc import RestartAnalysis
+
+# torch 2.13: torch/_functorch/_aot_autograd/autograd_cache.py, schemas.py. Its key of a graph, and its results.
+from torch._functorch._aot_autograd import autograd_cache
+from torch._functorch._aot_autograd.schemas import AOTConfig
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
@@ -28,6 +33,7 @@ from torch._functorch.predispatch import (
 from torch._guards import TracingContext, detect_fake_mode
 
 # torch 2.13: torch/_inductor/compile_fx.py, custom_graph_pass.py
+from torch._inductor.codecache import write_atomic
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
@@ -36,6 +42,9 @@ from torch._inductor.decomposition import select_decomp_table as inductor_decomp
 
 # torch 2.13: torch/_inductor/fx_passes/control_dependencies.py
 from torch._inductor.fx_passes.control_dependencies import preserve_node_ordering
+
+# torch 2.13: torch/_inductor/runtime/cache_dir_utils.py
+from torch._inductor.runtime.cache_dir_utils import cache_dir as inductor_cache_dir
 
 # torch 2.13: torch/_subclasses/fake_tensor.py
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -47,9 +56,14 @@ from torch._subclasses.functional_tensor import (
     disable_functional_mode,
 )
 from torch.distributed.distributed_c10d import _resolve_process_group  # torch 2.13
+
+# torch 2.13: torch/fx/_lazy_graph_module.py
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.utils._ordered_set import OrderedSet  # torch 2.13
+from torch.utils._python_dispatch import _disable_current_modes as disable_modes  # torch 2.13
 
 if TYPE_CHECKING:
+    import torch.fx as fx
     from torch.distributed import ProcessGroup
     from torch.distributed.distributed_c10d import GroupName
 
@@ -60,25 +74,67 @@ __all__ = [
     "CustomGraphPass",
     "FunctionalTensor",
     "FunctionalTensorMode",
+    "LazyGraphModule",
     "OrderedSet",
     "RestartAnalysis",
     "TracingContext",
     "aot_autograd",
+    "autograd_cache_key",
+    "autograd_result",
     "compile_fx",
     "compile_fx_inner",
     "detect_fake_mode",
     "disable_functional_mode",
+    "disable_modes",
     "get_hash_for_files",
+    "inductor_cache_dir",
     "inductor_decompositions",
+    "load_autograd_result",
     "make_boxed_func",
     "min_cut_rematerialization_partition",
     "no_python_dispatcher",
     "preserve_node_ordering",
     "resolve_process_group",
     "unset_fake_temporarily",
+    "write_atomic",
 ]
 
 
 def resolve_process_group(name: str) -> ProcessGroup:
     """The process group with this c10d name."""
     return _resolve_process_group(cast("GroupName", name))
+
+
+def autograd_cache_key(gm: fx.GraphModule, inputs: Sequence[Any]) -> str:
+    """The key that autograd's cache gives a Dynamo graph: code, inputs without their values, versions, all settings.
+
+    Raises:
+        Exception: the graph, or a setting, has no key.
+    """
+    config = AOTConfig(None, None, None, None, num_params_buffers=0, aot_id=0, keep_inference_input_mutations=True)
+    return autograd_cache.autograd_cache_key(gm, inputs, config)[0]
+
+
+def autograd_result(compiled: Callable[..., Any]) -> Any:
+    """What autograd's cache keeps of a compiled graph, with names of entries of Inductor's cache; None for nothing."""
+    found: Any = compiled
+    while found is not None:
+        serialize = getattr(found, "serialize", None)
+        if serialize is not None:
+            return serialize()
+        found = getattr(found, "__wrapped__", None)
+    return None
+
+
+def load_autograd_result(result: Any) -> Callable[..., Any]:
+    """The compiled graph again, without tracing.
+
+    Raises:
+        Exception: Inductor's cache has no longer what the result names.
+    """
+    run = result.wrap_post_compile([], result.sanitized_aot_config, autograd_cache.create_fx_config())
+
+    def call(*args: Any) -> Any:
+        return run(list(args))
+
+    return call

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch._functorch.config
 from worker_pool import WorkerPool
 
 
@@ -17,7 +19,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Two of pytest's processes share two cores: one thread each."""
+    """Two of pytest's processes share two cores: one thread each. Tests look at compiles: none is left out."""
+    torch._functorch.config.enable_autograd_cache = False
+    os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"  # of processes that tests start
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)
 

@@ -15,8 +15,8 @@ MAX_LINES = 400
 # spcompile/ from low to high: a module imports only from its own row and the rows above it. A folder counts as one.
 LAYERS = (
     # errors, graphs, sizes: know torch only
-    "diagnostics custom_functions dynamo_settings graph rows_without_keys sequence sizes",
-    "splice torch_private saved_bytes traffic",
+    "diagnostics custom_functions dynamo_settings graph rows_without_keys sequence sizes torch_private",
+    "splice saved_bytes traffic",
     "flex_attention module_buffer",
     # meshes, dims, ops that communicate, attention
     "accelerators autocast mesh links options spaces capture attention collectives",
@@ -32,7 +32,7 @@ LAYERS = (
     "resharding tensor_parallel program",
     "one_device",
     # the whole machine
-    "outputs local_inputs recompute emit",
+    "outputs local_inputs recompute emit program_cache",
     "weight_plan sharded_modules streamed_init checkpoints materialize",
     "backend example_runs",
     "trace docs",

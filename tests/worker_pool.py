@@ -135,11 +135,13 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
     stack_file = _stack_file(Path(folder), rank).open("w")
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
 
+    os.environ.pop("TORCHINDUCTOR_AUTOGRAD_CACHE", None)  # it would overrule a test that wants it
     import torch
     import torch._dynamo  # slow to import: not on the time of the first job
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    torch._functorch.config.enable_autograd_cache = False
     store = f"file://{folder}/store"
     dist.init_process_group(
         "gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=STARTUP_SECONDS)

@@ -46,16 +46,20 @@ def before_gathers(node: fx.Node) -> tuple[fx.Node, fx.Node, tuple[Any, ...]]:
     return operand(gather, 0), operand(operand(node, 2), 0), (q_length, k_length, axis, degree, order)
 
 
-def exchange_heads(node: fx.Node, inner: int, exchanges: Exchanges | None = None) -> None:
+def exchange_heads(
+    node: fx.Node, inner: int, exchanges: Exchanges | None = None, traced: dict[Any, fx.Graph] | None = None
+) -> None:
     """Put head-parallel attention over `inner` neighbours in place of a gathered attention.
 
-    exchanges: as in `head_parallel_attention`.
+    exchanges: as in `head_parallel_attention`. traced: as in `splice`.
     """
     q, _, _, _, _, *data = node.args
     k, v, layout = before_gathers(node)
     data += DEFAULTS[len(data) - _REQUIRED :]
     has_rows = bool(node.meta.get("custom", {}).get("spx_bias_rows", False))
-    results = splice(head_parallel_attention, (q, k, v, *data, *layout, inner, has_rows, exchanges), like=node)
+    results = splice(
+        head_parallel_attention, (q, k, v, *data, *layout, inner, has_rows, exchanges), like=node, traced=traced
+    )
     for user in list(node.users):
         assert user.target is operator.getitem
         user.replace_all_uses_with(results[user.args[1]])

@@ -1,0 +1,90 @@
+"""A program from the cache computes what the plain model does, on every rank, and only where all ranks have it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import plain_models as pm
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import error
+from torch.distributed.device_mesh import DeviceMesh
+from worker_pool import WorkerPool
+
+from spcompile import program_cache
+from spcompile.backend import PROGRAMS
+
+PoolOf = Callable[[int], WorkerPool]
+
+
+def step(**options: Any) -> tuple[bool, float]:
+    """(Whether this process compiled, the largest error of output and gradients against the plain model)."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain, model = pm.SelfAttention(), pm.SelfAttention()
+    model.load_state_dict(plain.state_dict())
+    model.compile(backend="spcompile", options=options)
+    before = len(PROGRAMS)
+    x_BSD = torch.randn(2, 33, pm.WIDTH)
+    want, have = plain(x_BSD), model(x_BSD)
+    for y_BSD in (want, have):
+        y_BSD.square().mean().backward()
+    errors = [error(want.detach(), have.detach(), 1e-30)]
+    parameters = dict(model.named_parameters())
+    for name, p in plain.named_parameters():
+        q = parameters[name]
+        assert p.grad is not None
+        assert q.grad is not None
+        errors.append(error(p.grad, q.grad, 1e-30))
+    return len(PROGRAMS) > before, max(errors)
+
+
+@contextlib.contextmanager
+def caching(folder: str) -> Iterator[None]:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    try:
+        with torch._functorch.config.patch(enable_autograd_cache=True):
+            yield
+    finally:
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+
+
+def missing_on_rank_1(load: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda key: load(key) if dist.get_rank() == 0 else None
+
+
+def again(folder: str) -> dict[str, tuple[bool, float]]:
+    with caching(folder):
+        found = {"cold": step(), "warm": step()}
+        with mock.patch.object(program_cache, "load", missing_on_rank_1(program_cache.load)):
+            found["one rank has it"] = step()
+        return {**found, "warm again": step()}
+
+
+def changed(folder: str) -> dict[str, tuple[bool, float]]:
+    other = {"attention": "ring", "balance": "contiguous"}
+    backwards = {"mesh": DeviceMesh("cpu", [1, 0], mesh_dim_names=("cp",))}
+    with caching(folder):
+        found = {"cold": step(), "other options": step(**other), "warm, options": step(**other)}
+        return {**found, "other ranks": step(**backwards), "warm, ranks": step(**backwards)}
+
+
+def test_only_a_program_that_all_ranks_have_is_not_compiled(worker_pool: PoolOf, tmp_path: Path) -> None:
+    for found in worker_pool(2).run(again, str(tmp_path), timeout=600):
+        assert {name for name, (one, _) in found.items() if one} == {"cold", "one rank has it"}
+        assert max(e for _, e in found.values()) < 1e-4, found
+
+
+@pytest.mark.slow
+def test_other_options_and_other_ranks(worker_pool: PoolOf, tmp_path: Path) -> None:
+    for found in worker_pool(2).run(changed, str(tmp_path), timeout=600):
+        compiled = {name for name, (one, _) in found.items() if one}
+        assert compiled >= {"cold", "other options"}
+        assert not compiled & {"warm, options", "warm, ranks"}
+        assert max(e for _, e in found.values()) < 1e-4, found

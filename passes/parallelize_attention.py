@@ -8,8 +8,8 @@ Before: attention(q local, all_gather(k), all_gather(v), positions). After, on t
     hybrid    the same all-to-alls among neighbours, and ring_attention between groups of them (Fang and Zhao 2024)
 
 Rings whose mask has documents are told when they run which hops documents leave empty: one spx.ring_hops for each mask,
-shared by all layers. On a GPU it waits for the device once a step, so there it is made where all those hops together
-would take much longer than that, by the tables of links and accelerators.
+shared by all layers, on whose answer ranks agree. On a GPU that waits for the device once a step, so there it is made
+where all those hops together would take much longer than that, by the tables of links and accelerators.
 """
 
 from __future__ import annotations
@@ -119,18 +119,20 @@ def _ask_for_hops(graph: fx.Graph, always: bool, ctx: Context) -> None:
     """Give every ring with documents the hops that they leave: one spx.ring_hops for all rings of one mask."""
     alike: defaultdict[tuple[Any, ...], list[fx.Node]] = defaultdict(list)
     for ring in graph.find_nodes(op="call_function", target=spx.ring_attention.default):
-        q_documents, k_documents, mask, degree, order = (ring.args[i] for i in (3, 4, 7, 12, 13))
+        axis, q_documents, k_documents, mask, degree, order = (ring.args[i] for i in (11, 3, 4, 7, 12, 13))
         inner, hops = argument(ring, _INNER, "inner", 1), argument(ring, _INNER + 1, "hops")
         if hops is None and AttentionMask.parse(str(mask)).documents:
-            alike[q_documents, k_documents, mask, degree, order, inner].append(ring)
-    for (*key, inner), rings in alike.items():
+            alike[axis, q_documents, k_documents, mask, degree, order, inner].append(ring)
+    for (axis, *key, inner), rings in alike.items():
         if always or _is_worth_asking(rings, ctx):
             asked = call(graph, spx.ring_hops.default, (*key, inner), like=rings[0])
+            agreed = call(graph, spx.agree_on_hops.default, (asked, axis), like=rings[0])
             for mark in ("recompute", "ac_graph_id"):  # one answer for forward and backward, of all layers
                 asked.meta.pop(mark, None)
+                agreed.meta.pop(mark, None)
             for ring in rings:
                 missing = DEFAULTS[len(ring.args) - _MORE :] if len(ring.args) < _INNER else ()
-                ring.args = (*ring.args[:_INNER], *missing, inner, asked)
+                ring.args = (*ring.args[:_INNER], *missing, inner, agreed)
 
 
 def _is_worth_asking(rings: list[fx.Node], ctx: Context) -> bool:

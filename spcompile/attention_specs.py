@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spcompile import sequence
+from spcompile.attention.hops import spec_agree_on_hops
 from spcompile.attention.op import DEFAULTS, spec_ring_attention, spec_ring_attention_backward
 from spcompile.pipelined_products import (
     all_gather_matmul,
@@ -50,6 +51,7 @@ def ring_gradients(
 
 
 register_spec(torch.ops.spx.positions.default, positions)
+register_spec(torch.ops.spx.agree_on_hops.default, spec_agree_on_hops)
 register_spec(torch.ops.spx.ring_attention.default, spec_ring_attention, ring_gradients)
 register_spec(torch.ops.spx.ring_attention_backward.default, spec_ring_attention_backward)
 register_spec(all_gather_matmul, spec_all_gather_matmul)

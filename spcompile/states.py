@@ -32,6 +32,7 @@ _SHAPE_ONLY = {
     _aten.new_full.default,
     _aten.new_empty.default,
 }
+_AGREEMENTS = {"agree_on_hops"}  # compare what all ranks must have alike
 _WITHOUT_GRADIENT = {_aten.detach.default, *_SHAPE_ONLY}
 
 
@@ -137,6 +138,8 @@ def _op_state(node: fx.Node, found: Mapping[fx.Node, str], gradient: set[fx.Node
     communicates = _axis_of(node) in (axis, whole_axis(axis))
     if communicates and not any(isinstance(n.meta.get("val"), torch.Tensor) for n in operands):
         return "S"  # made from the rank alone, as positions are
+    if getattr(node.target, "_opname", None) in _AGREEMENTS and not varying:
+        return "I"
     if communicates and all(found[n] != "S" for n in operands):
         raise invalid(node, f"communicates on {axis}, but none of its operands is S")
     if not varying:

@@ -10,12 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from spcompile import sequence
 from spcompile.attention import hops as _hops  # noqa: F401  (defines spx::ring_hops)
 from spcompile.attention.op import attention, ring_attention
+from spcompile.diagnostics import RanksDisagree
 from spcompile.traffic import traffic_of
 
 CASES = [
@@ -93,6 +95,7 @@ def check_hops(group: dist.ProcessGroup, order: str) -> None:
         out, _ = attention(*whole, None, None, documents, documents, None, None, "causal documents", 0.4)
         expected = [out, *torch.autograd.grad(out.square().sum(), whole)]
         hops = torch.ops.spx.ring_hops(documents, documents, "causal documents", degree, order, 1)
+        hops = torch.ops.spx.agree_on_hops(hops, name)
         local = [sequence.take(x, 2, rank, degree, order).requires_grad_() for x in full]
         found: list[torch.Tensor] = []
 
@@ -109,6 +112,13 @@ def check_hops(group: dist.ProcessGroup, order: str) -> None:
             torch.testing.assert_close(a, sequence.take(b, 2, rank, degree, order), rtol=1e-10, atol=1e-10)
 
 
+def check_disagreement(group: dist.ProcessGroup) -> None:
+    """Every rank is told, before any of them waits for a message."""
+    mine = torch.arange(group.size()) <= group.rank()
+    with pytest.raises(RanksDisagree, match="document ids"):
+        torch.ops.spx.agree_on_hops(mine, str(group.group_name))
+
+
 def main(rank: int, world: int, store: str) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     groups = [dist.group.WORLD, dist.new_group(list(range(world)))]
@@ -119,6 +129,7 @@ def main(rank: int, world: int, store: str) -> None:
         check_case(group, "causal", "zigzag", 32, 32, torch.bfloat16)
     for order in sequence.ORDERS:
         check_hops(dist.group.WORLD, order)
+    check_disagreement(dist.group.WORLD)
     dist.destroy_process_group()
 
 

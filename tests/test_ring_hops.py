@@ -14,10 +14,10 @@ from torch import Tensor
 
 from spcompile import explain, sequence
 from spcompile.attention import drivers, op
-from spcompile.attention.hops import needed_hops
+from spcompile.attention.hops import needed_hops, spec_agree_on_hops
 from spcompile.attention.mask import AttentionMask
 from spcompile.attention.ring import Requests, Ring, Shift
-from spcompile.diagnostics import IllegalOption, Remarks
+from spcompile.diagnostics import IllegalOption, RanksDisagree, Remarks
 from spcompile.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.passes.parallelize_attention import ParallelizeAttention, _is_worth_asking
@@ -102,6 +102,13 @@ def test_the_op_is_well_behaved() -> None:
     torch.library.opcheck(torch.ops.spx.ring_hops.default, (ids, ids[:1], "causal documents", 3, "zigzag", 1))
 
 
+def test_ranks_that_were_given_other_documents_are_told_so() -> None:
+    hops = torch.tensor([True, True, False])
+    assert all(torch.equal(found, hops) for found in spec_agree_on_hops([(hops, "cp")] * 3))
+    with pytest.raises(RanksDisagree, match="document ids"):
+        spec_agree_on_hops([(hops, "cp"), (hops, "cp"), (~hops, "cp")])
+
+
 def packed(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, layers: int = 2, causal: bool = True) -> Tensor:
     at = torch.arange(q.shape[2])
     keep = ids[:, None, :, None] == ids[:, None, None, :]
@@ -142,7 +149,7 @@ def shifts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 
 def ops_of(program: LocalProgram) -> tuple[int, int]:
-    return len(nodes_of(program, "spx.ring_hops")), len(nodes_of(program, "spx.ring_attention"))
+    return len(nodes_of(program, "spx.agree_on_hops")), len(nodes_of(program, "spx.ring_attention"))
 
 
 @pytest.mark.parametrize("balance", ["contiguous", "zigzag"])

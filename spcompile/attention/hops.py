@@ -1,20 +1,26 @@
 """Which hops of a ring documents leave anything to do. Documents are data, so this is asked once a step and mask.
 
 `spx::ring_hops` reads the document ids, which every rank holds whole, and answers for all ranks together: so all ranks
-find the same. It knows nothing of the rank. Its result is on the host; where the ids are on a GPU, it waits for them.
+find the same, unless somebody passed other documents on one of them. `spx::agree_on_hops` makes sure of that, since a
+rank would wait for ever for a message that another does not send. Its result is on the host; where the ids are on a
+GPU, it waits for them.
 
 B batch, S query rows, T keys of the whole sequence, P ranks of the ring.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from spcompile.attention.mask import AttentionMask
 from spcompile.attention.ring import Ring
+from spcompile.diagnostics import RanksDisagree
 from spcompile.sequence import chunk_length, chunks_per_rank
+from spcompile.torch_private import resolve_process_group
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +30,7 @@ _LIBRARY.define(
     "ring_hops(Tensor q_documents, Tensor k_documents, str mask, int degree, str order, int inner) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_LIBRARY.define("agree_on_hops(Tensor hops, str axis) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def needed_hops(q_documents: Tensor, k_documents: Tensor, mask: AttentionMask, ring: Ring) -> Tensor:
@@ -68,14 +75,43 @@ def needed_hops(q_documents: Tensor, k_documents: Tensor, mask: AttentionMask, r
     return hops.index_add_(0, distance_CC.flatten(), reached_CC.flatten().to(torch.int64)) > 0
 
 
+def agreed(hops: Tensor, others: Tensor) -> Tensor:
+    """Bool [P] on the host. hops: that some rank found needed; others: that some rank found empty.
+
+    Raises:
+        RanksDisagree: a hop is both.
+    """
+    hops, others = hops.cpu(), others.cpu()
+    if bool((hops & others).any()):
+        found = "the document ids of an attention differ between ranks, which then need other hops of its ring"
+        raise RanksDisagree(found, legal="the same inputs on all ranks of cp and tp")
+    return hops
+
+
 def _ring_hops(q_documents: Tensor, k_documents: Tensor, mask: str, degree: int, order: str, inner: int) -> Tensor:
     ring = Ring(q_documents.shape[1], k_documents.shape[1], degree, order, inner)
-    return needed_hops(q_documents, k_documents, AttentionMask.parse(mask), ring).cpu()
+    return needed_hops(q_documents, k_documents, AttentionMask.parse(mask), ring)
 
 
-def _fake(q_documents: Tensor, k_documents: Tensor, mask: str, degree: int, *rest: Any) -> Tensor:
-    return torch.empty(degree, dtype=torch.bool, device="cpu")
+def _fake_ring_hops(q_documents: Tensor, k_documents: Tensor, mask: str, degree: int, *rest: Any) -> Tensor:
+    return q_documents.new_empty(degree, dtype=torch.bool)
+
+
+def _agree_on_hops(hops: Tensor, axis: str) -> Tensor:
+    found = torch.cat([hops, ~hops]).to(torch.uint8)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=resolve_process_group(axis))
+    return agreed(*found.bool().chunk(2))
+
+
+def spec_agree_on_hops(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
+    """All ranks' results."""
+    every = torch.stack([hops for hops, _ in calls])
+    return [agreed(every.any(0), (~every).any(0)) for _ in calls]
 
 
 _LIBRARY.impl("ring_hops", _ring_hops, "CompositeExplicitAutograd")
-torch.library.register_fake("spx::ring_hops", _fake, lib=_LIBRARY)
+torch.library.register_fake("spx::ring_hops", _fake_ring_hops, lib=_LIBRARY)
+_LIBRARY.impl("agree_on_hops", _agree_on_hops, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "spx::agree_on_hops", lambda hops, axis: hops.new_empty(hops.shape, device="cpu"), lib=_LIBRARY
+)

@@ -40,11 +40,10 @@ def check(launch: Launch, capability: int, spilled: int | None = 0, element: int
 
 
 def check_all(chosen: list[Compilation]) -> None:
-    """All of them, and then one error for those that fail. In float32 a default may keep one number on the stack."""
+    """All of them, and then one error for those that fail."""
     failures = []
     for one in chosen:
-        of_singles = 8 if one.is_default else SPILLED_SINGLES
-        allowed = None if one.scores == "everything" else 0 if one.element == 2 else of_singles
+        allowed = None if one.scores == "everything" else 0 if one.element == 2 else SPILLED_SINGLES
         try:
             check(one.launch(), one.capability, allowed, one.element)
         except AssertionError as error:

@@ -47,7 +47,7 @@ class OverlapCollectives(Pass):
         """Sort the graph; returns how many nodes follow another node than before."""
         if not any(starts(node) for node in gm.graph.nodes):
             return 0
-        cost = cost_model(ctx.mesh, ctx.options)
+        cost = cost_model(ctx.mesh, ctx.options).of_one_graph()
         output = gm.graph.output_node()
         old = [node for node in gm.graph.nodes if node is not output]
         new = ListScheduler(gm.graph, cost, self.memory_mib * MEBIBYTE, self.ahead).run()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -84,6 +84,7 @@ class Chunks:
 class CostModel:
     """Costs on one kind of accelerator and the links of one mesh.
 
+    known: what was found before, where it is remembered.
     fuses: elementwise ops behind one another count once. links: axis -> name in LINKS, the user's choice.
     """
 
@@ -91,9 +92,21 @@ class CostModel:
     accelerator: Accelerator
     links: Mapping[str, str]
     fuses: bool = True
+    known: dict[fx.Node, Work] | None = field(default=None, compare=False)
+
+    def of_one_graph(self) -> CostModel:
+        """The same, of a graph that does not change while it is used: what a node costs is found once."""
+        return replace(self, known={})
 
     def work(self, node: fx.Node) -> Work:
         """Of a node that is no start of a collective and no wait."""
+        if self.known is None:
+            return self._work(node)
+        if node not in self.known:
+            self.known[node] = self._work(node)
+        return self.known[node]
+
+    def _work(self, node: fx.Node) -> Work:
         if node.op != "call_function":
             return Work(0.0)
         compute = self._compute(node)

@@ -120,9 +120,10 @@ class Trial:
         forward = graphs.get("forward") or graphs["inference"]
         computed = [i for i, out in enumerate(program.outputs) if out.index is not None]
         saved = saved_values(forward.graph, graphs["backward"].graph) if "backward" in graphs else []
+        constants = list(program.gm.buffers())  # AOTAutograd makes them the first inputs
         torch.set_rng_state(self.rng)
         with torch.no_grad():
-            found = Simulator(mesh).run(forward, [self.inputs(rank, mesh) for rank in ranks])
+            found = Simulator(mesh).run(forward, [[*constants, *self.inputs(rank, mesh)] for rank in ranks])
             if len(found[0]) != len(computed) + len(saved):
                 return "final graphs not run: they return more than outputs and saved values"
             outputs = {i: [found[rank][at] for rank in ranks] for at, i in enumerate(computed)}
@@ -137,9 +138,9 @@ class Trial:
                 return "final graphs not run: backward takes something else than the gradients of the outputs"
             given = [[self._tangent(i, dims[i], rank, outputs[i][rank]) for i in tangents] for rank in ranks]
             grads = Simulator(mesh).run(graphs["backward"], [[*kept[r], *given[r]] for r in ranks])
-        if len(grads[0]) != len(self.arguments):
+        if len(grads[0]) != len(constants) + len(self.arguments):
             return "final graphs not compared: backward does not return one gradient for each input"
-        return Outcome(whole, {i: [grads[rank][i] for rank in ranks] for i in self.gradients})
+        return Outcome(whole, {i: [grads[rank][len(constants) + i] for rank in ranks] for i in self.gradients})
 
     def expect_of_one_device(self) -> bool:
         """Where attention has dropout, expect what one device gets from the same graph; whether that is so.

@@ -36,8 +36,11 @@ class HoistShard(RewritePass):
     def rewrites(self, gm: fx.GraphModule, ctx: Context) -> Iterator[fx.Node]:
         """Pass one op after the other."""
         waiting = deque(reshards_of(gm.graph, "tp", "I", "S"))
+        passed: set[fx.Node] = set()
         while waiting:
             shard = waiting.popleft()
+            if shard in passed:
+                continue  # it waited twice: from the start, and as an operand of what another one passed
             value = operand(shard, 0)
             choice = _passes(value, shard)
             if choice is None:
@@ -46,6 +49,7 @@ class HoistShard(RewritePass):
             show(value, "tp", str(shard.args[3]))
             shard.replace_all_uses_with(value)
             gm.graph.erase_node(shard)
+            passed.add(shard)
             waiting.extend(n for n in value.all_input_nodes if is_reshard(n) and str(n.args[3]).startswith("S"))
             yield value
 

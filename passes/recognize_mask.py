@@ -28,9 +28,9 @@ from torch import Tensor
 from spcompile.flex_attention import refuse
 from spcompile.graph import argument, call, erase_dead, replace, shape_of
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.rows_without_keys import ABSORBS, with_uniform_rows
+from spcompile.rows_without_keys import ABSORBS, rows_of_one_number, with_uniform_rows
 from spcompile.splice import splice
-from spcompile.symbolic_mask.alibi import Linear, read_linear, slopes_of, sum_of, write_slopes
+from spcompile.symbolic_mask.alibi import Linear, needs_gradient, read_linear, slopes_of, sum_of, write_slopes
 from spcompile.symbolic_mask.match import B, H, K, Q, Structure, Unmatched, clauses, every_row_has_a_key, match
 from spcompile.symbolic_mask.parts import Part, Reading, Role, full_bias, is_finite, join, parts_of, read_part
 from spcompile.symbolic_mask.reader import Reader
@@ -42,6 +42,7 @@ aten = torch.ops.aten
 
 # Arguments of spx.attention by place.
 Q_, K_, Q_DOCUMENTS, K_DOCUMENTS, KEY_VALID, BIAS, MASK, SLOPES, SINKS, SOFTCAP = 0, 1, 5, 6, 7, 8, 9, 11, 12, 14
+AVERAGED = "spx_averages_rows_of_one_number"
 MORE = (None, None, None, 0.0, 0.0)  # the arguments from SLOPES on where they are left out
 
 
@@ -96,6 +97,7 @@ class RecognizeMask(Pass):
                 if new.is_uniform:
                     _average_rows_without_keys(node)
                 rewrites += 1
+        rewrites += _average_rows_of_one_number(gm.graph)
         if rewrites:
             erase_dead(gm)
         return rewrites
@@ -114,11 +116,44 @@ def _traits(node: fx.Node) -> tuple[bool, bool]:
     return argument(node, SINKS, "sinks") is not None, argument(node, SOFTCAP, "softcap", 0.0) != 0
 
 
-def _average_rows_without_keys(node: fx.Node) -> None:
+def _average_rows_without_keys(node: fx.Node, marks: fx.Node | None = None) -> None:
+    """marks: -inf in these rows, [B, N, S]; by default the log-sum-exp."""
     (out,) = (user for user in node.users if user.target is operator.getitem and user.args[1] == 0)
-    before, lse = (call(node.graph, operator.getitem, (node, i), like=out) for i in (0, 1))
+    before = call(node.graph, operator.getitem, (node, 0), like=out)
+    marks = marks or call(node.graph, operator.getitem, (node, 1), like=out)
     q, k, v, scale = *node.args[:3], node.args[MASK + 1]
-    replace(out, splice(with_uniform_rows, (before, lse, q, k, v, scale, True), like=out))
+    replace(out, splice(with_uniform_rows, (before, marks, q, k, v, scale, True), like=out))
+
+
+def _average_rows_of_one_number(graph: fx.Graph) -> int:
+    """Average all values where a dense bias of unknown numbers has a row of one large negative number, as min is.
+
+    Only of a bias with a gradient: without one the kernels that PyTorch takes on one device are no better here.
+    """
+    found: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    rewrites = 0
+    for node in graph.find_nodes(op="call_function", target=torch.ops.spx.attention.default):
+        bias, custom = node.args[BIAS], node.meta.get("custom", {})
+        if bias is None or node.args[MASK] != "full" or any(_traits(node)) or AVERAGED in custom:
+            continue
+        dtype = bias.meta["val"].dtype
+        if not dtype.is_floating_point or torch.finfo(dtype).min > ABSORBS:
+            continue
+        if not needs_gradient(bias) or _has_no_fill(bias):
+            continue
+        if bias not in found:
+            found[bias] = splice(rows_of_one_number, (bias,), like=node)
+        node.args = (*node.args[:BIAS], found[bias][0], *node.args[BIAS + 1 :])
+        node.meta["custom"] = {**custom, AVERAGED: True}
+        _average_rows_without_keys(node, found[bias][1])
+        rewrites += 1
+    return rewrites
+
+
+def _has_no_fill(bias: fx.Node) -> bool:
+    """Whether no number of the bias is a finite one that stands for a masked key."""
+    parts = parts_of(bias)
+    return all(part.role is not Role.ADD or is_finite(part.node) for part in parts)
 
 
 def _recognize(node: fx.Node, bias: fx.Node, ctx: Context) -> _Operands | None:

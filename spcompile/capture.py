@@ -7,6 +7,7 @@ node each, with the user's source line. Mutations are functionalised, so every l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import zip_longest
 from typing import Any
 
@@ -23,6 +24,7 @@ from spcompile.flex_attention import without_block_sizes, written_out
 from spcompile.module_buffer import KEY, ModuleBuffer
 from spcompile.sizes import same
 from spcompile.torch_private import FunctionalTensor, FunctionalTensorMode, TracingContext, detect_fake_mode
+from spcompile.vmapped import without_vmaps
 
 aten = torch.ops.aten
 
@@ -84,16 +86,19 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
             mutated = [_unwrap(w) if isinstance(w, FunctionalTensor) else w for w in wrapped]
         for given, new in zip(args, mutated, strict=True):
             if isinstance(given, torch.Tensor) and new is not given:
-                given.copy_(new)
+                with torch.no_grad() if given.requires_grad and given.is_leaf else nullcontext():
+                    given.copy_(new)  # without a gradient, as a model can write to a parameter's data alone
         return outputs
 
     fake_mode, fakes = fake_inputs(inputs)
+    gm = without_vmaps(gm, fake_mode)
     with fake_mode, fx.traceback.preserve_node_meta():
         captured = make_fx(run, pre_dispatch=True)(*fakes)
     _name_placeholders(captured, gm, inputs)
     if autocast_in(captured):
         make_explicit(captured)
     normalise(captured)
+    _read_before_writing(captured.graph)
     for node in captured.graph.nodes:
         if node.op == "call_function" and not node.meta.get("stack_trace"):
             node.meta["spx_origin"] = "capture"  # code that was made by exec has no lines
@@ -230,6 +235,23 @@ def _broadcast_one_by_one(node: fx.Node) -> None:
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:
     return all(same(m, n) for m, n in zip_longest(a.meta["val"].shape, b.meta["val"].shape, fillvalue=0))
+
+
+def _read_before_writing(graph: fx.Graph) -> None:
+    """Give the readers of an input that is written to at the end a copy: what autograd saved must not change.
+
+    So are the statistics of a batch norm, which its kernel saves before it writes them itself.
+    """
+    written = [n.args[0] for n in graph.find_nodes(op="call_function", target=aten.copy_.default)]
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    for value in written:
+        readers = [user for user in value.users if user.target is not aten.copy_.default]
+        if readers and value.meta["val"].is_floating_point():
+            with graph.inserting_before(first):
+                copy = graph.call_function(aten.clone.default, (value,))
+            copy.meta = {**readers[0].meta, "val": value.meta["val"]}
+            for reader in readers:
+                reader.replace_input_with(value, copy)
 
 
 def _is_output(node: fx.Node) -> bool:

@@ -121,7 +121,9 @@ class Lower(fx.Interpreter):
             if is_reshard(n):
                 source = layout_of(operand(n, 0))
                 assert source is not None
-                return self.reshard(args[0], str(n.args[2]), str(n.args[3]), [leaves(dim) for dim in source.dims[0]])
+                is_constant = operand(n, 0).op == "get_attr"  # a tensor with data, where all else is traced
+                value = torch.ops.aten.lift_fresh_copy.default(args[0]) if is_constant else args[0]
+                return self.reshard(value, str(n.args[2]), str(n.args[3]), [leaves(dim) for dim in source.dims[0]])
             if layout.call is None:
                 return self.call_function(n.target, args, kwargs)
             if (choice := layout.choice.get(self.split.axis)) is not None:

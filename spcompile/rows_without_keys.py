@@ -35,5 +35,17 @@ def with_uniform_rows(
     return torch.where((lse_BNS == -torch.inf)[..., None], uniform, out_BNSV)
 
 
+def rows_of_one_number(bias_BNST: Tensor) -> tuple[Tensor, Tensor]:
+    """A bias whose rows may hold one absorbing number throughout: such rows as -inf, and [B, N, S] -inf there, else 0.
+
+    A log-sum-exp of such scores, lse = number + log(T), has no room for log(T), and with it the backward and a merge of
+    blocks would lose how many keys there are. Rows that are -inf already have no keys, and average nothing.
+    """
+    top = bias_BNST.detach().amax(-1, keepdim=True)
+    is_one_number = (top <= ABSORBS) & (top > -torch.inf) & (bias_BNST.detach().amin(-1, keepdim=True) == top)
+    marks = torch.zeros_like(top).masked_fill(is_one_number, -torch.inf)
+    return bias_BNST.masked_fill(is_one_number, -torch.inf), marks.squeeze(-1)
+
+
 def _by_query_head(x_BGYZ: Tensor, repeats: int) -> Tensor:
     return x_BGYZ if repeats == 1 else x_BGYZ.repeat_interleave(repeats, 1)

@@ -123,12 +123,25 @@ def _collective_state(node: fx.Node, collective: Collective, found: Mapping[fx.N
     arguments = call_arguments(collective.op, node.args, node.kwargs)[1]
     src, dst = collective.signature(arguments)
     operand = node.all_input_nodes[0]
-    if found[operand] not in _FITS[src]:
+    if found[operand] not in _FITS[src] and not (src == "S" and _is_constant(operand)):
         raise invalid(node, f"{collective.name} is {src} -> {dst}, but {operand.name} is {found[operand]}")
     degree = mesh.size(arguments["axis"])
     if arguments["degree"] != degree:
         raise invalid(node, f"degree {arguments['degree']} on axis {arguments['axis']} of size {degree}")
     return dst
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether a value is made of numbers in the graph alone: in the shape of a part, it is one."""
+    pending, seen = [node], set[fx.Node]()
+    while pending:
+        each = pending.pop()
+        if each.op != "call_function":
+            return False
+        if each not in seen and each.target not in _SHAPE_ONLY:
+            pending += each.all_input_nodes
+        seen.add(each)
+    return True
 
 
 def _op_state(node: fx.Node, found: Mapping[fx.Node, str], gradient: set[fx.Node], axis: str) -> str:

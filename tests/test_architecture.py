@@ -17,7 +17,7 @@ LAYERS = (
     # errors, graphs, sizes: know torch only
     "diagnostics custom_functions dynamo_settings graph rows_without_keys sequence sizes torch_private",
     "splice saved_bytes traffic",
-    "flex_attention module_buffer",
+    "flex_attention module_buffer vmapped",
     # meshes, dims, ops that communicate, attention
     "accelerators autocast mesh links options spaces capture attention collectives",
     "rank_parts pipelined_products",

@@ -251,3 +251,30 @@ def test_custom_function_whose_gradient_is_no_factor_is_refused() -> None:
         return gm.forward
 
     torch.compile(lambda x: Transposed.apply(x), backend=compiled_by)(torch.randn(5, requires_grad=True))
+
+
+def test_vmap_is_written_out() -> None:
+    """Its batching levels are gone, nested ones too, and what encloses the region stays."""
+
+    def scan_step(a: Tensor, b: Tensor) -> Tensor:
+        return a * b.sin() + a.sum(0) + torch.tensor([1.0, 2.0], dtype=torch.float64).sum()
+
+    def model(a: Tensor, b: Tensor) -> Tensor:
+        once = torch.vmap(scan_step, in_dims=1, out_dims=1)(a.exp(), b)
+        return torch.vmap(torch.vmap(scan_step))(once.unsqueeze(0), b.unsqueeze(0)).cos()
+
+    found = captures(model, x(3, 4, 2), x(3, 4, 2))
+    assert not [name for name in ops(found) if "vmap" in name or "batch_dim" in name]
+    assert source_of(next(n for n in found.graph.nodes if op_name(n) == "aten.sin")) is not None
+
+
+def test_an_input_that_is_written_to_is_read_from_a_copy() -> None:
+    def model(h: Tensor, scale: Tensor) -> Tensor:
+        y = h + scale
+        with torch.no_grad():
+            scale.mul_(0.5)
+        return y + h * scale
+
+    found = captures(model, x(3), torch.rand(3, dtype=torch.float64))
+    (scale,) = [n for n in found.graph.find_nodes(op="placeholder") if not n.meta["trainable"]]
+    assert sorted(op_name(user) for user in scale.users) == ["aten.clone", "aten.copy_"]

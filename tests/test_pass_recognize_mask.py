@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from recognition import Rewritten, difference, qkv, rewrite, run_passes
 from torch import Tensor
 
+from spcompile import verify
 from spcompile.capture import capture
 from spcompile.passes.recognize_mask import EXAMPLES
 
@@ -551,3 +552,27 @@ def test_transformers_written_out(name: str) -> None:
     compiled(input_ids=torch.randint(0, 50, (2, TOKENS)))
     expected = {"mistral": "causal window=8", "bert": "full"}.get(name, "causal")
     assert found[0].masks == [expected]
+
+
+@pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}], ids=str)
+def test_rows_of_a_learned_bias_that_are_one_large_number(mesh: dict[str, int]) -> None:
+    """They average all values; so in the backward, and where a ring merges blocks."""
+
+    class Masked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = torch.nn.Linear(8, 24, dtype=torch.float64)
+
+        def forward(self, x_BSD: Tensor, keep_BS: Tensor) -> Tensor:
+            B, S, _ = x_BSD.shape
+            q, k, v = (t.view(B, S, 2, -1).transpose(1, 2) for t in self.qkv(x_BSD).chunk(3, -1))
+            numbers_B1SS = torch.exp(x_BSD[:, None, :, 0])[:, :, None].expand(-1, -1, S, -1)
+            seen_B1SS = torch.ones(S, S, dtype=torch.bool).tril() & keep_BS[:, None, None, :]
+            bias_B1SS = numbers_B1SS.masked_fill(~seen_B1SS, torch.finfo(torch.float64).min)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias_B1SS).transpose(1, 2).flatten(2)
+
+    keep_BS = torch.ones(2, 7, dtype=torch.bool)
+    keep_BS[1, :3] = False
+    x_BSD = torch.randn(2, 7, 8, dtype=torch.float64, requires_grad=True)
+    report = verify(Masked(), {"x_BSD": x_BSD, "keep_BS": keep_BS}, mesh=mesh, attention="ring")
+    assert report.ok, str(report)

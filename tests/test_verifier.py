@@ -273,6 +273,7 @@ VALID = {
     "a sum of sums": lambda x, w: total(total(shard(x).sum(), "R") * shard(x).sum()),
     "shapes do not vary": lambda x, w: torch.zeros_like(shard(x)) + w,
     "a constant": lambda x, w: torch.arange(3),
+    "parts of a constant": lambda x, w: spx.all_gather(torch.ones(2) * 3, 0, 4, "cp", 2, "contiguous", "I"),
     "whole integers may leave": lambda x, w: spx.all_gather(shard(x).long(), 0, 4, "cp", 2, "contiguous", "R"),
 }  # fmt: skip
 

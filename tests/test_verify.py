@@ -264,3 +264,55 @@ def test_a_pass_behind_autograd_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {row.graph for row in report.rows if not row.ok} == {"final"}
     assert report.culprit is not None
     assert report.culprit.pass_name == "sabotage"
+
+
+class Statistics(Block):
+    """Before attention a batch norm, a table of constants made in the forward and a weight that is clamped in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_norm = nn.BatchNorm1d(8, dtype=F64)
+
+    def forward(self, ids_BS: Tensor, labels_BS: Tensor | None = None) -> dict[str, Tensor]:
+        B, S = ids_BS.shape
+        self.norm.weight.data.clamp_(-0.9, 0.9)
+        x_BSD = self.batch_norm(self.tokens(ids_BS).transpose(1, 2)).transpose(1, 2)
+        x_BSD = x_BSD + torch.tensor([0.1, 0.2, 0.3, 0.4] * 2, dtype=F64)
+        q, k, v = (t.view(B, S, self.heads, -1).transpose(1, 2) for t in self.qkv(self.norm(x_BSD)).chunk(3, -1))
+        y_BSD = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return {"logits": self.head(x_BSD + y_BSD)}
+
+
+@pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}], ids=str)
+def test_inputs_that_are_written_to_and_constants(mesh: dict[str, int]) -> None:
+    """A running mean is saved for the backward and written at the end, a weight is clamped without a gradient."""
+    model = Statistics()
+    report = verify(model, {"ids_BS": batch()["ids_BS"]}, mesh=mesh)
+    assert report.ok, str(report)
+    assert {"tokens.weight", "batch_norm.weight", "norm.weight"} <= {row.name for row in report.rows}
+
+
+class Constants(Block):
+    def forward(self, ids_BS: Tensor, labels_BS: Tensor | None = None) -> dict[str, Tensor]:
+        found = super().forward(ids_BS, labels_BS)
+        return {"logits": found["logits"] * torch.tensor([float(i) for i in range(11)], dtype=F64)}
+
+
+def test_a_constant_of_many_numbers_is_an_input_of_the_final_graphs() -> None:
+    report = verify(Constants(), {"ids_BS": batch()["ids_BS"]}, mesh={"cp": 2})
+    assert report.ok, str(report)
+    assert {row.graph for row in report.rows} == {"local", "final"}
+
+
+class Permuted(Block):
+    """The backward of softplus gets its two operands in different memory orders; then a view follows."""
+
+    def forward(self, ids_BS: Tensor, labels_BS: Tensor | None = None) -> dict[str, Tensor]:
+        found = super().forward(ids_BS, labels_BS)
+        gate_BSV = F.softplus(found["logits"])
+        return {"out": gate_BSV.transpose(1, 2).contiguous().cumsum(-1)}
+
+
+def test_kernels_that_leave_other_strides_than_their_fakes() -> None:
+    report = verify(Permuted(), {"ids_BS": batch()["ids_BS"]}, mesh={"cp": 2})
+    assert report.ok, str(report)

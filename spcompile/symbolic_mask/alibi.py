@@ -112,7 +112,7 @@ def slopes_of(value: Linear, is_causal: bool, has_sinks: bool) -> dict[fx.Node |
     """
     found = {}
     for head, e in value.items():
-        if head is not None and _needs_gradient(head):
+        if head is not None and needs_gradient(head):
             return None
         if is_causal:
             e = e.subs(sympy.Abs(Q - K), Q - K)
@@ -128,7 +128,8 @@ def slopes_of(value: Linear, is_causal: bool, has_sinks: bool) -> dict[fx.Node |
     return found
 
 
-def _needs_gradient(node: fx.Node) -> bool:
+def needs_gradient(node: fx.Node) -> bool:
+    """Whether a value is made of an input that requires a gradient."""
     seen: set[fx.Node] = set()
     pending = [node]
     while pending:

@@ -108,7 +108,12 @@ class Plan:
             "sharding": {name: _number(value) for name, value in vars(self.sharding).items()},
             "attention": [dict(vars(row)) for row in self.attention],
             "collectives": [
-                {**vars(row), "bytes": _number(row.bytes), "source": _source(row.source)} for row in self.collectives
+                {
+                    **{key: value for key, value in vars(row).items() if key != "at_most" or value},
+                    "bytes": _number(row.bytes),
+                    "source": _source(row.source),
+                }
+                for row in self.collectives
             ],
             "memory": memory,
             "remarks": [remark.to_dict() for remark in self.remarks],

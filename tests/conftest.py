@@ -6,9 +6,13 @@ import os
 from collections.abc import Callable, Iterator
 
 import pytest
-import torch
-import torch._functorch.config
-from worker_pool import WorkerPool
+
+AUTOGRAD_CACHE = "TORCHINDUCTOR_AUTOGRAD_CACHE"
+os.environ.pop(AUTOGRAD_CACHE, None)  # inherited from pytest's first process, it would overrule tests of the cache
+
+import torch  # noqa: E402
+import torch._functorch.config  # noqa: E402
+from worker_pool import WorkerPool  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Two of pytest's processes share two cores: one thread each. Tests look at compiles: none is left out."""
     torch._functorch.config.enable_autograd_cache = False
-    os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"  # of processes that tests start
+    os.environ[AUTOGRAD_CACHE] = "0"  # of processes that tests start
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)
 

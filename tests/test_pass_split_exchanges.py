@@ -102,7 +102,7 @@ def test_what_belongs_to_heads_goes_with_them(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("degree", [2, 3, 4, 6])
+@pytest.mark.parametrize("degree", [3, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 4, 6))])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", DATA)
 def test_every_kind_with_any_heads(name: str, way: str, degree: int) -> None:

@@ -91,7 +91,10 @@ def test_plain_kernels(capability: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "element", "size", "variant"), ROWS)
+@pytest.mark.parametrize(
+    ("arch", "element", "size", "variant"),
+    [pytest.param(*row, marks=pytest.mark.long if row[1] == 4 else ()) for row in ROWS],  # float32 compiles for minutes
+)
 def test_the_default_of_every_row(arch: str, element: int, size: int, variant: str) -> None:
     """And a sample of all else, the same on every machine."""
     check_all([c for c in of_row(arch, element, size, variant) if c.is_default or is_sampled(c)])

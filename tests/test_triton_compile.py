@@ -93,7 +93,9 @@ def test_plain_kernels(capability: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "element", "size", "variant"),
-    [pytest.param(*row, marks=pytest.mark.long if row[1] == 4 else ()) for row in ROWS],  # float32 compiles for minutes
+    [  # float32 compiles for minutes
+        pytest.param(*row, id="-".join(map(str, row)), marks=pytest.mark.long if row[1] == 4 else ()) for row in TABLE
+    ],
 )
 def test_the_default_of_every_row(arch: str, element: int, size: int, variant: str) -> None:
     """And a sample of all else, the same on every machine."""

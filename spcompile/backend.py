@@ -88,6 +88,8 @@ def _compile(
     given = inputs
     gm, inputs = over_local_parts(gm, given)
     key = program_cache.key_of(gm, inputs, options, _machine(mesh), PIPELINE)
+    if not agreement.everywhere("may store its program:", key is not None):
+        key = None  # as where one rank dumps: all compile the backward at the same time
     number = agreement.count
     done = _cached(key, mesh, agreement) or _made(gm, inputs, options, mesh, agreement, key)
     if done is None:

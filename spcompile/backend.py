@@ -6,6 +6,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from spcompile.passes import PIPELINE
 from spcompile.passes.lower_collectives import axes_of, bind_axes
 from spcompile.pipeline import History
 from spcompile.printer import format_graph
-from spcompile.program import LocalProgram, build
+from spcompile.program import LocalProgram, Output, build
 from spcompile.program_cache import Finished
 from spcompile.torch_private import aot_autograd, compile_fx
 
@@ -91,10 +92,7 @@ def _compile(
     if not agreement.everywhere("may store its program:", key is not None):
         key = None  # as where one rank dumps: all compile the backward at the same time
     number = agreement.count
-    done = _cached(key, mesh, agreement) or _made(gm, inputs, options, mesh, agreement, key)
-    if done is None:
-        return _checked(on_local_parts(plain(gm, inputs, options.compiler), given), str(number), agreement, False)
-    finished, compiled = done
+    finished, compiled = _cached(key, mesh, agreement) or _made(gm, inputs, options, mesh, agreement, key)
     for remark in finished.remarks:
         log.info("%s", remark)
     whole = restore_outputs(compiled, finished.outputs, mesh, as_dtensors=options.outputs == "sharded")
@@ -127,8 +125,8 @@ def _made(
     mesh: RuntimeMesh,
     agreement: Agreement,
     key: str | None,
-) -> tuple[Finished, Callable[..., Any]] | None:
-    """Compile, and store the program under `key`; None if nothing of it is sharded."""
+) -> tuple[Finished, Callable[..., Any]]:
+    """Compile, and store the program under `key`, unless nothing of it is sharded: then it is the plain graph's."""
     dump = Dump(options.dump) if options.dump else None
     history = History(on_snapshot=dump.snapshot if dump else None)
     program = build(gm, inputs, mesh.shape, options, PIPELINE, history)
@@ -139,7 +137,8 @@ def _made(
         [str(remark) for remark in program.ctx.remarks.rows],
     )
     if not program.is_sharded:
-        return None
+        as_they_are = [Output(place) for place in range(len(program.outputs))]
+        return replace(finished, outputs=as_they_are, relied=[]), plain(gm, inputs, options.compiler)
 
     def bind(graph: fx.Graph) -> None:
         groups = {axis: mesh.group_name(axis) for axis in axes_of(graph)}

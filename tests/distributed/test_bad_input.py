@@ -109,6 +109,19 @@ def other_cached_graph() -> str:
         return refusal(lambda: model(ids(16 if dist.get_rank() == 0 else 24)))
 
 
+class Dropped(nn.Module):
+    """Without attention, so that nothing of it is sharded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5)
+
+
+def draws_other_numbers() -> str:
+    model = compiled(Dropped())
+    torch.manual_seed(dist.get_rank())
+    return refusal(lambda: model(torch.ones(2, 4)))
+
+
 @pytest.mark.parametrize(
     ("mistake", "words"),
     [
@@ -120,6 +133,7 @@ def other_cached_graph() -> str:
         (other_graphs, ["the compiled graphs differ at line", ", 2.0)", ", 3.0)"]),
         (recompiles_alone, ["(2, 16)", "(2, 24)"]),
         (other_cached_graph, ["(2, 16)", "(2, 24)"]),
+        (draws_other_numbers, ["random state", "seed 0", "seed 1"]),
     ],
 )
 def test_ranks_that_differ(worker_pool: PoolOf, mistake: Callable[[], str], words: list[str]) -> None:

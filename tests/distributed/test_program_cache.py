@@ -75,6 +75,18 @@ def changed(folder: str) -> dict[str, tuple[bool, float]]:
         return {**found, "other ranks": step(**backwards), "warm, ranks": step(**backwards)}
 
 
+def dumping(folder: str) -> tuple[bool, float]:
+    with caching(folder):
+        return step(**({"dump": str(Path(folder) / "graphs")} if dist.get_rank() == 0 else {}))
+
+
+def test_one_rank_dumps_and_none_stores(worker_pool: PoolOf, tmp_path: Path) -> None:
+    for compiled, largest in worker_pool(2).run(dumping, str(tmp_path), timeout=600):
+        assert compiled
+        assert largest < 1e-4
+    assert not (tmp_path / "spcompile").exists()
+
+
 def test_only_a_program_that_all_ranks_have_is_not_compiled(worker_pool: PoolOf, tmp_path: Path) -> None:
     for found in worker_pool(2).run(again, str(tmp_path), timeout=600):
         assert {name for name, (one, _) in found.items() if one} == {"cold", "one rank has it"}

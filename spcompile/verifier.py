@@ -102,7 +102,12 @@ def _check_shape(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, right:
 
 
 def _description(node: fx.Node) -> str | None:
-    """All that the example value of a call depends on, and that value; None where sizes are symbols."""
+    """All that the example value of a call depends on, and that value; None where some of it is not known as text.
+
+    Sizes that are symbols are not, nor tensors of the module, which have no example value.
+    """
+    if any("val" not in read.meta for read in node.all_input_nodes):
+        return None
 
     def described(value: Any) -> str:
         if isinstance(value, (tuple, list)):
@@ -113,7 +118,7 @@ def _description(node: fx.Node) -> str | None:
             raise ValueError
         return f"{value.dtype}{tuple(value.shape)}{value.stride()}{value.device}"
 
-    values = [n.meta.get("val") for n in node.all_input_nodes]
+    values = [n.meta["val"] for n in node.all_input_nodes]
     names = {n: f"%{place}" for place, n in enumerate(node.all_input_nodes)}
     try:
         args = fx.node.map_arg((node.args, node.kwargs), names.__getitem__)

@@ -23,7 +23,6 @@ import torch.fx as fx
 from torch import Tensor
 
 import spcompile.attention.hops  # noqa: F401  (defines spx::ring_hops)
-from spcompile.accelerators import ACCELERATORS
 from spcompile.attention.gathered import before_gathers, exchange_heads, is_gathered, strategy_of
 from spcompile.attention.mask import AttentionMask
 from spcompile.attention.op import DEFAULTS
@@ -143,7 +142,7 @@ def _is_worth_asking(rings: list[fx.Node], ctx: Context) -> bool:
     if operand(rings[0], 3).meta["val"].device.type == "cpu":
         return True
     cost = cost_model(ctx.mesh, ctx.options)
-    return sum(map(cost.communication, rings)) > WORTH * ACCELERATORS[ctx.options.accelerator].seconds_per_sync
+    return sum(map(cost.communication, rings)) > WORTH * cost.accelerator.seconds_per_sync
 
 
 _MORE, _INNER = 14, 19  # places of the optional arguments, and of `inner` and `hops`, in spx.ring_attention

@@ -31,9 +31,13 @@ class Accelerator:
         """By how much a product of so many tiles takes longer since units stand idle in the last round."""
         return -(-tiles // self.units) * self.units / tiles
 
+    def peak(self, itemsize: int) -> float:
+        """Products and sums per second at best, on elements of so many bytes."""
+        return self.flops[max(min(self.flops), min(8, itemsize))]
+
     def attention_flops(self, itemsize: int) -> float:
         """Products and sums per second that attention reaches on elements of so many bytes."""
-        return self.flops[max(min(self.flops), min(8, itemsize))] * self.attention_reached
+        return self.peak(itemsize) * self.attention_reached
 
     def __str__(self) -> str:
         peak, memory = self.flops[min(self.flops)] / 1e12, self.bytes_per_second / 1e12

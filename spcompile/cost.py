@@ -132,10 +132,9 @@ class CostModel:
 
     def _chunk_product(self, chunks: Chunks, width: int, columns: int) -> float:
         """[rows, width] @ [width, columns] of one chunk, in pieces."""
-        table = self.accelerator.flops
-        peak = table[max(min(table), min(8, chunks.itemsize))] * self.accelerator.reached
+        reached = self.accelerator.peak(chunks.itemsize) * self.accelerator.reached
         tiles = -(-chunks.rows // chunks.pieces // _TILE) * -(-columns // _TILE)
-        arithmetic = 2 * chunks.rows * width * columns / peak * self.accelerator.rounding(tiles)
+        arithmetic = 2 * chunks.rows * width * columns / reached * self.accelerator.rounding(tiles)
         elements = chunks.rows * (width + columns) + chunks.pieces * width * columns
         moved = elements * chunks.itemsize / self.accelerator.bytes_per_second
         return max(arithmetic, moved) + chunks.pieces * self.accelerator.seconds_per_kernel
@@ -170,9 +169,7 @@ class CostModel:
         return moved
 
     def _arithmetic(self, node: fx.Node, flops: float, reached: float) -> float:
-        table = self.accelerator.flops
-        size = max(min(table), min(8, _tensors(node)[0].element_size()))
-        return flops / (table[size] * reached)
+        return flops / (self.accelerator.peak(_tensors(node)[0].element_size()) * reached)
 
     def _traffic(self, node: fx.Node) -> float:
         if not _tensors(node) or is_getitem(node) or root_of(node) is not node:

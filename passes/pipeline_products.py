@@ -57,8 +57,9 @@ class PipelineProducts(Pass):
 
     def _choose(self, graph: fx.Graph, cost: CostModel) -> list[Site]:
         """The sites that pay, none of which wants a product of another."""
-        least = {site: self.min_gain * cost.communication(site.collective) for site in sites_of(graph)}
-        pays = [site for site in least if _gain(site, cost.communication(site.collective), cost) > least[site]]
+        sent = {site: cost.communication(site.collective) for site in sites_of(graph)}
+        least = {site: self.min_gain * seconds for site, seconds in sent.items()}
+        pays = [site for site, seconds in sent.items() if _gain(site, seconds, cost) > least[site]]
         if not pays:
             return []
         ordering = OverlapCollectives()

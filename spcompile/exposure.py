@@ -37,6 +37,7 @@ def exposed_seconds(graph: fx.Graph, cost: CostModel, budget: float, ahead: floa
     for node in list(copy.nodes):
         if node.target in _STARTS:
             starts[_in_two(node)] = node.name
+    cost = cost.of_one_graph()
     late_by: dict[fx.Node, float] = {}
     timeline("", ListScheduler(copy, cost, budget, ahead).run(), cost, late_by)
     return {name: late_by.get(start, 0.0) for start, name in starts.items()}

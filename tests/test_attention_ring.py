@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from ring_requests import noted
 from torch import Tensor
 
 from spcompile import sequence
@@ -172,19 +173,6 @@ def test_bf16_error_does_not_grow_with_degree(text: str, capsys: pytest.CaptureF
     assert all(ring <= 1.1 * alone for row in errors.values() for ring, alone in zip(row, errors[1], strict=True))
 
 
-def requests_of(requests: Requests[Any], log: list[Tensor]) -> Requests[Any]:
-    """The same requests, with every message noted."""
-    answer = None
-    while True:
-        try:
-            request = requests.send(answer)
-        except StopIteration as stop:
-            return stop.value
-        if isinstance(request, Shift):
-            log.append(request.message)
-        answer = yield request
-
-
 @pytest.mark.parametrize("order", sequence.ORDERS)
 @pytest.mark.parametrize("text", ["full", "causal", "causal window=9", "causal window=1", "causal chunk=16"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -192,14 +180,14 @@ def test_bytes_on_the_wire(dtype: torch.dtype, text: str, order: str) -> None:
     ring, mask = Ring(64, 64, 4, order), AttentionMask.parse(text)
     q, k, v = (torch.zeros(2, n, 16, d, dtype=dtype) for n, d in ((4, 6), (2, 6), (2, 10)))
     sizes = (message_numbers(2, 2, 16, 6, 10), len(ring.distances(mask)), dtype.itemsize)
-    sent: list[list[Tensor]] = [[] for _ in range(4)]
-    results = simulate([requests_of(ring_forward(q, k, v, Scores(mask, 1.0), ring, r), sent[r]) for r in range(4)])
-    assert [sum(x.nbytes for x in messages) for messages in sent] == [forward_bytes(*sizes)] * 4
-    assert [len(messages) for messages in sent] == [len(ring.distances(mask))] * 4
+    sent: list[list[Shift]] = [[] for _ in range(4)]
+    results = simulate([noted(ring_forward(q, k, v, Scores(mask, 1.0), ring, r), sent[r]) for r in range(4)])
+    assert [sum(shift.message.nbytes for shift in shifts) for shifts in sent] == [forward_bytes(*sizes)] * 4
+    assert [len(shifts) for shifts in sent] == [len(ring.distances(mask))] * 4
     sent = [[] for _ in range(4)]
     rows = [Rows(q, out, torch.zeros_like(out), lse, None) for out, lse in results]
-    simulate([requests_of(ring_backward(rows[r], k, v, Scores(mask, 1.0), ring, r, False), sent[r]) for r in range(4)])
-    assert [sum(x.nbytes for x in messages) for messages in sent] == [backward_bytes(*sizes)] * 4
+    simulate([noted(ring_backward(rows[r], k, v, Scores(mask, 1.0), ring, r, False), sent[r]) for r in range(4)])
+    assert [sum(shift.message.nbytes for shift in shifts) for shifts in sent] == [backward_bytes(*sizes)] * 4
 
 
 @pytest.mark.parametrize(

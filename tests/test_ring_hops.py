@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from example_numerics import after_pass, check_pipeline, nodes_of, remarks_of
+from ring_requests import noted
 from torch import Tensor
 
 from spcompile import explain, sequence
@@ -125,20 +126,9 @@ def inputs_for(ids: Tensor) -> list[Tensor]:
 
 
 @pytest.fixture
-def shifts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The distances of all shifts of rank 0, one list for each ring that the simulator runs."""
-    found: list[list[int]] = []
-
-    def noted(requests: Requests[Any], log: list[int]) -> Requests[Any]:
-        answer = None
-        while True:
-            try:
-                request = requests.send(answer)
-            except StopIteration as stop:
-                return stop.value
-            if isinstance(request, Shift):
-                log.append(request.distance)
-            answer = yield request
+def shifts(monkeypatch: pytest.MonkeyPatch) -> list[list[Shift]]:
+    """All shifts of rank 0, one list for each ring that the simulator runs."""
+    found: list[list[Shift]] = []
 
     def counting(ranks: list[Requests[Any]]) -> list[Any]:
         found.append([])
@@ -163,14 +153,14 @@ def ops_of(program: LocalProgram) -> tuple[int, int]:
     ],
 )
 def test_only_the_hops_that_documents_need_are_made(
-    lengths: list[list[int]], forward: dict[str, list[int]], balance: str, shifts: list[list[int]]
+    lengths: list[list[int]], forward: dict[str, list[int]], balance: str, shifts: list[list[Shift]]
 ) -> None:
     """Outputs and gradients of whole graphs on four ranks; how far rank 0 sends, in every ring of the run."""
     program = check_pipeline(packed, inputs_for(lengths_to_ids(*lengths)), {"cp": 4}, attention="ring", balance=balance)
     assert ops_of(program) == (1, 2)  # one for both layers
     way = forward[balance]
     home = [*(d for d in way for _ in range(2)), 4 - sum(way)] if way else []  # keys, and gradients one hop behind
-    assert shifts == [way, way, home, home]
+    assert [[shift.distance for shift in ring] for ring in shifts] == [way, way, home, home]
 
 
 def test_uneven_lengths_two_masks_and_a_bidirectional_one() -> None:

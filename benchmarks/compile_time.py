@@ -4,7 +4,7 @@
                                       [--warm-layers 8] [--seq 2048] [--no-warm] [--json]
 
 Cold: one process compiles models/llama.py, forward and backward, for one rank of a mesh; nothing is run, so that any
-number of ranks will do. "own" is all that this project adds: capture, all passes, the verifier, the texts; the rest is
+number of ranks will do. "own" is all that this project adds: capture, all passes, the verifier; the rest is
 AOTAutograd and Inductor, with no cache. The same model under plain Inductor stands next to it, from the same process.
 Seconds are of this process's CPU, since a busy machine stretches those of the clock; the C++ compiler, which Inductor
 runs beside, is in the seconds of the clock alone. Aims: own time linear in layers and equal for any number of ranks, at
@@ -115,7 +115,7 @@ def measure(layers: int, ranks: int, seq: int, axis: str = "cp", attention: str 
         bind_axes(graph, dict.fromkeys(axes_of(graph), dist.group.WORLD.group_name))  # type: ignore[union-attr]
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> None:
-        history = History()
+        history = History(keep_texts=False)
         clock, start = time.perf_counter(), time.process_time()
         program = build(gm, inputs, MeshShape.of({axis: ranks}), Options(attention=attention), PIPELINE, history)
         built = time.process_time() - start

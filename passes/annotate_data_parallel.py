@@ -45,7 +45,6 @@ class AnnotateDataParallel(Pass):
         widened = 0
         if not seeds:
             gm.graph, ctx.rows = with_rows(gm.graph)
-            gm.recompile()
             spaces, seeds = _batches(gm.graph)
             widened = sum(OWN in n.meta for n in gm.graph.find_nodes(op="placeholder"))
         if not seeds:

@@ -51,7 +51,6 @@ class BucketCollectives(Pass):
         for bucket in list(self._buckets(gm.graph, ctx)):
             _fuse(bucket)
             count += len(bucket)
-        gm.recompile()
         return count
 
     def _limit(self, axis: str, ctx: Context) -> float:

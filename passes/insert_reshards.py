@@ -45,7 +45,6 @@ class InsertReshards(Pass):
         _settle(gm.graph, axis, sharded_calls(gm.graph, axis))
         before = len(gm.graph.nodes)
         _insert(gm.graph, axis, ctx)
-        gm.recompile()
         return len(gm.graph.nodes) - before
 
 

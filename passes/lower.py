@@ -63,7 +63,6 @@ class LowerToLocal(Pass):
             if node.op == "get_attr":
                 setattr(gm, node.target, getattr(local, node.target))
         gm.graph = local.graph
-        gm.recompile()
         return count or len(placeholders)
 
     def split(self, ctx: Context) -> SplitDims:

@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from spcompile.collectives import COLLECTIVES, Collective, axis_argument, call_arguments, erase_identities
 from spcompile.diagnostics import InvalidGraph, source_of
 from spcompile.passes_api import Context, Example, Pass, Stage
+from spcompile.splice import is_static, signature_of
 from spcompile.torch_private import detect_fake_mode, inductor_decompositions
 
 _KEPT_META = ("stack_trace", "nn_module_stack", "seq_nr", "partitioner_tag", "recompute", "ac_graph_id")
@@ -46,14 +47,15 @@ class LowerCollectives(Pass):
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         """Inline every collective that has a lowered form; returns how many, with the `vary` nodes that were left."""
         rewrites = erase_identities(gm.graph)
+        decompositions = inductor_decompositions() if ctx.options.compiler == "inductor" else {}
+        traced: dict[Any, fx.Graph] = {}
         for node in list(gm.graph.nodes):
             collective = COLLECTIVES.get(node.target)
             if collective is not None and collective.lowered is not None:
-                _inline(node, collective, inductor_decompositions() if ctx.options.compiler == "inductor" else {})
+                _inline(node, collective, decompositions, traced)
                 rewrites += 1
         if self.groups:
             bind_axes(gm.graph, self.groups)
-        gm.recompile()
         return rewrites
 
 
@@ -100,16 +102,27 @@ def _set_argument(node: fx.Node, index: int, value: str) -> None:
         node.update_kwarg(node.target._schema.arguments[index].name, value)
 
 
-def _inline(node: fx.Node, collective: Collective, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
+def _inline(
+    node: fx.Node,
+    collective: Collective,
+    decompositions: Mapping[Any, Callable[..., Any]],
+    traced: dict[Any, fx.Graph],
+) -> None:
     """Trace `lowered` on the example values of the call and put its nodes in place of the call; its name stays.
 
     decompositions: what AOTAutograd has decomposed already, and Inductor refuses in a graph behind it.
+    traced: what earlier calls have traced; one with equal arguments, as in another layer, is copied from there.
     """
     lowered, arguments = _bound_call(node, collective)
     values = [argument.meta["val"] for argument in arguments]
-    with detect_fake_mode(values) or nullcontext():  # also for tensors that `lowered` makes from nothing
-        body = make_fx(lowered, decomposition_table=dict(decompositions))(*values).graph
-    body.eliminate_dead_code()
+    key = (node.target, *signature_of([*node.args, *node.kwargs.items()])) if is_static(values) else None
+    body = traced.get(key)
+    if body is None:
+        with detect_fake_mode(values) or nullcontext():  # also for tensors that `lowered` makes from nothing
+            body = make_fx(lowered, decomposition_table=dict(decompositions))(*values).graph
+        body.eliminate_dead_code()
+        if key is not None:
+            traced[key] = body
     copies = dict(zip(body.find_nodes(op="placeholder"), arguments, strict=True))
     with node.graph.inserting_before(node):
         for inner in body.nodes:

@@ -56,7 +56,6 @@ class OverlapCollectives(Pass):
             return 0
         for node in new:
             output.prepend(node)
-        gm.recompile()
         return moved
 
 

@@ -77,7 +77,6 @@ class ParallelizeAttention(Pass):
         if self.skip_hops != "never":
             _ask_for_hops(gm.graph, self.skip_hops == "always", ctx)
         gm.graph.eliminate_dead_code()
-        gm.recompile()
         return count
 
 

@@ -52,7 +52,6 @@ class PipelineProducts(Pass):
             for site in chosen:
                 rewrite(site)
             count += len(chosen)
-        gm.recompile()
         return count
 
     def _choose(self, graph: fx.Graph, cost: CostModel) -> list[Site]:

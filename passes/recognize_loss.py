@@ -44,7 +44,6 @@ class RecognizeLoss(Pass):
             loss = splice(sum_over_count, (logits, target, weight, ignore_index, smoothing), like=node)
             node.replace_all_uses_with(loss)
             gm.graph.erase_node(node)
-        gm.recompile()
         return len(matches)
 
 

@@ -49,7 +49,6 @@ class SinkAllReduce(Pass):
         for node in sums:
             if not node.users:
                 gm.graph.erase_node(node)
-        gm.recompile()
         return len(passed)
 
 

@@ -44,7 +44,6 @@ class SplitDropout(Pass):
                 result,
                 strict_error=False,
             )
-        gm.recompile()
         return len(matches)
 
 

@@ -95,7 +95,6 @@ class SplitExchanges(Pass):
             count += 1
         if count:
             gm.graph.eliminate_dead_code()
-            gm.recompile()
         return count
 
     def _choose(self, node: fx.Node, heads: HeadSplit, times: Times, keys_apart: bool) -> Exchanges:

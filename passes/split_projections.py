@@ -49,7 +49,6 @@ class SplitProjections(Pass):
             replace(node, _part(node.args[0], *_range(node), like=node))
         if biased or cuts or slices:
             graph.eliminate_dead_code()
-            gm.recompile()
         return len(biased) + len(cuts) + len(slices)
 
 

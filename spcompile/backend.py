@@ -128,7 +128,7 @@ def _made(
 ) -> tuple[Finished, Callable[..., Any]]:
     """Compile, and store the program under `key`, unless nothing of it is sharded: then it is the plain graph's."""
     dump = Dump(options.dump) if options.dump else None
-    history = History(on_snapshot=dump.snapshot if dump else None)
+    history = History(on_snapshot=dump.snapshot if dump else None, keep_texts=dump is not None)
     program = build(gm, inputs, mesh.shape, options, PIPELINE, history)
     finished = Finished(
         program.outputs,

@@ -1,4 +1,4 @@
-"""Runs passes over a graph: orders are checked, every pass is timed and verified, every text kept."""
+"""Runs passes over a graph: orders are checked, every pass is timed and verified, every text kept where asked for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spcompile.verifier import verify_graph
 
 @dataclass
 class Snapshot:
-    """The graph after one pass, as text; `gm` is a copy of the graph itself where the history keeps graphs."""
+    """The graph after one pass: its text and a copy of the graph itself, where the history keeps them."""
 
     name: str
     stage: Stage
@@ -31,23 +31,28 @@ class Snapshot:
 
 @dataclass
 class History:
-    """All snapshots of one compile, in order."""
+    """All snapshots of one compile, in order.
+
+    keep_texts: writing them takes a tenth of the time of all passes, which nobody pays who will not read them.
+    """
 
     snapshots: list[Snapshot] = field(default_factory=list)
     on_snapshot: Callable[[Snapshot], None] | None = None
     keep_graphs: bool = False
+    keep_texts: bool = True
 
     def add(self, name: str, stage: Stage, gm: fx.GraphModule, ctx: Context, report: PassReport) -> None:
-        """Keep the text of a graph."""
+        """Keep what is to be kept of a graph."""
         title = f"stage {stage.value}, mesh {ctx.mesh}, after {name}: {report.rewrites} rewrites"
         kept = copy_module(gm) if self.keep_graphs else None
-        snapshot = Snapshot(name, stage, format_graph(gm, title=title), report, kept)
+        text = format_graph(gm, title=title) if self.keep_texts else ""
+        snapshot = Snapshot(name, stage, text, report, kept)
         self.snapshots.append(snapshot)
         if self.on_snapshot is not None:
             self.on_snapshot(snapshot)
 
     def text(self, name: str) -> str:
-        """The last text after the pass `name`."""
+        """The last text after the pass `name`, from a history that keeps texts."""
         found = [s.text for s in self.snapshots if s.name == name]
         if not found:
             raise KeyError(f"no graph {name!r}; there are: {', '.join(s.name for s in self.snapshots)}")
@@ -98,11 +103,13 @@ def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history
     Raises:
         InvalidGraph: a pass left a graph that breaks a law; names the pass.
     """
+    after = op_counts(gm.graph)
     for p in passes:
-        before = op_counts(gm.graph)
+        before = after
         start = time.perf_counter()
         rewrites = p.run(gm, ctx)
-        report = PassReport(rewrites, count_changes(before, op_counts(gm.graph)))
+        after = op_counts(gm.graph)
+        report = PassReport(rewrites, count_changes(before, after))
         report.milliseconds = (time.perf_counter() - start) * 1e3
         stage = p.leaves or p.stage
         try:
@@ -117,3 +124,4 @@ def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history
         except InvalidGraph as error:
             raise InvalidGraph(f"after pass {p.name}: {error.found}", where=error.where, legal=error.legal) from error
         history.add(p.name, stage, gm, ctx, report)
+    gm.recompile()

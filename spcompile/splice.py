@@ -43,14 +43,14 @@ def splice(
         rest = iter(given)
         return function(*[next(rest) if isinstance(a, fx.Node) else a for a in args])
 
-    signature = (function, pre_dispatch, _signature(args)) if traced is not None else None
-    body = traced.get(signature) if traced is not None else None
+    key = (function, pre_dispatch, signature_of(args)) if traced is not None else None
+    body = traced.get(key) if traced is not None else None
     if body is None:
         mode = next(v.fake_mode for v in [*values, like.meta.get("val")] if isinstance(v, FakeTensor))
         with mode, torch.fx.traceback.preserve_node_meta(False):
             body = make_fx(run, pre_dispatch=pre_dispatch)(*values).graph
-        if traced is not None and _is_static(values):
-            traced[signature] = body
+        if traced is not None and is_static(values):
+            traced[key] = body
     inside: dict[fx.Node, fx.Node] = dict(zip((n for n in body.nodes if n.op == "placeholder"), nodes, strict=True))
     result: Any = None
     with graph.inserting_before(like):
@@ -67,7 +67,7 @@ def splice(
     return result
 
 
-def _signature(args: Sequence[Any]) -> tuple[Any, ...]:
+def signature_of(args: Sequence[Any]) -> tuple[Any, ...]:
     """All that a trace depends on: of a node its value's metadata, and which arguments are the same value."""
     values = [a.meta["val"] if isinstance(a, fx.Node) else a for a in args]
     first: dict[int, int] = {}
@@ -82,5 +82,6 @@ def _signature(args: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _is_static(values: Sequence[Any]) -> bool:
+def is_static(values: Sequence[Any]) -> bool:
+    """Whether all are tensors whose sizes are numbers."""
     return all(isinstance(v, torch.Tensor) and not v._has_symbolic_sizes_strides for v in values)

@@ -82,7 +82,7 @@ def _check_shape(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, right:
         if _returns_nothing(node):
             return
         raise invalid(node, 'no example value in meta["val"]')
-    call = (f"{node.target} {node.args} {node.kwargs}", [n.meta.get("val") for n in (node, *node.all_input_nodes)])
+    call = (node.target, node.args, node.kwargs, *[n.meta.get("val") for n in (node, *node.all_input_nodes)])
     if _same_call(node.meta.get("verified"), call):
         return
     description = _description(node)
@@ -104,7 +104,8 @@ def _check_shape(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, right:
 def _description(node: fx.Node) -> str | None:
     """All that the example value of a call depends on, and that value; None where some of it is not known as text.
 
-    Sizes that are symbols are not, nor tensors of the module, which have no example value.
+    Tensors of the module are not, which have no example value, nor sizes that only the data tell. Other sizes that are
+    symbols are: one graph has one set of them.
     """
     if any("val" not in read.meta for read in node.all_input_nodes):
         return None
@@ -113,8 +114,10 @@ def _description(node: fx.Node) -> str | None:
         if isinstance(value, (tuple, list)):
             return f"[{', '.join(map(described, value))}]"
         if not isinstance(value, torch.Tensor):
+            if isinstance(value, torch.SymInt) and free_unbacked_symbols(value):
+                raise ValueError
             return f"{type(value).__name__} {value}"
-        if value._has_symbolic_sizes_strides:
+        if value._has_symbolic_sizes_strides and free_unbacked_symbols(value):
             raise ValueError
         return f"{value.dtype}{tuple(value.shape)}{value.stride()}{value.device}"
 
@@ -132,9 +135,9 @@ def _returns_nothing(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns
 
 
-def _same_call(seen: tuple[str, list[Any]] | None, call: tuple[str, list[Any]]) -> bool:
-    """Whether this very call on these very examples was found right after an earlier pass."""
-    return seen is not None and seen[0] == call[0] and all(a is b for a, b in zip(seen[1], call[1], strict=True))
+def _same_call(seen: tuple[Any, ...] | None, call: tuple[Any, ...]) -> bool:
+    """Whether this very call on these very examples was found right after an earlier pass; arguments are frozen."""
+    return seen is not None and len(seen) == len(call) and all(map(operator.is_, seen, call))
 
 
 def _example(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> Any:

@@ -15,8 +15,12 @@ import torch._functorch.config  # noqa: E402
 from worker_pool import WorkerPool  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests that need processes run in one of pytest's own processes, so that a run spawns each pool once."""
+    """All tests that need processes run in one of pytest's own processes, so that a run spawns each pool once.
+
+    First of all hooks: xdist reads the marks in its own.
+    """
     for item in items:
         if "worker_pool" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("processes"))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from worker_pool import WorkerPool
+from worker_pool import HANG_SECONDS, WorkerPool
 
 EXACT = 1e-10  # float64 throughout
 FLOAT32_INSIDE = 1e-6  # a float64 model that computes some values in float32: rotary angles, RMSNorm, the loss
@@ -60,7 +60,7 @@ class Outcome:
         return "\n".join(f"  {error:.1e}  {name}" for name, error in rows[:count])
 
 
-def assert_same(pool: WorkerPool, case: Case, tolerance: float = EXACT, timeout: float = 60.0) -> list[Outcome]:
+def assert_same(pool: WorkerPool, case: Case, tolerance: float = EXACT, timeout: float = HANG_SECONDS) -> list[Outcome]:
     """Run `case` on every rank of the pool; on each, nothing may differ from the plain model by more than `tolerance`.
 
     All ranks must also have compiled the same graphs, and at least one.

@@ -119,7 +119,7 @@ def test_at_run_time(worker_pool: Callable[[int], WorkerPool], name: str, compil
 
     gloo runs a reduce-scatter as an all-reduce. The process group's own checks send 16 bytes with each collective.
     """
-    ranks = [worker_pool(2).run(measure, name, layers, True, compiler, timeout=400.0) for layers in (1, 2)]
+    ranks = [worker_pool(2).run(measure, name, layers, True, compiler) for layers in (1, 2)]
     plans = [plan_of(name, layers, 2, True) for layers in (1, 2)]
     planned = sent_by_op(plans[1]) - sent_by_op(plans[0])
     for (one, kept_one), (two, kept_two) in zip(*ranks, strict=True):
@@ -161,7 +161,7 @@ def test_a_layer_starts_what_megatron_starts(
     worker_pool: Callable[[int], WorkerPool], regather: bool, compiler: str
 ) -> None:
     """Every collective of a layer, counted when it runs; gradients of its norms travel with those of other layers."""
-    ranks = [worker_pool(2).run(started, "llama-tiny", layers, regather, compiler, timeout=400.0) for layers in (1, 2)]
+    ranks = [worker_pool(2).run(started, "llama-tiny", layers, regather, compiler) for layers in (1, 2)]
     for one, two in zip(*ranks, strict=True):
         assert two - one == {
             ("forward", "all_gather_into_tensor"): 2,

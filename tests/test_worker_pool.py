@@ -95,3 +95,8 @@ def test_a_result_that_cannot_travel_is_an_error(worker_pool: PoolOf) -> None:
 def test_a_nested_function_is_refused(worker_pool: PoolOf) -> None:
     with pytest.raises(ValueError, match="not at the top level"):
         worker_pool(2).run(lambda: None)
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="one process runs all tests")
+def test_one_of_pytests_processes_runs_all_that_spawn(worker_pool: PoolOf, request: pytest.FixtureRequest) -> None:
+    assert request.node.nodeid.endswith("@processes")

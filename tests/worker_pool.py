@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 STARTUP_SECONDS = 120.0
+HANG_SECONDS = 400.0  # a compile of a deep model on a busy machine takes minutes
 GRACE_SECONDS = 3.0  # how long the other ranks may still take after one has failed
 
 
@@ -46,7 +47,7 @@ class WorkerPool:
         self._pipes: list[Connection] = []
         self._folder: Path | None = None
 
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = HANG_SECONDS) -> list[Any]:
         """Call `function(*arguments)` on all ranks at once; returns its results in rank order.
 
         `timeout` is in seconds.

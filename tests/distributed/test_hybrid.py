@@ -40,17 +40,17 @@ def test_four_ranks_in_two_groups(worker_pool: PoolOf) -> None:
 def test_hugging_face(worker_pool: PoolOf, name: str, kind: str, length: int, compiler: str) -> None:
     case = hugging_face(name, kind, length, attention="hybrid", compiler=compiler)
     tolerance = FLOAT32_INSIDE if name in hf_models.LOSS_IN_FLOAT32 else EXACT
-    assert_same(worker_pool(4), case, tolerance, timeout=400.0)
+    assert_same(worker_pool(4), case, tolerance)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_four_heads_on_three_ranks(worker_pool: PoolOf, compiler: str) -> None:
     options = {"attention": "ulysses", "compiler": compiler}
-    outcomes = assert_same(worker_pool(3), Case(pm.Scored, pm.sequence_first, options=options), timeout=400.0)
+    outcomes = assert_same(worker_pool(3), Case(pm.Scored, pm.sequence_first, options=options))
     assert "SPR204" not in outcomes[0].remarks
     case = hugging_face("llama", "right padding", 32, **options)
-    assert_same(worker_pool(3), case, FLOAT32_INSIDE, timeout=400.0)
+    assert_same(worker_pool(3), case, FLOAT32_INSIDE)
 
 
 @pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -58,7 +58,7 @@ def test_four_heads_on_three_ranks(worker_pool: PoolOf, compiler: str) -> None:
 def test_heads_in_groups_on_two_ranks(worker_pool: PoolOf, way: str, compiler: str) -> None:
     passes = {"split-exchanges": {"groups": 2, "way": way}}
     options = {"attention": "ulysses", "passes": passes, "compiler": compiler}
-    outcomes = assert_same(worker_pool(2), Case(pm.Scored, pm.sequence_first, options=options), timeout=400.0)
+    outcomes = assert_same(worker_pool(2), Case(pm.Scored, pm.sequence_first, options=options))
     assert "SPR205" in outcomes[0].remarks
 
 

@@ -22,7 +22,7 @@ def check(pool: WorkerPool, model: str, kind: str, length: int = 32, **options: 
     outside = kind == "no labels"
     arguments = partial(inputs, model=model, kind=kind, length=length)
     case = Case(partial(build, model), arguments, outer_loss if outside else None, options)
-    assert_same(pool, case, FLOAT32_INSIDE if model in LOSS_IN_FLOAT32 and not outside else EXACT, timeout=120.0)
+    assert_same(pool, case, FLOAT32_INSIDE if model in LOSS_IN_FLOAT32 and not outside else EXACT)
 
 
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])

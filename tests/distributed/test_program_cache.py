@@ -81,21 +81,21 @@ def dumping(folder: str) -> tuple[bool, float]:
 
 
 def test_one_rank_dumps_and_none_stores(worker_pool: PoolOf, tmp_path: Path) -> None:
-    for compiled, largest in worker_pool(2).run(dumping, str(tmp_path), timeout=600):
+    for compiled, largest in worker_pool(2).run(dumping, str(tmp_path)):
         assert compiled
         assert largest < 1e-4
     assert not (tmp_path / "spcompile").exists()
 
 
 def test_only_a_program_that_all_ranks_have_is_not_compiled(worker_pool: PoolOf, tmp_path: Path) -> None:
-    for found in worker_pool(2).run(again, str(tmp_path), timeout=600):
+    for found in worker_pool(2).run(again, str(tmp_path)):
         assert {name for name, (one, _) in found.items() if one} == {"cold", "one rank has it"}
         assert max(e for _, e in found.values()) < 1e-4, found
 
 
 @pytest.mark.slow
 def test_other_options_and_other_ranks(worker_pool: PoolOf, tmp_path: Path) -> None:
-    for found in worker_pool(2).run(changed, str(tmp_path), timeout=600):
+    for found in worker_pool(2).run(changed, str(tmp_path)):
         compiled = {name for name, (one, _) in found.items() if one}
         assert compiled >= {"cold", "other options"}
         assert not compiled & {"warm, options", "warm, ranks"}

@@ -28,10 +28,8 @@ def on_mesh(case: Case, mesh: dict[str, int]) -> Outcome:
     return compare(Case(case.build, case.inputs, case.loss, options, case.dtype, case.micro_batches, case.wrap))
 
 
-def agrees(
-    pool: WorkerPool, case: Case, mesh: dict[str, int], tolerance: float, timeout: float = 240.0
-) -> list[Outcome]:
-    outcomes = pool.run(on_mesh, case, mesh, timeout=timeout)
+def agrees(pool: WorkerPool, case: Case, mesh: dict[str, int], tolerance: float) -> list[Outcome]:
+    outcomes = pool.run(on_mesh, case, mesh)
     for outcome in outcomes:
         assert all(error <= tolerance for error in outcome.errors.values()), outcome.worst()
     assert outcomes[0].graphs, "nothing was compiled for several ranks"
@@ -108,7 +106,7 @@ def test_three_ranks_divide_nothing(worker_pool: PoolOf, name: str) -> None:
 @pytest.mark.parametrize("name", ["llama-tiny", "gpt-tiny"])
 def test_inductor(worker_pool: PoolOf, name: str, regather: bool) -> None:
     case = plain(name, compiler="inductor", regather=regather)
-    agrees(worker_pool(2), case, {"tp": 2}, EXACT, timeout=400.0)
+    agrees(worker_pool(2), case, {"tp": 2}, EXACT)
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def test_float32(worker_pool: PoolOf) -> None:
 
 def test_inductor(worker_pool: PoolOf) -> None:
     case = Case(LLAMA, partial(tokens, length=45), options={"compiler": "inductor"})
-    assert_same(worker_pool(2), case, EXACT, timeout=240.0)
+    assert_same(worker_pool(2), case, EXACT)
 
 
 def test_lengths_that_change_compile_once_more(worker_pool: PoolOf) -> None:

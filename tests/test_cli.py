@@ -116,6 +116,7 @@ def test_train_prints_json(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
     assert result["job"]["dump"] == str(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

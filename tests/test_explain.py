@@ -142,6 +142,7 @@ def test_saved_bytes_of_one_device_are_those_that_autograd_saves() -> None:
     assert plan.sharding.sharded_ops == 0
 
 
+@pytest.mark.slow
 def test_graphs_have_the_same_size_for_every_degree() -> None:
     few, many = (plan_of(degree, 1024, attention="ring") for degree in (2, 512))
     for phase in ("forward", "backward"):
@@ -186,6 +187,7 @@ def test_a_llama_at_128k_in_a_minute() -> None:
     assert sum(row.milliseconds for row in plan.passes) < 60_000
 
 
+@pytest.mark.slow
 def test_figures_of_a_dynamic_length_are_expressions_of_it() -> None:
     with torch.device("meta"):
         model, ids = Model(), torch.zeros(1, 64, dtype=torch.int64)
@@ -223,6 +225,7 @@ def test_weights_may_be_real_or_on_meta_and_stay_untouched() -> None:
         assert torch.equal(compiled(ids), expected)
 
 
+@pytest.mark.slow
 def test_weights_may_be_fake() -> None:
     from torch._subclasses import FakeTensorMode
 
@@ -232,6 +235,7 @@ def test_weights_may_be_fake() -> None:
     assert figures(fake) == figures(plan_of(2))
 
 
+@pytest.mark.slow
 def test_many_plans_of_one_model_do_not_meet_a_recompile_limit() -> None:
     with torch.device("meta"):
         model = Model(layers=1)

@@ -27,13 +27,18 @@ def run_interpreted(marked: str) -> None:
 
 
 def test_interpreted() -> None:
-    run_interpreted("not slow")
+    run_interpreted("not slow and not long")
+
+
+@pytest.mark.slow
+def test_interpreted_widely() -> None:
+    run_interpreted("slow")
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_interpreted_at_length() -> None:
-    run_interpreted("slow")
+    run_interpreted("long")
 
 
 masks = st.builds(

@@ -232,6 +232,7 @@ def test_gradients_are_waited_for_at_the_end() -> None:
     assert names == ["mm", "all_reduce", "mm", "mm", "wait_tensor"]
 
 
+@pytest.mark.slow
 def test_work_grows_with_the_layers() -> None:
     """Calls of Python functions in the pass: no more for each layer of eight than for each of two."""
 

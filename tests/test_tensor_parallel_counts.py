@@ -31,6 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "llama-tiny": {"vocab": 96, "dim": WIDTH, "heads": HEADS, "kv_heads": KV_HEADS, "hidden": HIDDEN},
 }
 MODELS = pytest.mark.parametrize("name", SETTINGS)
+ONE_FAST = pytest.mark.parametrize("name", ["llama-tiny", pytest.param("gpt-tiny", marks=pytest.mark.slow)])
 REGATHER = pytest.mark.parametrize("regather", [True, pytest.param(False, marks=pytest.mark.slow)])
 
 
@@ -83,7 +84,7 @@ def test_a_layer_sends_what_megatron_sends(name: str, regather: bool, degree: in
     }
 
 
-@MODELS
+@ONE_FAST
 def test_what_is_sent_again_is_named(name: str) -> None:
     again, none = (rows(plan_of(name, 2, 2, regather), "activation again") for regather in (True, False))
     assert again["backward", "all_gather"] == 2 * 2 + 2  # and before the head, and in the loss
@@ -112,7 +113,7 @@ def measure(name: str, layers: int, regather: bool, compiler: str) -> tuple[dict
     return sent, kept
 
 
-@MODELS
+@ONE_FAST
 @pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_at_run_time(worker_pool: Callable[[int], WorkerPool], name: str, compiler: str) -> None:
     """What process groups start is what the plan says, gradients of parameters included; what autograd keeps, too.

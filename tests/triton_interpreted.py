@@ -229,7 +229,7 @@ MASKS = [
 ]
 
 
-@pytest.mark.parametrize("order", ["natural", "shuffled"])
+@pytest.mark.parametrize("order", [pytest.param("natural", marks=pytest.mark.slow), "shuffled"])
 @pytest.mark.parametrize("text", MASKS)
 def test_masks(text: str, order: str) -> None:
     B = 2 if "documents" in text or "key_padding" in text else 1
@@ -272,6 +272,7 @@ def test_features(name: str) -> None:
     check(replace(PLAIN, mask=AttentionMask(causal=True), hops=2, order="padded", B=B, **FEATURES[name]))
 
 
+@pytest.mark.slow
 def test_everything_at_once() -> None:
     check(
         replace(
@@ -296,6 +297,7 @@ def test_rows_without_keys_are_zero_and_so_are_their_gradients() -> None:
     assert all(bool((x[0] == 0).all()) and bool(x[1].isfinite().all()) for x in (out, *gradients))
 
 
+@pytest.mark.slow
 def test_the_backward_is_deterministic() -> None:
     """Twice the same bits, with keys that several heads share, and over hops."""
     q, grad_out = (torch.randn(1, 4, 40, 16).bfloat16() for _ in range(2))
@@ -315,7 +317,7 @@ def test_the_backward_is_deterministic() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_error_does_not_grow_with_hops() -> None:
     """Root mean square error of bfloat16 against float64, for the same attention in more and more hops."""
     B, N, G, S, H = 1, 2, 1, 128, 32
@@ -397,20 +399,21 @@ quiet = settings(  # shrinking would take the interpreter many minutes
 )
 
 
+@pytest.mark.slow
 @settings(quiet, max_examples=12)
 @given(case=cases)
 def test_drawn(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(quiet, max_examples=400)
 @given(case=cases)
 def test_drawn_at_length(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ROUNDINGS, ids=str)
 @pytest.mark.parametrize("text", ["causal", "causal window=130 documents", "full"])
 def test_long(text: str, dtype: torch.dtype) -> None:

@@ -54,7 +54,7 @@ def against_the_whole_batch(
     [
         ("llama-tiny", {"dp": 2}, "eager"),
         pytest.param("llama-tiny", {"dp": 2}, "inductor", marks=pytest.mark.slow),
-        ("gpt-tiny", {"dp": 2, "cp": 2}, "eager"),
+        pytest.param("gpt-tiny", {"dp": 2, "cp": 2}, "eager", marks=pytest.mark.slow),
         ("bert-tiny", {"tp": 2, "dp": 2}, "eager"),
     ],
 )
@@ -96,7 +96,8 @@ def logits_of_own_rows(axes: Mapping[str, int], outputs: str, rows: int) -> tupl
 
 
 @pytest.mark.parametrize(
-    ("outputs", "kind", "rows"), [("full", "Tensor", 2), ("sharded", "DTensor", 2), ("sharded", "DTensor", 1)]
+    ("outputs", "kind", "rows"),
+    [("full", "Tensor", 2), ("sharded", "DTensor", 1), pytest.param("sharded", "DTensor", 2, marks=pytest.mark.slow)],
 )
 def test_outputs_are_own_rows(worker_pool: PoolOf, outputs: str, kind: str, rows: int) -> None:
     for error, found in worker_pool(4).run(logits_of_own_rows, {"dp": 2, "cp": 2}, outputs, rows):

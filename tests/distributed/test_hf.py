@@ -28,15 +28,15 @@ def tolerance_of(model: str, kind: str) -> float:
 @pytest.mark.parametrize(
     ("model", "kind", "attention"),
     [
-        ("llama", "plain", "ring"),
-        ("llama", "cache", "ulysses"),
+        pytest.param("llama", "plain", "ring", marks=pytest.mark.slow),
+        pytest.param("llama", "cache", "ulysses", marks=pytest.mark.slow),
         ("llama", "packed", "ring"),
         ("llama", "no labels", "auto"),
-        ("mistral", "right padding", "ring"),
+        pytest.param("mistral", "right padding", "ring", marks=pytest.mark.slow),
         ("mistral", "packed", "ulysses"),
         ("gpt2", "cache", "ring"),
         ("gpt2", "left padding", "ulysses"),
-        ("bert", "plain", "ulysses"),
+        pytest.param("bert", "plain", "ulysses", marks=pytest.mark.slow),
         ("bert", "right padding", "ring"),
     ],
 )
@@ -45,12 +45,13 @@ def test_inputs(worker_pool: PoolOf, model: str, kind: str, attention: str) -> N
     assert_same(worker_pool(2), case, tolerance_of(model, kind))
 
 
+@pytest.mark.slow
 def test_two_layers_on_four_ranks(worker_pool: PoolOf) -> None:
     case = case_of("llama", "no labels", length=45, layers=2)
     assert_same(worker_pool(4), case)
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("model", [pytest.param("llama", marks=pytest.mark.slow), "gpt2"])
 def test_gradient_checkpointing(worker_pool: PoolOf, model: str) -> None:
     arguments = partial(inputs, model=model, kind="plain")
     case = Case(partial(build, model, layers=2, checkpointing=True), arguments)

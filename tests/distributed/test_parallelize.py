@@ -104,9 +104,9 @@ MESHES = {
     "tp and cp at rest": ({"tp": 2, "cp": 2}, ("cp", "tp")),
     "dp": ({"dp": 2}, "dp"),  # all ranks pass the same rows: the mean over them is that of one
 }
-FAST = [("llama-tiny", "tp x cp"), ("gpt-tiny", "tp at rest"), ("gpt-tiny", "cp"), ("gpt-tiny", "dp")]
+FAST = [("llama-tiny", "tp x cp"), ("gpt-tiny", "tp at rest"), ("gpt-tiny", "dp")]
 SLOW = [("llama-tiny", "tp"), ("llama-tiny", "cp"), ("llama-tiny", "dp"), ("gpt-tiny", "tp x cp"), ("gpt-tiny", "tp")]
-SLOW += [("gpt-tiny", "tp and cp at rest")]
+SLOW += [("gpt-tiny", "tp and cp at rest"), ("gpt-tiny", "cp")]
 MODELS_ON_MESHES = pytest.mark.parametrize(
     ("model", "mesh"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 )

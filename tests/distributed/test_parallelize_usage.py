@@ -133,7 +133,8 @@ def use(sizes: dict[str, int], axis: str | None) -> dict[str, float]:
         return {**errors, **gradients(plain, sharded)}
 
 
-@pytest.mark.parametrize(("sizes", "axis"), [({"cp": 2}, "cp"), pytest.param({"tp": 2}, None, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("sizes", "axis"), [({"cp": 2}, "cp"), ({"tp": 2}, None)])
 def test_evaluation_other_lengths_and_uncompiled_calls(
     worker_pool: PoolOf, sizes: dict[str, int], axis: str | None
 ) -> None:

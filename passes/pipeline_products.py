@@ -35,6 +35,7 @@ class PipelineProducts(Pass):
     """Cut products into one chunk for each rank where that hides more than it costs.
 
     min_gain: seconds that are to be saved, as a part of those of the collective. -inf rewrites all sites.
+    symmetric_memory: let torch's operators on symmetric memory do it, for GPUs that all reach each other's memory.
     """
 
     name: ClassVar[str] = "pipeline-products"
@@ -43,6 +44,7 @@ class PipelineProducts(Pass):
     summary: ClassVar[str] = "cuts products into chunks that hide the gather before or the scatter behind them"
 
     min_gain: float = 0.1
+    symmetric_memory: bool = False
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         """Rewrite until nothing is left that pays; returns the number of collectives that were replaced."""
@@ -50,7 +52,7 @@ class PipelineProducts(Pass):
         count = 0
         while chosen := self._choose(gm.graph, cost):
             for site in chosen:
-                rewrite(site)
+                rewrite(site, self.symmetric_memory)
             count += len(chosen)
         return count
 

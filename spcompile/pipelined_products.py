@@ -8,6 +8,9 @@ which rows a hop is about, products are written where they belong without a copy
 Sums are taken in a fixed order, and a product is added to what arrived before it is rounded: with the same dtype on the
 wire there is one rounding a hop, where a product and then a reduce-scatter have two.
 
+Where the last argument, `symmetric`, is true, torch's operators on symmetric memory do the same instead: GPUs of one
+node read each other's memory, and no multiprocessor is busy sending (torch/distributed/_symmetric_memory, 2.13).
+
 Of an operand [*lead, rows, *inner, width], split along `rows`: B is the size of all of lead, M that of all of inner.
 """
 
@@ -24,7 +27,7 @@ from spcompile.attention.drivers import drive, simulate
 from spcompile.attention.ring import Requests, Shift, Wait
 from spcompile.collectives.base import with_size
 from spcompile.diagnostics import RanksDisagree
-from spcompile.torch_private import resolve_process_group
+from spcompile.torch_private import fused_all_gather_matmul, fused_matmul_reduce_scatter, resolve_process_group
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -33,12 +36,13 @@ if TYPE_CHECKING:
 _LIBRARY = torch.library.Library("spx", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _LIBRARY.define(
-    "all_gather_matmul(Tensor x, Tensor[] weights, int dim, int length, str axis, int degree, bool gathered) "
-    "-> Tensor[]",
+    "all_gather_matmul(Tensor x, Tensor[] weights, int dim, int length, str axis, int degree, bool gathered, "
+    "bool symmetric=False) -> Tensor[]",
     tags=_TAGS,
 )
 _LIBRARY.define(
-    "matmul_reduce_scatter(Tensor[] xs, Tensor[] weights, int[] shape, int dim, str axis, int degree) -> Tensor",
+    "matmul_reduce_scatter(Tensor[] xs, Tensor[] weights, int[] shape, int dim, str axis, int degree, "
+    "bool symmetric=False) -> Tensor",
     tags=_TAGS,
 )
 
@@ -160,32 +164,60 @@ def _group(axis: str, degree: int) -> dist.ProcessGroup:
 
 @torch.no_grad()
 def _all_gather_matmul(
-    x: Tensor, weights: Sequence[Tensor], dim: int, length: int, axis: str, degree: int, gathered: bool
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dim: int,
+    length: int,
+    axis: str,
+    degree: int,
+    gathered: bool,
+    symmetric: bool = False,
 ) -> list[Tensor]:
     group = _group(axis, degree)
+    if symmetric:
+        whole, outs = fused_all_gather_matmul(x, list(weights), dim, group.group_name, return_A=gathered)
+        results = [out.flatten(0, -2) for out in outs]
+        return [whole.contiguous(), *results] if gathered else results
     return drive(gather_and_multiply(group.rank(), x, weights, dim, length, axis, degree, gathered), group)
 
 
 @torch.no_grad()
 def _matmul_reduce_scatter(
-    xs: Sequence[Tensor], weights: Sequence[Tensor], shape: Sequence[int], dim: int, axis: str, degree: int
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    shape: Sequence[int],
+    dim: int,
+    axis: str,
+    degree: int,
+    symmetric: bool = False,
 ) -> Tensor:
     group = _group(axis, degree)
+    if symmetric:
+        x, weight = *xs, *weights
+        rows = x.reshape(*shape[:-1], x.shape[-1])
+        return fused_matmul_reduce_scatter(rows, weight, "sum", dim, group.group_name).contiguous()
     return drive(multiply_and_scatter(group.rank(), xs, weights, shape, dim, axis, degree), group)
 
 
 def spec_all_gather_matmul(ranks: Sequence[tuple[Any, ...]]) -> list[list[Tensor]]:
     """What spx::all_gather_matmul returns on every rank, given every rank's arguments; needs no process group."""
-    return simulate([gather_and_multiply(rank, *args) for rank, args in enumerate(ranks)])
+    return simulate([gather_and_multiply(rank, *args[:7]) for rank, args in enumerate(ranks)])
 
 
 def spec_matmul_reduce_scatter(ranks: Sequence[tuple[Any, ...]]) -> list[Tensor]:
     """What spx::matmul_reduce_scatter returns on every rank, given every rank's arguments."""
-    return simulate([multiply_and_scatter(rank, *args) for rank, args in enumerate(ranks)])
+    return simulate([multiply_and_scatter(rank, *args[:6]) for rank, args in enumerate(ranks)])
 
 
 def _fake_all_gather_matmul(
-    x: Tensor, weights: Sequence[Tensor], dim: int, length: int, axis: str, degree: int, gathered: bool
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dim: int,
+    length: int,
+    axis: str,
+    degree: int,
+    gathered: bool,
+    symmetric: bool = False,
 ) -> list[Tensor]:
     shape = with_size(x.shape, dim, length)
     rows = math.prod(shape[:-1])
@@ -194,7 +226,13 @@ def _fake_all_gather_matmul(
 
 
 def _fake_matmul_reduce_scatter(
-    xs: Sequence[Tensor], weights: Sequence[Tensor], shape: Sequence[int], dim: int, axis: str, degree: int
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    shape: Sequence[int],
+    dim: int,
+    axis: str,
+    degree: int,
+    symmetric: bool = False,
 ) -> Tensor:
     return xs[0].new_empty(with_size(shape, dim, -(-shape[dim] // degree)))
 

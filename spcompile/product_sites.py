@@ -4,6 +4,7 @@
     scatter   mm, mm, ... -> views, sums -> reduce_scatter
 
 `rewrite` puts the op of `spcompile.pipelined_products` there. Sites whose sizes are symbols are none.
+Operators on symmetric memory know neither padding nor sums of products.
 """
 
 from __future__ import annotations
@@ -40,6 +41,14 @@ class Site:
     def is_gather(self) -> bool:
         return self.collective.target is spx.all_gather.default
 
+    @property
+    def fits_symmetric_memory(self) -> bool:
+        """Whether torch's operators on symmetric memory do what this site does."""
+        x, named = _arguments(self.collective)
+        value = (self.collective if self.is_gather else x).meta["val"]
+        is_even = value.shape[named["dim"]] % named["degree"] == 0
+        return is_even and value.device.type == "cuda" and (self.is_gather or len(self.products) == 1)
+
 
 def sites_of(graph: fx.Graph) -> list[Site]:
     """All of a graph, in its order; two of them may want the same product."""
@@ -48,9 +57,10 @@ def sites_of(graph: fx.Graph) -> list[Site]:
     return [site for site in found if site is not None]
 
 
-def rewrite(site: Site) -> None:
-    """Put one op in place of a collective and its products."""
-    (_rewrite_gather if site.is_gather else _rewrite_scatter)(site)
+def rewrite(site: Site, symmetric: bool = False) -> None:
+    """Put one op in place of a collective and its products. symmetric: on symmetric memory, where that fits."""
+    more = (True,) if symmetric and site.fits_symmetric_memory else ()
+    (_rewrite_gather if site.is_gather else _rewrite_scatter)(site, more)
 
 
 def _site(node: fx.Node, place: dict[fx.Node, int]) -> Site | None:
@@ -155,7 +165,7 @@ def _adds_equals(node: fx.Node) -> bool:
     return all(x is not None and x.shape == value.shape and x.dtype == value.dtype for x in terms)
 
 
-def _rewrite_gather(site: Site) -> None:
+def _rewrite_gather(site: Site, more: tuple[bool, ...]) -> None:
     gather = site.collective
     x, named = _arguments(gather)
     place = {node: at for at, node in enumerate(gather.graph.nodes)}
@@ -164,7 +174,7 @@ def _rewrite_gather(site: Site) -> None:
             gather.prepend(node)
     layout = named["dim"], named["length"], named["axis"], named["degree"], site.gathered
     weights = [operand_of(product, 1) for product in site.products]
-    fused = _call(gather, all_gather_matmul, (x, weights, *layout))
+    fused = _call(gather, all_gather_matmul, (x, weights, *layout, *more))
     results = [
         _call(gather, operator.getitem, (fused, number)) for number in range(len(site.products) + int(site.gathered))
     ]
@@ -175,14 +185,14 @@ def _rewrite_gather(site: Site) -> None:
     _erase_unread(gather)
 
 
-def _rewrite_scatter(site: Site) -> None:
+def _rewrite_scatter(site: Site, more: tuple[bool, ...]) -> None:
     scatter = site.collective
     x, named = _arguments(scatter)
     xs, weights = ([operand_of(product, i) for product in site.products] for i in (0, 1))
     shape = list(x.meta["val"].shape)
     assert all(operand.meta["val"].shape[0] == math.prod(shape[:-1]) for operand in xs)
     layout = shape, named["dim"], named["axis"], named["degree"]
-    replace(scatter, _call(scatter, matmul_reduce_scatter, (xs, weights, *layout)))
+    replace(scatter, _call(scatter, matmul_reduce_scatter, (xs, weights, *layout, *more)))
     _erase_unread(x)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-import torch.distributed._functional_collectives  # noqa: F401  torch 2.13: Meta kernels of torch.ops._c10d_functional
+import torch
+import torch.distributed._functional_collectives  # torch 2.13: Meta kernels of torch.ops._c10d_functional
+import torch.distributed._symmetric_memory  # torch 2.13: torch.ops.symm_mem
 
 # torch 2.13: torch/_dispatch/python.py
 from torch._dispatch.python import no_python_dispatcher
@@ -67,6 +69,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.distributed_c10d import GroupName
 
+fused_all_gather_matmul = torch.ops.symm_mem.fused_all_gather_matmul
+fused_matmul_reduce_scatter = torch.ops.symm_mem.fused_matmul_reduce_scatter
 VMAP_SWITCHES = (_vmap_increment_nesting, _vmap_decrement_nesting, lazy_load_decompositions)
 
 __all__ = [
@@ -86,6 +90,8 @@ __all__ = [
     "detect_fake_mode",
     "disable_functional_mode",
     "disable_modes",
+    "fused_all_gather_matmul",
+    "fused_matmul_reduce_scatter",
     "get_hash_for_files",
     "inductor_cache_dir",
     "inductor_decompositions",

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial, reduce
 from typing import Any
 
 import pytest
 import torch
+import torch.fx as fx
 from example_numerics import after_autograd, assert_equal, on_one_device
 from test_pass_overlap_collectives import MODES, Mode, final_graphs, llama, tokens
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from spcompile import models, pipelined_products, sequence
 from spcompile.attention.ring import Shift, Wait
 from spcompile.communication import communication
 from spcompile.cost import CostModel, cost_model
+from spcompile.diagnostics import Remarks
 from spcompile.explain import explain
+from spcompile.graph import call
 from spcompile.mesh import MeshShape
 from spcompile.options import Options
+from spcompile.passes.pipeline_products import PipelineProducts
+from spcompile.passes_api import Context, Stage
 from spcompile.pipelined_products import PIPELINED, gather_and_multiply, multiply_and_scatter
 from spcompile.pipelined_products import spec_all_gather_matmul as gathered_on_all
 from spcompile.pipelined_products import spec_matmul_reduce_scatter as scattered_on_all
+from spcompile.verifier import verify_graph
 
+aten, spx = torch.ops.aten, torch.ops.spx
 EVERYWHERE = {"pipeline-products": {"min_gain": -math.inf}}
 LENGTHS = (1, 5, 8)
 DEGREES = (1, 2, 4, 7)
@@ -232,3 +241,43 @@ def test_the_sums_travel_in_two_halves() -> None:
     assert order == ["Shift", "Shift", "Wait", "Wait"]
     order = interleaved(multiply_and_scatter(0, [x], [weight], [8, 3], 0, "tp", 4))
     assert order == ["Shift", "Shift", *["Wait", "Shift"] * 4, "Wait", "Wait"]
+
+
+def site_on(device: str, length: int, products: int) -> fx.GraphModule:
+    """No product: x is gathered and multiplied. Else so many are added and scattered."""
+    graph = fx.Graph()
+    with FakeTensorMode() as mode:
+        values = torch.empty(1, 4, 6, device=device), torch.empty(length, 6, device=device)
+        weight = torch.empty(6, 6, device=device)
+    x, rows, w = (graph.placeholder(name) for name in ("x", "rows", "w"))
+    for node, value in zip((x, rows, w), (*values, weight), strict=True):
+        node.meta.update(val=value, stack_trace="by hand")
+    output = graph.output(x)
+
+    def added(target: Any, *args: Any) -> fx.Node:
+        return call(graph, target, args, like=w, before=output)
+
+    with mode:
+        if products:
+            terms = [added(aten.mm.default, rows, w) for _ in range(products)]
+            whole = added(aten.view.default, reduce(partial(added, aten.add.Tensor), terms), [1, length, 6])
+            result = added(spx.reduce_scatter.default, whole, 1, "tp", 2, "contiguous")
+        else:
+            whole = added(spx.all_gather.default, x, 1, length, "tp", 2, "contiguous", "R")
+            result = added(aten.mm.default, added(aten.view.default, whole, [length, 6]), w)
+    output.args = (result,)
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+@pytest.mark.parametrize(
+    ("device", "length", "products", "fits"),
+    [("cuda", 8, 0, True), ("cuda", 7, 0, False), ("cpu", 8, 0, False), ("cuda", 8, 1, True), ("cuda", 8, 2, False)],
+)
+def test_symmetric_memory_where_it_fits(device: str, length: int, products: int, fits: bool) -> None:
+    """On CUDA, without padding, and for one product in front of a scatter."""
+    gm = site_on(device, length, products)
+    context = Context(MeshShape.of({"tp": 2}), Options(), Remarks())
+    assert PipelineProducts(min_gain=-math.inf, symmetric_memory=True).run(gm, context) == 1
+    (found,) = calls_of(gm.graph)
+    assert (found.args[-1] is True) == fits
+    verify_graph(gm, Stage.SCHEDULE, context.mesh)

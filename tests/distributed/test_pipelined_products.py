@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from worker_pool import WorkerPool
 
 from spcompile.backend import PROGRAMS
-from spcompile.pipelined_products import PIPELINED
+from spcompile.pipelined_products import PIPELINED, all_gather_matmul, matmul_reduce_scatter
 
 PoolOf = Callable[[int], WorkerPool]
 
@@ -80,3 +81,32 @@ def test_loss_and_gradients(worker_pool: PoolOf, ranks: int, compiler: str, leng
     for error, ops in worker_pool(ranks).run(against_plain, compiler, length, batch):
         assert error < 1e-12
         assert {"all_gather_matmul", "matmul_reduce_scatter"} == set(ops)
+
+
+def on_symmetric_memory(batch: int) -> list[float]:
+    """Both ops in chunks, and by torch's operators, whose stand-ins for tests serve the CPU here."""
+    degree, name = dist.get_world_size(), dist.group.WORLD.group_name  # type: ignore[union-attr]
+    library = torch.library.Library("symm_mem", "IMPL")
+    library.impl("fused_all_gather_matmul", symmetric_memory._fused_all_gather_matmul_fallback, "CPU")
+    library.impl("fused_matmul_reduce_scatter", symmetric_memory._fused_matmul_reduce_scatter_fallback, "CPU")
+    x, weights = torch.randn(batch, 4, 6), [torch.randn(6, 5), torch.randn(2, 6).t()]
+    rows, weight = torch.randn(batch * 4 * degree, 3), torch.randn(3, 6)
+    errors = []
+    for gathered in (True, False):
+        call = x, weights, 1, 4 * degree, name, degree, gathered
+        for a, b in zip(all_gather_matmul(*call, True), all_gather_matmul(*call), strict=True):
+            assert a.shape == b.shape
+            assert a.is_contiguous()
+            errors.append(float((a - b).abs().max()))
+    for operand in (rows, rows.t().contiguous().t()):
+        call = [operand], [weight], [batch, 4 * degree, 6], 1, name, degree
+        a, b = matmul_reduce_scatter(*call, True), matmul_reduce_scatter(*call)
+        assert a.shape == b.shape
+        errors.append(float((a - b).abs().max()))
+    return errors
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_symmetric_memory_does_the_same(worker_pool: PoolOf, batch: int) -> None:
+    for errors in worker_pool(2).run(on_symmetric_memory, batch):
+        assert max(errors) < 1e-5

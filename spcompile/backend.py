@@ -108,7 +108,7 @@ def _machine(mesh: RuntimeMesh) -> dict[str, str]:
 
 def _cached(key: str | None, mesh: RuntimeMesh, agreement: Agreement) -> tuple[Finished, Callable[..., Any]] | None:
     """A program that every rank has found, and whose code names groups that exist; else all ranks compile."""
-    found = program_cache.load(key) if key is not None else None
+    found = program_cache.load(key, mesh.coordinate) if key is not None else None
     if not agreement.everywhere("found a finished program:", found is not None):
         return None
     assert found is not None
@@ -158,7 +158,7 @@ def _made(
     PROGRAMS.append((program, emission))
     finished.result = emission.result
     if key is not None:
-        program_cache.store(key, finished)
+        program_cache.store(key, mesh.coordinate, finished)
     return finished, compiled
 
 

@@ -119,6 +119,11 @@ class RuntimeMesh:
         return str(_group_of(dist.group.WORLD, tuple(own)).group_name)
 
     @property
+    def coordinate(self) -> str:
+        """This rank's place along each axis: `0.3`."""
+        return ".".join(map(str, self.device_mesh.get_coordinate() or ()))
+
+    @property
     def key(self) -> str:
         """Equal on all ranks of the mesh, different for meshes over other ranks."""
         text = f"{self.shape}|{self.device_mesh.mesh.tolist()}"

@@ -3,7 +3,8 @@
 A file holds what AOTAutograd made of one Dynamo graph, which names entries of Inductor's cache, and what is needed to
 call it. Its name is a hash of all that the program depends on: the graph with its source lines, the inputs, options,
 mesh, the names of the process groups, the passes, the sources of this package, and whatever torch's own key for such a
-graph holds (its version, its settings, the machine). A part that cannot be named means no caching.
+graph holds (its version, its settings, the machine). A part that cannot be named means no caching. Ranks share a file,
+unless the code names groups of parts of axes, which it alone knows: then each has its own.
 
 The cache is on where Inductor's and autograd's own are: `torch._inductor.config.fx_graph_cache`,
 `torch._functorch.config.enable_autograd_cache`, `torch.compiler.config.force_disable_caches`.
@@ -26,6 +27,7 @@ import torch.fx as fx
 
 from spcompile.autocast import autocast_off
 from spcompile.capture import is_state
+from spcompile.mesh import axis_part
 from spcompile.module_buffer import Relied, band_of
 from spcompile.options import Options
 from spcompile.passes_api import Pass
@@ -81,10 +83,13 @@ def key_of(
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()
 
 
-def load(key: str) -> tuple[Finished, Callable[..., Any]] | None:
-    """A stored program and its code as a callable over the local graph's inputs; None where a part of it is missing."""
-    path = _path(key)
-    if not path.exists():
+def load(key: str, coordinate: str) -> tuple[Finished, Callable[..., Any]] | None:
+    """A stored program and its code as a callable over the local graph's inputs; None where a part of it is missing.
+
+    coordinate: this rank's place on the mesh.
+    """
+    path = next((path for path in (_path(key), _path(f"{key}-{coordinate}")) if path.exists()), None)
+    if path is None:
         return None
     try:
         found: Finished = pickle.loads(path.read_bytes())
@@ -95,15 +100,16 @@ def load(key: str) -> tuple[Finished, Callable[..., Any]] | None:
         return None
 
 
-def store(key: str, finished: Finished) -> None:
+def store(key: str, coordinate: str, finished: Finished) -> None:
     """Leave a program for later processes. Ranks may write the same file at once: it appears as a whole."""
     if finished.result is None:
         return
+    path = _path(key if not any(map(axis_part, finished.groups)) else f"{key}-{coordinate}")
     try:
         with disable_modes():
             content = pickle.dumps(finished)
-        _path(key).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(str(_path(key)), content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(str(path), content)
     except Exception as reason:
         log.info("not cached: %s", reason)
 

@@ -131,9 +131,9 @@ def test_where_there_is_no_cache() -> None:
 
 
 def test_a_damaged_file_is_no_program(tmp_path: Path) -> None:
-    store("name", Finished([], [], False, [], result="not what autograd made"))
+    store("name", "0", Finished([], [], False, [], result="not what autograd made"))
     assert pickle.loads((tmp_path / "spcompile" / "name").read_bytes()).text == ""
-    assert load("name") is None
+    assert load("name", "0") is None
     (tmp_path / "spcompile" / "name").write_bytes(b"cut off")
-    assert load("name") is None
-    assert load("another") is None
+    assert load("name", "0") is None
+    assert load("another", "0") is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,24 +15,32 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import error
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 from worker_pool import WorkerPool
 
+import spcompile
 from spcompile import program_cache
 from spcompile.backend import PROGRAMS
 
 PoolOf = Callable[[int], WorkerPool]
 
 
-def step(**options: Any) -> tuple[bool, float]:
-    """(Whether this process compiled, the largest error of output and gradients against the plain model)."""
+def step(shard: str | None = None, **options: Any) -> tuple[bool, float]:
+    """(Whether this process compiled, the largest error of output and gradients against the plain model).
+
+    shard: the axis over which `parallelize` shards the parameters.
+    """
     torch._dynamo.reset()
     torch.manual_seed(0)
     plain, model = pm.SelfAttention(), pm.SelfAttention()
     model.load_state_dict(plain.state_dict())
-    model.compile(backend="spcompile", options=options)
-    before = len(PROGRAMS)
     x_BSD = torch.randn(2, 33, pm.WIDTH)
+    if shard is None:
+        model.compile(backend="spcompile", options=options)
+    else:
+        spcompile.parallelize(model, options.pop("mesh"), (x_BSD,), shard_parameters=shard, **options)
+    before = len(PROGRAMS)
     want, have = plain(x_BSD), model(x_BSD)
     for y_BSD in (want, have):
         y_BSD.square().mean().backward()
@@ -41,7 +50,8 @@ def step(**options: Any) -> tuple[bool, float]:
         q = parameters[name]
         assert p.grad is not None
         assert q.grad is not None
-        errors.append(error(p.grad, q.grad, 1e-30))
+        grad = q.grad.full_tensor() if isinstance(q.grad, DTensor) else q.grad
+        errors.append(error(p.grad, grad, 1e-30))
     return len(PROGRAMS) > before, max(errors)
 
 
@@ -55,8 +65,8 @@ def caching(folder: str) -> Iterator[None]:
         del os.environ["TORCHINDUCTOR_CACHE_DIR"]
 
 
-def missing_on_rank_1(load: Callable[[str], Any]) -> Callable[[str], Any]:
-    return lambda key: load(key) if dist.get_rank() == 0 else None
+def missing_on_rank_1(load: Callable[[str, str], Any]) -> Callable[[str, str], Any]:
+    return lambda key, coordinate: load(key, coordinate) if dist.get_rank() == 0 else None
 
 
 def again(folder: str) -> dict[str, tuple[bool, float]]:
@@ -73,6 +83,14 @@ def changed(folder: str) -> dict[str, tuple[bool, float]]:
     with caching(folder):
         found = {"cold": step(), "other options": step(**other), "warm, options": step(**other)}
         return {**found, "other ranks": step(**backwards), "warm, ranks": step(**backwards)}
+
+
+def sharded(folder: str, sizes: dict[str, int], options: dict[str, Any]) -> dict[str, tuple[bool, float]]:
+    """Parameters in parts over cp, twice, then whole ones."""
+    mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    with caching(folder):
+        found = {name: step(shard="cp", mesh=mesh, **options) for name in ("cold", "warm")}
+        return {**found, "whole": step(mesh=mesh, **options)}
 
 
 def dumping(folder: str) -> tuple[bool, float]:
@@ -99,4 +117,21 @@ def test_other_options_and_other_ranks(worker_pool: PoolOf, tmp_path: Path) -> N
         compiled = {name for name, (one, _) in found.items() if one}
         assert compiled >= {"cold", "other options"}
         assert not compiled & {"warm, options", "warm, ranks"}
+        assert max(e for _, e in found.values()) < 1e-4, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ({"cp": 4}, {"attention": {"ulysses": 2, "ring": 2}}),
+        *(pytest.param(sizes, {}, marks=pytest.mark.long) for sizes in ({"cp": 2}, {"tp": 2, "cp": 2})),
+    ],
+    ids=str,
+)
+def test_sharded_parameters_and_parts_of_axes(
+    worker_pool: PoolOf, tmp_path: Path, sizes: dict[str, int], options: dict[str, Any]
+) -> None:
+    for found in worker_pool(math.prod(sizes.values())).run(sharded, str(tmp_path), sizes, options):
+        assert {name for name, (one, _) in found.items() if one} == {"cold", "whole"}
         assert max(e for _, e in found.values()) < 1e-4, found

@@ -22,6 +22,7 @@ from example_numerics import (
     on_one_device,
     remarks_of,
 )
+from sampled import sampled
 from test_attention_hybrid import DATA, causal, dropped, full, qkv
 from test_pass_overlap_collectives import MODES, final_graphs, tokens
 from test_pass_overlap_collectives import llama as small_llama
@@ -103,8 +104,7 @@ def test_what_belongs_to_heads_goes_with_them(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("degree", [3, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 4, 6))])
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize(("name", "way"), sampled(2, list(DATA), list(WAYS)))
 def test_every_kind_with_any_heads(name: str, way: str, degree: int) -> None:
     for n, g in ((3, 3), (12, 3), (8, 2), (6, 1), (8, 8)):
         for groups in (2, 4):

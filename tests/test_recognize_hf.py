@@ -108,23 +108,30 @@ CASES: list[tuple[Callable[[], nn.Module], str, str, list[str]]] = [
     (mpt, "right padding", "ulysses", ["causal key_padding"]),
 ]
 SLOW: list[tuple[Callable[[], nn.Module], str, str, list[str]]] = [
-    (gemma2, "plain", "ring", ALTERNATING),
     (gpt_oss, "left padding", "ring", [f"{mask} key_padding" for mask in ALTERNATING]),
     (gpt_neo, "plain", "ring", ALTERNATING),
     (gemma2, "packed", "ulysses", [f"{mask} documents" for mask in ALTERNATING]),
-    (gpt_oss, "plain", "ulysses", ALTERNATING),
-    (bloom, "plain", "ring", ["causal"]),
     (bloom, "left padding", "ulysses", ["causal key_padding"]),
-    (mpt, "plain", "ring", ["causal"]),
-    (gptj, "plain", "ring", ["causal"]),
     (gptj, "left padding", "ulysses", ["causal key_padding"]),
     (gptj_with_dropout, "right padding", "ring", ["causal key_padding"]),
     (checkpointed_llama, "right padding", "ring", ["causal key_padding"]),
 ]
+LONG: list[tuple[Callable[[], nn.Module], str, str, list[str]]] = [
+    (gemma2, "plain", "ring", ALTERNATING),
+    (gpt_oss, "plain", "ulysses", ALTERNATING),
+    (bloom, "plain", "ring", ["causal"]),
+    (mpt, "plain", "ring", ["causal"]),
+    (gptj, "plain", "ring", ["causal"]),
+]
 
 
 @pytest.mark.parametrize(
-    ("build", "kind", "attention", "masks"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+    ("build", "kind", "attention", "masks"),
+    [
+        *CASES,
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in LONG),
+    ],
 )
 def test_eager_attention(build: Callable[[], nn.Module], kind: str, attention: str, masks: list[str]) -> None:
     with default_dtype(torch.float32 if kind == "left padding" else torch.float64):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sampled import sampled
 from split_models import (
     VOCAB,
     FusedConv1D,
@@ -133,9 +134,15 @@ def test_with_context_parallelism(attention: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["ring", "ulysses"])
-@pytest.mark.parametrize("mesh", [{"tp": 4, "cp": 2}, {"cp": 4, "tp": 2}, {"tp": 2, "cp": 3}, {"tp": 3, "cp": 2}])
-@pytest.mark.parametrize("name", ["grouped", "Conv1D, fused", "interleaved", "low rank", "tied"])
+@pytest.mark.parametrize(
+    ("name", "mesh", "attention"),
+    sampled(
+        3,
+        ["grouped", "Conv1D, fused", "interleaved", "low rank", "tied"],
+        [{"tp": 4, "cp": 2}, {"cp": 4, "tp": 2}, {"tp": 2, "cp": 3}, {"tp": 3, "cp": 2}],
+        ["ring", "ulysses"],
+    ),
+)
 def test_large_meshes(name: str, mesh: dict[str, int], attention: str) -> None:
     checked(BUILT[name][0](), mesh, attention=attention)
 

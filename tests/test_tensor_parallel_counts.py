@@ -70,7 +70,7 @@ def rows(plan: Plan, origin: str = "activation") -> Counter[tuple[str, str]]:
 
 @MODELS
 @REGATHER
-@pytest.mark.parametrize("degree", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("degree", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_a_layer_sends_what_megatron_sends(name: str, regather: bool, degree: int) -> None:
     one, two = (rows(plan_of(name, layers, degree, regather)) for layers in (1, 2))
     unit = TOKENS * WIDTH * ELEMENT * (degree - 1) // degree

@@ -8,12 +8,12 @@ import hf_models
 import plain_models as pm
 import pytest
 import torch
+from sampled import sampled
 
 import spcompile
 from spcompile.model_spec import build
 
-DEGREES = pytest.mark.parametrize("degree", [3, 8])
-ATTENTION = pytest.mark.parametrize("attention", ["ring", "ulysses", "auto"])
+ATTENTION, DEGREES = ["ring", "ulysses", "auto"], [3, 8]
 
 
 def agrees(model: torch.nn.Module, inputs: Any, degree: int, attention: str) -> None:
@@ -23,9 +23,10 @@ def agrees(model: torch.nn.Module, inputs: Any, degree: int, attention: str) -> 
 
 
 @pytest.mark.slow
-@DEGREES
-@ATTENTION
-@pytest.mark.parametrize("name", ["models:gpt-tiny", "models:llama-tiny", "models:bert-tiny"])
+@pytest.mark.parametrize(
+    ("name", "attention", "degree"),
+    sampled(2, ["models:gpt-tiny", "models:llama-tiny", "models:bert-tiny"], ATTENTION, DEGREES),
+)
 def test_plain_models(name: str, attention: str, degree: int) -> None:
     torch.manual_seed(0)
     built = build(name, seq=21, device="cpu", dtype="float64", settings={})
@@ -33,9 +34,7 @@ def test_plain_models(name: str, attention: str, degree: int) -> None:
 
 
 @pytest.mark.slow
-@DEGREES
-@ATTENTION
-@pytest.mark.parametrize("name", hf_models.MODELS)
+@pytest.mark.parametrize(("name", "attention", "degree"), sampled(2, list(hf_models.MODELS), ATTENTION, DEGREES))
 def test_hugging_face_models(name: str, attention: str, degree: int, default_float64: None) -> None:
     torch.manual_seed(0)
     model = hf_models.build(name)

@@ -11,6 +11,7 @@ import plain_models as pm
 import pytest
 import torch
 from oracle import EXACT, FLOAT32_INSIDE, Case, assert_same
+from sampled import sampled
 from torch import Tensor
 from worker_pool import WorkerPool
 
@@ -32,12 +33,17 @@ def test_four_ranks_in_two_groups(worker_pool: PoolOf) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiler", ["eager", "inductor"])
-@pytest.mark.parametrize("length", [32, 63])
 @pytest.mark.parametrize(
-    ("name", "kind"), [("llama", "packed"), ("mistral", "left padding"), ("bert", "right padding")]
+    ("model", "length", "compiler"),
+    sampled(
+        2,
+        [("llama", "packed"), ("mistral", "left padding"), ("bert", "right padding")],
+        [32, 63],
+        ["eager", "inductor"],
+    ),
 )
-def test_hugging_face(worker_pool: PoolOf, name: str, kind: str, length: int, compiler: str) -> None:
+def test_hugging_face(worker_pool: PoolOf, model: tuple[str, str], length: int, compiler: str) -> None:
+    name, kind = model
     case = hugging_face(name, kind, length, attention="hybrid", compiler=compiler)
     tolerance = FLOAT32_INSIDE if name in hf_models.LOSS_IN_FLOAT32 else EXACT
     assert_same(worker_pool(4), case, tolerance)

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 from hf_models import INPUTS, LOSS_IN_FLOAT32, MODELS, build, inputs, outer_loss
 from oracle import EXACT, FLOAT32_INSIDE, Case, assert_same
+from sampled import sampled
 from worker_pool import WorkerPool
 
 PoolOf = Callable[[int], WorkerPool]
 pytestmark = pytest.mark.slow
 
+STRATEGIES = ["ring", "ulysses"]
 # BERT has no cache.
-COMBINATIONS = [(model, kind) for model in MODELS for kind in INPUTS if (model, kind) != ("bert", "cache")]
+COMBINATIONS = [case for case in sampled(2, MODELS, INPUTS, STRATEGIES) if case.values[:2] != ("bert", "cache")]
 
 
 def check(pool: WorkerPool, model: str, kind: str, length: int = 32, **options: Any) -> None:
@@ -25,14 +27,12 @@ def check(pool: WorkerPool, model: str, kind: str, length: int = 32, **options: 
     assert_same(pool, case, FLOAT32_INSIDE if model in LOSS_IN_FLOAT32 and not outside else EXACT)
 
 
-@pytest.mark.parametrize("attention", ["ring", "ulysses"])
-@pytest.mark.parametrize(("model", "kind"), COMBINATIONS)
+@pytest.mark.parametrize(("model", "kind", "attention"), COMBINATIONS)
 def test_two_ranks(worker_pool: PoolOf, model: str, kind: str, attention: str) -> None:
     check(worker_pool(2), model, kind, attention=attention)
 
 
-@pytest.mark.parametrize("attention", ["ring", "ulysses"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "attention"), sampled(2, MODELS, STRATEGIES))
 def test_four_ranks(worker_pool: PoolOf, model: str, attention: str) -> None:
     check(worker_pool(4), model, "right padding", attention=attention)
 
@@ -43,12 +43,10 @@ def test_auto(worker_pool: PoolOf, model: str) -> None:
     check(worker_pool(2), model, "plain", attention="auto")
 
 
-LENGTHS = [("llama", "ring"), ("bert", "ulysses")]
-
-
-@pytest.mark.parametrize(("model", "attention"), LENGTHS)
-@pytest.mark.parametrize("length", [63, 65, 1000])
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_lengths(worker_pool: PoolOf, world: int, length: int, model: str, attention: str) -> None:
+@pytest.mark.parametrize(
+    ("world", "length", "model"), sampled(2, [2, 3, 4], [63, 65, 1000], [("llama", "ring"), ("bert", "ulysses")])
+)
+def test_lengths(worker_pool: PoolOf, world: int, length: int, model: tuple[str, str]) -> None:
     """Three ranks divide neither the heads nor most lengths."""
-    check(worker_pool(world), model, "right padding", length, attention=attention)
+    name, attention = model
+    check(worker_pool(world), name, "right padding", length, attention=attention)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import EXACT, FLOAT32, FLOAT32_INSIDE, Case, Outcome, compare
+from sampled import sampled
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from worker_pool import WorkerPool
@@ -74,9 +75,11 @@ def test_with_context_parallelism(worker_pool: PoolOf, name: str, attention: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["ring", "ulysses"])
-@pytest.mark.parametrize("mesh", [{"tp": 2, "cp": 2}, {"cp": 2, "tp": 2}, {"tp": 4}], ids=str)
-@pytest.mark.parametrize("name", ["llama-tiny", "bert-tiny"])
+@pytest.mark.parametrize(
+    ("name", "mesh", "attention"),
+    sampled(2, ["llama-tiny", "bert-tiny"], [{"tp": 2, "cp": 2}, {"cp": 2, "tp": 2}, {"tp": 4}], ["ring", "ulysses"]),
+    ids=str,
+)
 def test_four_ranks(worker_pool: PoolOf, name: str, mesh: dict[str, int], attention: str) -> None:
     agrees(worker_pool(4), plain(name, 45, {"layers": 2}, attention=attention), mesh, EXACT)
 
@@ -102,8 +105,7 @@ def test_three_ranks_divide_nothing(worker_pool: PoolOf, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("regather", [True, False])
-@pytest.mark.parametrize("name", ["llama-tiny", "gpt-tiny"])
+@pytest.mark.parametrize(("name", "regather"), sampled(2, ["gpt-tiny", "llama-tiny"], [True, False]))
 def test_inductor(worker_pool: PoolOf, name: str, regather: bool) -> None:
     case = plain(name, compiler="inductor", regather=regather)
     agrees(worker_pool(2), case, {"tp": 2}, EXACT)

@@ -121,6 +121,7 @@ def test_without_its_settings_inductor_sorts_again(monkeypatch: pytest.MonkeyPat
     assert any(undone(gm, code, {"tp": 2}) for gm, code in written({"tp": 2}))
 
 
+@pytest.mark.slow
 def test_passes_of_the_users_own_run_too() -> None:
     seen: list[str] = []
     names = ("joint_custom_pre_pass", "post_grad_custom_post_pass")

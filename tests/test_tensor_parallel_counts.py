@@ -68,7 +68,7 @@ def rows(plan: Plan, origin: str = "activation") -> Counter[tuple[str, str]]:
     return found
 
 
-@MODELS
+@ONE_FAST
 @REGATHER
 @pytest.mark.parametrize("degree", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_a_layer_sends_what_megatron_sends(name: str, regather: bool, degree: int) -> None:
@@ -113,8 +113,9 @@ def measure(name: str, layers: int, regather: bool, compiler: str) -> tuple[dict
     return sent, kept
 
 
-@ONE_FAST
-@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@MODELS
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_at_run_time(worker_pool: Callable[[int], WorkerPool], name: str, compiler: str) -> None:
     """What process groups start is what the plan says, gradients of parameters included; what autograd keeps, too.
 

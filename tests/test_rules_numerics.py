@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 import torch
+from rules_table import CASES, NONE, SUM, Call, Spec, call, ints, pos, x
 from torch import Tensor
 
 from spcompile.rules import LocalCall, OpRule, rule_of
 from spcompile.rules.base import Dims
 from spcompile.sequence import positions
-from tests.test_rules import CASES, NONE, SUM, Call, Spec, call, ints, pos, x
 
 DEGREE = 2
 UNDEFINED = ("empty", "empty_like", "new_empty")  # ops whose elements mean nothing: only shapes are compared

@@ -19,6 +19,7 @@ from spcompile.diagnostics import GraphBreak
 from spcompile.dump import Dump
 from spcompile.dynamo_settings import ignore_library_logging
 from spcompile.emit import Emission, callable_of, emit
+from spcompile.gloo_limits import one_after_the_other_on_gloo
 from spcompile.local_inputs import on_local_parts, over_local_parts
 from spcompile.mesh import RuntimeMesh, runtime_mesh
 from spcompile.module_buffer import relied_on, watched
@@ -130,6 +131,8 @@ def _made(
     dump = Dump(options.dump) if options.dump else None
     history = History(on_snapshot=dump.snapshot if dump else None, keep_texts=dump is not None)
     program = build(gm, inputs, mesh.shape, options, PIPELINE, history)
+    if mesh.device_mesh.device_type == "cpu":
+        one_after_the_other_on_gloo(program)
     finished = Finished(
         program.outputs,
         relied_on(program.captured.graph),

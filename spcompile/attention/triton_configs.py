@@ -1,8 +1,8 @@
 """Sizes of tiles, warps and pipeline stages: a table, so that all ranks run the same kernels on the same shapes.
 
 Nothing is timed at run time. Entries were chosen for compiling without spilled registers, within the architecture's
-shared memory (`tests/test_triton_compile.py`), and among those for large tiles; those of float32 may spill up to
-SPILLED_SINGLES bytes a thread, which smaller tiles would cost more. None has been timed on a GPU yet.
+shared memory (`tests/test_triton_compile.py`), and among those for large tiles. What is no default (other hops, other
+scores) may spill up to SPILLED_SINGLES bytes a thread in float32. None has been timed on a GPU yet.
 """
 
 from __future__ import annotations
@@ -96,13 +96,13 @@ _HALVES = {
 # float32, which no tensor core multiplies exactly, and so no architecture differently: (head size, variant)
 _SINGLES = {
     (64, "plain"): Configs(Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
-    (64, "rich"): Configs(Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
-    (64, "bias"): Configs(Config(32, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
-    (128, "plain"): Configs(Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(32, 32, 8, 1)),
+    (64, "rich"): Configs(Config(32, 32, 8, 1), Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
+    (64, "bias"): Configs(Config(32, 16, 8, 1), Config(16, 32, 8, 1), Config(16, 32, 8, 1)),
+    (128, "plain"): Configs(Config(32, 32, 8, 1), Config(32, 16, 8, 1), Config(32, 32, 8, 1)),
     (128, "rich"): Configs(Config(32, 32, 8, 1), Config(16, 16, 4, 1), Config(32, 32, 8, 1)),
     (128, "bias"): Configs(Config(32, 32, 8, 1), Config(16, 16, 4, 1), Config(32, 32, 4, 1), Config(16, 32, 8, 1)),
     (256, "plain"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
-    (256, "rich"): Configs(Config(16, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
+    (256, "rich"): Configs(Config(32, 16, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
     (256, "bias"): Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1), Config(16, 32, 8, 1)),
 }
 

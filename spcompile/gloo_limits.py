@@ -1,0 +1,24 @@
+"""What gloo cannot do.
+
+torch 2.13 (CPU) corrupts its heap, once in ten thousand collectives or so, where an all-to-all of one process group is
+in flight beside an all-gather of another: plain calls of torch.ops._c10d_functional on four processes show it.
+"""
+
+from __future__ import annotations
+
+from spcompile.collectives import ALL_TO_ALL
+from spcompile.passes.lower_collectives import axes_of
+from spcompile.program import LocalProgram
+
+ORDERING = "overlap-collectives"
+
+
+def one_after_the_other_on_gloo(program: LocalProgram) -> None:
+    """Leave every wait behind its start where a program exchanges over one group and communicates over others too."""
+    exchanges = program.gm.graph.find_nodes(op="call_function", target=ALL_TO_ALL.op)
+    if not exchanges or len(axes_of(program.gm.graph)) < 2:
+        return
+    if any(p.name == ORDERING for p in program.schedule):
+        text = f"exchanges over one of the groups {', '.join(axes_of(program.gm.graph))}: no collective is overlapped"
+        program.ctx.remarks.add("SPR206", text, exchanges[0], strict_error=False)
+        program.schedule = [p for p in program.schedule if p.name != ORDERING]

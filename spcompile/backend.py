@@ -132,7 +132,7 @@ def _made(
     history = History(on_snapshot=dump.snapshot if dump else None, keep_texts=dump is not None)
     program = build(gm, inputs, mesh.shape, options, PIPELINE, history)
     if mesh.device_mesh.device_type == "cpu":
-        one_after_the_other_on_gloo(program)
+        one_after_the_other_on_gloo(program, axes_of(program.gm.graph))
     finished = Finished(
         program.outputs,
         relied_on(program.captured.graph),

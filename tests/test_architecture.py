@@ -30,7 +30,7 @@ LAYERS = (
     "layout reshard pipeline",
     "cut lowering dump one_row row_evidence",
     "resharding tensor_parallel program",
-    "one_device",
+    "one_device gloo_limits",
     # the whole machine
     "outputs local_inputs recompute emit program_cache",
     "weight_plan sharded_modules streamed_init checkpoints materialize",

@@ -97,7 +97,7 @@ def measure_plain(layers: int, seq: int) -> float:
 
 @dataclass
 class Timed(Emission):
-    """An emission that adds up the CPU seconds of its SCHEDULE stage, verifier and texts included."""
+    """An emission that adds up the CPU seconds of its SCHEDULE stage, verifier included."""
 
     seconds: float = 0.0
 
@@ -187,8 +187,8 @@ def show(rows: list[dict[str, Any]], again: dict[str, Any] | None) -> None:
         "local nodes",
         "own, s",
         "whole, s",
-        "own",
-        "passes",
+        "own, share",
+        "passes, share",
         "own, ms a layer",
         "plain Inductor, s",
         "clock, s",

@@ -1,6 +1,6 @@
 """What gloo cannot do.
 
-torch 2.13 (CPU) corrupts its heap, once in ten thousand collectives or so, where an all-to-all of one process group is
+torch 2.13 (CPU) corrupts its heap, within some ten thousand collectives, where an all-to-all of one process group is
 in flight beside an all-gather of another: plain calls of torch.ops._c10d_functional on four processes show it.
 """
 

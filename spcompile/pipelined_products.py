@@ -210,14 +210,7 @@ def spec_matmul_reduce_scatter(ranks: Sequence[tuple[Any, ...]]) -> list[Tensor]
 
 
 def _fake_all_gather_matmul(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    dim: int,
-    length: int,
-    axis: str,
-    degree: int,
-    gathered: bool,
-    symmetric: bool = False,
+    x: Tensor, weights: Sequence[Tensor], dim: int, length: int, axis: str, degree: int, gathered: bool, *_: Any
 ) -> list[Tensor]:
     shape = with_size(x.shape, dim, length)
     rows = math.prod(shape[:-1])
@@ -226,13 +219,7 @@ def _fake_all_gather_matmul(
 
 
 def _fake_matmul_reduce_scatter(
-    xs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    shape: Sequence[int],
-    dim: int,
-    axis: str,
-    degree: int,
-    symmetric: bool = False,
+    xs: Sequence[Tensor], weights: Sequence[Tensor], shape: Sequence[int], dim: int, axis: str, degree: int, *_: Any
 ) -> Tensor:
     return xs[0].new_empty(with_size(shape, dim, -(-shape[dim] // degree)))
 

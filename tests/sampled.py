@@ -1,4 +1,4 @@
-"""Products of parameters of which CI runs a part: every pair of values, and the other cases with `make test-long`."""
+"""Products of parameters of which CI runs a part; the other cases run with `make test-long`."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from spcompile.index_spaces import IndexSpaces, find_index_spaces
 from spcompile.layout import annotate
 from spcompile.one_row import OWN, with_rows
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.propagate import Choice, Place, propagate
+from spcompile.propagate import Choice, Place, Placements, propagate
 from spcompile.row_evidence import require_rows
 from spcompile.rules.base import tensor_results
 from spcompile.sizes import same
@@ -41,15 +41,14 @@ class AnnotateDataParallel(Pass):
         Raises:
             BatchNotSplit: no attention over rows of the batch, or rows that cannot be told from something else.
         """
-        spaces, seeds = _batches(gm.graph)
-        widened = 0
-        if not seeds:
+        found, widened = _spread(gm.graph), 0
+        if found is None:
             gm.graph, ctx.rows = with_rows(gm.graph)
-            spaces, seeds = _batches(gm.graph)
+            found = _spread(gm.graph)
             widened = sum(OWN in n.meta for n in gm.graph.find_nodes(op="placeholder"))
-        if not seeds:
+        if found is None:
             raise BatchNotSplit("no attention over a batch was found", legal="DDP over dp")
-        placements = propagate(gm.graph, spaces, seeds, _inputs_with_rows(gm.graph, spaces, seeds))
+        spaces, seeds, placements = found
         if ctx.rows is not None:
             require_rows(gm.graph, spaces, placements, seeds, ctx.rows)
         for node in gm.graph.find_nodes(op="placeholder"):
@@ -59,11 +58,25 @@ class AnnotateDataParallel(Pass):
         return widened
 
 
-def _batches(graph: fx.Graph) -> tuple[IndexSpaces, dict[fx.Node, Choice]]:
-    """The spaces of a graph, and every attention over several rows."""
+def _spread(graph: fx.Graph) -> tuple[IndexSpaces, dict[fx.Node, Choice], Placements] | None:
+    """Spaces, every attention over several rows, and all that has rows with it; None where no input has.
+
+    Inputs that attention does not reach have rows where they are as long as the batch. Without a batch, an attention in
+    three dims has its heads where a batch would be, and no input has rows.
+    """
     spaces = find_index_spaces(graph)
-    found = {node: Choice("b") for node, call in spaces.calls.items() if call.rule.paired and "b" in call.rule.sizes}
-    return spaces, found
+    seeds = {node: Choice("b") for node, call in spaces.calls.items() if call.rule.paired and "b" in call.rule.sizes}
+    if not seeds:
+        return None
+    of_attention = propagate(graph, spaces, seeds)
+    others = {n: at for n, at in _inputs_with_rows(graph, spaces, seeds).items() if (n, 0) not in of_attention.places}
+    placements = propagate(graph, spaces, seeds, others) if others else of_attention
+    inputs = [n for n in graph.find_nodes(op="placeholder") if _is_users(n)]
+    return (spaces, seeds, placements) if any((n, 0) in placements.places for n in inputs) else None
+
+
+def _is_users(placeholder: fx.Node) -> bool:
+    return not placeholder.meta.get("state") and not placeholder.meta.get("trainable")
 
 
 def _inputs_with_rows(graph: fx.Graph, spaces: IndexSpaces, seeds: dict[fx.Node, Choice]) -> dict[fx.Node, Place]:
@@ -73,8 +86,7 @@ def _inputs_with_rows(graph: fx.Graph, spaces: IndexSpaces, seeds: dict[fx.Node,
     found = {}
     for placeholder in graph.find_nodes(op="placeholder"):
         values = tensor_results(placeholder)
-        is_user = not placeholder.meta.get("state") and not placeholder.meta.get("trainable")
-        if is_user and values and values[0].ndim and same(values[0].shape[0], rows):
+        if _is_users(placeholder) and values and values[0].ndim and same(values[0].shape[0], rows):
             found[placeholder] = Place(0)
     return found
 

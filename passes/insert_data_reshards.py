@@ -17,6 +17,7 @@ from spcompile.graph import operand
 from spcompile.passes.annotate_data_parallel import EXAMPLE as _LOSS
 from spcompile.passes.insert_reshards import InsertReshards
 from spcompile.passes_api import Context
+from spcompile.reshard import is_reshard
 from spcompile.resharding import reshards_of
 
 EXAMPLE = _LOSS
@@ -42,6 +43,8 @@ class InsertDataReshards(InsertReshards):
         gathers = (*reshards_of(gm.graph, "dp", "S", "I"), *reshards_of(gm.graph, "dp", "S", "R"))
         for gather in (n for n in gathers if not is_view(operand(n, 0), "dp")):
             user = next(iter(gather.users))
+            while is_reshard(user):
+                user = next(iter(user.users))
             shape = tuple(operand(gather, 0).meta["val"].shape)
             found = f"{user.target} mixes rows of the batch, {shape} here, and every rank of dp has its own"
             raise BatchNotSplit(found, where=source_of(user), legal="ops on each row alone, or DDP over dp")

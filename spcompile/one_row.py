@@ -9,8 +9,7 @@ over which dims sums go on over the ranks.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch.fx as fx
 
 from spcompile.diagnostics import BatchNotSplit, source_of
 from spcompile.graph import call, copy_graph, operand
+from spcompile.row_places import NoPlace, Rows, before_in, reshaped
 from spcompile.rules import rule_of
 from spcompile.rules.base import tensor_operands, tensor_results
 from spcompile.rules.calls import overloads
@@ -78,8 +78,9 @@ class _Widen:
     def __init__(self, graph: fx.Graph, inputs: Sequence[str], rows: int) -> None:
         self.graph, self.inputs, self.rows = copy_graph(graph), inputs, rows
         self.before: dict[fx.Node, list[Sequence[Size]]] = {}  # shapes with one row, of values that have several now
+        self.guesses: set[fx.Node] = set()  # reshapes of which sizes do not tell where they leave the rows
+        self.inside: dict[fx.Node, Rows] = {}  # of values that have their rows in a dim that holds more
         self.of_inputs: set[fx.Node] = set()  # values that depend on what the user passed
-
         self.followed = 0  # nodes before the one that is refused
         self.refused: BatchNotSplit | None = None
         self.impossible = False  # the op itself refused: one device could not run it on several rows either
@@ -128,34 +129,54 @@ class _Widen:
         dims = [self.dim_of(node, a, tuple(b.shape)) for a, b in zip(shapes, tensor_results(node), strict=True)]
         if any(dim is not None for dim in dims):
             self.before[node] = list(shapes)
+        elif any(self.inside[n].guessed for n in node.all_input_nodes if n in self.inside):
+            raise self.refusal(node, "the rows go, but sizes do not tell which of two dims held them")
+        for shape, dim in zip(shapes, dims, strict=True):
+            if dim is not None and not same(shape[dim], 1):
+                self.inside[node] = self.place_in(node, shape, dim)
         if isinstance(value, torch.Tensor):
             node.meta["val"] = _with_symbols(value, shapes[0], dims[0], self.rows)
 
-    def rows_of(self, value: fx.Node) -> int | None:
-        """The dim of a value with one result that holds the rows."""
-        return (
-            self.dim_of(value, self.before[value][0], tuple(value.meta["val"].shape)) if value in self.before else None
-        )
-
     def dim_of(self, node: fx.Node, old: Sequence[Size], new: Sequence[Size]) -> int | None:
-        """The dim that is `rows` times as long as it was; None if there is none.
-
-        The batch is major in a dim that holds more: only reshapes make such a dim, and they must make it that way.
-        """
+        """The dim that is `rows` times as long as it was; None if there is none. Only reshapes give it more to hold."""
         changed = [i for i, (a, b) in enumerate(zip(old, new, strict=False)) if not _alike(a, b)]
         if len(old) != len(new) or len(changed) > 1 or any(not _alike(new[i], old[i] * self.rows) for i in changed):
             raise self.refusal(node, f"{_text(old)} would become {_text(new)} with {self.rows} rows")
         if not changed:
             return None
         (dim,) = changed
-        if node.target in _RESHAPES:
-            source = operand(node, 0)
-            at = self.rows_of(source)
-            if at is None or not same(_product(old[:dim]), _product(self.before[source][0][:at])):
-                raise self.refusal(node, "the batch would not come first in a dim that holds more than it")
-        elif not same(old[dim], 1) and not any(self.has_dim(read, old[dim]) for read in tensor_operands(node)):
+        is_new = node.target not in _RESHAPES and not same(old[dim], 1)
+        if is_new and not any(self.has_dim(read, old[dim]) for read in node.all_input_nodes):
             raise self.refusal(node, f"dim {dim} of {_text(old)} would hold the batch and something else")
         return dim
+
+    def place_in(self, node: fx.Node, shape: Sequence[Size], dim: int) -> Rows:
+        """Where in a dim that holds more a result has its rows: where a reshape leaves them, or as in the operands.
+
+        Raises:
+            BatchNotSplit: not in that dim, or at different places in two operands.
+        """
+        if node.target in _RESHAPES:
+            source = operand(node, 0)
+            rows = self.rows_of(source)
+            if rows is None:
+                raise self.refusal(node, "the batch comes from nowhere")
+            try:
+                before = before_in(rows.place(self.before[source][0]), shape, dim)
+            except NoPlace as error:
+                raise self.refusal(node, str(error)) from error
+            return Rows(dim, before, rows.guessed or node in self.guesses)
+        found = [self.inside.get(n, Rows(dim)) for n in node.all_input_nodes if self.has_dim(n, shape[dim])]
+        if any(not same(rows.before, found[0].before) for rows in found):
+            raise self.refusal(node, "its operands have the batch at different places of a dim that holds more")
+        return Rows(dim, found[0].before, any(rows.guessed for rows in found))
+
+    def rows_of(self, value: fx.Node) -> Rows | None:
+        """Where a value with one result has its rows."""
+        if value not in self.before:
+            return None
+        dim = self.dim_of(value, self.before[value][0], tuple(value.meta["val"].shape))
+        return None if dim is None else self.inside.get(value, Rows(dim))
 
     def has_dim(self, value: fx.Node, size: Size) -> bool:
         """Whether a value, or a result of it, has its rows in a dim that was `size` long."""
@@ -164,50 +185,40 @@ class _Widen:
 
     def resize(self, node: fx.Node, shape: Sequence[Size]) -> None:
         """Give a reshape or expand the sizes that it has with several rows. `shape`: its result with one."""
-        source, at = operand(node, 0), self.rows_of(operand(node, 0))
+        source, rows = operand(node, 0), self.rows_of(operand(node, 0))
         position = next((i for i, arg in enumerate(node.args) if i and isinstance(arg, (list, tuple))), None)
-        if at is None or position is None or node.target in (aten.squeeze.dims,):
+        if rows is None or position is None or node.target in (aten.squeeze.dims,):
             return
         sizes = list(node.args[position])  # type: ignore[arg-type]
         if node.target in _EXPANDS:
-            index, size = at + len(sizes) - source.meta["val"].ndim, -1
+            index, size = rows.dim + len(sizes) - source.meta["val"].ndim, -1
         else:
             first = len(shape) - len(sizes) if node.target is not aten.unflatten.int else int(node.args[1]) % len(shape)  # type: ignore[arg-type]
-            dim = self.dim_after(node, self.before[source][0], at, shape, sizes, first)
-            index, size = dim - first, self.rows if same(shape[dim], 1) else -1
+            index = self.reshaped(node, rows, shape, [None] * first + sizes) - first
+            size = self.rows if same(shape[first + index], 1) else -1
         if not 0 <= index < len(sizes):
             return
         if size == -1 and node.target not in _EXPANDS:  # one size is inferred, the others are what they were
-            sizes = [shape[first + i] if s == -1 else s for i, s in enumerate(sizes)]
+            sizes = [shape[first + i] if isinstance(s, int) and s == -1 else s for i, s in enumerate(sizes)]
             if any(isinstance(s, torch.SymInt) for i, s in enumerate(sizes) if i != index):
                 raise self.refusal(node, "two of its sizes are inferred")
         sizes[index] = size
         node.args = (*node.args[:position], sizes, *node.args[position + 1 :])
 
-    def dim_after(
-        self, node: fx.Node, old: Sequence[Size], at: int, new: Sequence[Size], sizes: Sequence[Any], first: int
-    ) -> int:
-        """The dim of a reshape's result that holds the rows that dim `at` of its operand holds."""
-        major = _product(old[:at])
-        units = [i for i, size in enumerate(new) if same(size, 1) and same(_product(new[:i]), major)]
-        inferred = [i for i in units if i >= first and _is(sizes[i - first], -1)]
-        old_units = [i for i, size in enumerate(old) if same(size, 1) and same(_product(old[:i]), major)]
-        if len(units) == 1:
-            return units[0]
-        if len(inferred) == 1:
-            return inferred[0]
-        if at in old_units and len(old_units) == len(units):
-            return units[old_units.index(at)]
-        if units:
-            raise self.refusal(node, f"the batch of {_text(old)} may be any of the dims {units} of {_text(new)}")
-        starts = [i for i in range(len(new)) if same(_product(new[:i]), major)]
-        if len(starts) != 1 or (starts[0] > 0 and not _is(sizes[starts[0] - first], -1)):
-            raise self.refusal(node, f"the batch of {_text(old)} cannot be found in {_text(new)}")
-        return starts[0]
+    def reshaped(self, node: fx.Node, rows: Rows, shape: Sequence[Size], written: Sequence[Any]) -> int:
+        """The dim of a reshape's result that gets the rows of its operand."""
+        try:
+            found = reshaped(rows, self.before[operand(node, 0)][0], shape, written)
+        except NoPlace as error:
+            raise self.refusal(node, str(error)) from error
+        if found.guessed and not same(shape[found.dim], 1):
+            self.guesses.add(node)
+        return found.dim
 
     def repeat_constants(self, node: fx.Node) -> None:
         """Repeat the operands that no input reaches, in the dim in which another operand has the rows."""
-        dims = {(self.rows_of(n), n.meta["val"].ndim) for n in tensor_operands(node) if n in self.before}
+        found = {n: self.rows_of(n) for n in tensor_operands(node) if n in self.before}
+        dims = {(rows.dim if rows else None, n.meta["val"].ndim) for n, rows in found.items()}
 
         def repeated(value: fx.Node) -> fx.Node:
             example = value.meta.get("val")
@@ -260,14 +271,6 @@ def _with_symbols(value: torch.Tensor, old: Sequence[Size], dim: int | None, row
     example: Any = value
     with example.fake_mode:
         return value.new_empty(shape)
-
-
-def _is(size: Any, number: int) -> bool:
-    return isinstance(size, int) and size == number
-
-
-def _product(sizes: Iterable[Size]) -> Size:
-    return math.prod(sizes)
 
 
 def _text(shape: Sequence[Size]) -> str:

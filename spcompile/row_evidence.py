@@ -13,6 +13,7 @@ import torch.fx as fx
 from spcompile.diagnostics import BatchNotSplit, source_of
 from spcompile.graph import is_getitem
 from spcompile.index_spaces import IndexSpaces
+from spcompile.layout import layout_of
 from spcompile.one_row import evaluate
 from spcompile.propagate import Choice, Placements, place_of, shards_results
 from spcompile.rules.base import tensor_operands
@@ -48,6 +49,22 @@ def require_rows(
             where = source_of(node if node.op != "output" else doubtful[0])
             found = f"{names}: one row, this rank's own or one that all ranks share, and its rows are summed"
             raise BatchNotSplit(found, where=where, legal=_LEGAL)
+
+
+def require_rows_first(graph: fx.Graph) -> None:
+    """Check that the batch of every input is in dim 0, where inputs of all ranks together are cut into those of each.
+
+    Raises:
+        BatchNotSplit: it is in another dim of an input.
+    """
+    for node in graph.find_nodes(op="placeholder"):
+        layout = layout_of(node)
+        place = layout.place("dp") if layout is not None else None
+        if place is not None and place.dim != 0:
+            raise BatchNotSplit(
+                f"{node.name} has the batch in dim {place.dim}; the rows of dp's ranks were cut from dim 0",
+                legal="a mesh without dp here; compiled, each rank passes its own rows, in whatever dim",
+            )
 
 
 def _split_operands(node: fx.Node, spaces: IndexSpaces, choice: Choice) -> list[fx.Node]:

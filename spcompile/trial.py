@@ -25,6 +25,7 @@ from spcompile.passes_api import Pass, Stage
 from spcompile.pipeline import Snapshot
 from spcompile.program import LocalProgram
 from spcompile.rank_parts import coordinates, part_of, split_batch, whole_of
+from spcompile.row_evidence import require_rows_first
 from spcompile.simulate import InFlight, Simulator
 from spcompile.trace import Inputs, Traced, compile_for, through_dynamo
 from spcompile.verify_report import Report, TensorError
@@ -307,7 +308,11 @@ def trial_of(
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         traced = compile_for(gm, inputs, mesh, options, pipeline)
-        captured = traced.program.history.snapshots[0]
+        snapshots = traced.program.history.snapshots
+        captured = snapshots[0]
+        annotated = next((s.gm for s in snapshots if s.name == "annotate-data-parallel"), None)
+        if annotated is not None:
+            require_rows_first(annotated.graph)
 
         def run(*arguments: Any) -> list[Tensor]:
             own = {i: list(rows[id(x)]) for i, x in enumerate(arguments) if id(x) in rows}

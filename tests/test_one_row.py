@@ -152,6 +152,73 @@ def test_what_cannot_be_followed_is_refused_with_its_line(end: Callable[..., Ten
     assert "test_one_row.py" in str(caught.value)
 
 
+class Attention(nn.Module):
+    """torch's own: it works on [S, B, D], and flattens that with the batch behind the sequence."""
+
+    def __init__(self, needs_weights: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(D, 2, batch_first=True, dtype=torch.float64)
+        self.head = nn.Linear(D, D, dtype=torch.float64)
+        self.needs_weights = needs_weights
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        y_BSD = self.attention(x_BSD, x_BSD, x_BSD, need_weights=self.needs_weights)[0]
+        return self.head(x_BSD + y_BSD).square().mean()
+
+
+@pytest.mark.parametrize("needs_weights", [False, True])
+@pytest.mark.parametrize("mesh", [{"dp": 2}, pytest.param({"cp": 2, "dp": 2}, marks=pytest.mark.slow)])
+def test_multihead_attention(needs_weights: bool, mesh: dict[str, int]) -> None:
+    report = spcompile.verify(Attention(needs_weights), {"x_BSD": random(2, S, D)}, mesh=mesh)
+    assert report.ok, str(report)
+
+
+class SequenceFirst(Attention):
+    def forward(self, x_SBD: Tensor) -> Tensor:
+        return super().forward(x_SBD.transpose(0, 1))
+
+
+def test_verify_cuts_the_first_dim_only() -> None:
+    with pytest.raises(BatchNotSplit, match=r"x_sbd_ has the batch in dim 1"):
+        spcompile.verify(SequenceFirst(False), {"x_SBD": random(2 * S, 3, D)}, mesh={"dp": 2})
+
+
+def by_tokens(y_BSD: Tensor, w_DD: Tensor) -> Tensor:
+    """Behind the sequence and back, and what joins two values in such dims, and a sum over tokens."""
+    rows = y_BSD.shape[0]
+    z_TD = y_BSD.transpose(0, 1).reshape(S * rows, D) @ w_DD
+    joined_TD = z_TD + y_BSD.transpose(0, 1).reshape(-1, D)
+    return joined_TD.view(S, rows, D).square().mean(1).sum() + joined_TD.square().sum()
+
+
+def by_heads(y_BSD: Tensor, w_DD: Tensor) -> Tensor:
+    z_SND = y_BSD.transpose(0, 1).reshape(S, y_BSD.shape[0] * 2, D // 2).tanh()
+    return z_SND.transpose(0, 1).reshape(y_BSD.shape[0], 2, S, D // 2).square().sum()
+
+
+@pytest.mark.parametrize("end", [by_tokens, by_heads])
+def test_dims_that_hold_the_batch_behind_something_else(end: Callable[..., Tensor]) -> None:
+    report = verify(end)
+    assert report.ok, str(report)
+
+
+def sum_of_tokens_or_heads(y_BSD: Tensor, w_DD: Tensor) -> Tensor:
+    z_SND = y_BSD.transpose(0, 1).reshape(S, y_BSD.shape[0] * 2, D // 2)
+    return z_SND.mean(1).square().sum()
+
+
+def different_places(y_BSD: Tensor, w_DD: Tensor) -> Tensor:
+    z_TD = y_BSD.transpose(0, 1).reshape(-1, D) + y_BSD.reshape(-1, D)
+    return z_TD.square().sum()
+
+
+@pytest.mark.parametrize("end", [sum_of_tokens_or_heads, different_places])
+def test_dims_that_may_hold_the_batch_or_not(end: Callable[..., Tensor]) -> None:
+    with pytest.raises(BatchNotSplit, match=r"which of two dims|at different places"):
+        verify(end)
+
+
 @pytest.mark.parametrize(
     "model", ["gpt-tiny", *(pytest.param(f"{n}-tiny", marks=pytest.mark.slow) for n in ("llama", "bert"))]
 )

@@ -1,12 +1,13 @@
 """How much of the communication of a Llama's training step hides behind compute, on gloo processes: pass on and off.
 
-    python benchmarks/overlap_cpu.py [--ranks 2,4] [--seq 512] [--dim 512] [--layers 4] [--compilers eager]
+    python benchmarks/overlap_cpu.py [--ranks 2,4] [--seq 1024] [--dim 512] [--layers 4] [--compilers eager]
 
-Cases: `tp`, tensor parallel; `zero-3`, parameters sharded over cp; `sums`, whole parameters on cp; `ulysses`, the same
-with attention by heads, whose exchanges split-exchanges may split. Measured with torch.profiler on rank 0: seconds in
-which compute stands in `wait_tensor`. Without overlap-collectives every wait follows its start, so that this is the
-whole communication; what remains of it with the pass is exposed. Products stay whole here, since what waits inside an
-op would not be seen. Beside it what the tables predict (accelerator "cpu", link "loopback"). Then, from tables alone,
+Cases: `tp`, tensor parallel with whole products; `tp-chunks`, with products in chunks where that pays; `zero-3`,
+parameters sharded over cp; `sums`, whole parameters on cp; `ulysses`, the same with attention by heads, whose exchanges
+split-exchanges may split. Measured with torch.profiler on rank 0: seconds in which compute waits, in `wait_tensor` or
+inside an op. Without overlap-collectives and with whole products every wait follows its start, so that this is the
+whole communication; what remains of it with the passes is exposed, and so is what one process lacks of the other's
+speed. Beside it what the tables predict (accelerator "cpu", link "loopback"). Then, from tables alone,
 a layer of Llama 3 8B in bf16 on H100s over NVLink, 8192 tokens a rank: tp = 8 with products whole and in chunks, cp = 8
 by Ulysses with one message each way and split. The tables go to stderr, one line of JSON to stdout. Exits with 1 if a
 loss differs between pass on and off by more than 1e-5.
@@ -29,6 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
 import spcompile
+from spcompile.attention.drivers import WAIT
 from spcompile.backend import PROGRAMS
 from spcompile.cost import cost_model
 from spcompile.models import build
@@ -37,8 +39,10 @@ from spcompile.train import cores, join_processes, on_processes
 from spcompile.train_report import relative
 
 TOLERANCE = 1e-5
+WAITS = {"_c10d_functional::wait_tensor", WAIT}
 CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
-    "tp": ("tp", None, {}),
+    "tp": ("tp", None, {"passes": {"pipeline-products": False}}),
+    "tp-chunks": ("tp", None, {}),
     "zero-3": ("cp", "cp", {}),
     "sums": ("cp", None, {}),
     "ulysses": ("cp", None, {"attention": "ulysses"}),
@@ -55,7 +59,7 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
 class Measurement:
     """The least over steps, since other programs only add.
 
-    waited: seconds in wait_tensor; step: seconds of a step; first: of the one that compiles.
+    waited: seconds in which compute waits; step: seconds of a step; first: of the one that compiles.
     """
 
     case: str
@@ -86,7 +90,8 @@ def measure(case: str, compiler: str, overlaps: bool, options: argparse.Namespac
         "links": {axis: "loopback"},
         **options_of_case,
     }
-    chosen["passes"] = {"pipeline-products": False, **({} if overlaps else {"overlap-collectives": False})}
+    if not overlaps:
+        chosen["passes"] = {"pipeline-products": False, "overlap-collectives": False}
     if shard is None:
         model.compile(backend="spcompile", options={**chosen, "mesh": mesh}, dynamic=False)
     else:
@@ -101,7 +106,7 @@ def measure(case: str, compiler: str, overlaps: bool, options: argparse.Namespac
             loss.backward()
         dist.barrier()
         seconds.append(time.perf_counter() - start)
-        events = [e for e in prof.events() if e.name == "_c10d_functional::wait_tensor"]
+        events = [e for e in prof.events() if e.name in WAITS]
         waited.append(sum(e.cpu_time_total for e in events) / 1e6)
     program, emission = PROGRAMS[-1]
     found = predict(emission.graphs, cost_model(program.ctx.mesh, program.ctx.options))
@@ -161,7 +166,7 @@ def table(rows: list[Measurement]) -> Table:
 def main() -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name, default in {"seq": 512, "dim": 512, "layers": 4, "steps": 3}.items():
+    for name, default in {"seq": 1024, "dim": 512, "layers": 4, "steps": 6}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--ranks", type=lambda text: [int(part) for part in text.split(",")], default=[2, 4])
     parser.add_argument("--compilers", type=lambda text: text.split(","), default=["eager"])

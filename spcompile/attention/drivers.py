@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from spcompile.attention.ring import Requests, Shift
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+WAIT = "spx::wait"  # the range of a profile in which a rank waits for a message
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +49,9 @@ def drive(requests: Requests[T], group: dist.ProcessGroup) -> T:
             tag += 1
             answer = _InFlight(received, works, message)
         else:
-            for work in request.handle.works:
-                work.wait()
+            with record_function(WAIT):
+                for work in request.handle.works:
+                    work.wait()
             answer = request.handle.received
 
 

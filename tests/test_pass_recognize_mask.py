@@ -9,6 +9,7 @@ import expecttest
 import pytest
 import torch
 import torch.nn.functional as F
+from mask_graphs import DOCUMENTS, LENGTH, LENGTHS, POSITIONS, STARTS, VALID, attend, indices, lowest_unless, packed
 from recognition import qkv, rewrite
 from torch import Tensor
 
@@ -16,20 +17,6 @@ from spcompile import verify
 from spcompile.passes.recognize_mask import EXAMPLES
 
 INF = math.inf
-LENGTH = 12
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def indices(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None, :]
-
-
-def lowest_unless(mask: Tensor) -> Tensor:
-    lowest = torch.tensor(torch.finfo(torch.float64).min, dtype=torch.float64)
-    return torch.where(mask, torch.zeros((), dtype=torch.float64), lowest)
 
 
 class TestGoldenText(expecttest.TestCase):
@@ -171,148 +158,6 @@ def test_one_sequence() -> None:
     assert str(found.mask) == "causal key_padding"
 
 
-# Masks over data.
-LENGTHS = torch.tensor([12, 7])
-VALID = torch.arange(LENGTH)[None] < LENGTHS[:, None]
-LEFT = VALID.flip(1)
-DOCUMENTS = torch.tensor([[0] * 5 + [1] * 7, [3] * 2 + [1] * 6 + [3] * 4])
-
-KEYS: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
-    "bool mask": (lambda m, q: m[:, None, None, :], VALID),
-    "bool mask, left": (lambda m, q: m[:, None, None, :], LEFT),
-    "int mask": (lambda m, q: m[:, None, None, :].bool(), VALID.long()),
-    "int mask, expanded": (lambda m, q: (m[:, None, None, :] != 0).expand(2, 1, LENGTH, LENGTH), LEFT.int()),
-    "lengths": (lambda m, q: (torch.arange(LENGTH) < m[:, None])[:, None, None, :], LENGTHS),
-    "transposed": (lambda m, q: m.t()[:, None, None, :], VALID.t().contiguous()),
-    "longer mask": (lambda m, q: m[:, None, None, :LENGTH], torch.cat([LEFT, LEFT], 1)),
-    "two masks": (lambda m, q: (m & (torch.arange(LENGTH) != 3))[:, None, None, :], VALID),
-    "padding id": (lambda m, q: m.ne(0).unsqueeze(1).unsqueeze(2), VALID * torch.arange(5, 17)),
-    "additive": (lambda m, q: torch.zeros(2, 1, 1, LENGTH, dtype=q.dtype).masked_fill(~m[:, None, None], -INF), LEFT),
-    "by index": (lambda m, q: m[torch.arange(2)[:, None, None, None], torch.arange(LENGTH)[None, None, None]], VALID),
-    "4-D": (lambda m, q: m, VALID[:, None, None]),
-}
-
-
-@pytest.mark.parametrize("name", KEYS)
-@pytest.mark.parametrize("causal", [False, True])
-def test_key_padding(name: str, causal: bool) -> None:
-    build, data = KEYS[name]
-
-    def model(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
-        mask = build(m, q)
-        if not causal:
-            return attend(q, k, v, mask)
-        i, j = indices(q, k)
-        return attend(q, k, v, (j <= i) & mask if mask.dtype == torch.bool else torch.where(j <= i, mask, -INF))
-
-    found = rewrite(model, (*qkv(), data))
-    assert str(found.mask) == ("causal key_padding" if causal else "key_padding")
-    assert found.attentions[0].args[7].meta["val"].shape == (2, LENGTH)  # type: ignore[union-attr]
-    assert (LENGTH, LENGTH) not in {size[-2:] for size in found.sizes()}
-
-
-def test_an_additive_mask_that_need_not_be_zero_or_one_stays_a_small_bias() -> None:
-    def model(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
-        return attend(q, k, v, ((1.0 - m[:, None, None, :].to(q.dtype)) * -1e9).expand(-1, 1, LENGTH, -1))
-
-    found = rewrite(model, (*qkv(), VALID.long()))
-    assert found.masks == ["full + bias"]
-    assert found.codes == ["SPR201"]
-
-
-def test_finite_fills_average_the_values_of_rows_without_keys() -> None:
-    """The gradients are those of the formula; the flash kernel has others, since its log-sum-exp loses log(T)."""
-
-    def model(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
-        i, j = indices(q, k)
-        mask = (j <= i) & m[:, None, None, :]
-        return attend(q, k, v, lowest_unless(mask))
-
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        found = rewrite(model, (*qkv(), LEFT))
-    assert str(found.mask) == "causal key_padding"
-    assert not found.remarks.rows
-    assert (LENGTH, LENGTH) not in {size[-2:] for size in found.sizes()}
-
-
-def test_finite_fill_with_documents_has_a_key_in_every_row() -> None:
-    def model(q: Tensor, k: Tensor, v: Tensor, d: Tensor) -> Tensor:
-        i, j = indices(q, k)
-        mask = (j <= i) & (d[:, None, :, None] == d[:, None, None, :])
-        return attend(q, k, v, lowest_unless(mask))
-
-    assert str(rewrite(model, (*qkv(), DOCUMENTS)).mask) == "causal documents"
-
-
-def test_documents() -> None:
-    found = rewrite(lambda q, k, v, d: attend(q, k, v, d[:, None, :, None] == d[:, None, None, :]), (*qkv(), DOCUMENTS))
-    assert str(found.mask) == "documents"
-    assert found.attentions[0].args[5] is found.attentions[0].args[6]
-
-
-def test_two_kinds_of_documents_are_paired() -> None:
-    def model(q: Tensor, k: Tensor, v: Tensor, d: Tensor, e: Tensor) -> Tensor:
-        same = (d[:, None, :, None] == d[:, None, None, :]) & (e[:, None, :, None] == e[:, None, None, :])
-        return attend(q, k, v, same)
-
-    found = rewrite(model, (*qkv(), DOCUMENTS, -(torch.arange(LENGTH) // 3)[None].expand(2, -1).contiguous()))
-    assert str(found.mask) == "documents"
-
-
-def packed(positions: Tensor, starts: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    documents = starts(positions).cumsum(-1)
-    same = documents[:, None, :, None] == documents[:, None, None, :]
-    return positions[:, None, :, None], positions[:, None, None, :], same
-
-
-POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6], [7, 8, 9, 0, 1, 2, 3, 9, 10, 11, 2, 3]])
-STARTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "diff, prepended": lambda p: torch.diff(p, prepend=p[:, :1] - 1) != 1,
-    "diff, negated": lambda p: ~(torch.diff(p, prepend=p[:, :1] - 1) == 1),
-    "diff as int": lambda p: (torch.diff(p, prepend=p[:, :1] - 1) != 1).long(),
-    "shifted by cat": lambda p: p != torch.cat([p[:, :1] - 1, p[:, :-1]], 1) + 1,
-    "or": lambda p: (torch.diff(p, prepend=p[:, :1] - 1) != 1) | (p == 0),
-}
-
-
-@pytest.mark.parametrize("starts", STARTS)
-def test_packed_positions(starts: str) -> None:
-    def model(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
-        p_q, p_k, same = packed(p, STARTS[starts])
-        return attend(q, k, v, (p_k <= p_q) & (p_q - p_k < 5) & same)
-
-    assert str(rewrite(model, (*qkv(), POSITIONS)).mask) == "causal window=5 documents"
-
-
-NOT_PACKED: dict[str, Callable[[Tensor], Tensor]] = {
-    "falls only": lambda p: torch.diff(p, prepend=p[:, :1] - 1) < 0,
-    "zero only": lambda p: p == 0,
-    "and": lambda p: (torch.diff(p, prepend=p[:, :1] - 1) != 1) & (p == 0),
-    "step of two": lambda p: torch.diff(p, prepend=p[:, :1] - 1) != 2,
-    "signed": lambda p: torch.diff(p, prepend=p[:, :1] - 1) - 1,
-}
-
-
-@pytest.mark.parametrize("starts", NOT_PACKED)
-def test_positions_that_need_not_grow_by_one_are_not_indices(starts: str) -> None:
-    def model(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
-        p_q, p_k, same = packed(p, NOT_PACKED[starts])
-        return attend(q, k, v, (p_k <= p_q) & same)
-
-    found = rewrite(model, (*qkv(), POSITIONS))
-    assert found.masks == ["documents + bias"]
-    assert found.codes == ["SPR201"]
-
-
-def test_positions_that_are_a_range_vanish() -> None:
-    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        positions = (torch.arange(q.shape[2])[None] + 3).expand(2, -1)
-        p_q, p_k, same = packed(positions, STARTS["diff, prepended"])
-        return attend(q, k, v, (p_k <= p_q) & same)
-
-    assert str(rewrite(model, qkv()).mask) == "causal"
-
-
 UNREADABLE: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], list[str]]] = {
     "a dense input": (lambda m, q, k: m, (torch.rand(LENGTH, LENGTH) < 0.8,), ["full + bias"]),
     "a dense input and causal": (
@@ -442,7 +287,8 @@ DYNAMIC: dict[str, tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]] = {
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_symbolic_lengths(name: str) -> None:
     expected, build, data = DYNAMIC[name]
-    found = rewrite(lambda q, k, v, *m: attend(q, k, v, build(q, k, *m)), (*qkv(), *data), dynamic=2)
+    own = [x.clone() for x in data]  # their lengths are marked as symbols
+    found = rewrite(lambda q, k, v, *m: attend(q, k, v, build(q, k, *m)), (*qkv(), *own), dynamic=2)
     assert str(found.mask) == expected
     assert isinstance(found.attentions[0].meta["val"][0].shape[2], torch.SymInt)
 

@@ -1,7 +1,9 @@
 """What gloo cannot do.
 
 torch 2.13 (CPU) corrupts its heap, within some ten thousand collectives, where an all-to-all of one process group is
-in flight beside an all-gather of another: plain calls of torch.ops._c10d_functional on four processes show it.
+in flight beside an all-gather of another: plain calls of torch.ops._c10d_functional on four processes show it. The same
+test showed nothing for all-to-alls that are waited for at once, as in REORDER, and for the point-to-point messages of
+rings, beside all-gathers, reduce-scatters and all-reduces of the same group or another (38,000 to 72,000 calls each).
 """
 
 from __future__ import annotations

@@ -251,7 +251,9 @@ def _write(split: _Split, reader: Reader, node: fx.Node, bias: fx.Node) -> _Oper
     made: list[fx.Node] = []
 
     def new(target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        made.append(call(node.graph, target, args, kwargs, like=bias, before=node))
+        made.append(
+            call(node.graph, target, args, kwargs, like=bias if bias.op == "call_function" else node, before=node)
+        )
         return made[-1]
 
     try:

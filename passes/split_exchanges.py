@@ -79,9 +79,9 @@ class SplitExchanges(Pass):
             inner = strategy_of(node).inner
             if inner == 1:
                 continue
-            q, k = operand(node, 0), before_gathers(node)[0]
+            q, (k, _, layout) = operand(node, 0), before_gathers(node)
             heads = HeadSplit(hint(shape_of(q)[1]), hint(shape_of(k)[1]), inner)
-            keys_apart = keys_travel_apart(heads, shape_of(q)[2], shape_of(k)[2])
+            keys_apart = keys_travel_apart(heads, *(x.meta["val"] if isinstance(x, fx.Node) else x for x in layout[:2]))
             whole = together(heads, keys_apart=keys_apart)
             times = _times(node, heads, since, cost)
             best = self._choose(node, heads, times, keys_apart)

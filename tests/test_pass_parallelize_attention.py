@@ -60,6 +60,13 @@ def test_ulysses_of_two_lengths_sends_queries_and_keys_apart() -> None:
     assert len(nodes_of(program, "spx.all_to_all")) == 3  # queries; keys with values; the result
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(7, 5), (17, 19), (19, 17), (16, 15)])
+@pytest.mark.parametrize("strategy", ["ulysses", {"ulysses": 2, "ring": 2}], ids=str)
+def test_two_lengths_with_equally_many_rows_a_rank(strategy: object, queries: int, keys: int) -> None:
+    inputs = [heads(4, queries), heads(4, keys), heads(4, keys)]
+    check_pipeline(full, inputs, {"cp": 4}, attention=strategy)  # type: ignore[arg-type]
+
+
 def test_keys_are_neither_gathered_nor_repeated_for_a_ring() -> None:
     inputs = [heads(8, 8), heads(2, 8), heads(2, 8)]
     program = after_pass("parallelize-attention", causal, inputs, attention="ring")

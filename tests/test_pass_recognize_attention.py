@@ -269,7 +269,18 @@ def capped_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return capped(capped(q @ k.mT)).softmax(-1) @ v
 
 
+def number_inside_of_the_cap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return capped(q @ k.mT + 0.5).softmax(-1) @ v
+
+
+def number_beside_sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.cat([torch.arange(4.0).to(q.dtype)[:, None, None].expand(2, -1, 12, 1), q @ k.mT + 0.5], -1)
+    return torch.softmax(scores, -1)[..., 1:] @ v
+
+
 REFUSED = {
+    number_inside_of_the_cap: "a number is added",
+    number_beside_sinks: "a number is added",
     sinks_by_row: "not one number for each head",
     cut_elsewhere: "cut elsewhere",
     masked_inside_of_the_cap: "inside of a softcap",

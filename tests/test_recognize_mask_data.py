@@ -23,6 +23,8 @@ from mask_graphs import (
 from recognition import qkv, rewrite
 from torch import Tensor
 
+from spcompile import verify
+
 INF = math.inf
 KEYS: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
     "bool mask": (lambda m, q: m[:, None, None, :], VALID),
@@ -89,6 +91,26 @@ def test_finite_fill_with_documents_has_a_key_in_every_row() -> None:
         return attend(q, k, v, lowest_unless(mask))
 
     assert str(rewrite(model, (*qkv(), DOCUMENTS)).mask) == "causal documents"
+
+
+@pytest.mark.parametrize("written_out", [False, True])
+def test_a_mask_of_the_caller(written_out: bool) -> None:
+    """It is an input, so no line of the model made it."""
+
+    class Masked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = torch.nn.Linear(4, 24, dtype=torch.float64)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            q, k, v = self.heads(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            scores = torch.where(mask, q @ k.mT / 2, -INF)
+            return scores.softmax(-1) @ v if written_out else attend(q, k, v, mask)
+
+    x = torch.randn(2, LENGTH, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    report = verify(Masked(), {"x": x, "mask": VALID[:, None, None, :]}, mesh={"cp": 2})
+    assert report.ok, str(report)
+    assert "SPR201" not in {remark.code for remark in report.remarks}
 
 
 def test_documents() -> None:

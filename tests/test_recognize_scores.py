@@ -36,6 +36,24 @@ def test_softcap(model: Callable[..., Any], cap: float, scale: float) -> None:
     assert node.args[10] == pytest.approx(scale)
 
 
+@pytest.mark.parametrize("number", [0, 1.5, -3])
+def test_a_number_added_to_all_scores_is_nothing_to_a_softmax(number: float) -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q @ k.mT * 0.5 + number).masked_fill(~causal(q, k), -math.inf) - number
+        return scores.softmax(-1) @ v
+
+    assert str(rewrite(model, qkv()).mask) == "causal"
+
+
+def test_a_bias_that_is_subtracted() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        distance = (torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])).to(q.dtype)
+        slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], dtype=q.dtype)[:, None, None]
+        return (q @ k.mT * 0.5 - slopes * distance).masked_fill(~causal(q, k), -math.inf).softmax(-1) @ v
+
+    assert rewrite(model, qkv()).masks == ["causal + alibi"]
+
+
 def column(sinks: Tensor, scores: Tensor) -> Tensor:
     return sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[-2], -1)
 

@@ -67,7 +67,7 @@ def head_parallel_attention(
     """
     heads = HeadSplit(q_BNsH.shape[1], k_BGsH.shape[1], inner)
     if exchanges is None:
-        exchanges = together(heads, keys_apart=keys_travel_apart(heads, q_BNsH.shape[2], k_BGsH.shape[2]))
+        exchanges = together(heads, keys_apart=keys_travel_apart(heads, q_length, k_length))
     alone = inner == degree
     lengths = (q_length, k_length) if alone else (None, None)
     exchange = _Exchange(axis if alone else inner_part(axis, inner), order, HeadGroups(heads, exchanges.groups))
@@ -92,9 +92,12 @@ def head_parallel_attention(
     return exchange.joined(outs_RBsmV), exchange.joined(lses_RBsm1).squeeze(3)
 
 
-def keys_travel_apart(heads: HeadSplit, q_rows: Any, k_rows: Any) -> bool:
-    """Whether no message may carry both queries and keys: keys are sent again in the backward, or have other rows."""
-    return heads.repeats_keys or str(q_rows) != str(k_rows)
+def keys_travel_apart(heads: HeadSplit, q_length: Any, k_length: Any) -> bool:
+    """Whether no message may carry both queries and keys: keys are sent again in the backward, or are more or fewer.
+
+    Lengths of the whole: with padding, ranks may have equally many rows of 17 queries and of 19 keys.
+    """
+    return heads.repeats_keys or str(q_length) != str(k_length)
 
 
 class _Exchange:

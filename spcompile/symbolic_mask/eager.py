@@ -259,7 +259,14 @@ def _scores_operand(node: fx.Node) -> fx.Node | None:
         return next((arg for arg in args[1:] if is_tensor(arg) and _leads_to_scores(arg)), None)
     if node.target is aten.add.Tensor and argument(node, 2, "alpha", 1) == 1:
         return next((arg for arg in args[:2] if is_tensor(arg) and _leads_to_scores(arg)), None)
+    if node.target is aten.sub.Tensor and argument(node, 2, "alpha", 1) == 1 and not _is_of_rows(args[1]):
+        return args[0] if is_tensor(args[0]) and _leads_to_scores(args[0]) else None
     return None
+
+
+def _is_of_rows(subtracted: Any) -> bool:
+    """Whether one number for each row is taken away, such as a maximum: that is computed from the scores."""
+    return is_tensor(subtracted) and bool(shape_of(subtracted)) and sizes_of(subtracted)[-1] == 1
 
 
 def _leads_to_scores(node: fx.Node) -> bool:
@@ -300,8 +307,12 @@ def _peel(node: fx.Node, factor: float, found: EagerAttention) -> None:
     elif node.target in (aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.self):
         keeps = args[1] is below
         found.terms.append(Term(args[0], node, factor, _number(args[2 if keeps else 1], node), masked=not keeps))
-    elif node.target is aten.add.Tensor:
-        found.terms.append(Term(args[1] if args[0] is below else args[0], node, factor))
+    elif node.target in (aten.add.Tensor, aten.sub.Tensor):
+        added = args[1] if args[0] is below else args[0]
+        if is_tensor(added):
+            found.terms.append(Term(added, node, -factor if node.target is aten.sub.Tensor else factor))
+        elif added != 0 and (inside_cap or found.sinks is not None):
+            raise Refused("a number is added to scores inside of a softcap or beside sinks", node)
     if inside_cap and len(found.terms) > count:
         raise Refused("a bias or a mask inside of a softcap", node)
     _peel(below, factor, found)

@@ -20,6 +20,7 @@ from spcompile.layout import annotate
 from spcompile.one_row import OWN, with_rows
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.propagate import Choice, Place, Placements, propagate
+from spcompile.row_counts import require_no_counts
 from spcompile.row_evidence import require_rows
 from spcompile.rules.base import tensor_results
 from spcompile.sizes import same
@@ -51,6 +52,7 @@ class AnnotateDataParallel(Pass):
         spaces, seeds, placements = found
         if ctx.rows is not None:
             require_rows(gm.graph, spaces, placements, seeds, ctx.rows)
+        require_no_counts(gm.graph, spaces, placements, ctx.rows)
         for node in gm.graph.find_nodes(op="placeholder"):
             if node.meta.get("trainable") and (node, 0) in placements.places:
                 raise BatchNotSplit(f"{node.name} requires a gradient and has rows of the batch", legal="DDP over dp")

@@ -123,7 +123,7 @@ def _collective_state(node: fx.Node, collective: Collective, found: Mapping[fx.N
     arguments = call_arguments(collective.op, node.args, node.kwargs)[1]
     src, dst = collective.signature(arguments)
     operand = node.all_input_nodes[0]
-    if found[operand] not in _FITS[src] and not (src == "S" and _is_constant(operand)):
+    if found[operand] not in _FITS[src] and not (src in "SP" and _is_constant(operand)):
         raise invalid(node, f"{collective.name} is {src} -> {dst}, but {operand.name} is {found[operand]}")
     degree = mesh.size(arguments["axis"])
     if arguments["degree"] != degree:
@@ -132,7 +132,7 @@ def _collective_state(node: fx.Node, collective: Collective, found: Mapping[fx.N
 
 
 def _is_constant(node: fx.Node) -> bool:
-    """Whether a value is made of numbers in the graph alone: in the shape of a part, it is one."""
+    """Whether a value is made of numbers in the graph alone: in the shape of a part it is one, its sum a term."""
     pending, seen = [node], set[fx.Node]()
     while pending:
         each = pending.pop()

@@ -1,0 +1,139 @@
+"""Over dp, a size that the model reads is that of one rank's rows, while a sum over rows is that of all ranks.
+
+A mean counts all rows. But `loss.sum() / x.shape[0]` divides the sum of all rows by the number of one rank's, and in
+the graph that number is a literal like any other. So a literal that scales a sum over rows and could be a count of the
+rank's own rows or tokens is an error: a loss that is `dp` times too large would be worse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from spcompile.diagnostics import BatchNotSplit, source_of
+from spcompile.graph import argument
+from spcompile.index_spaces import IndexSpaces
+from spcompile.propagate import Placements, shards_results
+from spcompile.rules.base import tensor_results
+from spcompile.sizes import hint
+
+aten = torch.ops.aten
+
+_SCALES = (aten.div.Tensor, aten.div.Scalar, aten.mul.Tensor, aten.mul.Scalar)
+_ON_THE_WAY = (*_SCALES, aten.neg.default, aten.to.dtype, aten._to_copy.default)
+_ONES_LIKE = (aten.ones_like.default, aten.new_ones.default)
+_LARGE = 2**20  # numbers
+
+
+def require_no_counts(graph: fx.Graph, spaces: IndexSpaces, placements: Placements, rows: int | None) -> None:
+    """Check every literal that scales a sum over rows. rows: where several stand for one, how many.
+
+    Raises:
+        BatchNotSplit: one that may be a count.
+    """
+    counts = _counts(graph, placements, rows)
+    sums = [n for n, choice in placements.choices.items() if not shards_results(spaces.calls[n], choice)]
+    of_all = set(_behind(sums, placements, set()))
+    scales = [scale for total in sums if not _is_mean(total) for scale in _before(total)]
+    scales += [n for n in _behind([n for n in sums if not _is_mean(n)], placements, of_all) if n.target in _SCALES]
+    for node in scales:
+        number = next((found for arg in node.args[:2] if (found := _number(arg)) is not None), None)
+        if number is None:
+            continue
+        count = _as_count(node, number)
+        if count in counts:
+            raise BatchNotSplit(
+                f"a sum over the rows of all ranks is scaled by {number:g}, which may be how many this rank has",
+                where=source_of(node),
+                legal="a mean over the rows, a division by a sum such as `mask.sum()`, or DDP over dp",
+            )
+
+
+def _counts(graph: fx.Graph, placements: Placements, rows: int | None) -> set[int]:
+    """How many rows, tokens or numbers this rank has: products of the first sizes of every value that has rows."""
+    found = set()
+    for node in graph.nodes:
+        for number, value in enumerate(tensor_results(node)):
+            place = placements.places.get((node, number))
+            if place is not None:
+                own = [hint(size) for size in value.shape]
+                own[place.dim] //= rows or 1
+                found |= {math.prod(own[:end]) for end in range(place.dim + 1, len(own) + 1)}
+    return found
+
+
+def _is_mean(total: fx.Node) -> bool:
+    """Whether an op counts what it sums: that is completed with all ranks' counts."""
+    if total.target in (aten.mean.default, aten.mean.dim):
+        return True
+    schema = getattr(total.target, "_schema", None)
+    place = next((i for i, a in enumerate(schema.arguments) if a.name == "reduction"), None) if schema else None
+    return place is not None and argument(total, place, "reduction", 1) == 1
+
+
+def _before(total: fx.Node) -> Iterator[fx.Node]:
+    """What scales the terms of a sum, right in front of it."""
+    node = total.args[0] if total.args else None
+    while isinstance(node, fx.Node) and node.target in _ON_THE_WAY:
+        if node.target in _SCALES:
+            yield node
+        node = node.args[0]
+
+
+def _behind(totals: Sequence[fx.Node], placements: Placements, of_all: set[fx.Node]) -> Iterator[fx.Node]:
+    """The totals and what is computed from them, up to a quotient of two of `of_all`, which counts what it sums."""
+    seen, queue = set(totals), list(totals)
+    while queue:
+        node = queue.pop()
+        yield node
+        for user in node.users:
+            is_quotient = user.target is aten.div.Tensor and of_all.issuperset(user.args[:2])
+            if not (user in seen or is_quotient or user.op != "call_function" or (user, 0) in placements.places):
+                seen.add(user)
+                queue.append(user)
+
+
+def _number(arg: Any) -> float | None:
+    """A literal, or the one number of a tensor that is made of literals alone, such as a sum of ones."""
+    if isinstance(arg, int | float) and not isinstance(arg, bool):
+        return float(arg)
+    if not isinstance(arg, fx.Node) or not isinstance(arg.meta.get("val"), Tensor) or arg.meta["val"].numel() != 1:
+        return None
+    try:
+        return float(_evaluate(arg))
+    except _NotConstant:
+        return None
+
+
+class _NotConstant(Exception):
+    """Not made of literals alone, or too large to be worth a look."""
+
+
+def _evaluate(node: fx.Node) -> Any:
+    example = node.meta.get("val")
+    if not isinstance(example, Tensor) or hint(example.numel()) > _LARGE:
+        raise _NotConstant
+    if node.op == "get_attr":
+        return getattr(node.graph.owning_module, str(node.target)).cpu()
+    tag = torch.Tag.nondeterministic_seeded
+    if node.op != "call_function" or tag in getattr(node.target, "tags", ()):
+        raise _NotConstant
+    if node.target in _ONES_LIKE:
+        return torch.ones([hint(size) for size in example.shape], dtype=example.dtype)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _evaluate)
+    return node.target(*args, **({**kwargs, "device": "cpu"} if "device" in kwargs else kwargs))  # type: ignore[operator]
+
+
+def _as_count(scale: fx.Node, number: float) -> int | None:
+    """What a factor is one over, or a divisor is. One counts only as a divisor: factors of one are common."""
+    is_divisor = scale.target in (aten.div.Tensor, aten.div.Scalar)
+    if number == 0 or (not is_divisor and abs(number) >= 1):
+        return None
+    count = number if is_divisor else 1 / number
+    whole = round(count)
+    return whole if abs(count - whole) <= 1e-6 * abs(whole) and whole > 0 else None

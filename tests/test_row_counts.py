@@ -1,0 +1,82 @@
+"""Axis dp: a sum over the rows of all ranks must not be divided by how many rows one rank has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import spcompile
+from spcompile.diagnostics import BatchNotSplit
+
+S, D, V = 6, 4, 5
+
+
+class Scored(nn.Module):
+    """Logits over [B, S], then what `loss` makes of them."""
+
+    def __init__(self, loss: Callable[..., Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.loss = loss
+        self.w_DD = nn.Parameter(torch.randn(D, D, dtype=torch.float64))
+        self.head_DV = nn.Parameter(torch.randn(D, V, dtype=torch.float64))
+
+    def forward(self, x_BSD: Tensor, y_BS: Tensor) -> Tensor:
+        h_B1SD = (x_BSD @ self.w_DD).unsqueeze(1)
+        out_BSD = F.scaled_dot_product_attention(h_B1SD, h_B1SD, h_B1SD, is_causal=True).squeeze(1)
+        return self.loss(out_BSD @ self.head_DV, y_BS)
+
+
+def summed(logits_BSV: Tensor, y_BS: Tensor, reduction: str = "sum") -> Tensor:
+    return F.cross_entropy(logits_BSV.flatten(0, 1), y_BS.flatten(), reduction=reduction)
+
+
+COUNTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "rows": lambda z, y: summed(z, y) / y.shape[0],
+    "tokens": lambda z, y: summed(z, y) / y.numel(),
+    "numbers": lambda z, y: z.square().sum() / z.numel(),
+    "tokens but the first": lambda z, y: summed(z[:, :-1], y[:, 1:]) / y[:, 1:].numel(),
+    "one over tokens": lambda z, y: summed(z, y) * (1 / y.numel()),
+    "a tensor": lambda z, y: summed(z, y) / torch.tensor(y.numel()),
+    "batch mean": lambda z, y: F.kl_div(z.log_softmax(-1), torch.full_like(z, 1 / V), reduction="batchmean"),
+    "before the sum": lambda z, y: (z.square().sum((1, 2)) / len(y)).sum(),
+    "behind another op": lambda z, y: (summed(z, y) + z.square().sum()).sqrt() / y.shape[0],
+}
+RIGHT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "means of two": lambda z, y: (summed(z, y, "mean") + z.square().mean()) / 2,
+    "half of a mean": lambda z, y: 0.5 * summed(z, y, "mean"),
+    "half of a quotient": lambda z, y: ((z.sum(-1) * (y > 2)).sum() / (y > 2).sum().clamp(min=1)) / 2,
+    "another number": lambda z, y: summed(z, y) / 7 * 0.01,
+    "a sum of ones": lambda z, y: summed(z, y) / torch.ones_like(y).sum(),
+    "mask of ones": lambda z, y: (lambda m: (z.square().sum(-1) * m).sum() / m.sum())(torch.ones(y.shape).double()),
+}
+
+
+def verify(loss: Callable[..., Tensor], rows: int) -> Any:
+    generator = torch.Generator().manual_seed(1)
+    x_BSD = torch.randn(2 * rows, S, D, dtype=torch.float64, generator=generator)
+    y_BS = torch.randint(V, (2 * rows, S), generator=generator)
+    return spcompile.verify(Scored(loss), {"x_BSD": x_BSD, "y_BS": y_BS}, mesh={"dp": 2})
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", COUNTED)
+def test_counts_of_one_ranks_rows_are_refused(name: str, rows: int) -> None:
+    with pytest.raises(BatchNotSplit, match="which may be how many this rank has"):
+        verify(COUNTED[name], rows)
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_what_counts_all_rows_is_right(name: str) -> None:
+    report = verify(RIGHT[name], 2)
+    assert report.ok, str(report)
+
+
+def test_a_mask_of_one_row_of_ones_may_be_shared() -> None:
+    with pytest.raises(BatchNotSplit, match="which may be how many this rank has"):
+        verify(RIGHT["mask of ones"], 1)

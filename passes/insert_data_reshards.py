@@ -14,6 +14,7 @@ import torch.fx as fx
 from spcompile.diagnostics import BatchNotSplit, source_of
 from spcompile.global_view import is_view
 from spcompile.graph import operand
+from spcompile.layout import layout_of
 from spcompile.passes.annotate_data_parallel import EXAMPLE as _LOSS
 from spcompile.passes.insert_reshards import InsertReshards
 from spcompile.passes_api import Context
@@ -46,6 +47,8 @@ class InsertDataReshards(InsertReshards):
             while is_reshard(user):
                 user = next(iter(user.users))
             shape = tuple(operand(gather, 0).meta["val"].shape)
-            found = f"{user.target} mixes rows of the batch, {shape} here, and every rank of dp has its own"
+            layout = layout_of(user)
+            why = "mixes rows of the batch" if layout is None or layout.call is not None else "has no sharding rule"
+            found = f"{user.target} {why}: it reads {shape}, of which every rank of dp has its own rows"
             raise BatchNotSplit(found, where=source_of(user), legal="ops on each row alone, or DDP over dp")
         return count

@@ -20,7 +20,9 @@ from spcompile.graph import argument
 from spcompile.index_spaces import IndexSpaces
 from spcompile.propagate import Placements, shards_results
 from spcompile.rules.base import tensor_results
+from spcompile.rules.indexing import is_range
 from spcompile.sizes import hint
+from spcompile.spaces import leaves
 
 aten = torch.ops.aten
 
@@ -31,11 +33,14 @@ _LARGE = 2**20  # numbers
 
 
 def require_no_counts(graph: fx.Graph, spaces: IndexSpaces, placements: Placements, rows: int | None) -> None:
-    """Check every literal that scales a sum over rows. rows: where several stand for one, how many.
+    """Check every literal that scales a sum over rows, and constants that number rows.
+
+    rows: where several stand for one, how many.
 
     Raises:
-        BatchNotSplit: one that may be a count.
+        BatchNotSplit: a literal that may be a count, or a constant that is another in each row.
     """
+    _require_equal_rows(graph, spaces, placements)
     counts = _counts(graph, placements, rows)
     sums = [n for n, choice in placements.choices.items() if not shards_results(spaces.calls[n], choice)]
     of_all = set(_behind(sums, placements, set()))
@@ -52,6 +57,37 @@ def require_no_counts(graph: fx.Graph, spaces: IndexSpaces, placements: Placemen
                 where=source_of(node),
                 legal="a mean over the rows, a division by a sum such as `mask.sum()`, or DDP over dp",
             )
+
+
+def _require_equal_rows(graph: fx.Graph, spaces: IndexSpaces, placements: Placements) -> None:
+    """Each rank makes the constants of its own rows: they must not depend on where a row is among all."""
+    for node in graph.nodes:
+        place = placements.places.get((node, 0))
+        if place is None or node.op != "call_function" or all(_reads_in_each_row(node, user) for user in node.users):
+            continue
+        try:
+            value = evaluate_constant(node)
+        except NotConstant:
+            continue
+        factors = [hint(space.size) for space in leaves(spaces.values[node][0][place.dim])]
+        by_row = value.unflatten(place.dim, factors).movedim(place.dim + place.part, 0)
+        if not torch.equal(by_row, by_row[:1].expand_as(by_row)):
+            raise BatchNotSplit(
+                f"{node.name} is another constant in each row, as a row's number is, and each rank has rows 0, 1, ...",
+                where=source_of(node),
+                legal="an input of the model with what belongs to each row, or DDP over dp",
+            )
+
+
+def _reads_in_each_row(node: fx.Node, user: fx.Node) -> bool:
+    """Whether a call reads a range as the number of a row, to find something in each."""
+    if user.target in (aten.unsqueeze.default, aten.reshape.default):
+        return all(_reads_in_each_row(user, reader) for reader in user.users)
+    if user.target is not aten.index.Tensor:
+        return False
+    x, indices = user.args
+    at = [d for d, read in enumerate(indices) if read is node]  # type: ignore[arg-type]
+    return all(is_range(node, x.meta["val"].shape[d]) for d in at)  # type: ignore[union-attr]
 
 
 def _counts(graph: fx.Graph, placements: Placements, rows: int | None) -> set[int]:
@@ -105,27 +141,32 @@ def _number(arg: Any) -> float | None:
     if not isinstance(arg, fx.Node) or not isinstance(arg.meta.get("val"), Tensor) or arg.meta["val"].numel() != 1:
         return None
     try:
-        return float(_evaluate(arg))
-    except _NotConstant:
+        return float(evaluate_constant(arg))
+    except NotConstant:
         return None
 
 
-class _NotConstant(Exception):
+class NotConstant(Exception):
     """Not made of literals alone, or too large to be worth a look."""
 
 
-def _evaluate(node: fx.Node) -> Any:
+def evaluate_constant(node: fx.Node) -> Any:
+    """A tensor that is made of literals alone.
+
+    Raises:
+        NotConstant: it is not.
+    """
     example = node.meta.get("val")
     if not isinstance(example, Tensor) or hint(example.numel()) > _LARGE:
-        raise _NotConstant
+        raise NotConstant
     if node.op == "get_attr":
         return getattr(node.graph.owning_module, str(node.target)).cpu()
     tag = torch.Tag.nondeterministic_seeded
     if node.op != "call_function" or tag in getattr(node.target, "tags", ()):
-        raise _NotConstant
+        raise NotConstant
     if node.target in _ONES_LIKE:
         return torch.ones([hint(size) for size in example.shape], dtype=example.dtype)
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), _evaluate)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), evaluate_constant)
     return node.target(*args, **({**kwargs, "device": "cpu"} if "device" in kwargs else kwargs))  # type: ignore[operator]
 
 

@@ -64,7 +64,10 @@ def index_select(node: fx.Node) -> OpRule:
 
 @register(aten.index.Tensor)
 def index(node: fx.Node) -> OpRule | None:
-    """`a [d] [e], b c, c -> a b c`; None for boolean indices, whose result has an unknown size."""
+    """`a [d] [e], b c, c -> a b c`; `a [b], a, a -> a` where an index is a range over its dim.
+
+    None for boolean indices, whose result has an unknown size.
+    """
     args = arguments(node)
     indices = args["indices"]
     if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices):
@@ -72,7 +75,40 @@ def index(node: fx.Node) -> OpRule | None:
     if all(i is None for i in indices):
         return None
     dims, out, layouts = _indexed(args["self"].shape, indices)
-    return build(node, {"self": dims, "indices": layouts}, [out])
+    ranges = [d for d, read in enumerate(node.args[1]) if is_range(read, args["self"].shape[d])]  # type: ignore[arg-type,union-attr]
+    if len(ranges) != 1:
+        return build(node, {"self": dims, "indices": layouts}, [out])
+    (at,) = ranges
+    layout = layouts[sum(i is not None for i in indices[:at])]
+    (dims[at],) = (factor for factor in layout if isinstance(factor, Factor) and not same(factor.size, 1))
+
+    def local(call: LocalCall) -> Tensor:
+        x, own = call.args[0], list(call.args[1])
+        rows = torch.arange(x.shape[at], device=x.device)  # of this rank's part, not of the whole
+        own[at] = rows.reshape([-1 if not same(size, 1) else 1 for size in indices[at].shape])
+        return aten.index.Tensor(x, own)
+
+    return build(node, {"self": dims, "indices": layouts}, [out], local=local)
+
+
+def is_range(index: fx.Node | None, length: Any) -> bool:
+    """Whether an index is 0, 1, ..., length - 1, in one dim of any number: `x[arange(B), last]` reads in every row."""
+    views = (aten.unsqueeze.default, aten.reshape.default, aten.view.default, aten.to.dtype, aten._to_copy.default)
+    base = index
+    while base is not None and base.target in views:
+        base = base.args[0]  # type: ignore[assignment]
+    if index is None or base is None or same(length, 1):
+        return False
+    bounds = {
+        aten.arange.default: lambda stop: (0, stop, 1),
+        aten.arange.start: lambda start, stop: (start, stop, 1),
+        aten.arange.start_step: lambda start, stop, step=1: (start, stop, step),
+    }.get(base.target)  # type: ignore[call-overload]
+    shape = index.meta["val"].shape
+    if bounds is None or sum(not same(size, 1) for size in shape) != 1:
+        return False
+    start, stop, step = bounds(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in base.args))
+    return same(start, 0) and same(step, 1) and same(stop, length)
 
 
 def _indexed(shape: Sequence[Any], indices: Sequence[Tensor | None]) -> tuple[list[Factor], list[Factor], list[Any]]:

@@ -23,8 +23,8 @@ from spcompile.pipeline import History, Snapshot
 from spcompile.simulate import InFlight
 from spcompile.spaces import leaves
 from spcompile.trace import emitted
-from spcompile.trial import Outcome, Trial, difference, largest
-from spcompile.verify_report import Culprit
+from spcompile.trial import Outcome, Trial
+from spcompile.verify_report import Culprit, difference, is_exact, largest
 
 Matches = Callable[[Tensor, list[Tensor]], bool]  # (value before a pass, values of all ranks behind it)
 
@@ -149,7 +149,7 @@ def _across_lower(trial: Trial, node: fx.Node) -> Matches | None:
 
 def _close(trial: Trial) -> Callable[[Tensor, Tensor], bool]:
     def close(expected: Tensor, found: Tensor) -> bool:
-        tolerance = trial.tolerance * largest(expected) if expected.is_floating_point() else 0.0
+        tolerance = trial.tolerance * largest(expected) if not is_exact(expected) else 0.0
         return difference(found, expected) <= tolerance
 
     return close

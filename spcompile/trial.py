@@ -27,8 +27,9 @@ from spcompile.program import LocalProgram
 from spcompile.rank_parts import coordinates, part_of, split_batch, whole_of
 from spcompile.row_evidence import require_rows_first
 from spcompile.simulate import InFlight, Simulator
+from spcompile.states import needs_gradient
 from spcompile.trace import Inputs, Traced, compile_for, through_dynamo
-from spcompile.verify_report import Report, TensorError
+from spcompile.verify_report import Report, TensorError, difference, is_exact, largest
 
 Observer = Callable[[fx.Node, list[Any]], None]
 DEFAULT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -135,7 +136,8 @@ class Trial:
                 return Outcome(whole, {})
             kept = _in_order_of_backward(saved, [list(values[len(computed) :]) for values in found])
             places = [n for n in graphs["backward"].graph.nodes if n.op == "placeholder"][len(saved) :]
-            tangents = [i for i in computed if _is_differentiable(program, i)]
+            gradient = needs_gradient(program.gm.graph, _trainable(program))
+            tangents = [i for i in computed if _value_of(program, i) in gradient]
             if len(places) != len(tangents):
                 return "final graphs not run: backward takes something else than the gradients of the outputs"
             given = [[self._tangent(i, dims[i], rank, outputs[i][rank]) for i in tangents] for rank in ranks]
@@ -186,7 +188,7 @@ class Trial:
             return TensorError(graph, kind, name, float("inf"), float("inf"), False)
         worst, scale = max(difference(x, expected) for x in found), largest(expected)
         relative = worst / scale if scale else (0.0 if worst == 0 else float("inf"))
-        tolerance = self.tolerance if expected.is_floating_point() else 0.0
+        tolerance = self.tolerance if not is_exact(expected) else 0.0
         return TensorError(graph, kind, name, worst, relative, relative <= tolerance or worst <= rounding)
 
     def _dims(self, mesh: MeshShape) -> list[dict[str, int]]:
@@ -253,22 +255,24 @@ def _require_real(model: nn.Module) -> None:
 
 
 def run_eager(model: nn.Module, example_inputs: Inputs, options: Options) -> Eager:
-    """The plain model, forward and backward; its buffers are put back."""
+    """The plain model, forward and backward; its buffers, and inputs that it writes to, are put back."""
     args = () if isinstance(example_inputs, Mapping) else tuple(example_inputs)
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
-    before = [(b, b.clone()) for b in model.buffers()]
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    before = [(x, x.detach().clone()) for x in (*model.buffers(), *tensors)]
     outputs = named_leaves(model(*args, **kwargs))
     weights = _weights(outputs, options)
-    leaves = [*model.parameters(), *(x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))]
+    leaves = [*model.parameters(), *tensors]
     wanted = [x for x in leaves if x.requires_grad and x.is_leaf]
     grads: Sequence[Tensor | None] = [None] * len(wanted)
     if weights and wanted:
         roots = [outputs[name] for name in weights]
         grads = torch.autograd.grad(roots, wanted, list(weights.values()), allow_unused=True)
-    with torch.no_grad():
-        for buffer, old in before:
-            if not torch.equal(buffer, old):
-                buffer.copy_(old)
+    changed = [(x, old) for x, old in before if not torch.equal(x, old)]
+    if changed:  # outputs may be views of them
+        outputs = {name: x.detach().clone() if isinstance(x, Tensor) else x for name, x in outputs.items()}
+    for x, old in changed:
+        x.data.copy_(old)
     return Eager(outputs, weights, {id(x): g for x, g in zip(wanted, grads, strict=True)})
 
 
@@ -356,11 +360,14 @@ def _in_order_of_backward(saved: Sequence[fx.Node], values: list[list[Any]]) -> 
     return [[rank[at] for at in order] for rank in values]
 
 
-def _is_differentiable(program: LocalProgram, i: int) -> bool:
-    index = program.outputs[i].index
-    output = next(n for n in reversed(program.gm.graph.nodes) if n.op == "output")
-    value = output.args[0][index]
-    return isinstance(value, fx.Node) and value.meta["val"].is_floating_point()
+def _value_of(program: LocalProgram, i: int) -> Any:
+    """The node behind an output of the user's graph that is computed."""
+    (output,) = program.gm.graph.find_nodes(op="output")
+    return output.args[0][program.outputs[i].index]  # type: ignore[index]
+
+
+def _trainable(program: LocalProgram) -> list[str]:
+    return [n.name for n in program.gm.graph.find_nodes(op="placeholder") if n.meta.get("trainable")]
 
 
 def _tolerances(captured: fx.GraphModule, wanted: float | None) -> tuple[float, float]:
@@ -371,22 +378,3 @@ def _tolerances(captured: fx.GraphModule, wanted: float | None) -> tuple[float, 
     mixed = coarsest is torch.float32 and torch.float64 in dtypes
     default = MIXED_TOLERANCE if mixed else DEFAULT_TOLERANCE.get(coarsest, 5e-2)
     return default if wanted is None else wanted, ROUNDING * torch.finfo(coarsest).eps
-
-
-def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest absolute difference; of integers, how many differ. inf where just one is NaN."""
-    found, expected = found.detach(), expected.detach()
-    if expected.numel() == 0:
-        return 0.0
-    if not expected.is_floating_point():
-        return float((found != expected).sum())
-    agree = (found == expected) | (found.isnan() & expected.isnan())
-    worst = torch.where(agree, 0.0, (found - expected).abs()).max()
-    return float("inf") if worst.isnan() else float(worst)
-
-
-def largest(x: Tensor) -> float:
-    """The largest absolute value."""
-    if x.numel() == 0:
-        return 0.0
-    return float(x.detach().to(torch.float64).abs().nan_to_num(posinf=0.0).max())

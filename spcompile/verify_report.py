@@ -6,8 +6,10 @@ import io
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from spcompile.diagnostics import Remark, SourceLine
 from spcompile.mesh import MeshShape
@@ -108,3 +110,27 @@ class Report:
         if self.culprit is not None:
             console.print(str(self.culprit), soft_wrap=True)
         return out.getvalue().rstrip() + "\n"
+
+
+def is_exact(x: Tensor) -> bool:
+    """Whether numbers of this dtype are not rounded."""
+    return not (x.is_floating_point() or x.is_complex())
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest absolute difference; of integers, how many differ. inf where just one is NaN."""
+    found, expected = found.detach(), expected.detach()
+    if expected.numel() == 0:
+        return 0.0
+    if is_exact(expected):
+        return float((found != expected).sum())
+    agree = (found == expected) | (found.isnan() & expected.isnan())
+    worst = torch.where(agree, 0.0, (found - expected).abs()).max()
+    return float("inf") if worst.isnan() else float(worst)
+
+
+def largest(x: Tensor) -> float:
+    """The largest absolute value."""
+    if x.numel() == 0:
+        return 0.0
+    return float(x.detach().abs().to(torch.float64).nan_to_num(posinf=0.0).max())

@@ -292,6 +292,37 @@ def test_inputs_that_are_written_to_and_constants(mesh: dict[str, int]) -> None:
     assert {"tokens.weight", "batch_norm.weight", "norm.weight"} <= {row.name for row in report.rows}
 
 
+class Reported(Block):
+    """Beside the loss what people log, and a complex output; it writes to its input."""
+
+    def forward(self, ids_BS: Tensor, labels_BS: Tensor | None = None) -> dict[str, Tensor]:
+        ids_BS.remainder_(7)
+        found = super().forward(ids_BS, labels_BS)
+        logits = found["logits"]
+        right = (logits.argmax(-1) == labels_BS).double().mean()
+        return found | {"right": right, "seen": logits.detach().sum(-1), "complex": torch.complex(logits, -logits)}
+
+
+def test_outputs_without_a_gradient_and_inputs_that_are_put_back() -> None:
+    inputs = batch()
+    before = {name: x.clone() for name, x in inputs.items()}
+    report = verify(Reported(), inputs, mesh={"cp": 2})
+    assert report.ok, str(report)
+    assert {"right", "seen", "complex"} <= {row.name for row in report.rows}
+    assert all(torch.equal(x, before[name]) for name, x in inputs.items())
+
+
+def test_final_graphs_are_run_beside_outputs_without_a_gradient() -> None:
+    class Logged(Block):
+        def forward(self, ids_BS: Tensor, labels_BS: Tensor | None = None) -> dict[str, Tensor]:
+            found = super().forward(ids_BS, labels_BS)
+            return found | {"seen": found["logits"].detach().sum(-1)}
+
+    report = verify(Logged(), batch(), mesh={"cp": 2})
+    assert report.ok, str(report)
+    assert {row.graph for row in report.rows} == {"local", "final"}
+
+
 class Constants(Block):
     def forward(self, ids_BS: Tensor, labels_BS: Tensor | None = None) -> dict[str, Tensor]:
         found = super().forward(ids_BS, labels_BS)

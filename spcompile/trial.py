@@ -363,7 +363,7 @@ def _in_order_of_backward(saved: Sequence[fx.Node], values: list[list[Any]]) -> 
 def _value_of(program: LocalProgram, i: int) -> Any:
     """The node behind an output of the user's graph that is computed."""
     (output,) = program.gm.graph.find_nodes(op="output")
-    return output.args[0][program.outputs[i].index]  # type: ignore[index]
+    return output.args[0][program.outputs[i].index]
 
 
 def _trainable(program: LocalProgram) -> list[str]:

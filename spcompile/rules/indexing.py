@@ -75,7 +75,7 @@ def index(node: fx.Node) -> OpRule | None:
     if all(i is None for i in indices):
         return None
     dims, out, layouts = _indexed(args["self"].shape, indices)
-    ranges = [d for d, read in enumerate(node.args[1]) if is_range(read, args["self"].shape[d])]  # type: ignore[arg-type,union-attr]
+    ranges = [d for d, read in enumerate(node.args[1]) if is_range(read, args["self"].shape[d])]  # type: ignore[arg-type]
     if len(ranges) != 1:
         return build(node, {"self": dims, "indices": layouts}, [out])
     (at,) = ranges

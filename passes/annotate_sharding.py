@@ -16,7 +16,7 @@ from torch import Tensor
 from spcompile.index_spaces import find_index_spaces
 from spcompile.layout import annotate
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.propagate import propagate, sequence_seeds
+from spcompile.propagate import SCORES, propagate, sequence_seeds
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class AnnotateSharding(Pass):
         seeds = sequence_seeds(spaces)
         if not seeds:
             _remark_no_sequence(gm.graph, ctx)
+        for node in (n for n in seeds if SCORES in n.meta.get("custom", {})):
+            text = f"attention at {node.name}: what reads the weights is no product with values; split by query rows"
+            ctx.remarks.add("SPR202", text, node)
         if ctx.mesh.size("cp") == 1:
             seeds = {}
         annotate(gm.graph, "cp", spaces, propagate(gm.graph, spaces, seeds))

@@ -32,10 +32,19 @@ from spcompile.attention.mask import AttentionMask
 from spcompile.flex_attention import refuse
 from spcompile.graph import argument, call, erase_dead, operand, replace, shape_of
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.propagate import UNREAD_ATTENTION
+from spcompile.propagate import SCORES, UNREAD_ATTENTION
 from spcompile.rows_without_keys import with_uniform_rows
 from spcompile.splice import splice
-from spcompile.symbolic_mask.eager import SOFTMAX, EagerAttention, NotAttention, Product, Refused, Term, match_eager
+from spcompile.symbolic_mask.eager import (
+    SOFTMAX,
+    EagerAttention,
+    NotAttention,
+    Product,
+    Refused,
+    Term,
+    match_eager,
+    rows_of_scores,
+)
 from spcompile.symbolic_mask.fills import NotKnown, must_average
 from spcompile.symbolic_mask.heads import before_repeat, by_head, heads_in_batch
 from spcompile.symbolic_mask.parts import Part, Role, full_bias, join, masked_below, parts_of
@@ -72,7 +81,10 @@ class RecognizeAttention(Pass):
                 if isinstance(stop, Refused):
                     refuse(node, stop.reason)
                     ctx.remarks.add("SPR202", f"attention at {node.name}: {stop.reason}", stop.node)
-                    node.meta["custom"] = {**node.meta.get("custom", {}), UNREAD_ATTENTION: node.target in SOFTMAX}
+                if node.target in SOFTMAX:
+                    rows, key = rows_of_scores(node), UNREAD_ATTENTION if isinstance(stop, Refused) else SCORES
+                    rows = rows or (-2 if isinstance(stop, Refused) else None)
+                    node.meta["custom"] = {**node.meta.get("custom", {}), key: rows}
             else:
                 rewrites += 1
         if rewrites:
@@ -149,8 +161,11 @@ def _rewrite_sdpa(node: fx.Node, new: _Builder) -> None:
         raise Refused("dropout of all attention weights", node)
     scale = _scale(argument(node, 6, "scale"), q, node)
     rank = len(shape_of(q))
-    if rank not in (3, 4) or len(shape_of(k)) != rank or len(shape_of(v)) != rank:
-        raise Refused("queries, keys and values that are not all of rank 3 or all of rank 4", node)
+    if rank < 3 or len(shape_of(k)) != rank or len(shape_of(v)) != rank:
+        raise Refused("queries, keys and values that are not all of one rank, 3 or more", node)
+    batches = list(shape_of(q)[: rank - 3])
+    if rank > 4:
+        q, k, v, mask = _one_batch(node, [q, k, v], mask, new)
     if sizes_of(q)[0] != sizes_of(k)[0] or sizes_of(q)[0] != sizes_of(v)[0]:
         raise Refused("queries, keys and values of different batch sizes", node)
     if rank == 3:
@@ -166,7 +181,22 @@ def _rewrite_sdpa(node: fx.Node, new: _Builder) -> None:
         _must_average(parts_of(mask), {}, q, k, _More())
     is_causal = AttentionMask(causal=bool(argument(node, 5, "is_causal", False)))
     out = new.attention(q, k, v, mask, is_causal, scale, _More(dropout=dropout))
-    replace(node, new(aten.squeeze.dim, out, 1) if rank == 3 else out)
+    if rank != 4:
+        out = new(aten.squeeze.dim, out, 1) if rank == 3 else new(aten.unflatten.int, out, 0, batches)
+    replace(node, out)
+
+
+def _one_batch(node: fx.Node, qkv: list[fx.Node], mask: fx.Node | None, new: _Builder) -> list[fx.Node | None]:
+    """Operands [*batches, N, S, H] with one batch dim, and the mask, which is one for all batches or has them too."""
+    batches = shape_of(qkv[0])[:-3]
+    if any(shape_of(x)[:-3] != batches for x in qkv) or not all(isinstance(size, int) for size in batches):
+        raise Refused("batches that are not equal, or symbols", node)
+    flat: list[fx.Node | None] = [new(aten.flatten.using_ints, x, 0, len(batches) - 1) for x in qkv]
+    if mask is not None and len(shape_of(mask)) > 3:
+        if shape_of(mask)[:-3] != batches:
+            raise Refused("a mask that some batches share", node)
+        mask = new(aten.flatten.using_ints, mask, 0, len(batches) - 1)
+    return [*flat, mask]
 
 
 def _scale(scale: Any, q: fx.Node, node: fx.Node) -> float:

@@ -139,7 +139,7 @@ def _sharding(program: LocalProgram) -> Sharding:
 
     from spcompile.layout import layout_of
     from spcompile.plan import Sharding
-    from spcompile.propagate import UNREAD_ATTENTION
+    from spcompile.propagate import SCORES, UNREAD_ATTENTION
     from spcompile.reshard import is_reshard
     from spcompile.sequence import local_length
     from spcompile.sizes import expression
@@ -149,7 +149,9 @@ def _sharding(program: LocalProgram) -> Sharding:
     calls = [n for n in graph.nodes if n.op == "call_function" and not is_reshard(n)]
     on_shards = [n for n in calls if (layout := layout_of(n)) is not None and layout.choice]
     lengths = [n.args[0].meta["val"].shape[2] for n in on_shards if n.target is torch.ops.spx.attention.default]
-    lengths += [n.meta["val"].shape[-2] for n in on_shards if n.meta.get("custom", {}).get(UNREAD_ATTENTION)]
+    custom = [(n, n.meta.get("custom", {})) for n in on_shards]
+    rows = [(n, found.get(UNREAD_ATTENTION) or found.get(SCORES)) for n, found in custom]
+    lengths += [n.meta["val"].shape[dim] for n, dim in rows if dim]
     order = program.ctx.order
     if not lengths:
         return Sharding(order, len(on_shards), len(calls), None, None)

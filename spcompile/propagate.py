@@ -19,7 +19,8 @@ from spcompile.index_spaces import IndexSpaces, OpSpaces
 from spcompile.rules.base import tensor_operands
 from spcompile.spaces import Space, leaves
 
-UNREAD_ATTENTION = "spx_unread_attention"  # in meta["custom"] of a softmax
+UNREAD_ATTENTION = "spx_unread_attention"  # in meta["custom"] of a softmax: the dim of its query rows, from the end
+SCORES = "spx_scores"  # the same where it may be no attention: what reads the weights is no product with values
 
 
 @dataclass(frozen=True)
@@ -203,11 +204,17 @@ def follow_prefix(call: OpSpaces, choice: Choice) -> None:
 def sequence_seeds(spaces: IndexSpaces) -> dict[fx.Node, Choice]:
     """The calls whose rule pairs factors, attention, choose their leading one: the query's rows.
 
-    So does the softmax of an attention that stayed written out: it is split by rows, and reads all keys.
+    So does the softmax of an attention that stayed written out: it is split by rows, and reads all keys. Where there is
+    none, any softmax over products of two sequences does.
     """
+    return _seeds(spaces, UNREAD_ATTENTION) or _seeds(spaces, SCORES)
+
+
+def _seeds(spaces: IndexSpaces, key: str) -> dict[fx.Node, Choice]:
     seeds: dict[fx.Node, Choice] = {}
     for node, call in spaces.calls.items():
-        leader = _rows(call) if node.meta.get("custom", {}).get(UNREAD_ATTENTION) else _leader(call)
+        rows = node.meta.get("custom", {}).get(key)
+        leader = _rows(call, rows) if rows else _leader(call)
         if leader is not None:
             seeds[node] = Choice(leader)
     return seeds
@@ -219,9 +226,9 @@ def _leader(call: OpSpaces) -> str | None:
     return found[0] if found else None  # a query of length 1 has no factor
 
 
-def _rows(call: OpSpaces) -> str | None:
-    """The factor of the rows of scores [..., S, T]."""
-    rows = call.rule.results[0][-2]
+def _rows(call: OpSpaces, dim: int) -> str | None:
+    """The factor of the rows of scores, [..., S, T] or with the rows elsewhere."""
+    rows = call.rule.results[0][dim]
     return rows[0] if rows and rows[0] not in call.rule.replicated else None
 
 

@@ -278,7 +278,19 @@ def number_beside_sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores, -1)[..., 1:] @ v
 
 
+def heads_behind_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.einsum("bsht,bthd->bshd", torch.einsum("bshd,bthd->bsht", q, k).softmax(-1), v)
+
+
+def one_key_for_all_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.einsum("bshd,btd->bsht", q.transpose(1, 2), k[:, 0]).softmax(-1)
+    return torch.einsum("bsht,btd->bshd", weights, v[:, 0])
+
+
 REFUSED = {
+    heads_behind_rows: "an einsum",
+    one_key_for_all_heads: "an einsum",
     number_inside_of_the_cap: "a number is added",
     number_beside_sinks: "a number is added",
     sinks_by_row: "not one number for each head",
@@ -312,3 +324,13 @@ def test_other_softmaxes_are_left_alone_without_a_remark(model: Callable[..., An
     found = rewrite(model, qkv())
     assert not found.remarks.rows
     assert found.rewrites == (0, 0)
+
+
+def test_any_number_of_batches() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(1, (2, 2)).transpose(0, 1) for x in (q, k, v))
+        return sdpa(q, k, v, is_causal=True)
+
+    found = rewrite(model, qkv())
+    assert found.masks == ["causal"]
+    assert found.attentions[0].args[0].meta["val"].shape == (4, 2, 12, 6)  # type: ignore[union-attr]

@@ -122,6 +122,21 @@ def match_eager(softmax: fx.Node) -> EagerAttention:
     return found
 
 
+def rows_of_scores(softmax: fx.Node) -> int | None:
+    """The dim of the query rows, from the end, of a softmax over products of queries and keys; None if it is none."""
+    try:
+        product = _scores_below(_without_maximum(softmax.args[0]))
+    except Refused:
+        return None
+    if product.equation is None:
+        return -2
+    left, right, scores = product.equation
+    rows = [dim for dim, letter in enumerate(scores) if letter in left and letter not in right]
+    if len(rows) > 1:  # heads too, where all of them read the same keys: as many rows as keys are the rows
+        rows = [dim for dim in rows if sizes_of(product.node)[dim] == sizes_of(product.node)[-1]]
+    return rows[0] - len(scores) if len(rows) == 1 else None
+
+
 def _values(softmax: fx.Node) -> _Weights:
     """The product with the values, and what is on the way to it."""
     node = softmax
@@ -222,7 +237,8 @@ def _product(node: fx.Node) -> Product | None:
         equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
         inputs, arrow, output = equation.partition("->")
         letters = inputs.split(",")
-        if arrow and len(letters) == 2 and all(len(set(x)) == len(x) == 4 for x in (*letters, output)):
+        is_each_once = all(len(set(x)) == len(x) for x in (*letters, output))
+        if arrow and is_each_once and len(output) == 4 and len(letters) == 2 and {len(x) for x in letters} <= {3, 4}:
             return Product(node, *operands, equation=(letters[0], letters[1], output))  # type: ignore[misc]
     return None
 

@@ -1,0 +1,65 @@
+"""Attention that stays written out is split by its query rows, wherever these are and whatever reads the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spcompile import explain, verify
+
+S, N, H = 9, 4, 4
+
+
+class Written(nn.Module):
+    """Projections [B, S, N, H], then `attend`."""
+
+    def __init__(self, attend: Callable[..., Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.heads = nn.Linear(N * H, 3 * N * H, dtype=torch.float64)
+        self.out = nn.Linear(N * H, N * H, dtype=torch.float64)
+        self.attend = attend
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x).unflatten(-1, (3, N, H)).unbind(2)
+        return self.out(self.attend(q, k, v).flatten(2)).square().mean()
+
+
+def weights(q: Tensor, k: Tensor) -> Tensor:
+    keep = torch.ones(S, S, dtype=torch.bool).tril()
+    return (q.transpose(1, 2) @ k.transpose(1, 2).mT / 2).masked_fill(~keep, float("-inf")).softmax(-1)
+
+
+def back(out: Tensor) -> Tensor:
+    return out.transpose(1, 2)
+
+
+ATTENTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "heads behind rows": lambda q, k, v: torch.einsum(
+        "bsht,bthd->bshd", torch.einsum("bshd,bthd->bsht", q, k).softmax(-1), v
+    ),
+    "one key for all heads": lambda q, k, v: torch.einsum(
+        "bsht,btd->bshd", torch.einsum("bshd,btd->bsht", q, k[:, :, 0]).softmax(-1), v[:, :, 0]
+    ),
+    "talking heads": lambda q, k, v: back(
+        torch.einsum("nm,bmst->bnst", torch.eye(N).double(), weights(q, k)) @ v.transpose(1, 2)
+    ),
+    "a mask of heads": lambda q, k, v: back(weights(q, k) * torch.ones(N, 1, 1).double() @ v.transpose(1, 2)),
+    "difference of two": lambda q, k, v: (
+        lambda w: back((w[:, :2] - w[:, 2:] / 2).repeat(1, 2, 1, 1) @ v.transpose(1, 2))
+    )(weights(q, k)),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_split_by_query_rows(name: str) -> None:
+    model, x = Written(ATTENTIONS[name]), torch.randn(2, S, N * H, dtype=torch.float64)
+    report = verify(model, {"x": x}, mesh={"cp": 2})
+    assert report.ok, str(report)
+    codes = {remark.code for remark in report.remarks}
+    assert "SPR202" in codes
+    assert "SPR101" not in codes
+    assert explain(model, {"x": x}, mesh={"cp": 2}).sharding.length == S

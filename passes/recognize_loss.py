@@ -2,7 +2,7 @@
 
 Before: cross_entropy_loss(logits, target, reduction=mean). After: cross_entropy_loss(reduction=sum) / count of targets
 that are not ignored (their summed weights, where classes have weights). A sum can be taken over shards; a mean of
-means is another number whenever ranks hold different numbers of valid tokens.
+means is another number whenever ranks hold different numbers of valid tokens. So with nll_loss of log-probabilities.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from spcompile.splice import splice
 
 aten = torch.ops.aten
 MEAN, SUM = 1, 2  # at::Reduction
+_LOSSES = (aten.cross_entropy_loss.default, aten.nll_loss_nd.default)
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class RecognizeLoss(Pass):
     summary: ClassVar[str] = "splits a mean cross entropy into a sum and the count of valid tokens"
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        """Rewrite every cross_entropy_loss with reduction=mean and index targets."""
-        matches = [n for n in gm.graph.nodes if n.target is aten.cross_entropy_loss.default and _is_mean(n)]
+        """Rewrite every cross_entropy_loss and nll_loss with reduction=mean and index targets."""
+        matches = [n for n in gm.graph.nodes if n.target in _LOSSES and _is_mean(n)]
         for node in matches:
             logits, target, weight, ignore_index, smoothing = (
                 argument(node, 0, "self"),
@@ -41,7 +42,8 @@ class RecognizeLoss(Pass):
                 argument(node, 4, "ignore_index", -100),
                 argument(node, 5, "label_smoothing", 0.0),
             )
-            loss = splice(sum_over_count, (logits, target, weight, ignore_index, smoothing), like=node)
+            total = sum_over_count if node.target is aten.cross_entropy_loss.default else likelihood_over_count
+            loss = splice(total, (logits, target, weight, ignore_index, smoothing), like=node)
             node.replace_all_uses_with(loss)
             gm.graph.erase_node(node)
         return len(matches)
@@ -57,6 +59,18 @@ def sum_over_count(
 ) -> Tensor:
     """The mean cross entropy as a quotient; 0/0 (no valid target) is NaN, as in torch."""
     total = aten.cross_entropy_loss.default(logits, target, weight, SUM, ignore_index, smoothing)
+    return _over_count(total, target, weight, ignore_index)
+
+
+def likelihood_over_count(
+    logs: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float
+) -> Tensor:
+    """The mean negative log-likelihood as a quotient; it has no smoothing."""
+    assert smoothing == 0
+    return _over_count(aten.nll_loss_nd.default(logs, target, weight, SUM, ignore_index), target, weight, ignore_index)
+
+
+def _over_count(total: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
     valid = aten.ne.Scalar(target, ignore_index)
     if weight is None:
         return total / aten.sum.default(valid).to(total.dtype)

@@ -41,6 +41,21 @@ def test_losses_are_split(name: str) -> None:
     assert_equal(on_one_device(program.gm, program.inputs), on_one_device(LOSSES[name], inputs))
 
 
+LIKELIHOODS = {
+    "mean": lambda x, t, w: F.nll_loss(x.log_softmax(-1).flatten(0, 1), t.flatten()),
+    "classes second": lambda x, t, w: F.nll_loss(x.transpose(1, 2).log_softmax(1), t),
+    "weights": lambda x, t, w: F.nll_loss(x.log_softmax(-1).flatten(0, 1), t.flatten(), w),
+}
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_likelihoods_are_split(name: str) -> None:
+    inputs = [logits(*LOGITS), some_ignored(2, 7), torch.rand(5, dtype=torch.float64)]
+    program = after_pass("recognize-loss", LIKELIHOODS[name], inputs)
+    assert nodes_of(program, "aten.nll_loss_nd")[0].args[3] == 2
+    assert_equal(on_one_device(program.gm, program.inputs), on_one_device(LIKELIHOODS[name], inputs))
+
+
 def test_class_weights() -> None:
     inputs = [logits(*LOGITS), some_ignored(2, 7), torch.rand(5, dtype=torch.float64)]
     program = after_pass("recognize-loss", weighted, inputs)

@@ -12,7 +12,7 @@ from triton_table import DTYPES, Compilation, compilations, scores_of
 from spcompile.attention.triton_configs import (
     ARCHITECTURES,
     HEAD_SIZES,
-    SPILLED_SINGLES,
+    SPILLED,
     TABLE,
     VARIANTS,
     Config,
@@ -43,7 +43,7 @@ def check_all(chosen: list[Compilation]) -> None:
     """All of them, and then one error for those that fail."""
     failures = []
     for one in chosen:
-        allowed = None if one.scores == "everything" else 0 if one.element == 2 or one.is_default else SPILLED_SINGLES
+        allowed = None if one.scores == "everything" else 0 if one.is_default else SPILLED[one.element]
         try:
             check(one.launch(), one.capability, allowed, one.element)
         except AssertionError as error:

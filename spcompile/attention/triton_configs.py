@@ -2,7 +2,7 @@
 
 Nothing is timed at run time. Entries were chosen for compiling without spilled registers, within the architecture's
 shared memory (`tests/test_triton_compile.py`), and among those for large tiles. What is no default (other hops, other
-scores) may spill up to SPILLED_SINGLES bytes a thread in float32. None has been timed on a GPU yet.
+scores) may spill up to SPILLED bytes a thread. None has been timed on a GPU yet.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 HEAD_SIZES = (64, 128, 256)  # a head, padded to a power of two, takes the first that it fits
-SPILLED_SINGLES = 64
+SPILLED = {2: 128, 4: 64}  # by bytes of a number
 VARIANTS = ("plain", "rich", "bias")  # positions alone; data, softcap, ALiBi or dropout too; a dense bias
 
 

@@ -37,6 +37,7 @@ MIXED_TOLERANCE = 1e-6  # a float64 model that computes something in float32
 EXPECTED_OF_ONE_DEVICE = (
     "attention has dropout: expected is what one device gets from the same graph, not the plain model"
 )
+_SAME = "a mesh without dp, or model.eval()"
 ROUNDING = 8  # units in the last place of the largest gradient: what less is, is rounding
 
 
@@ -154,11 +155,11 @@ class Trial:
         Raises:
             IllegalOption: over dp, where one device has other rows than a rank.
         """
+        if self.rows and self.program.draws_random_numbers:
+            raise IllegalOption("verify over dp: each rank draws its own random numbers", legal=_SAME)
         before = [s for s in self.program.history.snapshots if s.name in (*self.traced.serial, "capture")][-1]
         if before.gm is None or not _has_attention_dropout(before.gm):
             return False
-        if self.rows:
-            raise IllegalOption("verify over dp of attention with dropout", legal="a mesh without dp, or model.eval()")
         found = self.run(before)
         self.outputs = {i: (name, found.outputs[i][0]) for i, (name, _) in self.outputs.items() if i in found.outputs}
         self.gradients = {i: (name, found.gradients[i][0]) for i, (name, _) in self.gradients.items()}

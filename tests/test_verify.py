@@ -102,6 +102,11 @@ def test_dropout_draws_what_the_plain_model_draws() -> None:
     assert report.ok, str(report)
 
 
+def test_dropout_over_dp_is_refused() -> None:
+    with pytest.raises(IllegalOption, match="each rank draws its own random numbers"):
+        verify(Block(dropout=0.5), batch(), mesh={"dp": 2})
+
+
 def test_inference_compares_outputs_only() -> None:
     with torch.no_grad():
         report = verify(Block(), batch(), mesh={"cp": 2})

@@ -15,7 +15,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from spcompile.diagnostics import BatchNotSplit
-from spcompile.index_spaces import IndexSpaces, find_index_spaces
+from spcompile.index_spaces import IndexSpaces, OpSpaces, find_index_spaces
 from spcompile.layout import annotate
 from spcompile.one_row import OWN, with_rows
 from spcompile.passes_api import Context, Example, Pass, Stage
@@ -24,6 +24,7 @@ from spcompile.row_counts import require_no_counts
 from spcompile.row_evidence import require_rows
 from spcompile.rules.base import tensor_results
 from spcompile.sizes import same
+from spcompile.spaces import Space, leaves
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,22 @@ def _spread(graph: fx.Graph) -> tuple[IndexSpaces, dict[fx.Node, Choice], Placem
     three dims has its heads where a batch would be, and no input has rows.
     """
     spaces = find_index_spaces(graph)
-    seeds = {node: Choice("b") for node, call in spaces.calls.items() if call.rule.paired and "b" in call.rule.sizes}
+    inputs = [n for n in graph.find_nodes(op="placeholder") if _is_users(n) and n in spaces.values]
+    given = {leaf for n in inputs for dim in spaces.values[n][0] for leaf in leaves(dim)}
+    attentions = {n: c for n, c in spaces.calls.items() if c.rule.paired and "b" in c.rule.sizes}
+    seeds = {node: _rows_of(call, given) for node, call in attentions.items()}
     if not seeds:
         return None
     of_attention = propagate(graph, spaces, seeds)
     others = {n: at for n, at in _inputs_with_rows(graph, spaces, seeds).items() if (n, 0) not in of_attention.places}
     placements = propagate(graph, spaces, seeds, others) if others else of_attention
-    inputs = [n for n in graph.find_nodes(op="placeholder") if _is_users(n)]
     return (spaces, seeds, placements) if any((n, 0) in placements.places for n in inputs) else None
+
+
+def _rows_of(call: OpSpaces, given: set[Space]) -> Choice:
+    """The part of an attention's batch that an input has: a model may repeat its rows, or put more than them there."""
+    parts = call.leaves_of("b")
+    return Choice("b", next((part for part, space in enumerate(parts) if space in given), 0))
 
 
 def _is_users(placeholder: fx.Node) -> bool:

@@ -59,6 +59,18 @@ def test_what_mixes_rows_is_refused_with_its_line(end: str) -> None:
     assert "test_data_parallel.py" in str(caught.value)
 
 
+class Twice(Rows):
+    """Every row twice, as for two kinds of dropout."""
+
+    def forward(self, x_BSD: Tensor, weight_B: Tensor) -> Tensor:
+        return super().forward(x_BSD.repeat(2, 1, 1), weight_B)
+
+
+def test_repeated_rows() -> None:
+    report = spcompile.verify(Twice("mean"), inputs(), mesh={"dp": 2})
+    assert report.ok, str(report)
+
+
 def test_rows_must_divide() -> None:
     with pytest.raises(BatchNotSplit, match="4 rows over dp = 3"):
         spcompile.verify(Rows("mean"), inputs(), mesh={"dp": 3})

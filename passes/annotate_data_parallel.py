@@ -17,7 +17,7 @@ from torch import Tensor
 from spcompile.diagnostics import BatchNotSplit
 from spcompile.index_spaces import IndexSpaces, OpSpaces, find_index_spaces
 from spcompile.layout import annotate
-from spcompile.one_row import OWN, with_rows
+from spcompile.one_row import OWN, is_users, with_rows
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.propagate import Choice, Place, Placements, propagate
 from spcompile.row_counts import require_no_counts
@@ -68,7 +68,7 @@ def _spread(graph: fx.Graph) -> tuple[IndexSpaces, dict[fx.Node, Choice], Placem
     three dims has its heads where a batch would be, and no input has rows.
     """
     spaces = find_index_spaces(graph)
-    inputs = [n for n in graph.find_nodes(op="placeholder") if _is_users(n) and n in spaces.values]
+    inputs = [n for n in graph.find_nodes(op="placeholder") if is_users(n) and n in spaces.values]
     given = {leaf for n in inputs for dim in spaces.values[n][0] for leaf in leaves(dim)}
     attentions = {n: c for n, c in spaces.calls.items() if c.rule.paired and "b" in c.rule.sizes}
     seeds = {node: _rows_of(call, given) for node, call in attentions.items()}
@@ -86,10 +86,6 @@ def _rows_of(call: OpSpaces, given: set[Space]) -> Choice:
     return Choice("b", next((part for part, space in enumerate(parts) if space in given), 0))
 
 
-def _is_users(placeholder: fx.Node) -> bool:
-    return not placeholder.meta.get("state") and not placeholder.meta.get("trainable")
-
-
 def _inputs_with_rows(graph: fx.Graph, spaces: IndexSpaces, seeds: dict[fx.Node, Choice]) -> dict[fx.Node, Place]:
     """The user's tensors whose first dim is as long as the batch."""
     node, choice = next(iter(seeds.items()))
@@ -97,7 +93,7 @@ def _inputs_with_rows(graph: fx.Graph, spaces: IndexSpaces, seeds: dict[fx.Node,
     found = {}
     for placeholder in graph.find_nodes(op="placeholder"):
         values = tensor_results(placeholder)
-        if _is_users(placeholder) and values and values[0].ndim and same(values[0].shape[0], rows):
+        if is_users(placeholder) and values and values[0].ndim and same(values[0].shape[0], rows):
             found[placeholder] = Place(0)
     return found
 

@@ -59,10 +59,14 @@ def with_rows(graph: fx.Graph) -> tuple[fx.Graph, int]:
     return attempt.graph, rows
 
 
+def is_users(placeholder: fx.Node) -> bool:
+    """Whether a placeholder is what the user passes in: no buffer, and nothing that needs a gradient."""
+    return not placeholder.meta.get("state") and not placeholder.meta.get("trainable")
+
+
 def _may_have_rows(placeholder: fx.Node) -> bool:
     values = tensor_results(placeholder)
-    is_user = not placeholder.meta.get("state") and not placeholder.meta.get("trainable")
-    return bool(is_user and values and values[0].ndim and same(values[0].shape[0], 1))
+    return bool(is_users(placeholder) and values and values[0].ndim and same(values[0].shape[0], 1))
 
 
 def _free_prime(graph: fx.Graph) -> int:
@@ -96,7 +100,7 @@ class _Widen:
             self.refused = error
 
     def placeholder(self, node: fx.Node) -> None:
-        if not node.meta.get("state") and not node.meta.get("trainable"):
+        if is_users(node):
             self.of_inputs.add(node)
         if node.name in self.inputs:
             value = node.meta["val"]

@@ -18,7 +18,7 @@ from spcompile.one_row import evaluate
 from spcompile.propagate import Choice, Placements, place_of, shards_results
 from spcompile.rules.base import tensor_operands
 from spcompile.sizes import same
-from spcompile.states import needs_gradient
+from spcompile.states import needs_gradient, trainable_names
 
 _LEGAL = "two rows or more on every rank of dp; for a shared input, one without a dim of 1 in front"
 
@@ -32,8 +32,7 @@ def require_rows(
         BatchNotSplit: names the inputs that may be rows or shared.
     """
     certain = _certain(graph, spaces, placements, seeds, rows)
-    trainable = [n.name for n in graph.find_nodes(op="placeholder") if n.meta.get("trainable")]
-    gradient = needs_gradient(graph, trainable)
+    gradient = needs_gradient(graph, trainable_names(graph))
     for node in graph.nodes:
         choice = placements.choices.get(node)
         if node.op == "output":

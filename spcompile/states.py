@@ -68,6 +68,11 @@ def _parts_of(axis: str, graph: fx.Graph) -> list[str]:
     return sorted(name for name in names if name != axis and whole_axis(name) == axis) or [axis]
 
 
+def trainable_names(graph: fx.Graph) -> list[str]:
+    """The placeholders that capture found to need a gradient; tracing drops the flag of their example values."""
+    return [n.name for n in graph.find_nodes(op="placeholder") if n.meta.get("trainable")]
+
+
 def needs_gradient(graph: fx.Graph, trainable: Collection[str] | None = None) -> set[fx.Node]:
     """Values that a placeholder which requires a gradient (or is named in `trainable`) flows into."""
     found: set[fx.Node] = set()

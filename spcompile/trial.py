@@ -27,7 +27,7 @@ from spcompile.program import LocalProgram
 from spcompile.rank_parts import coordinates, part_of, split_batch, whole_of
 from spcompile.row_evidence import require_rows_first
 from spcompile.simulate import InFlight, Simulator
-from spcompile.states import needs_gradient
+from spcompile.states import needs_gradient, trainable_names
 from spcompile.trace import Inputs, Traced, compile_for, through_dynamo
 from spcompile.verify_report import Report, TensorError, difference, is_exact, largest
 
@@ -137,7 +137,7 @@ class Trial:
                 return Outcome(whole, {})
             kept = _in_order_of_backward(saved, [list(values[len(computed) :]) for values in found])
             places = [n for n in graphs["backward"].graph.nodes if n.op == "placeholder"][len(saved) :]
-            gradient = needs_gradient(program.gm.graph, _trainable(program))
+            gradient = needs_gradient(program.gm.graph, trainable_names(program.gm.graph))
             tangents = [i for i in computed if _value_of(program, i) in gradient]
             if len(places) != len(tangents):
                 return "final graphs not run: backward takes something else than the gradients of the outputs"
@@ -367,10 +367,6 @@ def _value_of(program: LocalProgram, i: int) -> Any:
     """The node behind an output of the user's graph that is computed."""
     (output,) = program.gm.graph.find_nodes(op="output")
     return output.args[0][program.outputs[i].index]
-
-
-def _trainable(program: LocalProgram) -> list[str]:
-    return [n.name for n in program.gm.graph.find_nodes(op="placeholder") if n.meta.get("trainable")]
 
 
 def _tolerances(captured: fx.GraphModule, wanted: float | None) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from spcompile.autocast import autocast_in, make_explicit
 from spcompile.custom_functions import with_own_gradient
 from spcompile.diagnostics import CaptureFailed, source_of
 from spcompile.flex_attention import without_block_sizes, written_out
-from spcompile.module_buffer import KEY, ModuleBuffer
+from spcompile.module_buffer import KEY, ModuleBuffer, may_be_read
 from spcompile.sizes import same
 from spcompile.torch_private import FunctionalTensor, FunctionalTensorMode, TracingContext, detect_fake_mode
 from spcompile.vmapped import without_vmaps
@@ -135,10 +135,11 @@ def _name_placeholders(captured: fx.GraphModule, original: fx.GraphModule, input
     """Give the placeholders the names Dynamo chose, and note which are trainable and which are state."""
     names = [n for n in original.graph.nodes if n.op == "placeholder"]
     nodes = [n for n in captured.graph.nodes if n.op == "placeholder"]
+    written = {n.args[0] for n in captured.graph.find_nodes(op="call_function", target=aten.copy_.default)}
     for node, source, given in zip(nodes, names, inputs, strict=True):
         node.meta["trainable"] = isinstance(given, torch.Tensor) and given.requires_grad
         node.meta["state"] = is_state(source)
-        if node.meta["state"] and type(given) is torch.Tensor and given.dtype == torch.bool:
+        if node.meta["state"] and may_be_read(given) and node not in written:
             node.meta[KEY] = ModuleBuffer(given)
         node._rename(source.name)
         node.target = node.name

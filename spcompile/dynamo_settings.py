@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from spcompile.torch_private import detect_is_causal_mask
+
 
 class _WithLibraryMethods(set[Callable[..., Any]]):
     """A set that also holds the methods that libraries have added to Logger by now.
@@ -20,6 +22,16 @@ class _WithLibraryMethods(set[Callable[..., Any]]):
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:
         return iter([*super().__iter__(), *added_by_libraries()])
+
+
+@torch.compiler.substitute_in_graph(detect_is_causal_mask)
+def causal_hint(mask: torch.Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    """What nn.TransformerEncoder and nn.TransformerDecoder pass on as the hint that their mask is causal.
+
+    torch's own compares the mask's values where the caller gives no hint, and a branch on values ends the graph. The
+    hint spares a layer the mask; without it the mask is applied as it is, so that the result is the same.
+    """
+    return is_causal is True
 
 
 def ignore_library_logging() -> None:

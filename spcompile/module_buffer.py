@@ -1,4 +1,4 @@
-"""Bool buffers of a model: masks whose values may be read when it is compiled, and are watched afterwards."""
+"""Buffers of a model that are masks: their values may be read when it is compiled, and are watched afterwards."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ from spcompile.diagnostics import ChangedBuffer
 from spcompile.torch_private import unset_fake_temporarily
 
 KEY = "module_buffer"  # in a placeholder's meta, shared by all copies of the graph
+_DTYPES = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_DTYPES |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+AT_A_TIME = 1 << 22  # elements of a matrix that are compared at a time
 
 
 @dataclass(frozen=True)
 class Band:
-    """A matrix that is True where -behind <= k - q <= ahead; None for no bound."""
+    """A matrix that is `inside` where -behind <= k - q <= ahead, None for no bound, and `outside` elsewhere."""
 
     ahead: int | None
     behind: int | None
+    inside: bool | float = True
+    outside: bool | float = False
 
 
 @dataclass
@@ -41,24 +46,61 @@ class ModuleBuffer:
         return self.band
 
 
+def may_be_read(value: Any) -> bool:
+    """Whether this state of a model may be a mask: a tensor of matrices that is no parameter."""
+    if type(value) is not Tensor or value.requires_grad or value.is_meta or value.layout != torch.strided:
+        return False
+    return value.ndim >= 2 and value.numel() > 0 and value.dtype in _DTYPES
+
+
 @torch.no_grad()
 def band_of(buffer: Tensor) -> Band | None:
-    """The band that every matrix of a bool tensor [.., M, M'] holds; None where they hold something else."""
-    if buffer.dtype != torch.bool or buffer.ndim < 2 or buffer.numel() == 0 or buffer.is_meta:
+    """The band that every matrix of a tensor [.., M, M'] holds; None where they hold something else.
+
+    Bools may be True everywhere. Two numbers make a mask, as torch.tril(torch.ones(M, M)) or 0 and -inf; one does not.
+    """
+    if not may_be_read(buffer):
         return None
+    first, last = (buffer[(0,) * (buffer.ndim - 2)][row].tolist() for row in (0, -1))
+    values = sorted({*first, *last}, reverse=True)
+    if values == [True] and buffer.dtype == torch.bool:
+        values.append(False)
+    if len(values) != 2:
+        return None
+    for inside, outside in (values, values[::-1]):
+        band = _band(first, last, buffer.shape[-2], inside, outside)
+        if band is not None and _holds(buffer, band):
+            return band
+    return None
+
+
+def _band(first: list[Any], last: list[Any], rows: int, inside: Any, outside: Any) -> Band | None:
+    """The only band with this first and last row."""
+    if inside not in first or inside not in last:
+        return None
+    ahead = len(first) - 1 - first[::-1].index(inside)
+    behind = rows - 1 - last.index(inside)
+    no_bound = ahead == len(first) - 1, behind == rows - 1
+    return Band(None if no_bound[0] else ahead, None if no_bound[1] else behind, inside, outside)
+
+
+def _holds(buffer: Tensor, band: Band) -> bool:
+    """Whether every matrix is this band; some rows at a time, since none may be larger than it."""
     rows, columns = buffer.shape[-2:]
-    first, last = (buffer.reshape(-1, rows, columns)[0, at].nonzero().flatten().tolist() for at in (0, -1))
-    if not first or not last:
-        return None
-    ahead = None if first[-1] == columns - 1 else int(first[-1])
-    behind = None if last[0] == 0 else rows - 1 - int(last[0])
-    distance = torch.arange(columns, device=buffer.device) - torch.arange(rows, device=buffer.device)[:, None]
-    expected = torch.ones_like(distance, dtype=torch.bool)
-    if ahead is not None:
-        expected &= distance <= ahead
-    if behind is not None:
-        expected &= distance >= -behind
-    return Band(ahead, behind) if bool((buffer == expected).all()) else None
+    k = torch.arange(columns, device=buffer.device, dtype=torch.int32)
+    step = max(1, AT_A_TIME // columns)
+    for start in range(0, rows, step):
+        part = buffer[..., start : start + step, :]
+        q = torch.arange(start, start + part.shape[-2], device=buffer.device, dtype=torch.int32)[:, None]
+        is_inside = torch.ones(part.shape[-2:], dtype=torch.bool, device=buffer.device)
+        if band.ahead is not None:
+            is_inside &= k - q <= band.ahead
+        if band.behind is not None:
+            is_inside &= k - q >= -band.behind
+        expected = torch.full(part.shape[-2:], band.outside, dtype=buffer.dtype, device=buffer.device)
+        if not bool((part == expected.masked_fill_(is_inside, band.inside)).all()):
+            return False
+    return True
 
 
 class Relied(NamedTuple):

@@ -28,7 +28,7 @@ import torch.fx as fx
 from spcompile.autocast import autocast_off
 from spcompile.capture import is_state
 from spcompile.mesh import axis_part
-from spcompile.module_buffer import Relied, band_of
+from spcompile.module_buffer import Relied, band_of, may_be_read
 from spcompile.options import Options
 from spcompile.passes_api import Pass
 from spcompile.printer import format_graph
@@ -127,11 +127,10 @@ def _path(key: str) -> Path:
 
 
 def _input_facts(placeholder: fx.Node, value: Any) -> str:
-    """What the compiler reads of an input besides what torch's key holds: buffers of bools also by their values."""
+    """What the compiler reads of an input besides what torch's key holds: the values of buffers that are masks."""
     state = is_state(placeholder)
-    read = state and type(value) is torch.Tensor and value.dtype == torch.bool
     trainable = isinstance(value, torch.Tensor) and value.requires_grad
-    return f"{placeholder.name} {state} {trainable} {band_of(value) if read else None}"
+    return f"{placeholder.name} {state} {trainable} {band_of(value) if state and may_be_read(value) else None}"
 
 
 @functools.cache

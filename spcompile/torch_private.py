@@ -61,6 +61,9 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # torch 2
 
 # torch 2.13: torch/fx/_lazy_graph_module.py
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
+
+# torch 2.13: torch/nn/modules/transformer.py. What nn.TransformerEncoder asks of its mask.
+from torch.nn.modules.transformer import _detect_is_causal_mask as detect_is_causal_mask
 from torch.utils._ordered_set import OrderedSet  # torch 2.13
 from torch.utils._python_dispatch import _disable_current_modes as disable_modes  # torch 2.13
 
@@ -88,6 +91,7 @@ __all__ = [
     "compile_fx",
     "compile_fx_inner",
     "detect_fake_mode",
+    "detect_is_causal_mask",
     "disable_functional_mode",
     "disable_modes",
     "fused_all_gather_matmul",

@@ -273,3 +273,21 @@ class TalkingHeads(nn.Module):
         scores = torch.einsum("nm,bmst->bnst", self.mix, q @ k.mT / math.sqrt(WIDTH // HEADS))
         y = scores.masked_fill(at > at[:, None], -math.inf).softmax(-1) @ v
         return F.cross_entropy(self.head(x + y.transpose(1, 2).flatten(2)).flatten(0, 1), goal.flatten())
+
+
+class Encoder(nn.Module):
+    """torch's own layers under a causal mask that the caller makes, kept in a buffer or made anew."""
+
+    def __init__(self, in_buffer: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(WIDTH, VOCAB)
+        self.mask = nn.Buffer(nn.Transformer.generate_square_subsequent_mask(32)) if in_buffer else None
+
+    def forward(self, stuff: Tensor, goal: Tensor) -> Tensor:
+        length = stuff.shape[1]
+        made = nn.Transformer.generate_square_subsequent_mask(length)
+        y = self.layers(self.embedding(stuff), mask=made if self.mask is None else self.mask[:length, :length])
+        return F.cross_entropy(self.head(y).flatten(0, 1), goal.flatten())

@@ -219,17 +219,38 @@ def test_what_cannot_be_read_stays_dense(name: str) -> None:
     assert bool(found.remarks.rows) == ("bias" in expected[0])
 
 
-def test_a_mask_in_a_buffer_is_read() -> None:
+TRIL = torch.ones(64, 64).tril()
+WINDOW = torch.ones(64, 64, dtype=torch.bool).tril().triu(-4)
+BUFFERS = {  # a buffer, how scores take a part of it, the mask
+    "bools": (TRIL.bool(), lambda s, m: s.masked_fill(~m, -INF), "causal"),
+    "ones and zeros": (TRIL, lambda s, m: s.masked_fill(m == 0, -INF), "causal"),
+    "integers": (TRIL.int(), lambda s, m: s.masked_fill(m < 1, -INF), "causal"),
+    "true where masked": (TRIL == 0, lambda s, m: s.masked_fill(m, -INF), "causal"),
+    "in four dims": (TRIL[None, None], lambda s, m: s.masked_fill(m == 0, -INF), "causal"),
+    "added": (torch.full((64, 64), -INF).triu(1), lambda s, m: s + m, "causal"),
+    "added, finite": (torch.full((64, 64), torch.finfo(torch.float32).min).triu(1), lambda s, m: s + m, "causal"),
+    "turned into numbers": (TRIL, lambda s, m: s + (1.0 - m) * -1e9, "causal"),
+    "a window": (WINDOW.float(), lambda s, m: s.masked_fill(m == 0, -INF), "causal window=5"),
+    "all but a window": ((~WINDOW).half(), lambda s, m: s.masked_fill(m != 0, -INF), "causal window=5"),
+}
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_a_mask_in_a_buffer_is_read(name: str) -> None:
+    values, apply, expected = BUFFERS[name]
+
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.register_buffer("mask", torch.ones(64, 64, dtype=torch.bool).tril())
+            self.register_buffer("mask", values)
 
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend(q, k, v, self.mask[:LENGTH, :LENGTH])  # type: ignore[index]
+            mask = self.mask[..., :LENGTH, :LENGTH]  # type: ignore[index]
+            return apply(q @ k.mT * 0.5, mask).softmax(-1) @ v
 
     found = rewrite(Model(), qkv())
-    assert found.masks == ["causal"]
+    assert found.masks == [expected]
+    assert not found.remarks.rows
 
 
 def test_vectors_that_cannot_be_written_leave_no_trace() -> None:

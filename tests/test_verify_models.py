@@ -52,6 +52,17 @@ def test_unread_attention_is_split_by_rows(degree: int) -> None:
     assert f'softmax: "f64[2, 4, {-(-13 // degree)}, 13]' in plan.graph("lower")
 
 
+@pytest.mark.parametrize("in_buffer", [False, True])
+def test_an_encoder_with_a_causal_mask_and_no_hint_is_one_graph(in_buffer: bool) -> None:
+    """The layers of torch compare the mask's values to find out whether it is causal."""
+    torch.manual_seed(0)
+    model = pm.Encoder(in_buffer).double()
+    inputs = (pm.ids(0, 13), pm.ids(1, 13))
+    agrees(model, inputs, 2, "auto")
+    plan = spcompile.explain(model, inputs, mesh={"cp": 2})
+    assert {remark.code for remark in plan.remarks} <= {"SPR203"}
+
+
 @pytest.fixture
 def default_float64() -> Any:
     before = torch.get_default_dtype()

@@ -22,6 +22,7 @@ from spcompile.symbolic_mask.values import (
     Value,
     at_least_zero,
     lift,
+    select,
     size,
     to_condition,
     to_float,
@@ -85,7 +86,7 @@ class Reader:
         if moved is not None:
             return self.element(*moved)
         if KEY in node.meta and (band := node.meta[KEY].read()) is not None:
-            return _inside(band, indices)
+            return _of_band(band, indices)
         read = _READERS.get(node.target) if node.op == "call_function" else None
         if read is None:
             return _constant_attribute(node) if node.op == "get_attr" else stop(node)
@@ -113,12 +114,12 @@ def _broadcast(node: fx.Node, indices: Indices) -> Indices:
     return tuple(sympy.Integer(0) if size == 1 else i for size, i in zip(sizes, kept, strict=True))
 
 
-def _inside(band: Band, indices: Indices) -> Value:
-    """The condition that an element of a buffer means."""
+def _of_band(band: Band, indices: Indices) -> Value:
+    """An element of a buffer."""
     q, k = indices[-2:]
     bounds = [at_least_zero(q - k + band.ahead)] if band.ahead is not None else []
     bounds += [at_least_zero(k - q + band.behind)] if band.behind is not None else []
-    return sympy.And(*bounds)
+    return select(sympy.And(*bounds), _constant(band.inside), _constant(band.outside))
 
 
 def _constant_attribute(node: fx.Node) -> Value:

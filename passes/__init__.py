@@ -20,8 +20,10 @@ from spcompile.passes.overlap_collectives import OverlapCollectives
 from spcompile.passes.parallelize_attention import ParallelizeAttention
 from spcompile.passes.pipeline_products import PipelineProducts
 from spcompile.passes.recognize_attention import RecognizeAttention
+from spcompile.passes.recognize_likelihood import RecognizeLikelihood
 from spcompile.passes.recognize_loss import RecognizeLoss
 from spcompile.passes.recognize_mask import RecognizeMask
+from spcompile.passes.recognize_softmax import RecognizeSoftmax
 from spcompile.passes.sink_all_gather import SinkAllGather
 from spcompile.passes.sink_all_reduce import SinkAllReduce
 from spcompile.passes.split_all_reduce import SplitAllReduce
@@ -32,8 +34,10 @@ from spcompile.passes_api import Pass
 
 PIPELINE: tuple[Pass, ...] = (
     # GLOBAL stage: what the graph means.
-    RecognizeAttention(),  # first: all else depends on knowing where attention is
+    RecognizeSoftmax(),  # first: attention is found around a softmax
+    RecognizeAttention(),  # all else depends on knowing where attention is
     RecognizeMask(),  # reads the dense masks that recognize-attention left as biases
+    RecognizeLikelihood(),  # makes cross entropies for recognize-loss
     RecognizeLoss(),  # means over tokens must be sums and counts before tokens are split
     SplitDropout(),  # behind recognize-attention, which looks for the dropout of eager attention
     # Axis dp: whole rows, of which each rank has its own.

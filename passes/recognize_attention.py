@@ -59,6 +59,7 @@ class RecognizeAttention(Pass):
 
     name: ClassVar[str] = "recognize-attention"
     stage: ClassVar[Stage] = Stage.GLOBAL
+    after: ClassVar[frozenset[str]] = frozenset({"recognize-softmax"})
     summary: ClassVar[str] = "SDPA and written-out attention become spx.attention, repeated heads are undone"
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:

@@ -22,7 +22,7 @@ from spcompile.symbolic_mask.eager import SOFTMAX
 log = logging.getLogger(__name__)
 aten, spx = torch.ops.aten, torch.ops.spx
 
-RECOGNITION = ("recognize-attention", "recognize-mask")
+RECOGNITION = ("recognize-softmax", "recognize-attention", "recognize-mask")
 
 
 def recognise(
@@ -56,7 +56,7 @@ def _dense(gm: fx.GraphModule) -> int:
         elif node.target is spx.attention.default:
             count += node.args[8] is not None
         else:
-            count += node.target in SOFTMAX
+            count += node.target in (*SOFTMAX, aten.exp.default)  # of a softmax by hand
     return count
 
 

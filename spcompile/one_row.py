@@ -9,6 +9,7 @@ over which dims sums go on over the ranks.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -30,6 +31,7 @@ aten = torch.ops.aten
 OWN = "own"  # meta of a placeholder: its example value on one rank
 _RESHAPES = frozenset(overloads(RESHAPES))
 _EXPANDS = frozenset(overloads(EXPANDS))
+_FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 _TWO_ROWS = "two rows or more on every rank of dp, or DDP over dp"
 
 
@@ -252,15 +254,20 @@ def _reads_shapes_only(node: fx.Node) -> bool:
 def evaluate(node: fx.Node, instead: Mapping[fx.Node, torch.Tensor] | None = None) -> Any:
     """The result of a call on the example values of its operands, which are fakes, or on others `instead`.
 
-    What is learnt about symbols on the way holds for no real size: it becomes no guard.
+    What is learnt about symbols on the way holds for no real size: it becomes no guard. A call that fails on such sizes
+    is an answer, not an error for torch to log.
     """
     others = instead or {}
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: others.get(n, n.meta["val"]))
     example: Any = next(value for read in node.all_input_nodes for value in tensor_results(read))
     target: Any = node.target
     symbols = example.fake_mode.shape_env
-    with example.fake_mode, torch.no_grad(), symbols.suppress_guards() if symbols is not None else nullcontext():
-        return target(*args, **kwargs)
+    was_disabled, _FAKE_LOG.disabled = _FAKE_LOG.disabled, True
+    try:
+        with example.fake_mode, torch.no_grad(), symbols.suppress_guards() if symbols is not None else nullcontext():
+            return target(*args, **kwargs)
+    finally:
+        _FAKE_LOG.disabled = was_disabled
 
 
 def _alike(a: Size, b: Size) -> bool:

@@ -291,3 +291,36 @@ class Encoder(nn.Module):
         made = nn.Transformer.generate_square_subsequent_mask(length)
         y = self.layers(self.embedding(stuff), mask=made if self.mask is None else self.mask[:length, :length])
         return F.cross_entropy(self.head(y).flatten(0, 1), goal.flatten())
+
+
+class ByHand(nn.Module):
+    """Nothing of torch.nn: products by einsum with dots, softmax and loss of exp and sum, rotations from buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"table": (VOCAB, WIDTH), "q": (WIDTH, WIDTH), "k": (WIDTH, WIDTH), "v": (WIDTH, WIDTH)}
+        sizes |= {"o": (WIDTH, WIDTH), "up": (2 * WIDTH, WIDTH), "down": (WIDTH, 2 * WIDTH), "head": (VOCAB, WIDTH)}
+        self.weights = nn.ParameterDict({name: torch.randn(size) / math.sqrt(WIDTH) for name, size in sizes.items()})
+        angle = torch.arange(64)[:, None] * 0.1 ** torch.arange(0, WIDTH // HEADS // 2)
+        self.cos, self.sin = nn.Buffer(angle.cos(), persistent=False), nn.Buffer(angle.sin(), persistent=False)
+        self.mask = nn.Buffer(torch.tril(torch.ones(1, 1, 64, 64)), persistent=False)
+
+    def rotated(self, x: Tensor, at: Tensor) -> Tensor:
+        cos, sin, even, odd = self.cos[at], self.sin[at], x[..., ::2], x[..., 1::2]
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+    def forward(self, stuff: Tensor, goal: Tensor) -> Tensor:
+        length, w = stuff.shape[1], self.weights
+        x = w["table"][stuff]
+        q, k, v = (torch.einsum("...i,oi->...o", x, w[n]).unflatten(-1, (HEADS, -1)).transpose(1, 2) for n in "qkv")
+        at = torch.arange(length)
+        scores = torch.einsum("...sd,...td->...st", self.rotated(q, at), self.rotated(k, at)) / math.sqrt(q.shape[-1])
+        scores = scores.masked_fill(self.mask[:, :, :length, :length] == 0, -math.inf)
+        weights = torch.exp(scores - scores.max(-1, keepdim=True)[0])
+        y = torch.einsum("...st,...td->...sd", weights / weights.sum(-1, keepdim=True), v)
+        x = x + torch.einsum("...i,oi->...o", y.transpose(1, 2).flatten(-2), w["o"])
+        x = x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+        x = x + torch.relu(x @ w["up"].T) @ w["down"].T
+        logits = x @ w["head"].T
+        logits = logits - logits.max(-1, keepdim=True)[0]
+        return (torch.log(torch.exp(logits).sum(-1)) - logits.gather(-1, goal.unsqueeze(-1)).squeeze(-1)).mean()

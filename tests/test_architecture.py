@@ -15,8 +15,8 @@ MAX_LINES = 400
 # spcompile/ from low to high: a module imports only from its own row and the rows above it. A folder counts as one.
 LAYERS = (
     # errors, graphs, sizes: know torch only
-    "diagnostics custom_functions dynamo_settings graph rows_without_keys sequence sizes torch_private",
-    "splice saved_bytes traffic",
+    "diagnostics custom_functions dynamo_settings einsum graph rows_without_keys sequence sizes torch_private",
+    "normalizers splice saved_bytes traffic",
     "flex_attention module_buffer vmapped",
     # meshes, dims, ops that communicate, attention
     "accelerators autocast mesh links options spaces capture attention collectives",

@@ -167,6 +167,12 @@ def einsum_bsnh(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bnqk,bknh->bqnh", weights, v)
 
 
+def einsum_with_dots(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("... s h, ... t h -> ... s t", q, k) * 0.5
+    weights = torch.where(causal(q, k), scores, -math.inf).softmax(-1)
+    return torch.einsum("...st,...tv", weights, v)
+
+
 def repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     k, v = (expand_reshape(x, 2) for x in (k[:, :2], v[:, :2]))
     scores = torch.matmul(q, k.transpose(2, 3)) * 0.5 + torch.full(
@@ -185,7 +191,7 @@ def upcast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores, -1, dtype=torch.float64).to(q.dtype) @ v
 
 
-@pytest.mark.parametrize("model", [bmm_folded, bmm_folded_mask, einsum_bsnh, repeated, upcast])
+@pytest.mark.parametrize("model", [bmm_folded, bmm_folded_mask, einsum_bsnh, einsum_with_dots, repeated, upcast])
 def test_written_out_causal(model: Callable[..., Any]) -> None:
     found = rewrite(model, qkv())
     assert found.rewrites == (1, 1)

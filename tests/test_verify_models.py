@@ -63,6 +63,15 @@ def test_an_encoder_with_a_causal_mask_and_no_hint_is_one_graph(in_buffer: bool)
     assert {remark.code for remark in plan.remarks} <= {"SPR203"}
 
 
+@pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}, {"dp": 2}], ids=str)
+def test_a_model_written_by_hand_is_split_as_any_other(mesh: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    model = pm.ByHand().double()
+    report = spcompile.verify(model, (pm.ids(0, 13), pm.ids(1, 13)), mesh=mesh)
+    assert report.ok, str(report)
+    assert {remark.code for remark in report.remarks} <= {"SPR203"}
+
+
 @pytest.fixture
 def default_float64() -> Any:
     before = torch.get_default_dtype()

@@ -5,12 +5,12 @@ With a bias the contracted factor is replicated: every rank would add the bias t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.fx as fx
 
+from spcompile.einsum import letters_of
 from spcompile.rules.base import OpRule, register, tensor_results
 from spcompile.rules.calls import arguments, overloads, same
 from spcompile.rules.factors import Dim, Factor, broadcast, build, factors
@@ -97,7 +97,7 @@ def tensordot(node: fx.Node) -> OpRule:
 def einsum(node: fx.Node) -> OpRule | None:
     """The equation itself; None where an operand repeats a letter (a diagonal)."""
     args = arguments(node)
-    inputs, output = _equation(args["equation"].replace(" ", ""), [t.ndim for t in args["tensors"]])
+    inputs, output = letters_of(args["equation"], [t.ndim for t in args["tensors"]])
     known: dict[str, Factor] = {}
     layouts: list[list[Dim]] = []
     for letters, tensor in zip(inputs, args["tensors"], strict=True):
@@ -113,19 +113,6 @@ def einsum(node: fx.Node) -> OpRule | None:
     sums = [factor for letter, factor in known.items() if letter not in output]
     out = [known.get(letter, ()) for letter in output]
     return build(node, {"tensors": layouts}, [out], sums=sums, fills={"tensors": 0.0})
-
-
-def _equation(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
-    """Letters of every operand and of the result, with `...` written out as digits, aligned to the right."""
-    left, _, right = equation.partition("->")
-    named = left.split(",")
-    dots = [rank - len(letters.replace("...", "")) for letters, rank in zip(named, ranks, strict=True)]
-    hidden = "0123456789"[: max([n for n, letters in zip(dots, named, strict=True) if "..." in letters], default=0)]
-    inputs = [letters.replace("...", hidden[len(hidden) - n :]) for letters, n in zip(named, dots, strict=True)]
-    if "->" in equation:
-        return inputs, right.replace("...", hidden)
-    letters = left.replace("...", "").replace(",", "")
-    return inputs, hidden + "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
 
 
 @register(*overloads("conv1d conv2d conv3d conv1d.padding conv2d.padding conv3d.padding"))

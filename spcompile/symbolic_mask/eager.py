@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from spcompile.einsum import letters_of
 from spcompile.graph import argument, is_tensor, shape_of
 from spcompile.symbolic_mask.views import sizes_of
 
@@ -114,8 +115,8 @@ def match_eager(softmax: fx.Node) -> EagerAttention:
         raise weights.refusal
     if not isinstance(dim, int) or dim % rank != rank - 1:
         raise Refused("the softmax is not over the keys", softmax)
-    logits, sinks = _without_sinks(_without_maximum(softmax.args[0]), weights.sinks_last)
-    logits = _without_maximum(logits) if sinks is None else logits
+    logits, sinks = _without_sinks(without_maximum(softmax.args[0]), weights.sinks_last)
+    logits = without_maximum(logits) if sinks is None else logits
     found = EagerAttention(softmax, logits, _scores_below(logits), weights.product)
     found.sinks, found.dropout = sinks, weights.dropout
     _peel(logits, 1.0, found)
@@ -125,7 +126,7 @@ def match_eager(softmax: fx.Node) -> EagerAttention:
 def rows_of_scores(softmax: fx.Node) -> int | None:
     """The dim of the query rows, from the end, of a softmax over products of queries and keys; None if it is none."""
     try:
-        product = _scores_below(_without_maximum(softmax.args[0]))
+        product = _scores_below(without_maximum(softmax.args[0]))
     except Refused:
         return None
     if product.equation is None:
@@ -181,8 +182,8 @@ def _cut(node: fx.Node) -> bool | None:
     return {0: True, 1: False}.get(start) if isinstance(start, int) else None
 
 
-def _without_maximum(node: Any) -> Any:
-    """The operand x of x - max(x), which is the same to a softmax."""
+def without_maximum(node: Any, dim: int = -1) -> Any:
+    """The operand x of x - max(x), a maximum over `dim`: the same to a softmax over it."""
     while node.target is aten.sub.Tensor and all(map(is_tensor, node.args)) and argument(node, 2, "alpha", 1) == 1:
         x, maximum = node.args
         while maximum.target in _CASTS or maximum.target is aten.detach.default:
@@ -192,8 +193,9 @@ def _without_maximum(node: Any) -> Any:
         if maximum.target not in (aten.max.dim, aten.amax.default) or not argument(maximum, 2, "keepdim", False):
             return node
         dims = argument(maximum, 1, "dim")
-        last = [d % len(shape_of(x)) for d in (dims if isinstance(dims, list | tuple) else [dims])]
-        if _detached(maximum.args[0]) is not _detached(x) or last != [len(shape_of(x)) - 1]:
+        rank = len(shape_of(x))
+        over = [d % rank for d in (dims if isinstance(dims, list | tuple) else [dims])]
+        if _detached(maximum.args[0]) is not _detached(x) or over != [dim % rank]:
             return node
         node = x
     return node
@@ -234,12 +236,14 @@ def _product(node: fx.Node) -> Product | None:
     if node.target is aten.baddbmm.default:
         return Product(node, node.args[1], node.args[2])  # type: ignore[arg-type]
     if node.target is aten.einsum.default:
-        equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
-        inputs, arrow, output = equation.partition("->")
-        letters = inputs.split(",")
+        operands: Any = node.args[1]
+        letters, output = letters_of(str(node.args[0]), [len(shape_of(x)) for x in operands])
         is_each_once = all(len(set(x)) == len(x) for x in (*letters, output))
-        if arrow and is_each_once and len(output) == 4 and len(letters) == 2 and {len(x) for x in letters} <= {3, 4}:
-            return Product(node, *operands, equation=(letters[0], letters[1], output))  # type: ignore[misc]
+        if is_each_once and len(output) == 4 and len(letters) == 2 and {len(x) for x in letters} <= {3, 4}:
+            known: dict[str, Any] = {}
+            named = [pair for x, t in zip(letters, operands, strict=True) for pair in zip(x, sizes_of(t), strict=True)]
+            if all(known.setdefault(letter, size) == size for letter, size in named):  # nothing is broadcast
+                return Product(node, *operands, equation=(letters[0], letters[1], output))
     return None
 
 

@@ -120,8 +120,8 @@ def _pick(node: Any) -> _Pick | None:
         return _Pick(of, dim, index, dropped is None)
     if node.target is aten.index.Tensor and dropped is None:
         of, indices = operand(node, 0), node.args[1]
-        if len(shape_of(of)) == len(indices) == 2 and all(map(is_tensor, indices)):  # type: ignore[arg-type]
-            rows, target = indices  # type: ignore[misc]
+        if len(shape_of(of)) == len(indices) == 2 and all(map(is_tensor, indices)):
+            rows, target = indices
             if is_range(rows, shape_of(of)[0]) and len(shape_of(rows)) == len(shape_of(target)) == 1:
                 return _Pick(of, 1, target, False, wraps=True)
     return None

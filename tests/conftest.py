@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -19,11 +20,18 @@ from worker_pool import WorkerPool  # noqa: E402
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All tests that need processes run in one of pytest's own processes, so that a run spawns each pool once.
 
+    Of the slow cases of one test, every other one is long as well: CI has no time for all of them.
     First of all hooks: xdist reads the marks in its own.
     """
+    slow_cases: Counter[str] = Counter()
     for item in items:
         if "worker_pool" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("processes"))
+        if item.get_closest_marker("slow") and not item.get_closest_marker("long"):
+            test = item.nodeid.partition("[")[0]
+            if slow_cases[test] % 2:
+                item.add_marker(pytest.mark.long)
+            slow_cases[test] += 1
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -243,7 +243,7 @@ def _product(node: fx.Node) -> Product | None:
             known: dict[str, Any] = {}
             named = [pair for x, t in zip(letters, operands, strict=True) for pair in zip(x, sizes_of(t), strict=True)]
             if all(known.setdefault(letter, size) == size for letter, size in named):  # nothing is broadcast
-                return Product(node, *operands, equation=(letters[0], letters[1], output))
+                return Product(node, operands[0], operands[1], equation=(letters[0], letters[1], output))
     return None
 
 

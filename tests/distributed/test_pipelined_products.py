@@ -72,7 +72,7 @@ def against_plain(compiler: str, length: int, batch: int) -> tuple[float, list[s
     ("ranks", "compiler", "length", "batch"),
     [
         (2, "eager", 7, 2),
-        (2, "inductor", 8, 1),
+        pytest.param(2, "inductor", 8, 1, marks=pytest.mark.slow),
         pytest.param(4, "eager", 7, 1, marks=pytest.mark.slow),
         pytest.param(4, "inductor", 7, 2, marks=pytest.mark.slow),
     ],

@@ -20,6 +20,7 @@ from spcompile.layout import annotate
 from spcompile.one_row import OWN, is_users, with_rows
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.propagate import Choice, Place, Placements, propagate
+from spcompile.row_blocks import write_blocks, write_blocks_of_one_row
 from spcompile.row_counts import require_no_counts
 from spcompile.row_evidence import require_rows
 from spcompile.rules.base import tensor_results
@@ -38,13 +39,17 @@ class AnnotateDataParallel(Pass):
     axis: ClassVar[str | None] = "dp"
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        """Annotate; where there is one row a rank, the graph gets several first. Returns how many inputs have them.
+        """Annotate; where there is one row a rank, the graph gets several first.
+
+        Returns how many inputs have them, and how many joins and cuts of rows were rewritten.
 
         Raises:
             BatchNotSplit: no attention over rows of the batch, or rows that cannot be told from something else.
         """
+        blocks = write_blocks(gm.graph, [n for n in gm.graph.find_nodes(op="placeholder") if is_users(n)])
         found, widened = _spread(gm.graph), 0
         if found is None:
+            blocks += write_blocks_of_one_row(gm.graph)
             gm.graph, ctx.rows = with_rows(gm.graph)
             found = _spread(gm.graph)
             widened = sum(OWN in n.meta for n in gm.graph.find_nodes(op="placeholder"))
@@ -58,7 +63,7 @@ class AnnotateDataParallel(Pass):
             if node.meta.get("trainable") and (node, 0) in placements.places:
                 raise BatchNotSplit(f"{node.name} requires a gradient and has rows of the batch", legal="DDP over dp")
         annotate(gm.graph, "dp", spaces, placements)
-        return widened
+        return blocks + widened
 
 
 def _spread(graph: fx.Graph) -> tuple[IndexSpaces, dict[fx.Node, Choice], Placements] | None:

@@ -133,6 +133,10 @@ class _Widen:
                 self.impossible = True
                 raise self.refusal(node, str(first).splitlines()[0]) from first
         node.meta["val"] = value
+        if len(tensor_results(node)) != len(shapes):
+            raise self.refusal(
+                node, f"{len(shapes)} results would become {len(tensor_results(node))} with {self.rows} rows"
+            )
         dims = [self.dim_of(node, a, tuple(b.shape)) for a, b in zip(shapes, tensor_results(node), strict=True)]
         if any(dim is not None for dim in dims):
             self.before[node] = list(shapes)

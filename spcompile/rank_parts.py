@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from spcompile import sequence
 from spcompile.diagnostics import BatchNotSplit
@@ -50,12 +52,15 @@ def whole_of(parts: Sequence[Tensor], dims: Mapping[str, int], shape: Sequence[i
 def split_batch(inputs: Inputs, degree: int) -> list[Inputs]:
     """Each dp rank's inputs: its rows of every tensor whose first dim is as long as that of the first tensor.
 
+    Tensors inside of lists, tuples and dicts count too.
+
     Raises:
         BatchNotSplit: the rows do not divide.
     """
+    given = dict(inputs) if isinstance(inputs, Mapping) else list(inputs)
     if degree == 1:
-        return [inputs]
-    tensors = [x for x in (inputs.values() if isinstance(inputs, Mapping) else inputs) if isinstance(x, Tensor)]
+        return [given]
+    tensors = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
     rows = next((x.shape[0] for x in tensors if x.ndim), 0)
     if rows == 0 or rows % degree:
         raise BatchNotSplit(f"{rows} rows over dp = {degree}", legal=f"a multiple of {degree} rows")
@@ -65,6 +70,4 @@ def split_batch(inputs: Inputs, degree: int) -> list[Inputs]:
             return x
         return x.detach().tensor_split(degree)[rank].requires_grad_(x.requires_grad)
 
-    if isinstance(inputs, Mapping):
-        return [{name: part(x, rank) for name, x in inputs.items()} for rank in range(degree)]
-    return [[part(x, rank) for x in inputs] for rank in range(degree)]
+    return [pytree.tree_map(partial(part, rank=rank), given) for rank in range(degree)]

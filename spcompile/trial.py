@@ -307,9 +307,10 @@ def trial_of(
     rng: Tensor,
 ) -> Trial:
     """Trace the model on the rows of dp's first rank; find which of its inputs and outputs are the plain model's."""
-    per_rank = split_batch(example_inputs, mesh.size("dp"))
-    rows = {id(parts[0]): parts for parts in zip(*map(_values, per_rank), strict=True) if parts[0] is not parts[-1]}
-    whole = {id(part): id(x) for part, x in zip(_values(per_rank[0]), _values(example_inputs), strict=True)}
+    (given,), per_rank = split_batch(example_inputs, 1), split_batch(example_inputs, mesh.size("dp"))
+    parts = [pytree.tree_leaves(inputs) for inputs in per_rank]
+    rows = {id(own[0]): own for own in zip(*parts, strict=True) if own[0] is not own[-1]}
+    whole = {id(part): id(x) for part, x in zip(parts[0], pytree.tree_leaves(given), strict=True)}
     trials: list[Trial] = []
     returned: list[Tensor] = []
 
@@ -347,10 +348,6 @@ def trial_of(
         if given in eager.gradients:
             trial.gradients[i] = (names.get(given, f"input {i}"), eager.gradients[given])
     return trial
-
-
-def _values(inputs: Inputs) -> list[Any]:
-    return list(inputs.values() if isinstance(inputs, Mapping) else inputs)
 
 
 def _communicates(graph: fx.Graph) -> bool:

@@ -30,7 +30,7 @@ from spcompile.graph import argument, call, erase_dead, replace, shape_of
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.rows_without_keys import ABSORBS, rows_of_one_number, with_uniform_rows
 from spcompile.splice import splice
-from spcompile.symbolic_mask.alibi import Linear, needs_gradient, read_linear, slopes_of, sum_of, write_slopes
+from spcompile.symbolic_mask.alibi import Linear, read_linear, slopes_of, sum_of, write_slopes
 from spcompile.symbolic_mask.match import B, H, K, Q, Structure, Unmatched, clauses, every_row_has_a_key, match
 from spcompile.symbolic_mask.parts import Part, Reading, Role, full_bias, is_finite, join, parts_of, read_part
 from spcompile.symbolic_mask.reader import Reader
@@ -128,7 +128,8 @@ def _average_rows_without_keys(node: fx.Node, marks: fx.Node | None = None) -> N
 def _average_rows_of_one_number(graph: fx.Graph) -> int:
     """Average all values where a dense bias of unknown numbers has a row of one large negative number, as min is.
 
-    Only of a bias with a gradient: without one the kernels that PyTorch takes on one device are no better here.
+    So does the plain model. The gradient of such a row is that of the formula. What scaled_dot_product_attention gives
+    comes of a log-sum-exp that has lost the number of keys.
     """
     found: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     rewrites = 0
@@ -139,7 +140,7 @@ def _average_rows_of_one_number(graph: fx.Graph) -> int:
         dtype = bias.meta["val"].dtype
         if not dtype.is_floating_point or torch.finfo(dtype).min > ABSORBS:
             continue
-        if not needs_gradient(bias) or _has_no_fill(bias):
+        if _has_no_fill(bias):
             continue
         if bias not in found:
             found[bias] = splice(rows_of_one_number, (bias,), like=node)

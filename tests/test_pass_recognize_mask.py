@@ -315,7 +315,8 @@ def test_symbolic_lengths(name: str) -> None:
 
 
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}], ids=str)
-def test_rows_of_a_learned_bias_that_are_one_large_number(mesh: dict[str, int]) -> None:
+@pytest.mark.parametrize("is_learned", [True, False])
+def test_rows_of_a_dense_bias_that_are_one_large_number(is_learned: bool, mesh: dict[str, int]) -> None:
     """They average all values; so in the backward, and where a ring merges blocks."""
 
     class Masked(torch.nn.Module):
@@ -329,7 +330,9 @@ def test_rows_of_a_learned_bias_that_are_one_large_number(mesh: dict[str, int]) 
             numbers_B1SS = torch.exp(x_BSD[:, None, :, 0])[:, :, None].expand(-1, -1, S, -1)
             seen_B1SS = torch.ones(S, S, dtype=torch.bool).tril() & keep_BS[:, None, None, :]
             bias_B1SS = numbers_B1SS.masked_fill(~seen_B1SS, torch.finfo(torch.float64).min)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias_B1SS).transpose(1, 2).flatten(2)
+            if is_learned:
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=bias_B1SS).transpose(1, 2).flatten(2)
+            return ((q @ k.mT + bias_B1SS.detach()).softmax(-1) @ v).transpose(1, 2).flatten(2)
 
     keep_BS = torch.ones(2, 7, dtype=torch.bool)
     keep_BS[1, :3] = False

@@ -15,15 +15,15 @@ import torch.fx as fx
 from torch import Tensor
 
 from spcompile.diagnostics import BatchNotSplit
+from spcompile.graph import shape_of
 from spcompile.index_spaces import IndexSpaces, OpSpaces, find_index_spaces
 from spcompile.layout import annotate
 from spcompile.one_row import OWN, is_users, with_rows
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.propagate import Choice, Place, Placements, propagate
+from spcompile.propagate import SCORES, UNREAD_ATTENTION, Choice, Place, Placements, propagate
 from spcompile.row_blocks import write_blocks, write_blocks_of_one_row
 from spcompile.row_counts import require_no_counts
 from spcompile.row_evidence import require_rows
-from spcompile.rules.base import tensor_results
 from spcompile.sizes import same
 from spcompile.spaces import Space, leaves
 
@@ -70,37 +70,42 @@ def _spread(graph: fx.Graph) -> tuple[IndexSpaces, dict[fx.Node, Choice], Placem
     """Spaces, every attention over several rows, and all that has rows with it; None where no input has.
 
     Inputs that attention does not reach have rows where they are as long as the batch. Without a batch, an attention in
-    three dims has its heads where a batch would be, and no input has rows.
+    three dims has its heads where a batch would be, and no input has rows. Where no attention is known the first dim of
+    the inputs has rows: whatever mixes them is refused.
     """
     spaces = find_index_spaces(graph)
     inputs = [n for n in graph.find_nodes(op="placeholder") if is_users(n) and n in spaces.values]
     given = {leaf for n in inputs for dim in spaces.values[n][0] for leaf in leaves(dim)}
-    attentions = {n: c for n, c in spaces.calls.items() if c.rule.paired and "b" in c.rule.sizes}
-    seeds = {node: _rows_of(call, given) for node, call in attentions.items()}
-    if not seeds:
-        return None
+    batches = {n: factor for n, call in spaces.calls.items() if (factor := _batch_of(n, call, given)) is not None}
+    seeds = {node: _rows_of(spaces.calls[node], factor, given) for node, factor in batches.items()}
     of_attention = propagate(graph, spaces, seeds)
-    others = {n: at for n, at in _inputs_with_rows(graph, spaces, seeds).items() if (n, 0) not in of_attention.places}
+    others = {n: at for n, at in _inputs_with_rows(spaces, seeds, inputs).items() if (n, 0) not in of_attention.places}
     placements = propagate(graph, spaces, seeds, others) if others else of_attention
     return (spaces, seeds, placements) if any((n, 0) in placements.places for n in inputs) else None
 
 
-def _rows_of(call: OpSpaces, given: set[Space]) -> Choice:
+def _batch_of(node: fx.Node, call: OpSpaces, given: set[Space]) -> str | None:
+    """The factor of an attention's batch; of a written-out one's, the first of four dims, if an input has it."""
+    if call.rule.paired:
+        return "b" if "b" in call.rule.sizes else None
+    results, custom = call.rule.results[0], node.meta.get("custom", {})
+    if (UNREAD_ATTENTION not in custom and SCORES not in custom) or len(results) != 4 or not results[0]:
+        return None
+    return results[0][0] if not given.isdisjoint(call.leaves_of(results[0][0])) else None
+
+
+def _rows_of(call: OpSpaces, batch: str, given: set[Space]) -> Choice:
     """The part of an attention's batch that an input has: a model may repeat its rows, or put more than them there."""
-    parts = call.leaves_of("b")
-    return Choice("b", next((part for part, space in enumerate(parts) if space in given), 0))
+    parts = call.leaves_of(batch)
+    return Choice(batch, next((part for part, space in enumerate(parts) if space in given), 0))
 
 
-def _inputs_with_rows(graph: fx.Graph, spaces: IndexSpaces, seeds: dict[fx.Node, Choice]) -> dict[fx.Node, Place]:
-    """The user's tensors whose first dim is as long as the batch."""
-    node, choice = next(iter(seeds.items()))
-    rows = spaces.calls[node].rule.sizes[choice.factor]
-    found = {}
-    for placeholder in graph.find_nodes(op="placeholder"):
-        values = tensor_results(placeholder)
-        if is_users(placeholder) and values and values[0].ndim and same(values[0].shape[0], rows):
-            found[placeholder] = Place(0)
-    return found
+def _inputs_with_rows(spaces: IndexSpaces, seeds: dict[fx.Node, Choice], inputs: list[fx.Node]) -> dict[fx.Node, Place]:
+    """The user's tensors that are as long as the batch: that of an attention or, without one, of the first tensor."""
+    tensors = [n for n in inputs if shape_of(n)]
+    rows = next((spaces.calls[n].rule.sizes[choice.factor] for n, choice in seeds.items()), None)
+    rows = shape_of(tensors[0])[0] if rows is None and tensors else rows
+    return {n: Place(0) for n in tensors if same(shape_of(n)[0], rows) and not same(rows, 1)}
 
 
 def _loss_of_rows(x_BSD: Tensor, w_DD: Tensor, labels_BS: Tensor) -> Tensor:

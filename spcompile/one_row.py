@@ -45,7 +45,7 @@ def with_rows(graph: fx.Graph) -> tuple[fx.Graph, int]:
     """
     inputs = [n.name for n in graph.find_nodes(op="placeholder") if _may_have_rows(n)]
     if not inputs:
-        found = "no attention was found over the rows of an input, and no input has a first dim of 1, this rank's row"
+        found = "attention is over no rows of an input, and no input has a first dim of 1, this rank's row"
         raise BatchNotSplit(found, legal="attention on the rows as they are passed in, or DDP over dp")
     rows = _free_prime(graph)
     attempt = first = _Widen(graph, inputs, rows)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spcompile import explain, verify
+from spcompile.diagnostics import BatchNotSplit
 
 S, N, H = 9, 4, 4
 
@@ -63,3 +64,24 @@ def test_split_by_query_rows(name: str) -> None:
     assert "SPR202" in codes
     assert "SPR101" not in codes
     assert explain(model, {"x": x}, mesh={"cp": 2}).sharding.length == S
+
+
+@pytest.mark.parametrize("rows", [1, 2], ids=["one row a rank", "two rows a rank"])
+def test_each_rank_of_dp_has_its_rows(rows: int) -> None:
+    report = verify(
+        Written(ATTENTIONS["talking heads"]), {"x": torch.randn(2 * rows, S, N * H).double()}, mesh={"dp": 2}
+    )
+    assert report.ok, str(report)
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    states = (k.exp()[..., None] * v[..., None, :]).cumsum(1)
+    return (q.exp()[..., None, :] @ states)[..., 0, :]
+
+
+def test_rows_of_a_model_without_softmax() -> None:
+    model = Written(linear_attention)
+    report = verify(model, {"x": torch.randn(4, S, N * H, dtype=torch.float64)}, mesh={"dp": 2})
+    assert report.ok, str(report)
+    with pytest.raises(BatchNotSplit, match="one row, this rank's own or one that all ranks share"):
+        verify(model, {"x": torch.randn(2, S, N * H, dtype=torch.float64)}, mesh={"dp": 2})

@@ -46,6 +46,7 @@ from spcompile.symbolic_mask.eager import (
     rows_of_scores,
 )
 from spcompile.symbolic_mask.fills import NotKnown, must_average
+from spcompile.symbolic_mask.grouped_heads import write_grouped_heads_in_four_dims
 from spcompile.symbolic_mask.heads import before_repeat, by_head, heads_in_batch
 from spcompile.symbolic_mask.parts import Part, Role, full_bias, join, masked_below, parts_of
 from spcompile.symbolic_mask.views import sizes_of
@@ -64,7 +65,7 @@ class RecognizeAttention(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         """Rewrite every attention that can be taken."""
-        rewrites = 0
+        rewrites = write_grouped_heads_in_four_dims(gm.graph)
         for node in list(gm.graph.nodes):
             made: list[fx.Node] = []
             try:

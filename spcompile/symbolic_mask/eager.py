@@ -115,6 +115,8 @@ def match_eager(softmax: fx.Node) -> EagerAttention:
         raise weights.refusal
     if not isinstance(dim, int) or dim % rank != rank - 1:
         raise Refused("the softmax is not over the keys", softmax)
+    if rank > 4:
+        raise Refused("scores in five dims that are no groups of heads", softmax)
     logits, sinks = _without_sinks(without_maximum(softmax.args[0]), weights.sinks_last)
     logits = without_maximum(logits) if sinks is None else logits
     found = EagerAttention(softmax, logits, _scores_below(logits), weights.product)
@@ -145,13 +147,13 @@ def _values(softmax: fx.Node) -> _Weights:
     while True:
         if len(node.users) != 1:
             for user in node.users:
-                product = _product(user)
+                product = product_of(user)
                 if product is not None and product.left is node:
                     refusal = Refused("the attention weights are read by something else too", node)
                     return _Weights(product, refusal)
             raise NotAttention
         (user,) = node.users
-        product = _product(user)
+        product = product_of(user)
         if product is not None:
             if product.left is not node:
                 raise NotAttention
@@ -167,9 +169,14 @@ def _values(softmax: fx.Node) -> _Weights:
             found.sinks_last = cut
         elif user.target is aten.slice.Tensor:
             found.refusal = Refused("attention weights are cut", user)
-        elif user.target not in _CASTS and not (user.target in _VIEWS and _keeps_last_two(user)):
+        elif not passes_weights(user) and not (user.target in _VIEWS and _keeps_last_two(user)):
             raise NotAttention
         node = user
+
+
+def passes_weights(node: fx.Node) -> bool:
+    """Whether this call may stand between the softmax and the product with the values, and keeps all dims."""
+    return node.target in _CASTS or node.target is aten.dropout.default
 
 
 def _cut(node: fx.Node) -> bool | None:
@@ -227,10 +234,11 @@ def _keeps_last_two(view: fx.Node) -> bool:
     return len(before) in (3, 4) and len(after) in (3, 4) and before[-2:] == after[-2:]
 
 
-def _product(node: fx.Node) -> Product | None:
+def product_of(node: fx.Node) -> Product | None:
+    """The product that this call is, in three or four dims, or in five with groups of heads; None if it is none."""
     if node.target in _PRODUCTS:
         left, right = node.args[:2]
-        if len(shape_of(left)) == len(shape_of(right)) in (3, 4):  # type: ignore[arg-type]
+        if len(shape_of(left)) == len(shape_of(right)) in (3, 4, 5):  # type: ignore[arg-type]
             return Product(node, left, right)  # type: ignore[arg-type]
         return None
     if node.target is aten.baddbmm.default:
@@ -239,7 +247,8 @@ def _product(node: fx.Node) -> Product | None:
         operands: Any = node.args[1]
         letters, output = letters_of(str(node.args[0]), [len(shape_of(x)) for x in operands])
         is_each_once = all(len(set(x)) == len(x) for x in (*letters, output))
-        if is_each_once and len(output) == 4 and len(letters) == 2 and {len(x) for x in letters} <= {3, 4}:
+        ranks = {4: {3, 4}, 5: {3, 4, 5}}.get(len(output), set())
+        if is_each_once and len(letters) == 2 and {len(x) for x in letters} <= ranks:
             known: dict[str, Any] = {}
             named = [pair for x, t in zip(letters, operands, strict=True) for pair in zip(x, sizes_of(t), strict=True)]
             if all(known.setdefault(letter, size) == size for letter, size in named):  # nothing is broadcast
@@ -253,16 +262,16 @@ def _is_number(arg: Any) -> bool:
 
 def _scores_below(node: fx.Node) -> Product:
     """The product of queries and keys that these scores come from."""
-    product = _product(node)
+    product = product_of(node)
     if product is not None:
         return product
-    following = _scores_operand(node)
+    following = scores_operand(node)
     if following is None:
         raise Refused(f"{node.target} between the scores and the softmax", node)
     return _scores_below(following)
 
 
-def _scores_operand(node: fx.Node) -> fx.Node | None:
+def scores_operand(node: fx.Node) -> fx.Node | None:
     """The operand of this call that holds the scores; None if the call is not one that may stand here."""
     args: tuple[Any, ...] = node.args
     if node.target in _CASTS or (node.target in _VIEWS and _keeps_last_two(node)):
@@ -310,7 +319,7 @@ def _peel(node: fx.Node, factor: float, found: EagerAttention) -> None:
                 found.terms.append(Term(args[0], node, factor * float(beta)))  # type: ignore[arg-type]
             found.scale = factor * float(alpha)  # type: ignore[arg-type]
         return
-    below = _scores_operand(node)
+    below = scores_operand(node)
     assert below is not None
     inside_cap = found.softcap != 0
     count = len(found.terms)

@@ -48,7 +48,7 @@ from spcompile.symbolic_mask.eager import (
 from spcompile.symbolic_mask.fills import NotKnown, must_average
 from spcompile.symbolic_mask.grouped_heads import write_grouped_heads_in_four_dims
 from spcompile.symbolic_mask.heads import before_repeat, by_head, heads_in_batch
-from spcompile.symbolic_mask.parts import Part, Role, full_bias, join, masked_below, parts_of
+from spcompile.symbolic_mask.parts import REPLACED_BELOW, Part, Role, full_bias, join, parts_of
 from spcompile.symbolic_mask.views import sizes_of
 
 aten = torch.ops.aten
@@ -327,7 +327,7 @@ def _bias(found: EagerAttention, heads: int, q: fx.Node, k: fx.Node, new: _Build
                 node = new(aten.to.dtype, node, torch.bool)
             parts.append(Part(node, Role.DROP if term.masked else Role.KEEP))
             replaced[parts[-1]] = term.fill * term.factor
-    if any(fill > masked_below(found.logits.meta["val"].dtype) for fill in replaced.values()):
+    if any(fill > REPLACED_BELOW for fill in replaced.values()):
         raise Refused("masked scores are not replaced by a large negative number", found.scores.node)
     average = _must_average(parts, replaced, q, k, _More(found.softcap, found.sinks))
     return join(parts, new), average

@@ -241,7 +241,7 @@ def capped_with_a_finite_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def two_finite_masks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     keep = (torch.arange(k.shape[2]) < q.detach()[:, 0, 0, :1] * 3 + 4)[:, None, None, :]
-    scores = (q @ k.mT).masked_fill(~keep, torch.finfo(q.dtype).min)
+    scores = (q @ k.mT).masked_fill(~keep, -1e9)
     return scores.masked_fill(~causal(q, k), torch.finfo(q.dtype).min).softmax(-1) @ v
 
 

@@ -98,6 +98,8 @@ POSITIONAL: list[tuple[str, Callable[[Tensor, Tensor], Tensor]]] = [
         lambda q, k: (indices(q, k)[1] <= indices(q, k)[0]) & (indices(q, k)[0] - indices(q, k)[1] < 4),
     ),
     ("causal window=4", lambda q, k: torch.ones(12, 12).tril().bool() * torch.ones(12, 12).triu(-3).bool()),
+    ("causal window=4", lambda q, k: torch.ones(12, 12).tril().triu(-3) != 0),
+    ("causal window=4", lambda q, k: ~(torch.ones(12, 12).tril() * torch.ones(12, 12).triu(-3) == 0)),
     ("causal window=100", lambda q, k: torch.ones(12, 12).tril().bool() & torch.ones(12, 12).triu(-99).bool()),
     (
         "causal window=5",

@@ -60,6 +60,24 @@ def test_key_padding(name: str, causal: bool) -> None:
     assert (LENGTH, LENGTH) not in {size[-2:] for size in found.sizes()}
 
 
+IDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "end belongs to its document": lambda ends: ends.long().cumsum(1) - ends.long(),
+    "padding has none": lambda ends: torch.where(ends.roll(1, 1), -1, ends.cumsum(1)),
+}
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_documents_whose_ids_are_a_choice(name: str) -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
+        i, j = indices(q, k)
+        ids = IDS[name](ends)
+        return attend(q, k, v, ((ids[:, :, None] == ids[:, None, :]) & (j <= i))[:, None])
+
+    found = rewrite(model, (*qkv(), torch.rand(2, LENGTH) < 0.3))
+    assert found.masks == ["causal documents"]
+    assert not found.remarks.rows
+
+
 def test_an_additive_mask_that_need_not_be_zero_or_one_stays_a_small_bias() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
         return attend(q, k, v, ((1.0 - m[:, None, None, :].to(q.dtype)) * -1e9).expand(-1, 1, LENGTH, -1))

@@ -119,6 +119,12 @@ def filled_behind_a_cap_and_a_bias(q: Tensor, k: Tensor, v: Tensor, lengths: Ten
     return torch.where(keep, scores, -1e9).softmax(-1) @ v
 
 
+def filled_twice(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """With one number: a row without keys holds it throughout, as with one mask."""
+    scores = (q @ k.mT * 0.3).masked_fill(~of_lengths(k, lengths), -1e4)
+    return scores.masked_fill(~causal(q, k), -1e4).softmax(-1) @ v
+
+
 def added(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
     k, v = (x[:, :2].repeat_interleave(2, 1) for x in (k, v))
     keep = of_lengths(k, lengths) & causal(q, k)
@@ -131,7 +137,7 @@ def added_with_sinks(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor
     return torch.cat([scores, column(torch.arange(4.0).to(q.dtype), scores)], -1).softmax(-1)[..., :-1] @ v
 
 
-@pytest.mark.parametrize("model", [filled, filled_behind_a_cap_and_a_bias, added, added_with_sinks])
+@pytest.mark.parametrize("model", [filled, filled_behind_a_cap_and_a_bias, filled_twice, added, added_with_sinks])
 def test_rows_without_keys_and_a_finite_fill(model: Callable[..., Any]) -> None:
     """Such rows are uniform over all keys; added to scores, the fill leaves these their gradient."""
     found = rewrite(model, (*qkv(), LENGTHS))

@@ -13,6 +13,7 @@ import torch.fx as fx
 from spcompile.graph import argument
 from spcompile.symbolic_mask.reader import Reader, as_dtype, reads
 from spcompile.symbolic_mask.values import (
+    Select,
     Unreadable,
     Value,
     compare,
@@ -151,6 +152,8 @@ def _clamp(reader: Reader, node: fx.Node, indices: Indices) -> Value:
 def _comparison(*names: str) -> None:
     def read(reader: Reader, node: fx.Node, indices: Indices) -> Value:
         a, b = operands(reader, node, indices, ("self", "other"))
+        if names[0] in ("eq", "ne") and (isinstance(a, Select) or isinstance(b, Select)):
+            a, b = reader.two_elements(node, indices) or (a, b)
         return compare(names[0], a, b)
 
     reads(*(f"{name}.{overload}" for name in names for overload in ("Tensor", "Scalar")))(read)

@@ -44,12 +44,13 @@ def must_average(
     if not (put or added) or has_sinks or _every_row_has_a_key(readings, q, k):
         return False
     mask = (put + added)[0]
-    others = [part for part in parts if part is not mask]
-    is_only_mask = parts.count(mask) == 1 and all(_excludes_nothing(p, readings[p], reader, indices) for p in others)
+    masks = put if len({replaced[part] for part in put}) == 1 else [mask]  # the same number wherever one of them holds
+    others = [part for part in parts if part not in masks]
+    is_only_mask = all(_excludes_nothing(part, readings[part], reader, indices) for part in others)
     reading = readings[mask]
     fills = {replaced[mask]} if put else set(reading.fills if reading is not None else ())
     absorbs = len(fills) == 1 and fills.pop() <= ABSORBS
-    if is_only_mask and put and (absorbs or mask is parts[0]):
+    if is_only_mask and put and (absorbs or all(part in masks for part in parts[: len(masks)])):
         return True
     if is_only_mask and added and absorbs and not has_softcap:
         return False

@@ -17,6 +17,7 @@ the graph, by reading its element at t = u + 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -103,14 +104,38 @@ def every_row_has_a_key(condition: Boolean, queries: Int, keys: Int) -> bool:
 
 
 def clauses(condition: Boolean) -> list[Boolean]:
-    """The conjuncts of the condition, each a literal or a disjunction of literals."""
+    """The conjuncts of the condition, each a literal or a disjunction of literals, without what others imply."""
     found: list[Boolean] = []
     for part in sympy.And.make_args(condition):
         literals = sum(len(arg.args) if isinstance(arg, sympy.And) else 1 for arg in part.args)
         if isinstance(part, sympy.Or) and part.has(sympy.And) and literals <= _LARGEST_CNF:
             part = sympy.And(*filter(_is_no_tautology, sympy.And.make_args(sympy.to_cnf(part))))
         found += (clause for clause in sympy.And.make_args(part) if clause != sympy.true)
+    found = [sympy.Or(*_weakest(sympy.Or.make_args(clause))) for clause in found]
+    facts = [clause for clause in found if not isinstance(clause, sympy.Or)]
+    found = facts + [known for clause in found if isinstance(clause, sympy.Or) for known in _beside(clause, facts)]
     return sorted(dict.fromkeys(found), key=sympy.default_sort_key)
+
+
+def _weakest(literals: tuple[Boolean, ...]) -> list[Boolean]:
+    """The literals of a disjunction that imply no other one of it: e >= 0 implies e + 1 >= 0."""
+    return [a for a in literals if not any(a is not b and _slack(a, b, -1) >= 0 for b in literals)]
+
+
+def _beside(clause: Boolean, facts: list[Boolean]) -> list[Boolean]:
+    """What a disjunction says where these literals hold: nothing if they imply it, and less what they contradict."""
+    literals = sympy.Or.make_args(clause)
+    if any(_slack(fact, literal, -1) >= 0 for fact in facts for literal in literals):
+        return []
+    return [sympy.Or(*(a for a in literals if not any(_slack(fact, a, 1) < 0 for fact in facts)))]
+
+
+def _slack(a: Boolean, b: Boolean, sign: int) -> float:
+    """The constant f + sign * e of two literals e >= 0 and f >= 0; NaN, which compares to nothing, if it is none."""
+    if not (isinstance(a, sympy.Ge) and isinstance(b, sympy.Ge)):
+        return math.nan
+    difference = sympy.expand(b.lhs + sign * a.lhs)
+    return float(difference) if difference.is_number else math.nan
 
 
 def _is_no_tautology(clause: Boolean) -> bool:

@@ -27,6 +27,7 @@ from spcompile.symbolic_mask.values import Select, Unreadable, Value, negate, to
 from spcompile.symbolic_mask.views import Indices, sizes_of
 
 aten = torch.ops.aten
+REPLACED_BELOW = -9e3  # a number in the place of a score excludes its key: -1e4 has long been in use as one
 
 
 class Role(Enum):

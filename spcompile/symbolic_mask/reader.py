@@ -81,6 +81,26 @@ class Reader:
             return sympy.true if arg else sympy.false
         return arg if isinstance(arg, float) else size_expr(arg)
 
+    def two_elements(self, node: fx.Node, indices: Indices) -> tuple[Value, Value] | None:
+        """The operands of a comparison, where they are two elements of one tensor of integers; they are not opened.
+
+        f[q] == f[k] says that two positions are of one document, whatever f is. Opened, a choice in f hides that.
+        """
+        places = [self._source(arg, _broadcast(arg, indices)) for arg in node.args[:2] if is_tensor(arg)]  # type: ignore[arg-type]
+        if len(places) != 2 or places[0][0] is not places[1][0] or places[0] == places[1]:
+            return None
+        source = places[0][0]
+        dtype = source.meta["val"].dtype
+        if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+            return None
+        return tuple(self._leaf(source, at, source) for _, at in places)  # type: ignore[return-value]
+
+    def _source(self, node: fx.Node, indices: Indices) -> tuple[fx.Node, Indices]:
+        """The tensor whose elements this one only moves."""
+        while (moved := step(node, indices, self.space)) is not None:
+            node, indices = moved
+        return node, indices
+
     def _read(self, node: fx.Node, indices: Indices) -> Value:
         moved = step(node, indices, self.space)
         if moved is not None:

@@ -249,6 +249,7 @@ def _operands(found: EagerAttention, new: _Builder) -> tuple[fx.Node, fx.Node, f
         q, k = _einsum_queries_keys(found.scores, new)
     else:
         q, k = found.scores.left, new(aten.transpose.int, found.scores.right, -1, -2)
+    q = _times_factors(q, found, new)
     v = found.result.right if found.result.equation is None else _einsum_values(found.result, new)
     heads = 0
     if 3 in (len(shape_of(q)), len(shape_of(v))):
@@ -259,6 +260,14 @@ def _operands(found: EagerAttention, new: _Builder) -> tuple[fx.Node, fx.Node, f
             raise Refused("heads that are folded into the batch in different ways", found.scores.node)
         q, k, v = (new(aten.unflatten.int, x, 0, [-1, heads]) if len(shape_of(x)) == 3 else x for x in (q, k, v))
     return before_repeat(q, repeats_allowed=False), before_repeat(k), v, heads
+
+
+def _times_factors(q: fx.Node, found: EagerAttention, new: _Builder) -> fx.Node:
+    """The queries times what the scores are multiplied with, which is one number for each row or fewer."""
+    dtype = q.meta["val"].dtype
+    for factor, divides in found.factors:
+        q = new(aten.div.Tensor if divides else aten.mul.Tensor, q, factor)
+    return q if q.meta["val"].dtype == dtype else new(aten.to.dtype, q, dtype)
 
 
 def _check_layout(found: EagerAttention, q: fx.Node, k: fx.Node, v: fx.Node) -> None:

@@ -180,3 +180,39 @@ def test_dropout(written_out: bool) -> None:
     assert found.codes == ["SPR303"]
     assert found.masks == ["causal"]
     assert found.attentions[0].args[15] == 0.4
+
+
+FACTORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of scores [2, 4, 12, 12] and f [4, 1, 1]
+    "by head": lambda s, f: s * f.exp().clamp(max=100),
+    "in front": lambda s, f: f * s * 0.5,
+    "divided": lambda s, f: (s * 2.0) / (f.square() + 1),
+    "by row": lambda s, f: s * torch.arange(12.0, dtype=s.dtype)[:, None].log1p(),
+    "one number": lambda s, f: s * f.mean(),
+    "several": lambda s, f: s * f / f.abs().sum(),
+    "inside of a cap": lambda s, f: capped(s * f),
+    "beside a bias": lambda s, f: s * f - torch.arange(12.0, dtype=s.dtype),
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_factors_that_are_no_constants_go_to_the_queries(name: str) -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, f: Tensor) -> Tensor:
+        return FACTORS[name](q @ k.mT, f).masked_fill(~causal(q, k), -math.inf).softmax(-1) @ v
+
+    found = rewrite(model, (*qkv(), torch.randn(4, 1, 1, dtype=torch.float64, requires_grad=True)))
+    assert found.masks[0].startswith("causal")
+    assert not found.remarks.rows
+
+
+@pytest.mark.parametrize("inside", [lambda s: capped(s), lambda s: s - torch.arange(12), lambda s: s + 3.0])
+def test_what_stands_inside_of_such_a_factor_is_refused(inside: Callable[[Tensor], Tensor]) -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, f: Tensor) -> Tensor:
+        return (inside(q @ k.mT) * f).softmax(-1) @ v
+
+    found = rewrite(model, (*qkv(), torch.randn(4, 1, 1, dtype=torch.float64, requires_grad=True)))
+    assert found.codes == ["SPR202"]
+
+
+def test_a_factor_for_each_key_is_refused() -> None:
+    found = rewrite(lambda q, k, v: (q @ k.mT * torch.arange(12.0, dtype=q.dtype)).softmax(-1) @ v, qkv())
+    assert found.codes == ["SPR202"]

@@ -72,9 +72,10 @@ class Product:
 class EagerAttention:
     """What was found.
 
-        result = dropout(softmax([cap(scale * (queries @ keys)) + terms, sinks])) @ values
+        result = dropout(softmax([cap(scale * factors * (queries @ keys)) + terms, sinks])) @ values
 
     logits: the scores that enter the softmax, without the sinks' column. sinks: that column.
+    factors: tensors with one number for each row, head or all, and whether the scores are divided by them.
     """
 
     softmax: fx.Node
@@ -82,6 +83,7 @@ class EagerAttention:
     scores: Product
     result: Product
     scale: float = 1.0
+    factors: list[tuple[fx.Node, bool]] = field(default_factory=list)
     softcap: float = 0.0
     terms: list[Term] = field(default_factory=list)
     sinks: fx.Node | None = None
@@ -277,7 +279,8 @@ def scores_operand(node: fx.Node) -> fx.Node | None:
     if node.target in _CASTS or (node.target in _VIEWS and _keeps_last_two(node)):
         return args[0] if node.meta["val"].dtype.is_floating_point else None
     if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
-        return args[0] if _is_number(args[1]) else None
+        pairs = (args[:2], args[1::-1])[: 1 if node.target is aten.div.Tensor else 2]
+        return args[0] if _is_number(args[1]) else next((x for x, y in pairs if _is_factor(y, node)), None)
     if node.target is aten.tanh.default:
         return args[0]
     if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
@@ -291,6 +294,13 @@ def scores_operand(node: fx.Node) -> fx.Node | None:
     if node.target is aten.sub.Tensor and argument(node, 2, "alpha", 1) == 1 and not _is_of_rows(args[1]):
         return args[0] if is_tensor(args[0]) and _leads_to_scores(args[0]) else None
     return None
+
+
+def _is_factor(given: Any, node: fx.Node) -> bool:
+    """Whether what scores are multiplied with is one number for each row, or fewer: learned, not made of scores."""
+    if not is_tensor(given) or not given.meta["val"].dtype.is_floating_point or _leads_to_scores(given):
+        return False
+    return sizes_of(node)[-1] != 1 and (not shape_of(given) or sizes_of(given)[-1] == 1)
 
 
 def _is_of_rows(subtracted: Any) -> bool:
@@ -321,12 +331,18 @@ def _peel(node: fx.Node, factor: float, found: EagerAttention) -> None:
         return
     below = scores_operand(node)
     assert below is not None
-    inside_cap = found.softcap != 0
+    inside_cap, inside_factor = found.softcap != 0, bool(found.factors)
     count = len(found.terms)
     if node.target is aten.tanh.default:
+        if inside_factor:
+            raise Refused("a softcap inside of a factor that is no constant", node)
         if inside_cap or factor == 0:
             raise Refused("a softcap of a softcap", node)
         found.softcap = abs(factor)
+    elif node.target in (aten.mul.Tensor, aten.div.Tensor) and is_tensor(args[1]):
+        if shape_of(node) != shape_of(found.scores.node):
+            raise Refused("scores of another shape than queries times keys", node)
+        found.factors.append((args[1] if args[0] is below else args[0], node.target is aten.div.Tensor))
     elif node.target in (aten.mul.Tensor, aten.mul.Scalar):
         factor *= args[1]
     elif node.target in (aten.div.Tensor, aten.div.Scalar):
@@ -340,10 +356,12 @@ def _peel(node: fx.Node, factor: float, found: EagerAttention) -> None:
         added = args[1] if args[0] is below else args[0]
         if is_tensor(added):
             found.terms.append(Term(added, node, -factor if node.target is aten.sub.Tensor else factor))
-        elif added != 0 and (inside_cap or found.sinks is not None):
+        elif added != 0 and (inside_cap or inside_factor or found.sinks is not None):
             raise Refused("a number is added to scores inside of a softcap or beside sinks", node)
-    if inside_cap and len(found.terms) > count:
-        raise Refused("a bias or a mask inside of a softcap", node)
+    if (inside_cap or inside_factor) and len(found.terms) > count:
+        raise Refused(
+            f"a bias or a mask inside of {'a softcap' if inside_cap else 'a factor that is no constant'}", node
+        )
     _peel(below, factor, found)
 
 

@@ -22,7 +22,7 @@ from spcompile.one_row import OWN, is_users, with_rows
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.propagate import SCORES, UNREAD_ATTENTION, Choice, Place, Placements, propagate
 from spcompile.row_blocks import write_blocks, write_blocks_of_one_row
-from spcompile.row_counts import require_no_counts
+from spcompile.row_counts import all_counts_are_known, count_all_rows, require_equal_rows, require_no_counts
 from spcompile.row_evidence import require_rows
 from spcompile.sizes import same
 from spcompile.spaces import Space, leaves
@@ -41,7 +41,7 @@ class AnnotateDataParallel(Pass):
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         """Annotate; where there is one row a rank, the graph gets several first.
 
-        Returns how many inputs have them, and how many joins and cuts of rows were rewritten.
+        Returns how many inputs have them, and how many joins and cuts of rows, and counts of rows, were rewritten.
 
         Raises:
             BatchNotSplit: no attention over rows of the batch, or rows that cannot be told from something else.
@@ -58,12 +58,15 @@ class AnnotateDataParallel(Pass):
         spaces, seeds, placements = found
         if ctx.rows is not None:
             require_rows(gm.graph, spaces, placements, seeds, ctx.rows)
-        require_no_counts(gm.graph, spaces, placements, ctx.rows)
+        require_equal_rows(gm.graph, spaces, placements)
+        counts = count_all_rows(gm.graph, placements)
+        if counts is None or not all_counts_are_known(gm.graph):
+            require_no_counts(gm.graph, spaces, placements, ctx.rows)
         for node in gm.graph.find_nodes(op="placeholder"):
             if node.meta.get("trainable") and (node, 0) in placements.places:
                 raise BatchNotSplit(f"{node.name} requires a gradient and has rows of the batch", legal="DDP over dp")
         annotate(gm.graph, "dp", spaces, placements)
-        return blocks + widened
+        return blocks + widened + (counts or 0)
 
 
 def _spread(graph: fx.Graph) -> tuple[IndexSpaces, dict[fx.Node, Choice], Placements] | None:

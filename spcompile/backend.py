@@ -32,6 +32,7 @@ from spcompile.pipeline import History
 from spcompile.printer import format_graph
 from spcompile.program import LocalProgram, Output, build
 from spcompile.program_cache import Finished
+from spcompile.row_symbols import over_known_rows
 from spcompile.torch_private import aot_autograd, compile_fx
 
 log = logging.getLogger(__name__)
@@ -56,12 +57,19 @@ def spcompile(
         chosen = Options.parse(options)
         log.info("SPR401 world size 1: compiled without sharding")
         return _alone(gm, example_inputs, chosen)
+    whole = functools.partial(_over, mesh, options)
+    return over_known_rows(whole, mesh.shape.size("dp"))(gm, example_inputs)
+
+
+def _over(
+    mesh: RuntimeMesh, options: Mapping[str, Any] | None, gm: fx.GraphModule, inputs: Sequence[Any]
+) -> Callable[..., Any]:
     agreement = _agreement(mesh.key, mesh)
     with agreement.shared_errors():
         chosen = Options.parse(options)
-        agreement.require(_signature(example_inputs, chosen))
+        agreement.require(_signature(inputs, chosen))
         refuse_graph_break(gm)
-        return _compile(gm, example_inputs, chosen, mesh, agreement)
+        return _compile(gm, inputs, chosen, mesh, agreement)
 
 
 def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:

@@ -1,7 +1,8 @@
 """Over dp, a size that the model reads is that of one rank's rows, while a sum over rows is that of all ranks.
 
-A mean counts all rows. But `loss.sum() / x.shape[0]` divides the sum of all rows by the number of one rank's, and in
-the graph that number is a literal like any other. So a literal that scales a sum over rows and could be a count of the
+A mean counts all rows. But `loss.sum() / x.shape[0]` divides the sum of all rows by the number of one rank's. Where it
+is known what counts rows (`row_symbols`), such numbers become those of all ranks. Where it is not, as with one row a
+rank, the number is a literal like any other; then a literal that scales a sum over rows and could be a count of the
 rank's own rows or tokens is an error: a loss that is `dp` times too large would be worse.
 """
 
@@ -15,38 +16,47 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.capture import OTHER_SIZES, ROW_SYMBOL
 from spcompile.diagnostics import BatchNotSplit, source_of
 from spcompile.graph import argument
 from spcompile.index_spaces import IndexSpaces
 from spcompile.propagate import Placements, shards_results
 from spcompile.rules.base import tensor_results
 from spcompile.rules.indexing import is_range
-from spcompile.sizes import hint
+from spcompile.sizes import hint, same
 from spcompile.spaces import leaves
 
 aten = torch.ops.aten
+
+COUNTS = "spx_counts"  # in meta["custom"]: {place among the arguments, or name: Count}
+ROW_DIMS = "spx_row_dims"  # in meta["custom"] of a reshape: shape of the result, symbols of its dims, of its operand
+Count = tuple[tuple[str, ...], Any, Any]  # symbols of sizes; the number they give; that with all ranks' rows
 
 _SCALES = (aten.div.Tensor, aten.div.Scalar, aten.mul.Tensor, aten.mul.Scalar)
 _ON_THE_WAY = (*_SCALES, aten.neg.default, aten.to.dtype, aten._to_copy.default)
 _ONES_LIKE = (aten.ones_like.default, aten.new_ones.default)
 _LARGE = 2**20  # numbers
+_GROUPS = "two groups of rows or more on every rank, parts of equally many rows each, or DDP over dp"
 
 
 def require_no_counts(graph: fx.Graph, spaces: IndexSpaces, placements: Placements, rows: int | None) -> None:
-    """Check every literal that scales a sum over rows, and constants that number rows.
+    """Check every literal that scales a sum over rows, and every reshape with a size that is inferred.
 
     rows: where several stand for one, how many.
 
     Raises:
-        BatchNotSplit: a literal that may be a count, or a constant that is another in each row.
+        BatchNotSplit: a literal that may be a count, or a reshape that may have put rows into the inferred dim.
     """
-    _require_equal_rows(graph, spaces, placements)
+    if rows is None:
+        _require_inferred_rows(graph, placements)
     counts = _counts(graph, placements, rows)
     sums = [n for n, choice in placements.choices.items() if not shards_results(spaces.calls[n], choice)]
     of_all = set(_behind(sums, placements, set()))
     scales = [scale for total in sums if not _is_mean(total) for scale in _before(total)]
     scales += [n for n in _behind([n for n in sums if not _is_mean(n)], placements, of_all) if n.target in _SCALES]
     for node in scales:
+        if COUNTS in node.meta.get("custom", {}):
+            continue
         number = next((found for arg in node.args[:2] if (found := _number(arg)) is not None), None)
         if number is None:
             continue
@@ -59,8 +69,89 @@ def require_no_counts(graph: fx.Graph, spaces: IndexSpaces, placements: Placemen
             )
 
 
-def _require_equal_rows(graph: fx.Graph, spaces: IndexSpaces, placements: Placements) -> None:
-    """Each rank makes the constants of its own rows: they must not depend on where a row is among all."""
+def all_counts_are_known(graph: fx.Graph) -> bool:
+    """Whether every number that counts rows of the user's tensors had a symbol."""
+    return not any(n.meta.get(OTHER_SIZES, True) for n in graph.find_nodes(op="placeholder"))
+
+
+def count_all_rows(graph: fx.Graph, placements: Placements) -> int | None:
+    """Let numbers that count rows count those of all ranks; returns how many, None where it is not known what they are.
+
+    Raises:
+        BatchNotSplit: a number of rows and of something else, or a reshape that puts rows of one rank in other places
+            than the rows of all.
+    """
+    inputs = [n for n in graph.find_nodes(op="placeholder") if (n, 0) in placements.places]
+    if not inputs or not all(ROW_SYMBOL in n.meta and placements.places[n, 0].dim == 0 for n in inputs):
+        return None
+    rows = {n.meta[ROW_SYMBOL] for n in inputs}
+    changed, of_inputs = 0, set(inputs)
+    for node in graph.nodes:
+        custom = node.meta.get("custom", {})
+        for place, count in custom.get(COUNTS, {}).items():
+            changed += _count_all(node, place, count, rows)
+        if not of_inputs.isdisjoint(node.all_input_nodes):
+            of_inputs.add(node)
+        if ROW_DIMS in custom:
+            _require_row_dim(node, placements, of_inputs, rows)
+    return changed
+
+
+def _count_all(node: fx.Node, place: int | str, count: Count, rows: set[str]) -> bool:
+    symbols, number, whole = count
+    given = node.kwargs.get(place) if isinstance(place, str) else node.args[place] if place < len(node.args) else None
+    if isinstance(given, fx.Node) or given != number or number == whole or rows.isdisjoint(symbols):
+        return False  # of another call, which a pass has put in the place of the one that counts; or of no rows
+    if not rows.issuperset(symbols):
+        found = f"{number} depends on the number of rows of the batch, and on that of an input that is not split"
+        raise BatchNotSplit(found, where=source_of(node), legal="numbers that depend on the rows alone, or DDP over dp")
+    if isinstance(place, str):
+        node.kwargs = {**node.kwargs, place: whole}
+    else:
+        node.args = (*node.args[:place], whole, *node.args[place + 1 :])
+    return True
+
+
+def _require_row_dim(node: fx.Node, placements: Placements, of_inputs: set[fx.Node], rows: set[str]) -> None:
+    """A rank may only have its part of a dim of a reshape that grows with the rows, and must have it."""
+    shape, dims, source = node.meta["custom"][ROW_DIMS]
+    if tuple(node.meta["val"].shape) != shape or rows.isdisjoint(source) or node not in of_inputs:
+        return  # another call, which a pass has put in the place of the reshape; or no rows
+    place = placements.places.get((node, 0))
+    growing = [dim for dim, symbols in dims.items() if not rows.isdisjoint(symbols)]
+    if place is not None and place.dim in growing:
+        return
+    raise BatchNotSplit(
+        f"{node.name} {list(shape)} puts a rank's rows where they would not be among the rows of all ranks",
+        where=source_of(node),
+        legal=_GROUPS,
+    )
+
+
+def _require_inferred_rows(graph: fx.Graph, placements: Placements) -> None:
+    """Where a reshape cuts the dim of the rows in two and one size is inferred, that one grows with the rows."""
+    for node in graph.nodes:
+        place = placements.places.get((node, 0))
+        if place is None or node.target is not aten.reshape.default or -1 not in node.args[1]:
+            continue
+        inferred, source = node.args[1].index(-1), placements.places.get((node.args[0], 0))
+        shape, before = node.meta["val"].shape, node.args[0].meta["val"].shape
+        if source is None or abs(inferred - place.dim) != 1:
+            continue
+        if same(shape[place.dim] * shape[inferred], before[source.dim]):
+            raise BatchNotSplit(
+                f"{node.name} {list(shape)} puts a rank's rows where they would not be among the rows of all ranks",
+                where=source_of(node),
+                legal=_GROUPS,
+            )
+
+
+def require_equal_rows(graph: fx.Graph, spaces: IndexSpaces, placements: Placements) -> None:
+    """Each rank makes the constants of its own rows: they must not depend on where a row is among all.
+
+    Raises:
+        BatchNotSplit: a constant is another in each row.
+    """
     for node in graph.nodes:
         place = placements.places.get((node, 0))
         if place is None or node.op != "call_function" or all(_reads_in_each_row(node, user) for user in node.users):

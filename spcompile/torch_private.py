@@ -18,6 +18,9 @@ from torch._dynamo.backends.common import aot_autograd
 # torch 2.13: torch/_dynamo/exc.py. Asks Dynamo to trace again, as with numbers in place of symbolic floats.
 from torch._dynamo.exc import RestartAnalysis
 
+# torch 2.13: the same, of the kind that a backend may raise
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis as RetraceWithSymbols
+
 # torch 2.13: torch/_functorch/_aot_autograd/autograd_cache.py, schemas.py. Its key of a graph, and its results.
 from torch._functorch._aot_autograd import autograd_cache
 from torch._functorch._aot_autograd.schemas import AOTConfig
@@ -84,6 +87,7 @@ __all__ = [
     "LazyGraphModule",
     "OrderedSet",
     "RestartAnalysis",
+    "RetraceWithSymbols",
     "TracingContext",
     "aot_autograd",
     "autograd_cache_key",

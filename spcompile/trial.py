@@ -26,6 +26,7 @@ from spcompile.pipeline import Snapshot
 from spcompile.program import LocalProgram
 from spcompile.rank_parts import coordinates, part_of, split_batch, whole_of
 from spcompile.row_evidence import require_rows_first
+from spcompile.row_symbols import over_known_rows
 from spcompile.simulate import InFlight, Simulator
 from spcompile.states import needs_gradient, trainable_names
 from spcompile.trace import Inputs, Traced, compile_for, through_dynamo
@@ -333,7 +334,8 @@ def trial_of(
 
         return run
 
-    result = named_leaves(through_dynamo(model, per_rank[0], backend))
+    known = over_known_rows(backend, mesh.size("dp"))
+    result = named_leaves(through_dynamo(model, per_rank[0], known))
     trial = trials[0]
     place = {id(x): i for i, x in enumerate(returned)}
     for name, leaf in result.items():

@@ -32,7 +32,7 @@ LAYERS = (
     "resharding tensor_parallel program",
     "one_device gloo_limits",
     # the whole machine
-    "outputs local_inputs recompute emit program_cache",
+    "outputs local_inputs row_symbols recompute emit program_cache",
     "weight_plan sharded_modules streamed_init checkpoints materialize",
     "backend example_runs",
     "trace docs",

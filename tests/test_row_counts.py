@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +45,7 @@ COUNTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "one over tokens": lambda z, y: summed(z, y) * (1 / y.numel()),
     "a tensor": lambda z, y: summed(z, y) / torch.tensor(y.numel()),
     "batch mean": lambda z, y: F.kl_div(z.log_softmax(-1), torch.full_like(z, 1 / V), reduction="batchmean"),
-    "before the sum": lambda z, y: (z.square().sum((1, 2)) / len(y)).sum(),
+    "before the sum": lambda z, y: (z.square().sum((1, 2)) / len(z)).sum(),
     "behind another op": lambda z, y: (summed(z, y) + z.square().sum()).sqrt() / y.shape[0],
 }
 RIGHT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -65,10 +65,70 @@ def verify(loss: Callable[..., Tensor], rows: int) -> Any:
     return spcompile.verify(Scored(loss), {"x_BSD": x_BSD, "y_BS": y_BS}, mesh={"dp": 2})
 
 
-@pytest.mark.parametrize(("name", "rows"), zip(COUNTED, itertools.cycle((1, 2)), strict=False))
-def test_counts_of_one_ranks_rows_are_refused(name: str, rows: int) -> None:
+@pytest.mark.parametrize("name", COUNTED)
+def test_what_counts_rows_counts_those_of_all_ranks(name: str) -> None:
+    report = verify(COUNTED[name], 2)
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_counts_of_one_row_are_refused(name: str) -> None:
+    """Of a dim of size 1 Dynamo makes no symbol."""
     with pytest.raises(BatchNotSplit, match="which may be how many this rank has"):
-        verify(COUNTED[name], rows)
+        verify(COUNTED[name], 1)
+
+
+COUNTED_ANYWHERE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "tokens without padding": lambda z, y: summed(z, y) / (y.numel() - (y == 0).sum()),
+    "times rows": lambda z, y: summed(z, y, "mean") * len(z),
+    "a variance": lambda z, y: (z - z.mean(0)).square().sum(0).mean() / (len(z) - 1),
+    "root of rows": lambda z, y: z.square().sum() / math.sqrt(len(z)),
+    "weights": lambda z, y: z.square().mean((1, 2)) @ torch.full((len(z),), 1 / len(z), dtype=z.dtype),
+    "ones over rows": lambda z, y: (z.square().mean((1, 2)) * (torch.ones(len(z)) / len(z))).sum(),
+    "in every element": lambda z, y: (z / len(z)).tanh().mean(),
+    "an output": lambda z, y: z.square().mean() + len(z),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED_ANYWHERE)
+@pytest.mark.parametrize("rows", [2, 3])
+def test_counts_anywhere(name: str, rows: int) -> None:
+    report = verify(COUNTED_ANYWHERE[name], rows)
+    assert report.ok, str(report)
+
+
+def test_rows_of_a_tensor_that_is_not_read_have_no_symbol() -> None:
+    with pytest.raises(BatchNotSplit, match="which may be how many this rank has"):
+        verify(lambda z, y: z.square().sum() / len(y), 2)
+
+
+def advantages(groups: Tensor) -> Tensor:
+    return (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-3)
+
+
+GROUPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "advantages": lambda z, y: (z.mean((1, 2)) * advantages(y[:, 0].double().view(-1, 2)).view(-1)).mean(),
+    "pairs": lambda z, y: (lambda p: F.logsigmoid(p[:, 0] - p[:, 1]).mean())(z.square().sum((1, 2)).view(-1, 2)),
+    "best": lambda z, y: z.square().sum((1, 2)).view(len(y) // 2, 2).amax(1).mean(),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_of_rows(name: str) -> None:
+    report = verify(GROUPS[name], 4)
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_one_group_on_every_rank_is_refused(name: str) -> None:
+    with pytest.raises(BatchNotSplit):
+        verify(GROUPS[name], 2)
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_a_rank_has_no_half_of_each_part_of_the_batch(rows: int) -> None:
+    with pytest.raises(BatchNotSplit, match="where they would not be among the rows of all ranks"):
+        verify(lambda z, y: z.mean((1, 2)).view(2, -1).mean(1).square().sum(), rows)
 
 
 @pytest.mark.parametrize("name", RIGHT)

@@ -20,7 +20,7 @@ from spcompile.local_inputs import on_local_parts, over_local_parts
 from spcompile.row_counts import COUNTS, ROW_DIMS, Count
 from spcompile.rules.calls import overloads
 from spcompile.rules.views import RESHAPES
-from spcompile.torch_private import RetraceWithSymbols, TracingContext
+from spcompile.torch_private import TracingContext, trace_again
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Any]
 
@@ -77,7 +77,7 @@ def _ask_for_symbols(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     for x in wanted:
         torch._dynamo.maybe_mark_dynamic(x, 0)
     if wanted:
-        raise RetraceWithSymbols(restart_reason="numbers that count rows")
+        trace_again("numbers that count rows")
 
 
 def _only_rows_are_symbols(gm: fx.GraphModule) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 import torch.distributed._functional_collectives  # torch 2.13: Meta kernels of torch.ops._c10d_functional
@@ -16,10 +16,10 @@ from torch._dispatch.python import no_python_dispatcher
 from torch._dynamo.backends.common import aot_autograd
 
 # torch 2.13: torch/_dynamo/exc.py. Asks Dynamo to trace again, as with numbers in place of symbolic floats.
-from torch._dynamo.exc import RestartAnalysis
+from torch._dynamo.exc import RestartAnalysis, TensorifyScalarRestartAnalysis
 
-# torch 2.13: the same, of the kind that a backend may raise
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis as RetraceWithSymbols
+# torch 2.13: torch/_dynamo/symbolic_convert.py. What traces a frame.
+from torch._dynamo.symbolic_convert import InstructionTranslator
 
 # torch 2.13: torch/_functorch/_aot_autograd/autograd_cache.py, schemas.py. Its key of a graph, and its results.
 from torch._functorch._aot_autograd import autograd_cache
@@ -87,7 +87,6 @@ __all__ = [
     "LazyGraphModule",
     "OrderedSet",
     "RestartAnalysis",
-    "RetraceWithSymbols",
     "TracingContext",
     "aot_autograd",
     "autograd_cache_key",
@@ -109,6 +108,7 @@ __all__ = [
     "no_python_dispatcher",
     "preserve_node_ordering",
     "resolve_process_group",
+    "trace_again",
     "unset_fake_temporarily",
     "write_atomic",
 ]
@@ -117,6 +117,19 @@ __all__ = [
 def resolve_process_group(name: str) -> ProcessGroup:
     """The process group with this c10d name."""
     return _resolve_process_group(cast("GroupName", name))
+
+
+def trace_again(reason: str) -> NoReturn:
+    """Let Dynamo, which is calling a backend, trace the frame once more, from nothing.
+
+    Without its log of speculations, which says where the last trace went: this one may go elsewhere.
+
+    Raises:
+        RestartAnalysis: of the kind that Dynamo lets through from a backend.
+    """
+    tracer = InstructionTranslator.current_tx()  # type: ignore[no-untyped-call]
+    tracer.speculation_log.clear()
+    raise TensorifyScalarRestartAnalysis(restart_reason=reason)
 
 
 def autograd_cache_key(gm: fx.GraphModule, inputs: Sequence[Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.fx as fx
@@ -67,17 +67,22 @@ def _fresh(value: torch.Tensor) -> Dims:
 def _bind(node: fx.Node, rule: OpRule, spaces: IndexSpaces) -> OpSpaces | None:
     """Tie the factors of a rule to the spaces of the operands, then make new spaces for those only in results.
 
+    Dims that are cut in other places than another operand's, as 3 x 4 beside 4 x 3, cannot be split by this call.
     None where two operands' symbolic sizes cannot be shown to agree: the call counts as one without a rule.
     """
-    call = OpSpaces(rule)
+    call, cut_otherwise = OpSpaces(rule), set[str]()
     for read, dims in zip(tensor_operands(node), rule.operands, strict=True):
         for value_dim, factor_names in zip(spaces.values[read][0], dims, strict=True):
             wanted = [call.factors.setdefault(f, [Space(rule.sizes[f])]) for f in factor_names]
             agreed = unify([space for group in wanted for space in group], value_dim)
             if factor_names and not agreed:
-                return None
+                if not all(isinstance(space.size, int) for space in leaves(value_dim)):
+                    return None
+                cut_otherwise.update(factor_names)
     for factor, size in rule.sizes.items():
         call.factors.setdefault(factor, [Space(size)])
+    if cut_otherwise:
+        call.rule = replace(rule, replicated=rule.replicated | cut_otherwise)
     return call
 
 

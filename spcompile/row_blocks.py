@@ -82,7 +82,11 @@ def _joins_rows(node: fx.Node, spaces: IndexSpaces, rows: set[Space]) -> bool:
         return False
     found = [leaves(spaces.values[part][0][dim]) for part in parts]
     sizes = {shape_of(part)[dim] for part in parts}
-    return len(sizes) == 1 and isinstance(*sizes, int) and all(len(f) == 1 and f[0] in rows for f in found)
+    return (
+        len(sizes) == 1
+        and all(isinstance(size, int) for size in sizes)
+        and all(len(f) == 1 and f[0] in rows for f in found)
+    )
 
 
 def _joins_single_rows(node: fx.Node) -> bool:

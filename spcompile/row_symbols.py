@@ -178,15 +178,10 @@ def _note(node: fx.Node, value: Any, symbolic: dict[fx.Node, Any], hints: dict[A
             hints[symbol] = _number(value.shape[0])
     if node.op != "call_function":
         return
-    counts = {}
-    schema = getattr(node.target, "_schema", None)
-    for described in schema.arguments if schema is not None and node.target not in _RANGES else ():
-        place = next(i for i, a in enumerate(schema.arguments) if a.name == described.name)
-        key: Any = place if place < len(node.args) else described.name
-        given = node.args[place] if place < len(node.args) else node.kwargs.get(described.name)
-        if given in symbolic and not _is_size(described):
-            counts[key] = _count(symbolic[given], hints, degree)
-    custom = {COUNTS: counts} if counts else {}
+    custom: dict[str, Any] = {}
+    counts = {place: _count(symbolic[n], hints, degree) for place, n in _values(node) if n in symbolic}
+    if counts:
+        custom[COUNTS] = counts
     if node.target in _RESHAPED and isinstance(value, torch.Tensor):
         source = {str(symbol) for size in node.all_input_nodes[0].meta["val"].shape for symbol in _symbols(size)}
         dims = {dim: tuple(map(str, _symbols(size))) for dim, size in enumerate(value.shape) if _symbols(size)}
@@ -196,9 +191,13 @@ def _note(node: fx.Node, value: Any, symbolic: dict[fx.Node, Any], hints: dict[A
         node.meta["custom"] = {**node.meta.get("custom", {}), **custom}
 
 
-def _is_size(argument: Any) -> bool:
-    """Whether an argument says how large something is or where it is, and no value."""
-    return "int" in str(argument.type) or "Int" in str(argument.type)
+def _values(node: fx.Node) -> Iterator[tuple[int | str, fx.Node]]:
+    """The arguments, by place or name, that do not say how large something is or where it is."""
+    schema = getattr(node.target, "_schema", None)
+    for place, described in enumerate(schema.arguments if schema is not None and node.target not in _RANGES else ()):
+        given = node.args[place] if place < len(node.args) else node.kwargs.get(described.name)
+        if isinstance(given, fx.Node) and not any(kind in str(described.type) for kind in ("int", "Int")):
+            yield place if place < len(node.args) else described.name, given
 
 
 def _count(value: Any, hints: dict[Any, int], degree: int) -> Count:

@@ -81,10 +81,10 @@ def unify(left: Sequence[Space], right: Sequence[Space]) -> bool:
             a, b = a[1:], b[1:]
         elif (rest := quotient(first.size, second.size)) is not None:
             first.split(second.size, rest)
-            a = leaves([first]) + a[1:]
+            a, b = leaves(a), leaves(b)  # the space may stand on both sides
         elif (rest := quotient(second.size, first.size)) is not None:
             second.split(first.size, rest)
-            b = leaves([second]) + b[1:]
+            a, b = leaves(a), leaves(b)
         else:
             return False
     return not a and not b

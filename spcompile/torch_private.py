@@ -127,7 +127,7 @@ def trace_again(reason: str) -> NoReturn:
     Raises:
         RestartAnalysis: of the kind that Dynamo lets through from a backend.
     """
-    tracer = InstructionTranslator.current_tx()  # type: ignore[no-untyped-call]
+    tracer = InstructionTranslator.current_tx()
     tracer.speculation_log.clear()
     raise TensorifyScalarRestartAnalysis(restart_reason=reason)
 

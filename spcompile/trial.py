@@ -346,9 +346,9 @@ def trial_of(
                 trial.weights[place[id(leaf)]] = eager.weights[name]
     names = {id(p): name for name, p in model.named_parameters()}
     for i, value in enumerate(trial.arguments):
-        given = whole.get(id(value), id(value))
-        if given in eager.gradients:
-            trial.gradients[i] = (names.get(given, f"input {i}"), eager.gradients[given])
+        number = whole.get(id(value), id(value))
+        if number in eager.gradients:
+            trial.gradients[i] = (names.get(number, f"input {i}"), eager.gradients[number])
     return trial
 
 

@@ -133,4 +133,6 @@ def largest(x: Tensor) -> float:
     """The largest absolute value."""
     if x.numel() == 0:
         return 0.0
-    return float(x.detach().abs().to(torch.float64).nan_to_num(posinf=0.0).max())
+    x = x.detach()
+    size = x.abs() if x.is_complex() else x.to(torch.float64).abs()
+    return float(size.to(torch.float64).nan_to_num(posinf=0.0).max())

@@ -41,6 +41,23 @@ def test_unification_is_idempotent(sizes: list[int], borders: list[int]) -> None
     assert leaves(left) == found
 
 
+def test_a_space_on_both_sides_is_split_on_both() -> None:
+    a, b = Space(2), Space(4)
+    assert unify([a, b], [b, a])
+    assert [space.size for space in leaves([a, b])] == [2, 2, 2]
+
+
+def test_dims_that_are_cut_in_other_places_stay_whole() -> None:
+    def shuffled(h: Tensor) -> Tensor:
+        return h + h.view(2, 3, 4, 5).transpose(1, 2).reshape(2, 12, 5)
+
+    graph = captured(shuffled, torch.randn(2, 12, 5)).graph
+    (add,) = (node for node in graph.nodes if node.target is torch.ops.aten.add.Tensor)
+    call = find_index_spaces(graph).calls[add]
+    assert call.rule.replicated == {"b"}
+    assert call.rule.text() == "a [b] c, a [b] c -> a [b] c"
+
+
 def test_borders_that_do_not_divide() -> None:
     assert not unify([Space(4), Space(6)], [Space(6), Space(4)])
     assert not unify([Space(4)], [Space(4), Space(2)])

@@ -307,7 +307,12 @@ class Reported(Block):
         found = super().forward(ids_BS, labels_BS)
         logits = found["logits"]
         right = (logits.argmax(-1) == labels_BS).double().mean()
-        return found | {"right": right, "seen": logits.detach().sum(-1), "complex": torch.complex(logits, -logits)}
+        return found | {
+            "right": right,
+            "seen": logits.detach().sum(-1),
+            "complex": torch.complex(logits, -logits),
+            "signs": logits > 0,
+        }
 
 
 def test_outputs_without_a_gradient_and_inputs_that_are_put_back() -> None:
@@ -315,7 +320,7 @@ def test_outputs_without_a_gradient_and_inputs_that_are_put_back() -> None:
     before = {name: x.clone() for name, x in inputs.items()}
     report = verify(Reported(), inputs, mesh={"cp": 2})
     assert report.ok, str(report)
-    assert {"right", "seen", "complex"} <= {row.name for row in report.rows}
+    assert {"right", "seen", "complex", "signs"} <= {row.name for row in report.rows}
     assert all(torch.equal(x, before[name]) for name, x in inputs.items())
 
 

@@ -85,7 +85,7 @@ def _scores_fit(product: Product, shape: tuple[Any, ...]) -> bool:
         return shape_of(product.left)[:3] == shape[:3] and shape_of(product.right)[0] == shape[0]
     left, right, scores = product.equation
     head = set(left) & set(right) - set(scores)
-    batch, x, y, row, key = scores
+    batch, x, y, row, key = (*scores,)
     return len(head) == 1 and set(left) == {batch, x, y, row, *head} and _fits(right, {batch, key, *head}, {x, y})
 
 
@@ -94,7 +94,7 @@ def _result_fits(product: Product, shape: tuple[Any, ...]) -> bool:
         return shape_of(product.right)[0] == shape[0]
     weights, values, result = product.equation
     last = set(values) - set(weights)
-    batch, x, y, row, key = weights
+    batch, x, y, row, key = (*weights,)
     return len(last) == 1 and set(result) == {batch, x, y, row, *last} and _fits(values, {batch, key, *last}, {x, y})
 
 
@@ -105,7 +105,7 @@ def _fits(letters: str, needed: set[str], allowed: set[str]) -> bool:
 def _rewrite(found: _Attention) -> None:
     at = found.scores.node
     q, k = _queries_keys(found.scores)
-    heads = _Heads(*shape_of(at)[1:3], groups_first=shape_of(k)[2] == 1 or shape_of(k)[1] != 1)
+    heads = _Heads(shape_of(at)[1], shape_of(at)[2], groups_first=shape_of(k)[2] == 1 or shape_of(k)[1] != 1)
     keys = _new(at, aten.transpose.int, heads.repeated(k, at), -1, -2)
     new = {at: _new(at, aten.matmul.default, heads.joined(q, at), keys)}
     for node, below in found.chain:

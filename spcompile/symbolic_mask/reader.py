@@ -93,7 +93,7 @@ class Reader:
         dtype = source.meta["val"].dtype
         if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
             return None
-        return tuple(self._leaf(source, at, source) for _, at in places)  # type: ignore[return-value]
+        return tuple(self._leaf(source, at, source) for _, at in places)
 
     def _source(self, node: fx.Node, indices: Indices) -> tuple[fx.Node, Indices]:
         """The tensor whose elements this one only moves."""

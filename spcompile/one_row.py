@@ -123,6 +123,10 @@ class _Widen:
             return
         if node.target in _RESHAPES | _EXPANDS:
             self.resize(node, shapes[0])
+        if node.target is aten.index.Tensor:
+            self.number_rows(node)
+        if node.target is torch.ops.spx.attention.default:  # takes one row of queries for many of keys, or keys of one
+            self.repeat_constants(node)
         try:
             value = evaluate(node)
         except Exception as first:
@@ -225,6 +229,18 @@ class _Widen:
         if found.guessed and not same(shape[found.dim], 1):
             self.guesses.add(node)
         return found.dim
+
+    def number_rows(self, node: fx.Node) -> None:
+        """Let the arange(1) of `x[arange(B), last]` number all rows, where it reads in the dim that has them."""
+        x, indices = operand(node, 0), list(node.args[1])  # type: ignore[arg-type]
+        rows = self.rows_of(x)
+        index: Any = indices[rows.dim] if rows is not None and rows.dim < len(indices) else None
+        if rows is None or index is None or index.target is not aten.arange.default or not same(rows.before, 1):
+            return
+        new = call(self.graph, aten.arange.default, (self.rows,), dict(index.kwargs), like=index)
+        self.before[new] = [tuple(index.meta["val"].shape)]
+        indices[rows.dim] = new
+        node.args = (x, indices, *node.args[2:])
 
     def repeat_constants(self, node: fx.Node) -> None:
         """Repeat the operands that no input reaches, in the dim in which another operand has the rows."""

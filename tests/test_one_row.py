@@ -174,6 +174,27 @@ def test_multihead_attention(needs_weights: bool, mesh: dict[str, int]) -> None:
     assert report.ok, str(report)
 
 
+class Latents(nn.Module):
+    """Queries that are parameters, repeated for the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.latents_LD = nn.Parameter(torch.randn(3, D, dtype=torch.float64))
+        self.weights = nn.ModuleList(nn.Linear(D, D, dtype=torch.float64) for _ in "qkv")
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        latents_BLD = self.latents_LD.expand(x_BSD.shape[0], -1, -1)
+        given = (latents_BLD, x_BSD, x_BSD)
+        q, k, v = (w(x).unflatten(-1, (2, -1)).transpose(1, 2) for w, x in zip(self.weights, given, strict=True))
+        return (latents_BLD + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)).square().mean()
+
+
+def test_queries_that_are_no_input() -> None:
+    report = spcompile.verify(Latents(), {"x_BSD": random(2, S, D)}, mesh={"dp": 2})
+    assert report.ok, str(report)
+
+
 class SequenceFirst(Attention):
     def forward(self, x_SBD: Tensor) -> Tensor:
         return super().forward(x_SBD.transpose(0, 1))

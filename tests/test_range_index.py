@@ -55,6 +55,14 @@ def test_reads_in_each_row(name: str, mesh: dict[str, int]) -> None:
         assert "SPR103" not in {remark.code for remark in report.remarks}  # no positions of other ranks
 
 
+@pytest.mark.parametrize("name", ["last", "from the end"])
+def test_reads_in_the_only_row_of_a_rank(name: str) -> None:
+    x_BSD = torch.randn(2, S, D, dtype=torch.float64)
+    model = Reader(lambda x, last: READS[name](x, last).mean())
+    report = spcompile.verify(model, {"x_BSD": x_BSD, "last_B": torch.tensor([5, 3])}, mesh={"dp": 2})
+    assert report.ok, str(report)
+
+
 def test_a_range_over_rows_is_no_value() -> None:
     with pytest.raises(BatchNotSplit, match="another constant in each row"):
         verify(lambda x, last: (x * rows(x)[:, None, None]).square().mean(), {"dp": 2})

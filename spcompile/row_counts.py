@@ -9,8 +9,9 @@ rank's own rows or tokens is an error: a loss that is `dp` times too large would
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
@@ -30,7 +31,19 @@ aten = torch.ops.aten
 
 COUNTS = "spx_counts"  # in meta["custom"]: {place among the arguments, or name: Count}
 ROW_DIMS = "spx_row_dims"  # in meta["custom"] of a reshape: shape of the result, symbols of its dims, of its operand
-Count = tuple[tuple[str, ...], Any, Any]  # symbols of sizes; the number they give; that with all ranks' rows
+
+
+class Count(NamedTuple):
+    """A number that counts rows, or a symbolic one that depends on them.
+
+    symbols: of the rows. number: None for a symbolic one. whole: the number with all ranks' rows; of a symbolic one,
+    how many times as large it would be, None where that is not the same for all values of the other symbols.
+    """
+
+    symbols: tuple[str, ...]
+    number: Any
+    whole: Any
+
 
 _SCALES = (aten.div.Tensor, aten.div.Scalar, aten.mul.Tensor, aten.mul.Scalar)
 _ON_THE_WAY = (*_SCALES, aten.neg.default, aten.to.dtype, aten._to_copy.default)
@@ -86,7 +99,7 @@ def count_all_rows(graph: fx.Graph, placements: Placements) -> int | None:
         return None
     rows = {n.meta[ROW_SYMBOL] for n in inputs}
     changed, of_inputs = 0, set(inputs)
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         custom = node.meta.get("custom", {})
         for place, count in custom.get(COUNTS, {}).items():
             changed += _count_all(node, place, count, rows)
@@ -98,24 +111,32 @@ def count_all_rows(graph: fx.Graph, placements: Placements) -> int | None:
 
 
 def _count_all(node: fx.Node, place: int | str, count: Count, rows: set[str]) -> bool:
-    symbols, number, whole = count
     given = node.kwargs.get(place) if isinstance(place, str) else node.args[place] if place < len(node.args) else None
-    if isinstance(given, fx.Node) or given != number or number == whole or rows.isdisjoint(symbols):
+    of_this = isinstance(given, fx.Node) if count.number is None else given == count.number
+    if not of_this or rows.isdisjoint(count.symbols):
         return False  # of another call, which a pass has put in the place of the one that counts; or of no rows
-    if not rows.issuperset(symbols):
-        found = f"{number} depends on the number of rows of the batch, and on that of an input that is not split"
+    if count.whole is None or not rows.issuperset(count.symbols):
+        found = f"argument {place} of {node.target} depends on the number of rows of the batch and on other sizes"
         raise BatchNotSplit(found, where=source_of(node), legal="numbers that depend on the rows alone, or DDP over dp")
+    whole = count.whole
+    if isinstance(given, fx.Node):
+        with node.graph.inserting_before(node):
+            times = node.graph.call_function(operator.mul, (given, whole))
+        times.meta = {**given.meta, "val": given.meta["val"] * whole}
+        whole = times
     if isinstance(place, str):
         node.kwargs = {**node.kwargs, place: whole}
     else:
         node.args = (*node.args[:place], whole, *node.args[place + 1 :])
+    counts = {other: c for other, c in node.meta["custom"][COUNTS].items() if other != place}
+    node.meta["custom"] = {**node.meta["custom"], COUNTS: counts}
     return True
 
 
 def _require_row_dim(node: fx.Node, placements: Placements, of_inputs: set[fx.Node], rows: set[str]) -> None:
     """A rank may only have its part of a dim of a reshape that grows with the rows, and must have it."""
     shape, dims, source = node.meta["custom"][ROW_DIMS]
-    if tuple(node.meta["val"].shape) != shape or rows.isdisjoint(source) or node not in of_inputs:
+    if tuple(map(hint, node.meta["val"].shape)) != shape or rows.isdisjoint(source) or node not in of_inputs:
         return  # another call, which a pass has put in the place of the reshape; or no rows
     place = placements.places.get((node, 0))
     growing = [dim for dim, symbols in dims.items() if not rows.isdisjoint(symbols)]

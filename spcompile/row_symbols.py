@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any
 
+import sympy
 import torch
 import torch.fx as fx
 
@@ -23,9 +24,10 @@ from spcompile.rules.views import RESHAPES
 from spcompile.torch_private import TracingContext, trace_again
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Any]
+Hints = dict[Any, int]  # symbols of rows -> how many this rank has
 
-_MARK = "_dynamo_weak_dynamic_indices"  # what torch._dynamo.maybe_mark_dynamic sets
-_MARKS = (_MARK, "_has_dynamo_dim_marking")
+_ASKED = "_spx_asked_for_symbols"
+_MARKS = (_ASKED, "_dynamo_weak_dynamic_indices", "_has_dynamo_dim_marking")  # maybe_mark_dynamic sets the others
 _RESHAPED = frozenset(overloads(RESHAPES))
 _RANGES = frozenset(overloads("arange linspace logspace"))
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -34,29 +36,28 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 def over_known_rows(backend: Backend, degree: int) -> Backend:
     """A Dynamo backend on graphs in which it is known what counts rows, if `degree`, the ranks of dp, is above 1.
 
-    Graphs that have symbols for anything else than the first dims of the user's tensors are left as they are.
+    Other symbols, as of a length that changes, stay.
     """
     if degree == 1:
         return backend
 
     def compile_with_numbers(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        reason = getattr(gm, "compile_subgraph_reason", None)
+        if reason is not None and reason.graph_break:
+            return backend(gm, inputs)  # which refuses it
         _ask_for_symbols(gm, inputs)
-        tensors = [i for i, x in enumerate(inputs) if not isinstance(x, _SYMBOLIC)]
-        if len(tensors) == len(inputs) or not _only_rows_are_symbols(gm):
+        hints = _rows_of(gm)
+        if not hints:
             return backend(gm, inputs)
-        run = backend(*_with_numbers(*over_local_parts(gm, inputs), degree))
+        gm, inputs, given = _without_offsets(gm, inputs)
+        kept = [i for i, x in enumerate(inputs) if not _counts_rows(x, hints)]
+        run = backend(*_with_numbers(*over_local_parts(gm, inputs), hints, degree))
         if run is None:
             return None
-        run = on_local_parts(run, [inputs[i] for i in tensors])
-        return lambda *args: run(*[args[i] for i in tensors])
+        run, places = on_local_parts(run, [inputs[i] for i in kept]), [given[i] for i in kept]
+        return lambda *args: run(*[args[i] for i in places])
 
     return compile_with_numbers
-
-
-def _users_tensors(gm: fx.GraphModule, inputs: Sequence[Any]) -> Iterator[tuple[fx.Node, torch.Tensor]]:
-    for node, x in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        if type(x) is torch.Tensor and x.ndim and not is_state(node):
-            yield node, x
 
 
 def _ask_for_symbols(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
@@ -64,49 +65,78 @@ def _ask_for_symbols(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
 
     A dim of size 1 has no symbol in Dynamo. Where the model asks for numbers, there are none the second time either.
     """
-    tensors = [x for _, x in _users_tensors(gm, inputs)]
-    asked = [x for x in tensors if hasattr(x, _MARK) and getattr(x, _MARK) == {0}]
-    if asked:
-        for x, mark in product(asked, _MARKS):
-            if hasattr(x, mark):
-                delattr(x, mark)
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    asked = [x for x in tensors if hasattr(x, _ASKED)]
+    for x, mark in product(asked, _MARKS):
+        if hasattr(x, mark):
+            delattr(x, mark)
+    if asked or TracingContext.try_get() is None:
         return
-    if any(isinstance(x, _SYMBOLIC) for x in inputs) or TracingContext.try_get() is None:
-        return
-    wanted = [x for x in tensors if x.shape[0] > 1 and not any(hasattr(x, mark) for mark in _MARKS)]
-    for x in wanted:
-        torch._dynamo.maybe_mark_dynamic(x, 0)
-    if wanted:
+    for node, x in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        if type(x) is torch.Tensor and x.ndim and not is_state(node) and not any(hasattr(x, m) for m in _MARKS):
+            rows = node.meta["example_value"].shape[0]
+            if isinstance(rows, int) and rows > 1:
+                torch._dynamo.maybe_mark_dynamic(x, 0)
+                setattr(x, _ASKED, True)
+    if any(hasattr(x, _ASKED) for x in tensors):
         trace_again("numbers that count rows")
 
 
-def _only_rows_are_symbols(gm: fx.GraphModule) -> bool:
-    first, others = set[Any](), set[Any]()
+def _rows_of(gm: fx.GraphModule) -> Hints:
+    """The symbols of rows, which are the first dim of some tensor of the user's and no other dim of any."""
+    first: Hints = {}
+    others = set[Any]()
     for node in gm.graph.find_nodes(op="placeholder"):
         value = node.meta.get("example_value")
-        if isinstance(value, torch.Tensor):
-            of_user = not is_state(node)
-            for dim, size in enumerate(value.shape):
-                (first if dim == 0 and of_user else others).update(_symbols(size))
-    return bool(first) and first.isdisjoint(others)
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if dim == 0 and not is_state(node) and len(_symbols(size)) == 1:
+                first[_symbols(size).pop()] = _number(size)
+            else:
+                others |= _symbols(size)
+    return {symbol: rows for symbol, rows in first.items() if symbol not in others}
 
 
-def _with_numbers(gm: fx.GraphModule, inputs: Sequence[Any], degree: int) -> tuple[fx.GraphModule, list[Any]]:
-    """The captured graph with numbers for its symbols, and what it reads: the inputs that are no symbols."""
-    fakes = [_fixed(node, x) for node, x in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)]
-    fakes = [x for x in fakes if not isinstance(x, _SYMBOLIC)]
+def _without_offsets(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, Sequence[Any], Sequence[int]]:
+    """A graph without inputs for symbols that are no sizes and that nothing reads, and the places of those that stay.
+
+    A view into a larger tensor brings the place of its first element with it, which differs between ranks.
+    """
+    sizes, unread = set[Any](), set[int]()
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("example_value")
+        sizes |= {symbol for n in (value.shape if isinstance(value, torch.Tensor) else ()) for symbol in _symbols(n)}
+    result = fx.GraphModule(gm, copy_graph(gm.graph))
+    for place, (node, x) in enumerate(zip(result.graph.find_nodes(op="placeholder"), inputs, strict=True)):
+        if isinstance(x, _SYMBOLIC) and not node.users and sizes.isdisjoint(_symbols(x)) and _symbols(x):
+            unread.add(place)
+            result.graph.erase_node(node)
+    places = [i for i in range(len(inputs)) if i not in unread]
+    return (result, [inputs[i] for i in places], places) if unread else (gm, inputs, places)
+
+
+def _counts_rows(value: Any, hints: Hints) -> bool:
+    """Whether a value is symbolic, and depends on the number of rows alone, or on nothing."""
+    return isinstance(value, _SYMBOLIC) and _symbols(value) <= hints.keys()
+
+
+def _with_numbers(
+    gm: fx.GraphModule, inputs: Sequence[Any], hints: Hints, degree: int
+) -> tuple[fx.GraphModule, list[Any]]:
+    """The captured graph with numbers for the symbols of rows, and what it reads: inputs that are no such symbols."""
+    given = list(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    fakes = [_fixed(node, x, hints) for node, x in given if not _counts_rows(x, hints)]
     reads_others = _reads_other_sizes(gm)
     try:
         captured = capture(gm, inputs)
     except Exception:  # not everything that runs on numbers runs on symbols: nothing is known of such a graph
         captured = fx.GraphModule(gm, copy_graph(gm.graph))
-        _put_numbers(captured, note=False, degree=degree)
+        _put_numbers(captured, hints, None)
     else:
-        _put_numbers(captured, note=True, degree=degree)
+        _put_numbers(captured, hints, degree)
         for node in captured.graph.find_nodes(op="placeholder"):
             node.meta[OTHER_SIZES] = reads_others
     for x in inputs:
-        if isinstance(x, _SYMBOLIC):
+        if _counts_rows(x, hints):
             int(x)  # a guard: another number of rows is another program
     return captured, fakes
 
@@ -125,35 +155,44 @@ def _name(source: Any) -> str:
     return name() if callable(name) else name
 
 
-def _fixed(node: fx.Node, x: Any) -> Any:
-    """An input whose rows have a symbol, as a fake of fixed shape: else tracing would give it the symbol again."""
+def _fixed(node: fx.Node, x: Any, hints: Hints) -> Any:
+    """An input whose rows have a symbol, as a fake with a number there: else tracing would give it the symbol again."""
     value = node.meta.get("example_value")
-    if not isinstance(value, torch.Tensor) or not any(map(_symbols, value.shape)):
+    if not isinstance(value, torch.Tensor) or not any(_symbols(n) & hints.keys() for n in value.shape):
         return x
     mode = TracingContext.get().fake_mode
     assert mode is not None
     with mode:
-        shape, stride = [_number(n) for n in value.shape], [_number(n) for n in value.stride()]
+        shape, stride = ([_with_hints(n, hints) for n in sizes] for sizes in (value.shape, value.stride()))
         fake = torch.empty_strided(shape, stride, dtype=x.dtype, device=x.device)
     return fake.requires_grad_(x.requires_grad)
 
 
-def _put_numbers(gm: fx.GraphModule, *, note: bool, degree: int) -> None:
-    """Replace every symbolic value by its number; note which arguments of other calls count rows, and which dims."""
+def _with_hints(size: Any, hints: Hints) -> Any:
+    """A size with numbers for rows."""
+    if _counts_rows(size, hints):
+        return _number(size)
+    if not _symbols(size) & hints.keys():
+        return size
+    environment = size.node.shape_env
+    return environment.create_symintnode(environment.simplify(size.node.expr).subs(hints), hint=_number(size))
+
+
+def _put_numbers(gm: fx.GraphModule, hints: Hints, degree: int | None) -> None:
+    """Replace what counts rows by its number; unless `degree` is None, note where it was, and which dims are rows."""
     symbolic: dict[fx.Node, Any] = {}
-    hints: dict[Any, int] = {}
     for node in list(gm.graph.nodes):
         value = node.meta.get("val", node.meta.get("example_value"))
         if isinstance(value, _SYMBOLIC):
             symbolic[node] = value
-            continue
-        if note:
+        elif degree is not None:
             _note(node, value, symbolic, hints, degree)
-        numbers = {n: _number(symbolic[n]) for n in node.all_input_nodes if n in symbolic}
-        if numbers:
+        numbers = {n: _number(symbolic[n]) for n in node.all_input_nodes if _counts_rows(symbolic.get(n), hints)}
+        if numbers and not _counts_rows(value, hints):
             node.args, node.kwargs = _mapped((node.args, node.kwargs), numbers)
     for node in reversed(symbolic):
-        gm.graph.erase_node(node)
+        if _counts_rows(symbolic[node], hints):
+            gm.graph.erase_node(node)
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.slice.Tensor):
         if _is_whole(node):  # of a dim that had a symbol, where one with a number would not have been cut
             replace(node, operand(node, 0))
@@ -171,20 +210,19 @@ def _mapped(arguments: Any, numbers: dict[fx.Node, Any]) -> Any:
     return fx.node.map_arg(arguments, lambda n: numbers.get(n, n))
 
 
-def _note(node: fx.Node, value: Any, symbolic: dict[fx.Node, Any], hints: dict[Any, int], degree: int) -> None:
+def _note(node: fx.Node, value: Any, symbolic: dict[fx.Node, Any], hints: Hints, degree: int) -> None:
     if node.op == "placeholder" and isinstance(value, torch.Tensor) and value.ndim:
-        for symbol in _symbols(value.shape[0]):  # one at most
+        for symbol in _symbols(value.shape[0]) & hints.keys():  # one at most
             node.meta[ROW_SYMBOL] = str(symbol)
-            hints[symbol] = _number(value.shape[0])
     if node.op != "call_function":
         return
     custom: dict[str, Any] = {}
     counts = {place: _count(symbolic[n], hints, degree) for place, n in _values(node) if n in symbolic}
-    if counts:
-        custom[COUNTS] = counts
+    if any(count.symbols for count in counts.values()):
+        custom[COUNTS] = {place: count for place, count in counts.items() if count.symbols}
     if node.target in _RESHAPED and isinstance(value, torch.Tensor):
-        source = {str(symbol) for size in node.all_input_nodes[0].meta["val"].shape for symbol in _symbols(size)}
-        dims = {dim: tuple(map(str, _symbols(size))) for dim, size in enumerate(value.shape) if _symbols(size)}
+        source = {n for size in node.all_input_nodes[0].meta["val"].shape for n in _row_names(size, hints)}
+        dims = {dim: names for dim, size in enumerate(value.shape) if (names := _row_names(size, hints))}
         if source:
             custom[ROW_DIMS] = (tuple(map(_number, value.shape)), dims, tuple(sorted(source)))
     if custom:
@@ -200,11 +238,18 @@ def _values(node: fx.Node) -> Iterator[tuple[int | str, fx.Node]]:
             yield place if place < len(node.args) else described.name, given
 
 
-def _count(value: Any, hints: dict[Any, int], degree: int) -> Count:
+def _count(value: Any, hints: Hints, degree: int) -> Count:
     expression = value.node.shape_env.simplify(value.node.expr)
+    names = tuple(sorted(str(symbol) for symbol in expression.free_symbols & hints.keys()))
     whole = expression.subs({symbol: degree * number for symbol, number in hints.items()})
-    number = int(whole) if whole.is_Integer else float(whole)
-    return tuple(sorted(map(str, expression.free_symbols))), _number(value), number
+    if _counts_rows(value, hints):
+        return Count(names, _number(value), int(whole) if whole.is_Integer else float(whole))
+    times = sympy.simplify(whole / expression.subs(hints))
+    return Count(names, None, None if not times.is_number else int(times) if times.is_Integer else float(times))
+
+
+def _row_names(size: Any, hints: Hints) -> tuple[str, ...]:
+    return tuple(sorted(map(str, _symbols(size) & hints.keys())))
 
 
 def _symbols(size: Any) -> set[Any]:

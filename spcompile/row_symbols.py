@@ -18,10 +18,12 @@ import torch.fx as fx
 from spcompile.capture import OTHER_SIZES, ROW_SYMBOL, capture, is_state
 from spcompile.graph import argument, copy_graph, operand, replace
 from spcompile.local_inputs import on_local_parts, over_local_parts
+from spcompile.one_row import OWN, with_rows
+from spcompile.row_blocks import write_blocks_of_one_row
 from spcompile.row_counts import COUNTS, ROW_DIMS, Count
 from spcompile.rules.calls import overloads
 from spcompile.rules.views import RESHAPES
-from spcompile.torch_private import TracingContext, trace_again
+from spcompile.torch_private import TracingContext, symbol_config, trace_again
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Any]
 Hints = dict[Any, int]  # symbols of rows -> how many this rank has
@@ -30,6 +32,7 @@ _ASKED = "_spx_asked_for_symbols"
 _MARKS = (_ASKED, "_dynamo_weak_dynamic_indices", "_has_dynamo_dim_marking")  # maybe_mark_dynamic sets the others
 _RESHAPED = frozenset(overloads(RESHAPES))
 _RANGES = frozenset(overloads("arange linspace logspace"))
+_BEFORE: list[bool] = []  # torch's setting, while it is another one for a trace that was asked for
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -63,23 +66,46 @@ def over_known_rows(backend: Backend, degree: int) -> Backend:
 def _ask_for_symbols(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     """Let Dynamo trace once more, with a symbol for the first dim of each of the user's tensors.
 
-    A dim of size 1 has no symbol in Dynamo. Where the model asks for numbers, there are none the second time either.
+    Dynamo has no symbols for sizes of 1, unless it is told not to rely on such sizes. Where the model asks for numbers,
+    there are no symbols the second time either.
     """
     tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    if _BEFORE:
+        symbol_config.backed_size_oblivious = _BEFORE.pop()
     asked = [x for x in tensors if hasattr(x, _ASKED)]
     for x, mark in product(asked, _MARKS):
         if hasattr(x, mark):
             delattr(x, mark)
     if asked or TracingContext.try_get() is None:
         return
-    for node, x in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        if type(x) is torch.Tensor and x.ndim and not is_state(node) and not any(hasattr(x, m) for m in _MARKS):
-            rows = node.meta["example_value"].shape[0]
-            if isinstance(rows, int) and rows > 1:
-                torch._dynamo.maybe_mark_dynamic(x, 0)
-                setattr(x, _ASKED, True)
+    wanted = [
+        (node.name, x)
+        for node, x in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
+        if type(x) is torch.Tensor and x.ndim and not is_state(node) and not any(hasattr(x, mark) for mark in _MARKS)
+        if isinstance(node.meta["example_value"].shape[0], int) and x.shape[0]
+    ]
+    single = {name for name, x in wanted if x.shape[0] == 1}
+    rows = _that_may_have_more(gm, inputs) if single else set()
+    for name, x in wanted:
+        if name in rows or name not in single:
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+            setattr(x, _ASKED, True)
     if any(hasattr(x, _ASKED) for x in tensors):
+        if rows:
+            _BEFORE.append(symbol_config.backed_size_oblivious)
+            symbol_config.backed_size_oblivious = True
         trace_again("numbers that count rows")
+
+
+def _that_may_have_more(gm: fx.GraphModule, inputs: Sequence[Any]) -> set[str]:
+    """The inputs with one row that may have several; others are broadcast, which a symbol would forbid."""
+    try:
+        captured = capture(*over_local_parts(gm, inputs))
+        write_blocks_of_one_row(captured.graph)
+        widened, _ = with_rows(captured.graph)
+    except Exception:  # whatever it is, it comes again where it can be reported
+        return set()
+    return {node.name for node in widened.find_nodes(op="placeholder") if OWN in node.meta}
 
 
 def _rows_of(gm: fx.GraphModule) -> Hints:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, NoReturn
 
 import sympy
 import torch
@@ -25,10 +25,13 @@ from spcompile.rules.calls import overloads
 from spcompile.rules.views import RESHAPES
 from spcompile.torch_private import TracingContext, symbol_config, trace_again
 
+aten = torch.ops.aten
+
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Any]
 Hints = dict[Any, int]  # symbols of rows -> how many this rank has
 
 _ASKED = "_spx_asked_for_symbols"
+_FIRST, _LAST = "with symbols", "with numbers"  # what was asked for
 _MARKS = (_ASKED, "_dynamo_weak_dynamic_indices", "_has_dynamo_dim_marking")  # maybe_mark_dynamic sets the others
 _RESHAPED = frozenset(overloads(RESHAPES))
 _RANGES = frozenset(overloads("arange linspace logspace"))
@@ -48,13 +51,17 @@ def over_known_rows(backend: Backend, degree: int) -> Backend:
         reason = getattr(gm, "compile_subgraph_reason", None)
         if reason is not None and reason.graph_break:
             return backend(gm, inputs)  # which refuses it
-        _ask_for_symbols(gm, inputs)
+        is_last = _ask_for_symbols(gm, inputs)
         hints = _rows_of(gm)
-        if not hints:
+        if not hints or is_last:
             return backend(gm, inputs)
         gm, inputs, given = _without_offsets(gm, inputs)
         kept = [i for i, x in enumerate(inputs) if not _counts_rows(x, hints)]
-        run = backend(*_with_numbers(*over_local_parts(gm, inputs), hints, degree))
+        try:
+            known = _with_numbers(*over_local_parts(gm, inputs), hints, degree)
+        except Exception:  # not everything that runs on numbers runs on symbols
+            _trace_with_numbers(inputs)
+        run = backend(*known)
         if run is None:
             return None
         run, places = on_local_parts(run, [inputs[i] for i in kept]), [given[i] for i in kept]
@@ -63,21 +70,21 @@ def over_known_rows(backend: Backend, degree: int) -> Backend:
     return compile_with_numbers
 
 
-def _ask_for_symbols(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+def _ask_for_symbols(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
     """Let Dynamo trace once more, with a symbol for the first dim of each of the user's tensors.
 
     Dynamo has no symbols for sizes of 1, unless it is told not to rely on such sizes. Where the model asks for numbers,
-    there are no symbols the second time either.
+    there are no symbols the second time either. Returns whether this trace is the last, whatever it has.
     """
     tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
     if _BEFORE:
         symbol_config.backed_size_oblivious = _BEFORE.pop()
-    asked = [x for x in tensors if hasattr(x, _ASKED)]
-    for x, mark in product(asked, _MARKS):
+    asked = [getattr(x, _ASKED) for x in tensors if hasattr(x, _ASKED)]
+    for x, mark in product([x for x in tensors if hasattr(x, _ASKED)], _MARKS):
         if hasattr(x, mark):
             delattr(x, mark)
     if asked or TracingContext.try_get() is None:
-        return
+        return _LAST in asked
     wanted = [
         (node.name, x)
         for node, x in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
@@ -89,12 +96,21 @@ def _ask_for_symbols(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
     for name, x in wanted:
         if name in rows or name not in single:
             torch._dynamo.maybe_mark_dynamic(x, 0)
-            setattr(x, _ASKED, True)
+            setattr(x, _ASKED, _FIRST)
     if any(hasattr(x, _ASKED) for x in tensors):
         if rows:
             _BEFORE.append(symbol_config.backed_size_oblivious)
             symbol_config.backed_size_oblivious = True
         trace_again("numbers that count rows")
+    return False
+
+
+def _trace_with_numbers(inputs: Sequence[Any]) -> NoReturn:
+    """Let Dynamo trace a last time, as it would have without being asked."""
+    for x in inputs:
+        if type(x) is torch.Tensor:
+            setattr(x, _ASKED, _LAST)
+    trace_again("a graph without symbols for rows")
 
 
 def _that_may_have_more(gm: fx.GraphModule, inputs: Sequence[Any]) -> set[str]:
@@ -152,15 +168,10 @@ def _with_numbers(
     given = list(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
     fakes = [_fixed(node, x, hints) for node, x in given if not _counts_rows(x, hints)]
     reads_others = _reads_other_sizes(gm)
-    try:
-        captured = capture(gm, inputs)
-    except Exception:  # not everything that runs on numbers runs on symbols: nothing is known of such a graph
-        captured = fx.GraphModule(gm, copy_graph(gm.graph))
-        _put_numbers(captured, hints, None)
-    else:
-        _put_numbers(captured, hints, degree)
-        for node in captured.graph.find_nodes(op="placeholder"):
-            node.meta[OTHER_SIZES] = reads_others
+    captured = capture(gm, inputs)
+    _put_numbers(captured, hints, degree)
+    for node in captured.graph.find_nodes(op="placeholder"):
+        node.meta[OTHER_SIZES] = reads_others
     for x in inputs:
         if _counts_rows(x, hints):
             int(x)  # a guard: another number of rows is another program
@@ -204,14 +215,14 @@ def _with_hints(size: Any, hints: Hints) -> Any:
     return environment.create_symintnode(environment.simplify(size.node.expr).subs(hints), hint=_number(size))
 
 
-def _put_numbers(gm: fx.GraphModule, hints: Hints, degree: int | None) -> None:
-    """Replace what counts rows by its number; unless `degree` is None, note where it was, and which dims are rows."""
+def _put_numbers(gm: fx.GraphModule, hints: Hints, degree: int) -> None:
+    """Replace what counts rows by its number, and note where it was, and which dims are rows."""
     symbolic: dict[fx.Node, Any] = {}
     for node in list(gm.graph.nodes):
         value = node.meta.get("val", node.meta.get("example_value"))
         if isinstance(value, _SYMBOLIC):
             symbolic[node] = value
-        elif degree is not None:
+        else:
             _note(node, value, symbolic, hints, degree)
         numbers = {n: _number(symbolic[n]) for n in node.all_input_nodes if _counts_rows(symbolic.get(n), hints)}
         if numbers and not _counts_rows(value, hints):
@@ -219,17 +230,23 @@ def _put_numbers(gm: fx.GraphModule, hints: Hints, degree: int | None) -> None:
     for node in reversed(symbolic):
         if _counts_rows(symbolic[node], hints):
             gm.graph.erase_node(node)
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.slice.Tensor):
-        if _is_whole(node):  # of a dim that had a symbol, where one with a number would not have been cut
-            replace(node, operand(node, 0))
+    _remove_whole_slices(gm.graph)
     gm.recompile()
 
 
-def _is_whole(cut: fx.Node) -> bool:
-    before, after = operand(cut, 0).meta.get("val"), cut.meta.get("val")
-    if before is None or after is None or argument(cut, 4, "step", 1) != 1:
-        return False
-    return list(map(_number, before.shape)) == list(map(_number, after.shape))
+def _remove_whole_slices(graph: fx.Graph) -> None:
+    """Of a dim that had a symbol there are cuts of all of it, where one with a number would not have been cut."""
+    for node in graph.find_nodes(op="call_function", target=aten.slice.Tensor):
+        if argument(node, 4, "step", 1) == 1 and _sizes(node) == _sizes(operand(node, 0)) is not None:
+            replace(node, operand(node, 0))
+    for node in graph.find_nodes(op="call_function", target=aten.slice_scatter.default):
+        if argument(node, 5, "step", 1) == 1 and _sizes(node) == _sizes(operand(node, 1)) is not None:
+            replace(node, operand(node, 1))
+
+
+def _sizes(node: fx.Node) -> list[Any] | None:
+    value = node.meta.get("val")
+    return list(map(_number, value.shape)) if isinstance(value, torch.Tensor) else None
 
 
 def _mapped(arguments: Any, numbers: dict[fx.Node, Any]) -> Any:

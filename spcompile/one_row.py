@@ -125,8 +125,8 @@ class _Widen:
             self.resize(node, shapes[0])
         if node.target is aten.index.Tensor:
             self.number_rows(node)
-        if node.target is torch.ops.spx.attention.default:  # takes one row of queries for many of keys, or keys of one
-            self.repeat_constants(node)
+        if node.target in (torch.ops.spx.attention.default, aten.slice_scatter.default, aten.select_scatter.default):
+            self.repeat_constants(node)  # these do not refuse operands of which one has a row and others have several
         try:
             value = evaluate(node)
         except Exception as first:

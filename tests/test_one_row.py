@@ -69,6 +69,14 @@ def with_class_token(y_BSD: Tensor, w_DD: Tensor, **_: Tensor) -> Tensor:
     return torch.cat([tokens_B1D, y_BSD], 1).sum(1).square().sum()
 
 
+def shifted(y_BSD: Tensor, w_DD: Tensor, **_: Tensor) -> Tensor:
+    """Written into zeros, as decoders shift their labels."""
+    z_BSD = y_BSD.new_zeros(y_BSD.shape)
+    z_BSD[:, 1:] = y_BSD[:, :-1]
+    z_BSD[:, 0] = w_DD[0]
+    return (z_BSD @ w_DD).square().mean()
+
+
 def weighted(y_BSD: Tensor, w_DD: Tensor, weight_B: Tensor) -> Tensor:
     return (y_BSD.sum((1, 2)) * weight_B).sum()
 
@@ -77,7 +85,7 @@ def scaled(y_BSD: Tensor, w_DD: Tensor, scale_1: Tensor, bias_1D: Tensor) -> Ten
     return (y_BSD * scale_1 + bias_1D).square().sum()
 
 
-@pytest.mark.parametrize("end", [mean, mean_of_rows, squared_sum_of_tokens, flattened, with_class_token])
+@pytest.mark.parametrize("end", [mean, mean_of_rows, squared_sum_of_tokens, flattened, with_class_token, shifted])
 @pytest.mark.parametrize("mesh", [{"dp": 2}, pytest.param({"cp": 2, "dp": 3}, marks=pytest.mark.slow)])
 def test_sums_over_rows_are_sums_over_ranks(end: Callable[..., Tensor], mesh: dict[str, int]) -> None:
     report = verify(end, mesh)

@@ -15,6 +15,7 @@ import torch.fx as fx
 from spcompile import program_cache
 from spcompile.agreement import Agreement
 from spcompile.autocast import autocast_off
+from spcompile.capture import graph_break_of
 from spcompile.diagnostics import GraphBreak
 from spcompile.dump import Dump
 from spcompile.dynamo_settings import ignore_library_logging
@@ -217,8 +218,8 @@ def _device_type(inputs: Sequence[Any]) -> str:
 
 def refuse_graph_break(gm: fx.GraphModule) -> None:
     """Dynamo says on each part of a broken model why it ended; sharding one part alone would be a guess."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    if reason is None or not reason.graph_break:
+    reason = graph_break_of(gm)
+    if reason is None:
         return
     frame = reason.user_stack[-1] if reason.user_stack else None
     where = f"{frame.filename}:{frame.lineno} in {frame.name}\n      {frame.line}" if frame is not None else None

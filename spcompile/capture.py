@@ -150,6 +150,12 @@ def _name_placeholders(captured: fx.GraphModule, original: fx.GraphModule, input
                 node.meta[key] = source.meta[key]
 
 
+def graph_break_of(gm: fx.GraphModule) -> Any:
+    """Dynamo's reason to end this graph in the middle of the model; None if it did not."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason if reason is not None and reason.graph_break else None
+
+
 def is_state(placeholder: fx.Node) -> bool:
     """Whether Dynamo read this input from a module: what a caller passes may be another at every call."""
     source = getattr(placeholder.meta.get("grapharg"), "source", None)

@@ -42,11 +42,14 @@ def write_blocks(graph: fx.Graph, inputs: Sequence[fx.Node]) -> int:
         return 0
     for node in joins:
         _join(node)
-    count, spaces = len(joins), find_index_spaces(graph)
+    count, is_new = len(joins), True
     for node in list(graph.nodes):
-        found = _between_blocks(node, spaces, _rows(spaces, inputs))
+        if is_new:
+            spaces = find_index_spaces(graph)
+            rows, is_new = _rows(spaces, inputs), False
+        found = _between_blocks(node, spaces, rows)
         if found is not None and _cut(node, *found):
-            count, spaces = count + 1, find_index_spaces(graph)
+            count, is_new = count + 1, True
     return count
 
 

@@ -1,9 +1,9 @@
 """Over dp, a size that the model reads is that of one rank's rows, while a sum over rows is that of all ranks.
 
 A mean counts all rows. But `loss.sum() / x.shape[0]` divides the sum of all rows by the number of one rank's. Where it
-is known what counts rows (`row_symbols`), such numbers become those of all ranks. Where it is not, as with one row a
-rank, the number is a literal like any other; then a literal that scales a sum over rows and could be a count of the
-rank's own rows or tokens is an error: a loss that is `dp` times too large would be worse.
+is known what counts rows (`row_symbols`), such numbers become those of all ranks. Where it is not, the number is a
+literal like any other; then a literal that scales a sum over rows and could be a count of the rank's own rows or tokens
+is an error: a loss that is `dp` times too large would be worse.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ _SCALES = (aten.div.Tensor, aten.div.Scalar, aten.mul.Tensor, aten.mul.Scalar)
 _ON_THE_WAY = (*_SCALES, aten.neg.default, aten.to.dtype, aten._to_copy.default)
 _ONES_LIKE = (aten.ones_like.default, aten.new_ones.default)
 _LARGE = 2**20  # numbers
-_GROUPS = "two groups of rows or more on every rank, parts of equally many rows each, or DDP over dp"
 
 
 def require_no_counts(graph: fx.Graph, spaces: IndexSpaces, placements: Placements, rows: int | None) -> None:
@@ -142,11 +141,7 @@ def _require_row_dim(node: fx.Node, placements: Placements, of_inputs: set[fx.No
     growing = [dim for dim, symbols in dims.items() if not rows.isdisjoint(symbols)]
     if place is not None and place.dim in growing:
         return
-    raise BatchNotSplit(
-        f"{node.name} {list(shape)} puts a rank's rows where they would not be among the rows of all ranks",
-        where=source_of(node),
-        legal=_GROUPS,
-    )
+    raise _misplaced(node)
 
 
 def _require_inferred_rows(graph: fx.Graph, placements: Placements) -> None:
@@ -160,11 +155,16 @@ def _require_inferred_rows(graph: fx.Graph, placements: Placements) -> None:
         if source is None or abs(inferred - place.dim) != 1:
             continue
         if same(shape[place.dim] * shape[inferred], before[source.dim]):
-            raise BatchNotSplit(
-                f"{node.name} {list(shape)} puts a rank's rows where they would not be among the rows of all ranks",
-                where=source_of(node),
-                legal=_GROUPS,
-            )
+            raise _misplaced(node)
+
+
+def _misplaced(node: fx.Node) -> BatchNotSplit:
+    shape = [hint(size) for size in node.meta["val"].shape]
+    return BatchNotSplit(
+        f"{node.name} {shape} puts a rank's rows where they would not be among the rows of all ranks",
+        where=source_of(node),
+        legal="two groups of rows or more on every rank, parts of equally many rows each, or DDP over dp",
+    )
 
 
 def require_equal_rows(graph: fx.Graph, spaces: IndexSpaces, placements: Placements) -> None:

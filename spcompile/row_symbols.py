@@ -15,7 +15,7 @@ import sympy
 import torch
 import torch.fx as fx
 
-from spcompile.capture import OTHER_SIZES, ROW_SYMBOL, capture, is_state
+from spcompile.capture import OTHER_SIZES, ROW_SYMBOL, capture, graph_break_of, is_state
 from spcompile.graph import argument, copy_graph, operand, replace
 from spcompile.local_inputs import on_local_parts, over_local_parts
 from spcompile.one_row import OWN, with_rows
@@ -48,8 +48,7 @@ def over_known_rows(backend: Backend, degree: int) -> Backend:
         return backend
 
     def compile_with_numbers(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        reason = getattr(gm, "compile_subgraph_reason", None)
-        if reason is not None and reason.graph_break:
+        if graph_break_of(gm) is not None:
             return backend(gm, inputs)  # which refuses it
         is_last = _ask_for_symbols(gm, inputs)
         hints = _rows_of(gm)
@@ -143,17 +142,22 @@ def _without_offsets(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.Grap
 
     A view into a larger tensor brings the place of its first element with it, which differs between ranks.
     """
-    sizes, unread = set[Any](), set[int]()
-    for node in gm.graph.find_nodes(op="placeholder"):
+    placeholders, sizes = gm.graph.find_nodes(op="placeholder"), set[Any]()
+    for node in placeholders:
         value = node.meta.get("example_value")
         sizes |= {symbol for n in (value.shape if isinstance(value, torch.Tensor) else ()) for symbol in _symbols(n)}
+    is_read = [
+        bool(node.users) or not _symbols(x) or not sizes.isdisjoint(_symbols(x))
+        for node, x in zip(placeholders, inputs, strict=True)
+    ]
+    places = [place for place, read in enumerate(is_read) if read]
+    if all(is_read):
+        return gm, inputs, places
     result = fx.GraphModule(gm, copy_graph(gm.graph))
-    for place, (node, x) in enumerate(zip(result.graph.find_nodes(op="placeholder"), inputs, strict=True)):
-        if isinstance(x, _SYMBOLIC) and not node.users and sizes.isdisjoint(_symbols(x)) and _symbols(x):
-            unread.add(place)
+    for node, read in zip(result.graph.find_nodes(op="placeholder"), is_read, strict=True):
+        if not read:
             result.graph.erase_node(node)
-    places = [i for i in range(len(inputs)) if i not in unread]
-    return (result, [inputs[i] for i in places], places) if unread else (gm, inputs, places)
+    return result, [inputs[i] for i in places], places
 
 
 def _counts_rows(value: Any, hints: Hints) -> bool:

@@ -127,6 +127,11 @@ class _Heads:
     Y: int
     groups_first: bool
 
+    @property
+    def sizes(self) -> list[int]:
+        """Key heads, query heads of each."""
+        return [self.X, self.Y] if self.groups_first else [self.Y, self.X]
+
     def joined(self, x: fx.Node, at: fx.Node) -> fx.Node:
         """[B, X or 1, Y or 1, .., ..] as [B, N, .., ..]."""
         if shape_of(x)[1:3] != (self.X, self.Y):
@@ -139,15 +144,13 @@ class _Heads:
         query_heads = 2 if self.groups_first else 1
         if shape_of(x)[query_heads] != 1:
             return self.joined(x, at)
-        sizes = [self.X, self.Y] if self.groups_first else [self.Y, self.X]
         x_BGTH = _new(at, aten.squeeze.dim, x, query_heads)
-        x = _new(at, aten.expand.default, _new(at, aten.unsqueeze.default, x_BGTH, 2), [-1, *sizes, -1, -1])
+        x = _new(at, aten.expand.default, _new(at, aten.unsqueeze.default, x_BGTH, 2), [-1, *self.sizes, -1, -1])
         return _new(at, aten.flatten.using_ints, x, 1, 2)
 
     def apart(self, x_BNSV: fx.Node, at: fx.Node) -> fx.Node:
         """Back to [B, X, Y, S, V]."""
-        sizes = [self.X, self.Y] if self.groups_first else [self.Y, self.X]
-        x = _new(at, aten.unflatten.int, x_BNSV, 1, sizes)
+        x = _new(at, aten.unflatten.int, x_BNSV, 1, self.sizes)
         return x if self.groups_first else _new(at, aten.transpose.int, x, 1, 2)
 
     def of_side(self, x: fx.Node, at: fx.Node) -> fx.Node:

@@ -24,6 +24,7 @@ from spcompile.propagate import SCORES, UNREAD_ATTENTION, Choice, Place, Placeme
 from spcompile.row_blocks import write_blocks, write_blocks_of_one_row
 from spcompile.row_counts import all_counts_are_known, count_all_rows, require_equal_rows, require_no_counts
 from spcompile.row_evidence import require_rows
+from spcompile.row_reads import require_unread_rows
 from spcompile.sizes import same
 from spcompile.spaces import Space, leaves
 
@@ -59,7 +60,10 @@ class AnnotateDataParallel(Pass):
         if ctx.rows is not None:
             require_rows(gm.graph, spaces, placements, seeds, ctx.rows)
         require_equal_rows(gm.graph, spaces, placements)
+        require_unread_rows(gm.graph, placements)
         counts = count_all_rows(gm.graph, placements)
+        if counts is None:
+            ctx.remarks.add("SPR104", "a number that the model computed from its number of rows counts one rank's")
         if counts is None or not all_counts_are_known(gm.graph):
             require_no_counts(gm.graph, spaces, placements, ctx.rows)
         for node in gm.graph.find_nodes(op="placeholder"):

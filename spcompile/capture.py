@@ -28,8 +28,9 @@ from spcompile.vmapped import without_vmaps
 
 aten = torch.ops.aten
 
-# In a placeholder's meta, by row_symbols: the symbol that its first dim had; whether sizes of other tensors were read.
-ROW_SYMBOL, OTHER_SIZES = "row_symbol", "other_sizes"
+# In a placeholder's meta, by row_symbols: the symbol that its first dim had; whether sizes of other tensors were read;
+# what its number of rows decided.
+ROW_SYMBOL, OTHER_SIZES, ROWS_READ = "row_symbol", "other_sizes", "rows_read"
 # Views that ask for strides become reshapes: later passes may change strides, never meaning.
 _RESHAPES = (aten.view.default, aten._unsafe_view.default)
 _NO_MEANING = (aten._assert_tensor_metadata.default, aten.alias.default)
@@ -145,7 +146,7 @@ def _name_placeholders(captured: fx.GraphModule, original: fx.GraphModule, input
             node.meta[KEY] = ModuleBuffer(given)
         node._rename(source.name)
         node.target = node.name
-        for key in ("grapharg", "tensor_dict", ROW_SYMBOL, OTHER_SIZES):
+        for key in ("grapharg", "tensor_dict", ROW_SYMBOL, OTHER_SIZES, ROWS_READ):
             if key in source.meta:
                 node.meta[key] = source.meta[key]
 

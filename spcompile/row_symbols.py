@@ -15,12 +15,13 @@ import sympy
 import torch
 import torch.fx as fx
 
-from spcompile.capture import OTHER_SIZES, ROW_SYMBOL, capture, graph_break_of, is_state
+from spcompile.capture import OTHER_SIZES, ROW_SYMBOL, ROWS_READ, capture, graph_break_of, is_state
 from spcompile.graph import argument, copy_graph, operand, replace
 from spcompile.local_inputs import on_local_parts, over_local_parts
 from spcompile.one_row import OWN, with_rows
 from spcompile.row_blocks import write_blocks_of_one_row
 from spcompile.row_counts import COUNTS, ROW_DIMS, Count
+from spcompile.row_reads import note_reads
 from spcompile.rules.calls import overloads
 from spcompile.rules.views import RESHAPES
 from spcompile.torch_private import TracingContext, symbol_config, trace_again
@@ -32,7 +33,13 @@ Hints = dict[Any, int]  # symbols of rows -> how many this rank has
 
 _ASKED = "_spx_asked_for_symbols"
 _FIRST, _LAST = "with symbols", "with numbers"  # what was asked for
-_MARKS = (_ASKED, "_dynamo_weak_dynamic_indices", "_has_dynamo_dim_marking")  # maybe_mark_dynamic sets the others
+_READ = "_spx_rows_read"  # what is known of it from a trace with symbols, for the last one
+_MARKS = (
+    _ASKED,
+    _READ,
+    "_dynamo_weak_dynamic_indices",
+    "_has_dynamo_dim_marking",
+)  # maybe_mark_dynamic sets the others
 _RESHAPED = frozenset(overloads(RESHAPES))
 _RANGES = frozenset(overloads("arange linspace logspace"))
 _BEFORE: list[bool] = []  # torch's setting, while it is another one for a trace that was asked for
@@ -50,7 +57,7 @@ def over_known_rows(backend: Backend, degree: int) -> Backend:
     def compile_with_numbers(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         if graph_break_of(gm) is not None:
             return backend(gm, inputs)  # which refuses it
-        is_last = _ask_for_symbols(gm, inputs)
+        is_last = _ask_for_symbols(gm, inputs, degree)
         hints = _rows_of(gm)
         if not hints or is_last:
             return backend(gm, inputs)
@@ -59,7 +66,7 @@ def over_known_rows(backend: Backend, degree: int) -> Backend:
         try:
             known = _with_numbers(*over_local_parts(gm, inputs), hints, degree)
         except Exception:  # not everything that runs on numbers runs on symbols
-            _trace_with_numbers(inputs)
+            _trace_with_numbers(gm, inputs)
         run = backend(*known)
         if run is None:
             return None
@@ -69,7 +76,7 @@ def over_known_rows(backend: Backend, degree: int) -> Backend:
     return compile_with_numbers
 
 
-def _ask_for_symbols(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+def _ask_for_symbols(gm: fx.GraphModule, inputs: Sequence[Any], degree: int) -> bool:
     """Let Dynamo trace once more, with a symbol for the first dim of each of the user's tensors.
 
     Dynamo has no symbols for sizes of 1, unless it is told not to rely on such sizes. Where the model asks for numbers,
@@ -79,6 +86,11 @@ def _ask_for_symbols(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
     if _BEFORE:
         symbol_config.backed_size_oblivious = _BEFORE.pop()
     asked = [getattr(x, _ASKED) for x in tensors if hasattr(x, _ASKED)]
+    placeholders = list(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    note_reads(gm, [node for node, x in placeholders if getattr(x, _ASKED, None) == _FIRST], degree)
+    for node, x in placeholders:
+        if hasattr(x, _READ):
+            node.meta[ROWS_READ] = getattr(x, _READ)
     for x, mark in product([x for x in tensors if hasattr(x, _ASKED)], _MARKS):
         if hasattr(x, mark):
             delattr(x, mark)
@@ -86,7 +98,7 @@ def _ask_for_symbols(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
         return _LAST in asked
     wanted = [
         (node.name, x)
-        for node, x in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)
+        for node, x in placeholders
         if type(x) is torch.Tensor and x.ndim and not is_state(node) and not any(hasattr(x, mark) for mark in _MARKS)
         if isinstance(node.meta["example_value"].shape[0], int) and x.shape[0]
     ]
@@ -104,11 +116,13 @@ def _ask_for_symbols(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
     return False
 
 
-def _trace_with_numbers(inputs: Sequence[Any]) -> NoReturn:
+def _trace_with_numbers(gm: fx.GraphModule, inputs: Sequence[Any]) -> NoReturn:
     """Let Dynamo trace a last time, as it would have without being asked."""
-    for x in inputs:
+    for node, x in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
         if type(x) is torch.Tensor:
             setattr(x, _ASKED, _LAST)
+            if ROWS_READ in node.meta:
+                setattr(x, _READ, node.meta[ROWS_READ])
     trace_again("a graph without symbols for rows")
 
 

@@ -28,7 +28,7 @@ LAYERS = (
     "propagate verifier",
     "global_view",
     "layout reshard pipeline",
-    "cut lowering dump one_row row_blocks row_counts row_evidence row_places",
+    "cut lowering dump one_row row_blocks row_counts row_reads row_evidence row_places",
     "resharding tensor_parallel program",
     "one_device gloo_limits",
     # the whole machine

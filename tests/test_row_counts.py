@@ -96,6 +96,35 @@ def test_rows_of_a_tensor_that_is_not_read_have_no_symbol() -> None:
         verify(lambda z, y: z.square().sum() / len(y), 2)
 
 
+DECIDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a logarithm": lambda z, y: summed(z, y, "mean") * math.log(1 + len(z)),
+    "a branch": lambda z, y: summed(z, y, "mean") * (2 if len(z) > 3 or len(z) == 2 else 1),
+    "a table": lambda z, y: summed(z, y, "mean") * {1: 1.0, 2: 3.0, 3: 1.0, 6: 2.0}[len(z)],
+    "a loop": lambda z, y: sum((z.square().mean() / i for i in range(1, 1 + len(z))), start=z.sum()),
+    "a text": lambda z, y: summed(z, y, "mean") * float(f"{len(z)}"),
+}
+
+
+@pytest.mark.parametrize("name", DECIDED)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_program_that_is_another_one_for_all_rows_is_refused(name: str, rows: int) -> None:
+    with pytest.raises(
+        BatchNotSplit, match=r"another one for [26] rows than for this rank's [13](.|\n)*test_row_counts"
+    ):
+        verify(DECIDED[name], rows)
+
+
+def test_branches_that_all_rows_take_as_well() -> None:
+    report = verify(lambda z, y: z.square().mean() * (2 if len(z) > 1 and len(z) % 2 == 0 else 3), 2)
+    assert report.ok, str(report)
+
+
+def test_it_is_said_where_counts_are_not_known() -> None:
+    model = Scored(RIGHT["mask of ones"])
+    batch = {"x_BSD": torch.randn(2, S, D, dtype=torch.float64), "y_BS": torch.randint(V, (2, S))}
+    assert "SPR104" in str(spcompile.explain(model, batch, mesh={"dp": 2}))
+
+
 def advantages(groups: Tensor) -> Tensor:
     return (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-3)
 

@@ -25,10 +25,17 @@ import torch.fx as fx
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
+from spcompile.attention.mask import AttentionMask
 from spcompile.flex_attention import refuse
 from spcompile.graph import argument, call, erase_dead, replace, shape_of
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.rows_without_keys import ABSORBS, rows_of_one_number, with_uniform_rows
+from spcompile.rows_without_keys import (
+    ABSORBS,
+    as_documents,
+    marked_as_documents,
+    rows_of_one_number,
+    with_uniform_rows,
+)
 from spcompile.splice import splice
 from spcompile.symbolic_mask.alibi import Linear, read_linear, slopes_of, sum_of, write_slopes
 from spcompile.symbolic_mask.match import B, H, K, Q, Structure, Unmatched, clauses, every_row_has_a_key, match
@@ -118,11 +125,29 @@ def _traits(node: fx.Node) -> tuple[bool, bool]:
 
 def _average_rows_without_keys(node: fx.Node, marks: fx.Node | None = None) -> None:
     """marks: -inf in these rows, [B, N, S]; by default the log-sum-exp."""
+    if argument(node, SOFTCAP, "softcap", 0.0) != 0:
+        return _add_rows_without_keys(node, marks)
     (out,) = (user for user in node.users if user.target is operator.getitem and user.args[1] == 0)
     before = call(node.graph, operator.getitem, (node, 0), like=out)
     marks = marks or call(node.graph, operator.getitem, (node, 1), like=out)
     q, k, v, scale = *node.args[:3], node.args[MASK + 1]
     replace(out, splice(with_uniform_rows, (before, marks, q, k, v, scale, True), like=out))
+
+
+def _add_rows_without_keys(node: fx.Node, marks: fx.Node | None) -> None:
+    """Under a softcap: by a second attention, of these rows alone."""
+    (out,) = (user for user in node.users if user.target is operator.getitem and user.args[1] == 0)
+    q, k, v, mask, scale, more = *node.args[:3], node.args[MASK], node.args[MASK + 1], node.args[SLOPES:]
+    if marks is None:
+        documents = splice(as_documents, (mask, node.args[KEY_VALID], q, k), like=out)
+    else:
+        documents = splice(marked_as_documents, (marks, q, k), like=out)
+    absorbed = str(AttentionMask(documents=True, absorbed=True))
+    args = (q, k, v, None, None, *documents, None, None, absorbed, scale, None, None, *more[2:])
+    second = call(node.graph, node.target, args, like=node, before=out)
+    of_these = call(node.graph, operator.getitem, (second, 0), like=out)
+    before = call(node.graph, operator.getitem, (node, 0), like=out)
+    replace(out, call(node.graph, aten.add.Tensor, (before, of_these), like=out))
 
 
 def _average_rows_of_one_number(graph: fx.Graph) -> int:
@@ -135,7 +160,10 @@ def _average_rows_of_one_number(graph: fx.Graph) -> int:
     rewrites = 0
     for node in graph.find_nodes(op="call_function", target=torch.ops.spx.attention.default):
         bias, custom = node.args[BIAS], node.meta.get("custom", {})
-        if bias is None or node.args[MASK] != "full" or any(_traits(node)) or AVERAGED in custom:
+        has_sinks, has_softcap = _traits(node)
+        if bias is None or node.args[MASK] != "full" or has_sinks or AVERAGED in custom:
+            continue
+        if has_softcap and sizes_of(bias)[1] != 1:
             continue
         dtype = bias.meta["val"].dtype
         if not dtype.is_floating_point or torch.finfo(dtype).min > ABSORBS:
@@ -205,7 +233,8 @@ def _split(
             others_exclude_none = all(p.role is Role.ADD and is_finite(p.node) for p, _, _ in dense)
             has_keys = has_sinks or (others_exclude_none and every_row_has_a_key(total, sizes[2], sizes[3]))
             is_uniform = bool(refused) and not has_keys
-            can_average = others_exclude_none and not has_softcap and _is_one_fill(readings, parts)
+            is_alone = not dense and not linear and not structure.mask.documents
+            can_average = others_exclude_none and (is_alone or not has_softcap) and _is_one_fill(readings, parts)
             if not is_uniform or can_average:
                 mask = structure.mask
                 is_causal = mask.causal and mask.offset <= 0 and mask.prefix is None

@@ -5,6 +5,9 @@ out = mean(v). If the number was added to scores s, it absorbed them; their grad
 grad s_ij = (1/T) (grad out_i . (v_j - mean(v))), which is the gradient of (1/T) sum_j s_ij (v_j - mean(v)), linear in
 q_i and k_j. If it replaced the scores, they have no gradient. Both need sums over keys only: nothing is S x T.
 
+Under a softcap each s_ij has a slope of its own, and no sum over keys will do. Then such rows are those of one document
+with all keys in a second attention, in which scores are `absorbed`; other rows see nothing there, and add zeros.
+
 B batch, N query heads, G key heads, S query rows, T keys, H head size of q and k, V of v.
 """
 
@@ -12,6 +15,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from spcompile.attention.mask import AttentionMask
 
 ABSORBS = -(2.0**100)  # a number below this plus a score is this number in float32, bfloat16 and float64
 
@@ -45,6 +50,27 @@ def rows_of_one_number(bias_BNST: Tensor) -> tuple[Tensor, Tensor]:
     is_one_number = (top <= ABSORBS) & (top > -torch.inf) & (bias_BNST.detach().amin(-1, keepdim=True) == top)
     marks = torch.zeros_like(top).masked_fill(is_one_number, -torch.inf)
     return bias_BNST.masked_fill(is_one_number, -torch.inf), marks.squeeze(-1)
+
+
+def as_documents(mask: str, key_valid_BT: Tensor | None, q_BNSH: Tensor, k_BGTH: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids [B|1, S] and [B|1, T] by which rows that see no key are of one document with all keys, and others with none.
+
+    mask: text of a mask without documents. It leaves a row some keys one after the other, of which some are valid.
+    """
+    S, T = q_BNSH.shape[2], k_BGTH.shape[2]
+    rows_S = torch.arange(S, device=q_BNSH.device)
+    first_S, last_S = AttentionMask.parse(mask).reach_of_each(rows_S, T)
+    if key_valid_BT is None:
+        key_valid_BT = torch.ones((1, T), dtype=torch.bool, device=q_BNSH.device)
+    before_BT = torch.nn.functional.pad(key_valid_BT.cumsum(1), (1, 0))  # how many of the keys in front are valid
+    seen_BS = before_BT[:, (last_S + 1).clamp(min=0)] - before_BT[:, first_S.clamp(max=T)]
+    return (seen_BS > 0).to(torch.int64), torch.zeros_like(key_valid_BT, dtype=torch.int64)
+
+
+def marked_as_documents(marks_BNS: Tensor, q_BNSH: Tensor, k_BGTH: Tensor) -> tuple[Tensor, Tensor]:
+    """The same ids from marks that are -inf in rows without keys, for all heads alike."""
+    ids_BS = (marks_BNS[:, 0] != -torch.inf).to(torch.int64).expand(-1, q_BNSH.shape[2])
+    return ids_BS, torch.zeros((1, k_BGTH.shape[2]), dtype=torch.int64, device=q_BNSH.device)
 
 
 def _by_query_head(x_BGYZ: Tensor, repeats: int) -> Tensor:

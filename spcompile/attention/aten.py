@@ -81,9 +81,11 @@ class CpuFlash:
     name = "aten"
 
     def supports(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> bool:
-        """CPU tensors of a floating dtype, without softcap and dropout, with a bias that q's dtype holds exactly."""
+        """CPU tensors of a floating dtype, no softcap, dropout or absorbed scores, with a bias that q's dtype holds exactly."""
         scores = block.scores
         if q.device.type != "cpu" or q.dtype not in _DTYPES or scores.softcap or scores.dropout is not None:
+            return False
+        if scores.mask.absorbed:
             return False
         added = [torch.float32] if scores.alibi_slopes is not None else []
         added += [scores.bias.dtype] if scores.bias is not None else []

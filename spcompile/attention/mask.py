@@ -38,6 +38,8 @@ class AttentionMask:
     chunk: q // chunk == k // chunk.
     documents: the query's and the key's document id are equal.
     key_padding: the key is valid.
+    absorbed: no condition. The scores of all keys that are seen count as equal in the weights, while gradients are those
+        of the scores: a large number has been added to them, and has absorbed them.
 
     `str(mask)` and `AttentionMask.parse` are inverse to each other; the text is an argument of the spx ops.
 
@@ -53,6 +55,7 @@ class AttentionMask:
     prefix: int | None = None
     documents: bool = False
     key_padding: bool = False
+    absorbed: bool = False
 
     def __post_init__(self) -> None:
         if not self.causal and (self.offset != 0 or self.prefix is not None):

@@ -21,7 +21,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _scores(
-    q: Tensor, k: Tensor, keep: Tensor | None, bias: Tensor | None, scale: float, softcap: float
+    q: Tensor, k: Tensor, keep: Tensor | None, bias: Tensor | None, scale: float, softcap: float, absorbed: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Scores [B, N, S, T] and, with a softcap, its derivative there.
 
@@ -34,6 +34,8 @@ def _scores(
     if softcap:
         tanh = (scores / softcap).tanh()
         scores, slope = softcap * tanh, 1 - tanh.square()
+    if absorbed:
+        scores = torch.zeros_like(scores)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
     return scores if keep is None else scores.masked_fill(~keep, -torch.inf), slope
@@ -48,17 +50,18 @@ def forward(
     bias: Tensor | None = None,
     softcap: float = 0.0,
     dropout: Tensor | None = None,
+    absorbed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(softmax(cap(scale * q k^T) + bias) * dropout) v over one block of keys, and the log-sum-exp of its scores.
 
     q [B, N, S, H], k [B, G, T, H], v [B, G, T, V]; keep bool, bias and dropout float, all three broadcastable to
-    [B, N, S, T]; cap(x) = softcap * tanh(x / softcap), the identity for 0.
+    [B, N, S, T]; cap(x) = softcap * tanh(x / softcap), the identity for 0. absorbed: as `AttentionMask` has it.
     Returns out [B, N, S, V] and lse [B, N, S] in the accumulation dtype; rows without a key give 0 and -inf.
     """
     B, N, S, _ = q.shape
     G, T, V = v.shape[1:]
     dtype = accumulation_dtype(q.dtype)
-    scores, _ = _scores(q.to(dtype), k.to(dtype), keep, bias, scale, softcap)
+    scores, _ = _scores(q.to(dtype), k.to(dtype), keep, bias, scale, softcap, absorbed)
     lse = scores.logsumexp(-1)
     weights = (scores - _finite(lse)[..., None]).exp()
     if dropout is not None:
@@ -79,6 +82,7 @@ def backward(
     bias: Tensor | None = None,
     softcap: float = 0.0,
     dropout: Tensor | None = None,
+    absorbed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What one block of keys adds to the gradients, in the accumulation dtype.
 
@@ -89,7 +93,7 @@ def backward(
     G, T, V = v.shape[1:]
     dtype = accumulation_dtype(q.dtype)
     q, k, v, grad_out = (x.to(dtype) for x in (q, k, v, grad_out))
-    scores, slope = _scores(q, k, keep, bias, scale, softcap)
+    scores, slope = _scores(q, k, keep, bias, scale, softcap, absorbed)
     probabilities = (scores - _finite(lse)[..., None]).exp()
     grad_rows = grad_out.reshape(B, G, N // G * S, V)
     grad_probabilities = (grad_rows @ v.mT).view(B, N, S, T)

@@ -30,14 +30,15 @@ class Scores:
         s = scale * q k^T;  s = softcap * tanh(s / softcap);  s = s + bias + slope * (k - q), masked;
         w = exp(s) / (exp(sink) + sum over keys of exp(s));  w = w * dropout
 
+    Under a mask that says `absorbed`, s is 0 in the second line; its gradient is that of the first.
     softcap: 0 for none. alibi_slopes [N], without gradient: multiply the distance of key and query positions.
     sinks [N]: a logit for each head that takes its share of every row; providers ignore it, see `blocks`.
     q_documents [B|1, Sg], k_documents [B|1, Tg], key_valid bool [B|1, Tg]: in the natural order of the sequence.
     bias [B|1, N|1, S|1, Tg]: added if floating, kept where True if bool; rows as q's rows, columns in natural order.
 
     Raises:
-        IllegalOption: the mask speaks of documents or key padding that were not given, or the other way round, or a
-            negative softcap.
+        IllegalOption: the mask speaks of documents or key padding that were not given, or the other way round, a
+            negative softcap, or absorbed scores beside a bias, ALiBi or sinks.
     """
 
     mask: AttentionMask
@@ -59,6 +60,8 @@ class Scores:
                 raise IllegalOption(
                     f"mask {str(self.mask)!r}", legal=f"{name!r} with both document tensors, or neither"
                 )
+        if self.mask.absorbed and any(x is not None for x in (self.bias, self.alibi_slopes, self.sinks)):
+            raise IllegalOption(f"mask {str(self.mask)!r}", legal="'absorbed' without bias, ALiBi slopes and sinks")
         if (self.key_valid is not None) != self.mask.key_padding:
             raise IllegalOption(f"mask {str(self.mask)!r}", legal="'key_padding' with key_valid, or neither")
 

@@ -107,6 +107,7 @@ class Tiled:
                 tile.bias,
                 scores.softcap,
                 tile.dropout,
+                scores.mask.absorbed,
             )
             tile.rows(out).copy_(tile_out)
             tile.rows(lse).copy_(tile_lse)
@@ -133,6 +134,7 @@ class Tiled:
                 tile.bias,
                 scores.softcap,
                 tile.dropout,
+                scores.mask.absorbed,
             )
             tile.rows(dq).add_(tile_dq)
             tile.keys(dk).add_(tile_dk)

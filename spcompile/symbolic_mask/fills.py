@@ -52,7 +52,7 @@ def must_average(
     absorbs = len(fills) == 1 and fills.pop() <= ABSORBS
     if is_only_mask and put and (absorbs or all(part in masks for part in parts[: len(masks)])):
         return True
-    if is_only_mask and added and absorbs and not has_softcap:
+    if is_only_mask and added and absorbs and (not has_softcap or _is_one_for_all_heads(parts)):
         return False
     raise NotKnown(mask.node, _why(is_only_mask, absorbs, has_softcap))
 
@@ -64,7 +64,13 @@ def _why(is_only_mask: bool, absorbs: bool, has_softcap: bool) -> str:
     if not absorbs:
         return "the fill leaves the scores a say in its weights"
     assert has_softcap
-    return "its scores, added to under a softcap, all have gradients of their own"
+    return "its scores, added to under a softcap, all have gradients of their own, and heads differ or have a bias too"
+
+
+def _is_one_for_all_heads(parts: Sequence[Part]) -> bool:
+    """Whether one added mask is all that is done to the scores, and heads share it."""
+    sizes = [1, 1, 1, *sizes_of(parts[0].node)]
+    return len(parts) == 1 and sizes[-3] == 1
 
 
 def _reader(q: fx.Node, k: fx.Node) -> tuple[Reader, Indices]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spcompile.cut import sharded_calls, uses_of
 from spcompile.global_view import is_view
-from spcompile.layout import NodeLayout, layout_of, show
+from spcompile.layout import layout_of, show
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.propagate import Place, leaves_sums
 from spcompile.reshard import is_reshard, parse_place
@@ -42,14 +42,18 @@ class InsertReshards(Pass):
         axis = self.split_axis
         if any(is_reshard(n) and n.args[1] == axis for n in gm.graph.nodes):
             return 0
-        _settle(gm.graph, axis, sharded_calls(gm.graph, axis))
+        gathered = _settle(gm.graph, axis, sharded_calls(gm.graph, axis))
         before = len(gm.graph.nodes)
-        _insert(gm.graph, axis, ctx)
+        _insert(gm.graph, axis, gathered, ctx)
         return len(gm.graph.nodes) - before
 
 
-def _settle(graph: fx.Graph, axis: str, sharded: set[fx.Node]) -> None:
-    """Drop the choices and places of everything that runs replicated; inputs stay where they come in parts."""
+def _settle(graph: fx.Graph, axis: str, sharded: set[fx.Node]) -> set[fx.Node]:
+    """Drop the choices and places of everything that runs replicated; inputs stay where they come in parts.
+
+    Returns the calls that could have run sharded: something behind them wants everything.
+    """
+    could: set[fx.Node] = set()
     for node in graph.nodes:
         layout = layout_of(node)
         if layout is None or is_view(node, axis):
@@ -59,23 +63,25 @@ def _settle(graph: fx.Graph, axis: str, sharded: set[fx.Node]) -> None:
             for number, place in layout.places.get(axis, {}).items():
                 show(node, axis, str(place) if number == 0 else node.meta["sharding"][axis])
             continue
-        layout.choice.pop(axis, None)
+        if layout.choice.pop(axis, None) is not None:
+            could.add(node)
         layout.places.pop(axis, None)
         show(node, axis, "I")
+    return could
 
 
-def _insert(graph: fx.Graph, axis: str, ctx: Context) -> None:
+def _insert(graph: fx.Graph, axis: str, could: set[fx.Node], ctx: Context) -> None:
     for node in list(graph.nodes):
         if node.op == "output":
             _reshard_outputs(node, axis, ctx)
         elif axis == "dp" and node.target in _READ_SIZES:
             continue  # what a rank asks for is the size of its own rows
         elif node.op == "call_function" and node.target is not operator.getitem:
-            _reshard_operands(node, axis, ctx)
+            _reshard_operands(node, axis, could, ctx)
             _complete_sums(node, axis)
 
 
-def _reshard_operands(node: fx.Node, axis: str, ctx: Context) -> None:
+def _reshard_operands(node: fx.Node, axis: str, could: set[fx.Node], ctx: Context) -> None:
     layout = layout_of(node)
     runs_sharded = layout is not None and axis in layout.choice
     uses = iter(uses_of(node, axis))
@@ -89,7 +95,7 @@ def _reshard_operands(node: fx.Node, axis: str, ctx: Context) -> None:
         if state == target:
             return operand
         if state.startswith("S") and (target.startswith("S") or not runs_sharded):
-            _remark_gather(operand, node, layout, axis, ctx)
+            _remark_gather(operand, node, axis, could, ctx)
         return change_state(operand, axis, state, target, origin="insert-reshards")
 
     node.args = fx.node.map_arg(node.args, convert)
@@ -111,7 +117,16 @@ def _read_view(view: fx.Node, axis: str, target: str, user: fx.Node, ctx: Contex
     return change_state(view, axis, state, target, origin="insert-reshards")
 
 
-def _remark_gather(operand: fx.Node, user: fx.Node, layout: NodeLayout | None, axis: str, ctx: Context) -> None:
+def _remark_gather(operand: fx.Node, node: fx.Node, axis: str, could: set[fx.Node], ctx: Context) -> None:
+    """Say which call wants everything: this one or, if it only comes cheaper in front of it, the first one behind."""
+    user: fx.Node | None = node
+    while user in could:
+        user = next(iter(user.users), None)
+    if user is None or user.op != "call_function":
+        user = node
+    layout = layout_of(user)
+    if layout is not None and axis in layout.choice:
+        return  # it runs sharded, and wants this operand whole by what it is, as an attention wants document ids
     gathered = f"its operand {tuple(operand.meta['val'].shape)} is gathered"
     op = user.target
     if axis == "tp":

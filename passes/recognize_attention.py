@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,14 +26,14 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-import spcompile.attention.op  # noqa: F401  (defines spx::attention)
 from spcompile.attention.mask import AttentionMask
 from spcompile.flex_attention import refuse
-from spcompile.graph import argument, call, erase_dead, operand, replace, shape_of
+from spcompile.graph import argument, erase_dead, operand, replace, shape_of
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.propagate import SCORES, UNREAD_ATTENTION
 from spcompile.rows_without_keys import with_uniform_rows
 from spcompile.splice import splice
+from spcompile.symbolic_mask.build import Builder, More
 from spcompile.symbolic_mask.eager import (
     SOFTMAX,
     EagerAttention,
@@ -45,10 +44,10 @@ from spcompile.symbolic_mask.eager import (
     match_eager,
     rows_of_scores,
 )
-from spcompile.symbolic_mask.fills import NotKnown, must_average
+from spcompile.symbolic_mask.fills import NotKnown, WithoutKeys, rows_without_keys
 from spcompile.symbolic_mask.grouped_heads import write_grouped_heads_in_four_dims
 from spcompile.symbolic_mask.heads import before_repeat, by_head, heads_in_batch
-from spcompile.symbolic_mask.parts import REPLACED_BELOW, Part, Role, full_bias, join, parts_of
+from spcompile.symbolic_mask.parts import REPLACED_BELOW, Part, Role, join, parts_of
 from spcompile.symbolic_mask.views import sizes_of
 
 aten = torch.ops.aten
@@ -70,10 +69,10 @@ class RecognizeAttention(Pass):
             made: list[fx.Node] = []
             try:
                 if node.target is aten.scaled_dot_product_attention.default:
-                    _rewrite_sdpa(node, _Builder(node, made))
+                    _rewrite_sdpa(node, Builder(node, made))
                 elif node.target in SOFTMAX:
                     found = match_eager(node)
-                    _rewrite_eager(found, _Builder(found.result.node, made))
+                    _rewrite_eager(found, Builder(found.result.node, made))
                 else:
                     continue
                 _remark_dropout(made, ctx)
@@ -101,62 +100,7 @@ def _remark_dropout(made: list[fx.Node], ctx: Context) -> None:
             ctx.remarks.add("SPR303", text, node, strict_error=False)
 
 
-@dataclass(frozen=True)
-class _More:
-    """What else happens to the scores and weights; sinks [N]."""
-
-    softcap: float = 0.0
-    sinks: fx.Node | None = None
-    dropout: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Builder:
-    """Makes nodes in front of `at`, with its origin."""
-
-    at: fx.Node
-    made: list[fx.Node]
-
-    def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        node = call(self.at.graph, target, args, kwargs, like=self.at)
-        self.made.append(node)
-        return node
-
-    def attention(
-        self,
-        q: fx.Node,
-        k: fx.Node,
-        v: fx.Node,
-        bias: fx.Node | None,
-        mask: AttentionMask,
-        scale: float,
-        more: _More,
-    ) -> fx.Node:
-        """The output of one spx.attention on [B, N, S, H], [B, G, T, H], [B, G, T, V]."""
-        k, v = before_repeat(k), before_repeat(v)
-        k, v = (self._same_heads(x, y) for x, y in ((k, v), (v, k)))
-        args: tuple[Any, ...] = (q, k, v, *(None,) * 5, full_bias(bias, q, k, self), str(mask), scale)
-        if more != _More():
-            seed = self._seed(q) if more.dropout else None
-            args = (*args, None, more.sinks, seed, more.softcap, more.dropout)
-        both = self(torch.ops.spx.attention.default, *args)
-        return self(operator.getitem, both, 0)
-
-    def _seed(self, q: fx.Node) -> fx.Node:
-        """Random numbers [B, N], drawn once: never in a backward that computes this region again."""
-        B, N = (n if isinstance(n, int) else self(aten.sym_size.int, q, d) for d, n in enumerate(shape_of(q)[:2]))
-        node = self(aten.randint.low, 0, 2**32, [B, N], device=q.meta["val"].device)
-        for key in ("recompute", "ac_graph_id"):
-            node.meta.pop(key, None)
-        return node
-
-    def _same_heads(self, x: fx.Node, y: fx.Node) -> fx.Node:
-        """`x` with as many heads as the larger of `x` and `y` (keys and values that were repeated unequally)."""
-        mine, other = shape_of(x)[1], shape_of(y)[1]
-        return self(aten.repeat_interleave.self_int, x, other // mine, 1) if mine < other else x
-
-
-def _rewrite_sdpa(node: fx.Node, new: _Builder) -> None:
+def _rewrite_sdpa(node: fx.Node, new: Builder) -> None:
     q, k, v, mask = (argument(node, i, name) for i, name in enumerate(("query", "key", "value", "attn_mask")))
     dropout = float(argument(node, 4, "dropout_p", 0.0))
     if dropout >= 1:
@@ -179,16 +123,21 @@ def _rewrite_sdpa(node: fx.Node, new: _Builder) -> None:
         raise Refused("a number of query heads that is no multiple of the key heads", node)
     if mask is not None and shape_of(mask)[:-2] and len(shape_of(mask)) > 4:
         raise Refused("a mask of rank above 4", node)
+    without = WithoutKeys()
     if mask is not None:
-        _must_average(parts_of(mask), {}, q, k, _More())
+        without = _rows_without_keys(parts_of(mask), {}, q, k, More())
+    if without.masks:
+        mask = new.condition(without.masks)
     is_causal = AttentionMask(causal=bool(argument(node, 5, "is_causal", False)))
-    out = new.attention(q, k, v, mask, is_causal, scale, _More(dropout=dropout))
+    out = new.attention(q, k, v, mask, is_causal, scale, More(dropout=dropout))
+    if without.masks:
+        out = new.with_rows_of_one_mask(out, without)
     if rank != 4:
         out = new(aten.squeeze.dim, out, 1) if rank == 3 else new(aten.unflatten.int, out, 0, batches)
     replace(node, out)
 
 
-def _one_batch(node: fx.Node, qkv: list[fx.Node], mask: fx.Node | None, new: _Builder) -> list[fx.Node | None]:
+def _one_batch(node: fx.Node, qkv: list[fx.Node], mask: fx.Node | None, new: Builder) -> list[fx.Node | None]:
     """Operands [*batches, N, S, H] with one batch dim, and the mask, which is one for all batches or has them too."""
     batches = shape_of(qkv[0])[:-3]
     if any(shape_of(x)[:-3] != batches for x in qkv) or not all(isinstance(size, int) for size in batches):
@@ -210,7 +159,7 @@ def _scale(scale: Any, q: fx.Node, node: fx.Node) -> float:
     return float(scale)
 
 
-def _rewrite_eager(found: EagerAttention, new: _Builder) -> None:
+def _rewrite_eager(found: EagerAttention, new: Builder) -> None:
     q, k, v, unfold = _operands(found, new)
     heads = sizes_of(q)[1]
     if sizes_of(q)[0] != sizes_of(k)[0] or sizes_of(q)[0] != sizes_of(v)[0]:
@@ -218,12 +167,16 @@ def _rewrite_eager(found: EagerAttention, new: _Builder) -> None:
     if not all(h.is_Integer and heads.is_Integer and heads % h == 0 for h in (sizes_of(k)[1], sizes_of(v)[1])):
         raise Refused("a number of query heads that is no multiple of the key heads", found.scores.node)
     _check_layout(found, q, k, v)
-    bias, average = _bias(found, unfold, q, k, new)
+    parts, replaced = _parts(found, unfold, new)
+    without = _rows_without_keys(parts, replaced, q, k, More(found.softcap, found.sinks))
+    bias = new.condition(without.masks) if without.masks else join(parts, new)
     q, k, v = _one_dtype(q, k, v, new)
     sinks = None if found.sinks is None else _sinks(found.sinks, q, new)
-    out = new.attention(q, k, v, bias, AttentionMask(), found.scale, _More(found.softcap, sinks, found.dropout))
-    if average:
+    out = new.attention(q, k, v, bias, AttentionMask(), found.scale, More(found.softcap, sinks, found.dropout))
+    if without.average:
         out = _averaged(out, found, new)
+    if without.masks:
+        out = new.with_rows_of_one_mask(out, without)
     dtype = found.result.node.meta["val"].dtype
     if out.meta["val"].dtype != dtype:
         out = new(aten.to.dtype, out, dtype)
@@ -236,14 +189,14 @@ def _rewrite_eager(found: EagerAttention, new: _Builder) -> None:
     replace(found.result.node, out)
 
 
-def _averaged(out: fx.Node, found: EagerAttention, new: _Builder) -> fx.Node:
+def _averaged(out: fx.Node, found: EagerAttention, new: Builder) -> fx.Node:
     """The output with the mean of all values in rows without keys: their scores were replaced by a finite number."""
     both = operand(out, 0)
     lse = new(operator.getitem, both, 1)
     return splice(with_uniform_rows, (out, lse, *both.args[:3], found.scale, False), like=found.result.node)
 
 
-def _operands(found: EagerAttention, new: _Builder) -> tuple[fx.Node, fx.Node, fx.Node, int]:
+def _operands(found: EagerAttention, new: Builder) -> tuple[fx.Node, fx.Node, fx.Node, int]:
     """Queries [B, N, S, H], keys [B, G, T, H], values [B, G, T, V]; and N of scores that are [B * N, S, T], else 0."""
     if found.scores.equation is not None:
         q, k = _einsum_queries_keys(found.scores, new)
@@ -262,7 +215,7 @@ def _operands(found: EagerAttention, new: _Builder) -> tuple[fx.Node, fx.Node, f
     return before_repeat(q, repeats_allowed=False), before_repeat(k), v, heads
 
 
-def _times_factors(q: fx.Node, found: EagerAttention, new: _Builder) -> fx.Node:
+def _times_factors(q: fx.Node, found: EagerAttention, new: Builder) -> fx.Node:
     """The queries times what the scores are multiplied with, which is one number for each row or fewer."""
     dtype = q.meta["val"].dtype
     for factor, divides in found.factors:
@@ -281,7 +234,7 @@ def _check_layout(found: EagerAttention, q: fx.Node, k: fx.Node, v: fx.Node) -> 
             raise Refused("scores of another shape than queries times keys", node)
 
 
-def _sinks(column: fx.Node, q: fx.Node, new: _Builder) -> fx.Node:
+def _sinks(column: fx.Node, q: fx.Node, new: Builder) -> fx.Node:
     """The sinks [N] behind the column [B, N, S, 1] of the scores."""
     found = by_head(column, sizes_of(q)[1])
     if found is None:
@@ -289,7 +242,7 @@ def _sinks(column: fx.Node, q: fx.Node, new: _Builder) -> fx.Node:
     return found if len(shape_of(found)) == 1 else new(aten.reshape.default, found, [-1])
 
 
-def _einsum_queries_keys(product: Product, new: _Builder) -> tuple[fx.Node, fx.Node]:
+def _einsum_queries_keys(product: Product, new: Builder) -> tuple[fx.Node, fx.Node]:
     assert product.equation is not None
     left, right, scores = product.equation
     head = (set(left) & set(right)) - set(scores)
@@ -300,7 +253,7 @@ def _einsum_queries_keys(product: Product, new: _Builder) -> tuple[fx.Node, fx.N
     return q, _permuted(product.right, right, scores[:2] + scores[3] + h, new)
 
 
-def _einsum_values(product: Product, new: _Builder) -> fx.Node:
+def _einsum_values(product: Product, new: Builder) -> fx.Node:
     assert product.equation is not None
     weights, values, result = product.equation
     last = set(values) - set(weights)
@@ -309,20 +262,20 @@ def _einsum_values(product: Product, new: _Builder) -> fx.Node:
     return _permuted(product.right, values, weights[:2] + weights[3] + last.pop(), new)
 
 
-def _permuted(node: fx.Node, letters: str, order: str, new: _Builder) -> fx.Node:
+def _permuted(node: fx.Node, letters: str, order: str, new: Builder) -> fx.Node:
     if set(letters) != set(order):
         raise Refused(f"an einsum of dims {letters} where {order} is needed", node)
     return node if letters == order else new(aten.permute.default, node, [letters.index(x) for x in order])
 
 
-def _one_dtype(q: fx.Node, k: fx.Node, v: fx.Node, new: _Builder) -> tuple[fx.Node, fx.Node, fx.Node]:
+def _one_dtype(q: fx.Node, k: fx.Node, v: fx.Node, new: Builder) -> tuple[fx.Node, fx.Node, fx.Node]:
     dtypes = [x.meta["val"].dtype for x in (q, k, v)]
     widest = max(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
     return tuple(x if x.meta["val"].dtype == widest else new(aten.to.dtype, x, widest) for x in (q, k, v))  # type: ignore[return-value]
 
 
-def _bias(found: EagerAttention, heads: int, q: fx.Node, k: fx.Node, new: _Builder) -> tuple[fx.Node | None, bool]:
-    """All terms as one bias, and whether rows without keys average all values."""
+def _parts(found: EagerAttention, heads: int, new: Builder) -> tuple[list[Part], dict[Part, float]]:
+    """The terms of the bias, the last one applied first, and what scores became where a mask replaced them."""
     parts = []
     replaced = {}
     for term in found.terms:
@@ -338,19 +291,20 @@ def _bias(found: EagerAttention, heads: int, q: fx.Node, k: fx.Node, new: _Build
             replaced[parts[-1]] = term.fill * term.factor
     if any(fill > REPLACED_BELOW for fill in replaced.values()):
         raise Refused("masked scores are not replaced by a large negative number", found.scores.node)
-    average = _must_average(parts, replaced, q, k, _More(found.softcap, found.sinks))
-    return join(parts, new), average
+    return parts, replaced
 
 
-def _must_average(parts: list[Part], replaced: dict[Part, float], q: fx.Node, k: fx.Node, more: _More) -> bool:
+def _rows_without_keys(
+    parts: list[Part], replaced: dict[Part, float], q: fx.Node, k: fx.Node, more: More
+) -> WithoutKeys:
     try:
-        return must_average(parts, replaced, q, k, more.sinks is not None, more.softcap != 0)
+        return rows_without_keys(parts, replaced, q, k, more.sinks is not None, more.softcap != 0)
     except NotKnown as stop:
         text = f"masked scores get a finite fill and some row may have no key: {stop.why}"
         raise Refused(text, stop.node) from None
 
 
-def _unfolded(term: Term, heads: int, found: EagerAttention, new: _Builder) -> fx.Node:
+def _unfolded(term: Term, heads: int, found: EagerAttention, new: Builder) -> fx.Node:
     """The bias or mask of scores [B * N, S, T] as one of [B, N, S, T]."""
     node = term.node
     if len(shape_of(node)) != 3:

@@ -13,6 +13,7 @@ provably has a key: then the filled keys get weight exp(-1e8) = 0 either way.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Callable
@@ -38,6 +39,7 @@ from spcompile.rows_without_keys import (
 )
 from spcompile.splice import splice
 from spcompile.symbolic_mask.alibi import Linear, read_linear, slopes_of, sum_of, write_slopes
+from spcompile.symbolic_mask.build import ABSORBED
 from spcompile.symbolic_mask.match import B, H, K, Q, Structure, Unmatched, clauses, every_row_has_a_key, match
 from spcompile.symbolic_mask.parts import Part, Reading, Role, full_bias, is_finite, join, parts_of, read_part
 from spcompile.symbolic_mask.reader import Reader
@@ -92,10 +94,10 @@ class RecognizeMask(Pass):
         rewrites = 0
         for node in list(gm.graph.find_nodes(op="call_function", target=torch.ops.spx.attention.default)):
             bias = node.args[BIAS]
-            if bias is None or node.args[MASK] != "full":
+            if bias is None or node.args[MASK] not in ("full", ABSORBED):
                 continue
             traits = _traits(node)
-            key = (bias, *traits, *(sizes_of(node.args[i])[d] for i in (Q_, K_) for d in (0, 2)))
+            key = (bias, node.args[MASK], *traits, *(sizes_of(node.args[i])[d] for i in (Q_, K_) for d in (0, 2)))
             if key not in done:
                 done[key] = _recognize(node, bias, ctx)
             new = done[key]
@@ -113,6 +115,9 @@ class RecognizeMask(Pass):
 def _with(new: _Operands, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of an attention with new ones in their places."""
     head, scale, more = args[:Q_DOCUMENTS], args[MASK + 1], args[SLOPES:]
+    if args[MASK] == ABSORBED:
+        mask = dataclasses.replace(AttentionMask.parse(new.mask), documents=True, absorbed=True)
+        return (*head, *args[Q_DOCUMENTS:KEY_VALID], new.key_valid, new.bias, str(mask), scale, *more)
     if new.slopes is not None:
         more = (new.slopes, *(more or MORE)[1:])
     return (*head, new.q_documents, new.k_documents, new.key_valid, new.bias, new.mask, scale, *more)
@@ -142,9 +147,8 @@ def _add_rows_without_keys(node: fx.Node, marks: fx.Node | None) -> None:
         documents = splice(as_documents, (mask, node.args[KEY_VALID], q, k), like=out)
     else:
         documents = splice(marked_as_documents, (marks, q, k), like=out)
-    absorbed = str(AttentionMask(documents=True, absorbed=True))
-    args = (q, k, v, None, None, *documents, None, None, absorbed, scale, None, None, *more[2:])
-    second = call(node.graph, node.target, args, like=node, before=out)
+    args = (q, k, v, None, None, *documents, None, None, ABSORBED, scale, None, None, *more[2:])
+    second = call(node.graph, torch.ops.spx.attention.default, args, like=node, before=out)
     of_these = call(node.graph, operator.getitem, (second, 0), like=out)
     before = call(node.graph, operator.getitem, (node, 0), like=out)
     replace(out, call(node.graph, aten.add.Tensor, (before, of_these), like=out))

@@ -73,5 +73,14 @@ def marked_as_documents(marks_BNS: Tensor, q_BNSH: Tensor, k_BGTH: Tensor) -> tu
     return ids_BS, torch.zeros((1, k_BGTH.shape[2]), dtype=torch.int64, device=q_BNSH.device)
 
 
+def of_both(one_BNSV: Tensor, lse_one_BNS: Tensor, other_BNSV: Tensor, lse_other_BNS: Tensor) -> Tensor:
+    """An attention over the keys of both, from its results over those of each; 0 in rows that see none."""
+    is_empty_BNS = (lse_one_BNS == -torch.inf) & (lse_other_BNS == -torch.inf)
+    lses = [lse.masked_fill(is_empty_BNS, 0.0) for lse in (lse_one_BNS, lse_other_BNS)]  # else gradients are NaN
+    total_BNS = torch.logaddexp(*lses)
+    one, other = ((lse - total_BNS).exp()[..., None].to(one_BNSV.dtype) for lse in lses)
+    return one * one_BNSV + other * other_BNSV
+
+
 def _by_query_head(x_BGYZ: Tensor, repeats: int) -> Tensor:
     return x_BGYZ if repeats == 1 else x_BGYZ.repeat_interleave(repeats, 1)

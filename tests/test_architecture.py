@@ -15,11 +15,11 @@ MAX_LINES = 400
 # spcompile/ from low to high: a module imports only from its own row and the rows above it. A folder counts as one.
 LAYERS = (
     # errors, graphs, sizes: know torch only
-    "diagnostics custom_functions dynamo_settings einsum graph rows_without_keys sequence sizes torch_private",
+    "diagnostics custom_functions dynamo_settings einsum graph sequence sizes torch_private",
     "normalizers splice saved_bytes traffic",
     "flex_attention module_buffer vmapped",
     # meshes, dims, ops that communicate, attention
-    "accelerators autocast mesh links options spaces capture attention collectives",
+    "accelerators autocast mesh links options spaces capture attention rows_without_keys collectives",
     "rank_parts pipelined_products",
     "printer rules states symbolic_mask agreement simulate communication memory verify_report",
     "cost timeline list_schedule keep_order product_sites exposure",

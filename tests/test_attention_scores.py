@@ -21,6 +21,7 @@ B, N, G, H, SCALE, P = 2, 4, 2, 6, 0.37, 0.3
 FEATURES = ["softcap", "alibi", "sinks", "dropout", "key bias"]
 COMBINATIONS = [(name,) for name in FEATURES] + [("softcap", "sinks"), ("alibi", "sinks", "dropout"), tuple(FEATURES)]
 MASKS = ["full", "causal", "causal window=5", "causal key_padding"]
+ABSORBED = ["absorbed", "causal absorbed", "causal window=5 documents key_padding absorbed"]
 
 
 def problem(features: tuple[str, ...], text: str, S: int, T: int) -> dict[str, Any]:
@@ -52,6 +53,8 @@ def plain(x: dict[str, Any]) -> Tensor:
     scores = q @ k.mT * SCALE
     if x["softcap"]:
         scores = x["softcap"] * torch.tanh(scores / x["softcap"])
+    if x["mask"].absorbed:
+        scores = scores - scores.detach()
     if x["bias"] is not None:
         scores = scores + x["bias"]
     if x["slopes"] is not None:
@@ -85,7 +88,8 @@ def check(found: list[Tensor], wanted: list[Tensor]) -> None:
 
 def call(x: dict[str, Any], order: Tensor | None = None) -> Tensor:
     p = P if x["seed"] is not None else 0.0
-    data = (order, None, None, None, x["key_valid"], x["bias"], str(x["mask"]), SCALE)
+    documents = x["documents"]
+    data = (order, None, documents, documents, x["key_valid"], x["bias"], str(x["mask"]), SCALE)
     out, _ = attention(x["q"], x["k"], x["v"], *data, x["slopes"], x["sinks"], x["seed"], x["softcap"], p)
     return out
 
@@ -98,6 +102,26 @@ def test_op(features: tuple[str, ...], text: str, monkeypatch: pytest.MonkeyPatc
         x = problem(features, text, S, T)
         out = call(x)
         check([out.detach(), *torch.autograd.grad(out, [x[n] for n in differentiable(x)], x["grad_out"])], expected(x))
+
+
+@pytest.mark.parametrize("text", ABSORBED)
+@pytest.mark.parametrize("features", [(), ("softcap",), ("dropout",)], ids="+".join)
+def test_absorbed_scores(features: tuple[str, ...], text: str) -> None:
+    """Equal weights, and the gradients of a softmax over the scores."""
+    for S, T in ((13, 13), (6, 11)):
+        if S == T or "documents" not in text:
+            x = problem(features, text, S, T)
+            out = call(x)
+            grads = torch.autograd.grad(out, [x[n] for n in differentiable(x)], x["grad_out"])
+            check([out.detach(), *grads], expected(x))
+    for order in sequence.ORDERS:
+        x = problem(features, text, 16, 16)
+        check(ring_over(x, 4, order), expected(x))
+
+
+def test_absorbed_scores_have_nothing_added() -> None:
+    with pytest.raises(IllegalOption, match="no added bias"):
+        call(problem(("key bias",), "absorbed", 4, 4))
 
 
 @pytest.mark.parametrize("features", COMBINATIONS, ids="+".join)

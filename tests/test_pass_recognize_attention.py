@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from recognition import qkv, rewrite, run_passes
-from score_graphs import capped, causal, lowest_unless
+from score_graphs import capped, causal
 from torch import Tensor
 
 from spcompile.capture import capture
@@ -234,11 +234,6 @@ def returned_weights(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return weights @ v, weights
 
 
-def capped_with_a_finite_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    keep = (torch.arange(k.shape[2]) < q.detach()[:, 0, 0, :1] * 3 + 4)[:, None, None, :]
-    return (capped(q @ k.mT) + lowest_unless(keep, q.dtype)).softmax(-1) @ v
-
-
 def two_finite_masks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     keep = (torch.arange(k.shape[2]) < q.detach()[:, 0, 0, :1] * 3 + 4)[:, None, None, :]
     scores = (q @ k.mT).masked_fill(~keep, -1e9)
@@ -304,8 +299,7 @@ REFUSED = {
     masked_inside_of_the_cap: "inside of a softcap",
     capped_twice: "softcap of a softcap",
     returned_weights: "weights are read",
-    capped_with_a_finite_bias: "under a softcap",
-    two_finite_masks: "fewest of several masks",
+    two_finite_masks: "keys that fewest of its masks exclude",
     small_fill: "large negative",
     broadcast_scores: "no multiple of the key heads",
     over_queries: "not over the keys",

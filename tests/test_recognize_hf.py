@@ -104,12 +104,19 @@ def batch(kind: str) -> dict[str, Any]:
 
 
 ALTERNATING = [f"causal window={WINDOW}", "causal"]
+NEO_WITH_PADDING = [
+    *(f"{mask} key_padding" for mask in ALTERNATING),
+    *(f"{mask} documents absorbed" for mask in ALTERNATING),
+    "causal documents key_padding absorbed",
+]
 CASES: list[tuple[Callable[[], nn.Module], str, str, list[str]]] = [
     (mpt, "right padding", "ulysses", ["causal key_padding"]),
 ]
 SLOW: list[tuple[Callable[[], nn.Module], str, str, list[str]]] = [
     (gpt_oss, "left padding", "ring", [f"{mask} key_padding" for mask in ALTERNATING]),
     (gpt_neo, "plain", "ring", ALTERNATING),
+    (gpt_neo, "left padding", "ring", NEO_WITH_PADDING),
+    (gemma2, "left padding", "ring", [*(f"{mask} key_padding" for mask in ALTERNATING), "documents absorbed"]),
     (gemma2, "packed", "ulysses", [f"{mask} documents" for mask in ALTERNATING]),
     (bloom, "left padding", "ulysses", ["causal key_padding"]),
     (gptj, "left padding", "ulysses", ["causal key_padding"]),

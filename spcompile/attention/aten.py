@@ -81,7 +81,7 @@ class CpuFlash:
     name = "aten"
 
     def supports(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> bool:
-        """CPU tensors of a floating dtype, no softcap, dropout or absorbed scores, with a bias that q's dtype holds exactly."""
+        """CPU tensors of a floating dtype; no softcap, dropout or absorbed scores; a bias that q's dtype can hold."""
         scores = block.scores
         if q.device.type != "cpu" or q.dtype not in _DTYPES or scores.softcap or scores.dropout is not None:
             return False

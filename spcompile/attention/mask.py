@@ -38,8 +38,8 @@ class AttentionMask:
     chunk: q // chunk == k // chunk.
     documents: the query's and the key's document id are equal.
     key_padding: the key is valid.
-    absorbed: no condition. The scores of all keys that are seen count as equal in the weights, while gradients are those
-        of the scores: a large number has been added to them, and has absorbed them.
+    absorbed: no condition. In the weights the scores of all keys that are seen count as equal, while gradients are
+        those of the scores: a large number was added to them, and has absorbed them.
 
     `str(mask)` and `AttentionMask.parse` are inverse to each other; the text is an argument of the spx ops.
 

@@ -38,7 +38,7 @@ class Scores:
 
     Raises:
         IllegalOption: the mask speaks of documents or key padding that were not given, or the other way round, a
-            negative softcap, or absorbed scores beside a bias, ALiBi or sinks.
+            negative softcap, or absorbed scores beside an added bias, ALiBi or sinks.
     """
 
     mask: AttentionMask
@@ -60,8 +60,11 @@ class Scores:
                 raise IllegalOption(
                     f"mask {str(self.mask)!r}", legal=f"{name!r} with both document tensors, or neither"
                 )
-        if self.mask.absorbed and any(x is not None for x in (self.bias, self.alibi_slopes, self.sinks)):
-            raise IllegalOption(f"mask {str(self.mask)!r}", legal="'absorbed' without bias, ALiBi slopes and sinks")
+        added = self.bias if self.bias is not None and self.bias.is_floating_point() else None
+        if self.mask.absorbed and any(x is not None for x in (added, self.alibi_slopes, self.sinks)):
+            raise IllegalOption(
+                f"mask {str(self.mask)!r}", legal="'absorbed' with no added bias, ALiBi slopes or sinks"
+            )
         if (self.key_valid is not None) != self.mask.key_padding:
             raise IllegalOption(f"mask {str(self.mask)!r}", legal="'key_padding' with key_valid, or neither")
 

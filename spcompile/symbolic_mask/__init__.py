@@ -10,6 +10,7 @@ fills.py     rows that see no key, where masked scores are finite
 alibi.py     a bias that grows with the distance of positions, as slopes
 heads.py     repeated or folded heads, traced back to the tensor before
 eager.py     attention written out with a softmax
+build.py     the nodes of what was recognised
 """
 
 from __future__ import annotations

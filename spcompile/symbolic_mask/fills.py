@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import sympy
 import torch.fx as fx
 
 from spcompile.rows_without_keys import ABSORBS
 from spcompile.symbolic_mask.alibi import read_linear
-from spcompile.symbolic_mask.match import B, H, K, Q, every_row_has_a_key
+from spcompile.symbolic_mask.match import B, H, K, Q, clauses, every_row_has_a_key
 from spcompile.symbolic_mask.parts import Part, Reading, Role, is_finite, read_part
 from spcompile.symbolic_mask.reader import Reader
 from spcompile.symbolic_mask.values import Unreadable
 from spcompile.symbolic_mask.views import IndexSpace, Indices, sizes_of
+
+Mask = tuple[Part, ...]  # the keys that all of them leave
 
 
 class NotKnown(Exception):
@@ -25,24 +28,38 @@ class NotKnown(Exception):
         self.node, self.why = node, why
 
 
-def must_average(
+@dataclass(frozen=True)
+class WithoutKeys:
+    """What rows without keys become behind the attention. By default what spx.attention or recognize-mask makes.
+
+    average: the mean of all values, without a gradient of scores.
+    masks: all masks, where it depends on which of them exclude a key. averaged: of those, the ones that leave such a
+        row the keys that it averages, each with whether their scores have a gradient.
+    """
+
+    average: bool = False
+    masks: tuple[Mask, ...] = ()
+    averaged: tuple[tuple[Mask, bool], ...] = ()
+
+
+def rows_without_keys(
     parts: Sequence[Part], replaced: Mapping[Part, float], q: fx.Node, k: fx.Node, has_sinks: bool, has_softcap: bool
-) -> bool:
-    """Whether rows without keys are to become the mean of all values behind the attention.
+) -> WithoutKeys:
+    """What is to be done for rows without keys.
 
     parts: the terms of its bias, the last one applied first. replaced: what scores became where a bool part excludes
     them. Numbers that were added are left to recognize-mask; here it is made sure that it can deal with them.
     q [B, N, S, H], k [B, G, T, H].
 
     Raises:
-        NotKnown: there may be such rows, and they are neither zeros nor the mean with a gradient linear in the scores.
+        NotKnown: there may be such rows, and nothing here makes them.
     """
     reader, indices = _reader(q, k)
     readings = {part: _reading(part, reader, indices) for part in parts}
     put = [part for part, fill in replaced.items() if fill != -math.inf]
     added = [part for part, r in readings.items() if part.role is Role.ADD and r is not None and r.finite]
     if not (put or added) or has_sinks or _every_row_has_a_key(readings, q, k):
-        return False
+        return WithoutKeys()
     mask = (put + added)[0]
     masks = put if len({replaced[part] for part in put}) == 1 else [mask]  # the same number wherever one of them holds
     others = [part for part in parts if part not in masks]
@@ -51,16 +68,54 @@ def must_average(
     fills = {replaced[mask]} if put else set(reading.fills if reading is not None else ())
     absorbs = len(fills) == 1 and fills.pop() <= ABSORBS
     if is_only_mask and put and (absorbs or all(part in masks for part in parts[: len(masks)])):
-        return True
+        return WithoutKeys(average=True)
     if is_only_mask and added and absorbs and (not has_softcap or _is_one_for_all_heads(parts)):
-        return False
+        return WithoutKeys()
+    two = None if is_only_mask else _of_two_masks(parts, readings, replaced, put, added, q, k)
+    if two is not None:
+        return two
     raise NotKnown(mask.node, _why(is_only_mask, absorbs, has_softcap))
+
+
+def _of_two_masks(
+    parts: Sequence[Part],
+    readings: Mapping[Part, Reading | None],
+    replaced: Mapping[Part, float],
+    put: list[Part],
+    added: list[Part],
+    q: fx.Node,
+    k: fx.Node,
+) -> WithoutKeys | None:
+    """Rows that see a key under each of two masks, but none under both.
+
+    Keys that both exclude have the sum of two fills, so much less than one that it weighs nothing. Among those that one
+    excludes the larger fill wins; equal fills weigh the same.
+    """
+    inner, outer = (tuple(put), tuple(added)) if put else (tuple(added[1:]), tuple(added[:1]))  # outer: added last
+    known = [r for part in (*inner, *outer) if (r := readings[part]) is not None]
+    if len(outer) != 1 or not inner or parts != [*outer, *inner] or len(known) != len(parts):
+        return None
+    of_inner = {replaced[part] for part in inner} if put else set().union(*(r.fills for r in known[: len(inner)]))
+    of_outer = set(known[-1].fills)
+    if len(of_inner) != 1 or len(of_outer) != 1 or not all(_is_one_for_all_heads([part]) for part in parts):
+        return None
+    first, last = of_inner.pop(), of_outer.pop()
+    wins = last - first >= -ABSORBS
+    if max(first, last) > ABSORBS or -math.inf in (first, last) or not (wins or first == last):
+        return None
+    one, other = (sympy.And(*(r.condition for r in rs)) for rs in (known[:-1], known[-1:]))
+    if not every_row_has_a_key(one, sizes_of(q)[2], sizes_of(k)[2]):
+        return None
+    averaged: list[tuple[Mask, bool]] = [(inner, True)]
+    if not wins and clauses(sympy.And(one, other)) != clauses(other):  # else the other leaves such a row nothing
+        averaged.append((outer, not put))
+    return WithoutKeys(masks=(inner, outer), averaged=tuple(averaged))
 
 
 def _why(is_only_mask: bool, absorbs: bool, has_softcap: bool) -> str:
     """What such rows are, and why that is no function of sums over keys."""
     if not is_only_mask:
-        return "it would average the keys that fewest of several masks exclude"
+        return "it would average the keys that fewest of its masks exclude, and these are none that can be told apart"
     if not absorbs:
         return "the fill leaves the scores a say in its weights"
     assert has_softcap
@@ -68,7 +123,7 @@ def _why(is_only_mask: bool, absorbs: bool, has_softcap: bool) -> str:
 
 
 def _is_one_for_all_heads(parts: Sequence[Part]) -> bool:
-    """Whether one added mask is all that is done to the scores, and heads share it."""
+    """Whether one mask is all that is done to the scores, and heads share it."""
     sizes = [1, 1, 1, *sizes_of(parts[0].node)]
     return len(parts) == 1 and sizes[-3] == 1
 

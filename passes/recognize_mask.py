@@ -7,8 +7,8 @@ stay in a smaller dense bias.
 
 Rows without any key: scaled_dot_product_attention gives zeros there for bool masks and for -inf (checked with torch
 2.13, all dtypes, math and flash kernels, forward and gradients), and so does spx.attention. A *finite* fill such as
-finfo.min gives such rows the mean of all values instead. Where every row provably has a key, the filled keys get weight
-exp(-1e8) = 0 either way; elsewhere the mean is put into those rows, with its gradient (`spcompile/rows_without_keys.py`).
+finfo.min gives such rows the mean of all values instead. Where every row provably has a key, the filled keys get
+weight exp(-1e8) = 0 either way; elsewhere the mean is put into those rows (`spcompile/rows_without_keys.py`).
 """
 
 from __future__ import annotations

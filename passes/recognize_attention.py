@@ -30,11 +30,12 @@ from torch import Tensor
 from spcompile.attention.mask import AttentionMask
 from spcompile.flex_attention import refuse
 from spcompile.graph import argument, erase_dead, operand, replace, shape_of
+from spcompile.module_buffer import EXCLUDES
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.propagate import SCORES, UNREAD_ATTENTION
 from spcompile.rows_without_keys import with_uniform_rows
 from spcompile.splice import splice
-from spcompile.symbolic_mask.build import Builder, More
+from spcompile.symbolic_mask.build import Builder, More, Rest
 from spcompile.symbolic_mask.eager import (
     SOFTMAX,
     EagerAttention,
@@ -48,7 +49,7 @@ from spcompile.symbolic_mask.eager import (
 from spcompile.symbolic_mask.fills import NotKnown, WithoutKeys, rows_without_keys
 from spcompile.symbolic_mask.grouped_heads import write_grouped_heads_in_four_dims
 from spcompile.symbolic_mask.heads import before_repeat, by_head, heads_in_batch
-from spcompile.symbolic_mask.parts import REPLACED_BELOW, Part, Role, join, parts_of
+from spcompile.symbolic_mask.parts import Part, Role, parts_of
 from spcompile.symbolic_mask.views import sizes_of
 
 aten = torch.ops.aten
@@ -70,10 +71,10 @@ class RecognizeAttention(Pass):
             made: list[fx.Node] = []
             try:
                 if node.target is aten.scaled_dot_product_attention.default:
-                    _rewrite_sdpa(node, Builder(node, made))
+                    _rewrite_sdpa(node, Builder(node, made), ctx)
                 elif node.target in SOFTMAX:
                     found = match_eager(node)
-                    _rewrite_eager(found, Builder(found.result.node, made))
+                    _rewrite_eager(found, Builder(found.result.node, made), ctx)
                 else:
                     continue
                 _remark_dropout(made, ctx)
@@ -101,7 +102,7 @@ def _remark_dropout(made: list[fx.Node], ctx: Context) -> None:
             ctx.remarks.add("SPR303", text, node, strict_error=False)
 
 
-def _rewrite_sdpa(node: fx.Node, new: Builder) -> None:
+def _rewrite_sdpa(node: fx.Node, new: Builder, ctx: Context) -> None:
     q, k, v, mask = (argument(node, i, name) for i, name in enumerate(("query", "key", "value", "attn_mask")))
     dropout = float(argument(node, 4, "dropout_p", 0.0))
     if dropout >= 1:
@@ -124,15 +125,16 @@ def _rewrite_sdpa(node: fx.Node, new: Builder) -> None:
         raise Refused("a number of query heads that is no multiple of the key heads", node)
     if mask is not None and shape_of(mask)[:-2] and len(shape_of(mask)) > 4:
         raise Refused("a mask of rank above 4", node)
-    without = WithoutKeys()
+    rest: list[Rest] = []
     if mask is not None:
-        without = _rows_without_keys(parts_of(mask), {}, q, k, More())
-    if without.masks:
-        mask = new.condition(without.masks)
+        dtype = torch.promote_types(q.meta["val"].dtype, torch.float32)
+        parts = parts_of(mask)
+        without = _rows_without_keys(parts, {}, q, k, dtype, More(), ctx)
+        if without.seconds or without.unknown:
+            mask, rest = new.bias(parts, without, q, k)
     is_causal = AttentionMask(causal=bool(argument(node, 5, "is_causal", False)))
     out = new.attention(q, k, v, mask, is_causal, scale, More(dropout=dropout))
-    if without.masks:
-        out = new.with_rows_of_one_mask(out, without)
+    out = new.with_rest(out, rest) if rest else out
     if rank != 4:
         out = new(aten.squeeze.dim, out, 1) if rank == 3 else new(aten.unflatten.int, out, 0, batches)
     replace(node, out)
@@ -160,7 +162,7 @@ def _scale(scale: Any, q: fx.Node, node: fx.Node) -> float:
     return float(scale)
 
 
-def _rewrite_eager(found: EagerAttention, new: Builder) -> None:
+def _rewrite_eager(found: EagerAttention, new: Builder, ctx: Context) -> None:
     q, k, v, unfold = _operands(found, new)
     heads = sizes_of(q)[1]
     if sizes_of(q)[0] != sizes_of(k)[0] or sizes_of(q)[0] != sizes_of(v)[0]:
@@ -169,15 +171,15 @@ def _rewrite_eager(found: EagerAttention, new: Builder) -> None:
         raise Refused("a number of query heads that is no multiple of the key heads", found.scores.node)
     _check_layout(found, q, k, v)
     parts, replaced = _parts(found, unfold, new)
-    without = _rows_without_keys(parts, replaced, q, k, More(found.softcap, found.sinks))
-    bias = new.condition(without.masks) if without.masks else join(parts, new)
+    dtype = found.logits.meta["val"].dtype
+    without = _rows_without_keys(parts, replaced, q, k, dtype, More(found.softcap, found.sinks), ctx)
+    bias, rest = new.bias(parts, without, q, k)
     q, k, v = _one_dtype(q, k, v, new)
     sinks = None if found.sinks is None else _sinks(found.sinks, q, new)
     out = new.attention(q, k, v, bias, AttentionMask(), found.scale, More(found.softcap, sinks, found.dropout))
     if without.average:
         out = _averaged(out, found, new)
-    if without.masks:
-        out = new.with_rows_of_one_mask(out, without)
+    out = new.with_rest(out, rest) if rest else out
     dtype = found.result.node.meta["val"].dtype
     if out.meta["val"].dtype != dtype:
         out = new(aten.to.dtype, out, dtype)
@@ -290,19 +292,29 @@ def _parts(found: EagerAttention, heads: int, new: Builder) -> tuple[list[Part],
                 node = new(aten.to.dtype, node, torch.bool)
             parts.append(Part(node, Role.DROP if term.masked else Role.KEEP))
             replaced[parts[-1]] = term.fill * term.factor
-    if any(fill > REPLACED_BELOW for fill in replaced.values()):
+    if any(fill > EXCLUDES for fill in replaced.values()):
         raise Refused("masked scores are not replaced by a large negative number", found.scores.node)
     return parts, replaced
 
 
 def _rows_without_keys(
-    parts: list[Part], replaced: dict[Part, float], q: fx.Node, k: fx.Node, more: More
+    parts: list[Part],
+    replaced: dict[Part, float],
+    q: fx.Node,
+    k: fx.Node,
+    dtype: torch.dtype,
+    more: More,
+    ctx: Context,
 ) -> WithoutKeys:
     try:
-        return rows_without_keys(parts, replaced, q, k, more.sinks is not None, more.softcap != 0)
+        without = rows_without_keys(parts, replaced, q, k, dtype, more.sinks is not None, more.softcap != 0)
     except NotKnown as stop:
         text = f"masked scores get a finite fill and some row may have no key: {stop.why}"
         raise Refused(text, stop.node) from None
+    for part in without.of_bits:
+        text = f"{part.node.name} excludes keys where its integers are 0; others than 0 and 1 would mean something else"
+        ctx.remarks.add("SPR207", text, part.node, strict_error=False)
+    return without
 
 
 def _unfolded(term: Term, heads: int, found: EagerAttention, new: Builder) -> fx.Node:

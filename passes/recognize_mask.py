@@ -31,17 +31,20 @@ from spcompile.flex_attention import refuse
 from spcompile.graph import argument, call, erase_dead, replace, shape_of
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.rows_without_keys import (
-    ABSORBS,
+    LOWEST,
+    absorbs,
     as_documents,
+    both_documents,
     marked_as_documents,
     rows_of_one_number,
     with_uniform_rows,
 )
 from spcompile.splice import splice
 from spcompile.symbolic_mask.alibi import Linear, read_linear, slopes_of, sum_of, write_slopes
-from spcompile.symbolic_mask.build import ABSORBED
+from spcompile.symbolic_mask.build import AVERAGED, OF_ROWS_WITHOUT_KEYS
+from spcompile.symbolic_mask.finite import is_finite
 from spcompile.symbolic_mask.match import B, H, K, Q, Structure, Unmatched, clauses, every_row_has_a_key, match
-from spcompile.symbolic_mask.parts import Part, Reading, Role, full_bias, is_finite, join, parts_of, read_part
+from spcompile.symbolic_mask.parts import Part, Reading, Role, full_bias, join, parts_of, read_part
 from spcompile.symbolic_mask.reader import Reader
 from spcompile.symbolic_mask.values import Element, Int, Unreadable
 from spcompile.symbolic_mask.vectors import Unwritable, VectorWriter
@@ -51,7 +54,7 @@ aten = torch.ops.aten
 
 # Arguments of spx.attention by place.
 Q_, K_, Q_DOCUMENTS, K_DOCUMENTS, KEY_VALID, BIAS, MASK, SLOPES, SINKS, SOFTCAP = 0, 1, 5, 6, 7, 8, 9, 11, 12, 14
-AVERAGED = "spx_averages_rows_of_one_number"
+_ABSORBED = str(AttentionMask(documents=True, rounded_by=LOWEST))
 MORE = (None, None, None, 0.0, 0.0)  # the arguments from SLOPES on where they are left out
 
 
@@ -94,10 +97,16 @@ class RecognizeMask(Pass):
         rewrites = 0
         for node in list(gm.graph.find_nodes(op="call_function", target=torch.ops.spx.attention.default)):
             bias = node.args[BIAS]
-            if bias is None or node.args[MASK] not in ("full", ABSORBED):
+            if bias is None or not (node.args[MASK] == "full" or _is_of_rows_without_keys(node)):
                 continue
             traits = _traits(node)
-            key = (bias, node.args[MASK], *traits, *(sizes_of(node.args[i])[d] for i in (Q_, K_) for d in (0, 2)))
+            key = (
+                bias,
+                node.args[MASK],
+                node.args[Q_DOCUMENTS],
+                *traits,
+                *(sizes_of(node.args[i])[d] for i in (Q_, K_) for d in (0, 2)),
+            )
             if key not in done:
                 done[key] = _recognize(node, bias, ctx)
             new = done[key]
@@ -115,9 +124,6 @@ class RecognizeMask(Pass):
 def _with(new: _Operands, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of an attention with new ones in their places."""
     head, scale, more = args[:Q_DOCUMENTS], args[MASK + 1], args[SLOPES:]
-    if args[MASK] == ABSORBED:
-        mask = dataclasses.replace(AttentionMask.parse(new.mask), documents=True, absorbed=True)
-        return (*head, *args[Q_DOCUMENTS:KEY_VALID], new.key_valid, new.bias, str(mask), scale, *more)
     if new.slopes is not None:
         more = (new.slopes, *(more or MORE)[1:])
     return (*head, new.q_documents, new.k_documents, new.key_valid, new.bias, new.mask, scale, *more)
@@ -147,7 +153,7 @@ def _add_rows_without_keys(node: fx.Node, marks: fx.Node | None) -> None:
         documents = splice(as_documents, (mask, node.args[KEY_VALID], q, k), like=out)
     else:
         documents = splice(marked_as_documents, (marks, q, k), like=out)
-    args = (q, k, v, None, None, *documents, None, None, ABSORBED, scale, None, None, *more[2:])
+    args = (q, k, v, None, None, *documents, None, None, _ABSORBED, scale, None, None, *more[2:])
     second = call(node.graph, torch.ops.spx.attention.default, args, like=node, before=out)
     of_these = call(node.graph, operator.getitem, (second, 0), like=out)
     before = call(node.graph, operator.getitem, (node, 0), like=out)
@@ -169,10 +175,7 @@ def _average_rows_of_one_number(graph: fx.Graph) -> int:
             continue
         if has_softcap and sizes_of(bias)[1] != 1:
             continue
-        dtype = bias.meta["val"].dtype
-        if not dtype.is_floating_point or torch.finfo(dtype).min > ABSORBS:
-            continue
-        if _has_no_fill(bias):
+        if not bias.meta["val"].dtype.is_floating_point or _has_no_fill(bias):
             continue
         if bias not in found:
             found[bias] = splice(rows_of_one_number, (bias,), like=node)
@@ -259,7 +262,10 @@ def _is_one_fill(readings: dict[Part, Reading], parts: list[Part]) -> bool:
     """Whether all keys that are not seen get one number, which absorbs any score."""
     masks = [part for part in parts if part in readings and readings[part].fills]
     fills = [readings[part].fills for part in masks]
-    return len(masks) == 1 and len(fills[0]) == 1 and -math.inf < next(iter(fills[0])) <= ABSORBS
+    if len(masks) != 1 or len(fills[0]) != 1:
+        return False
+    (fill,) = fills[0]
+    return fill != -math.inf and absorbs(fill, torch.promote_types(masks[0].node.meta["val"].dtype, torch.float32))
 
 
 def _explain(clause: Boolean, reader: Reader) -> tuple[str, fx.Node | None]:
@@ -299,8 +305,20 @@ def _write(split: _Split, reader: Reader, node: fx.Node, bias: fx.Node) -> _Oper
         return None
     rest = join([part for part, _, _ in split.dense], new)
     bias_left = full_bias(rest, q, k, new)
-    mask = str(split.structure.mask)
-    return _Operands(mask, q_documents, k_documents, key_valid, bias_left, slopes, split.is_uniform)
+    mask = split.structure.mask
+    if _is_of_rows_without_keys(node):
+        of_rows: Any = node.args[Q_DOCUMENTS:KEY_VALID]
+        if q_documents is None or k_documents is None:
+            q_documents, k_documents = of_rows
+        else:
+            q_documents, k_documents = splice(both_documents, (q_documents, k_documents, *of_rows), like=node)
+        of_node = AttentionMask.parse(str(node.args[MASK]))
+        mask = dataclasses.replace(mask, documents=True, rounded_by=of_node.rounded_by)
+    return _Operands(str(mask), q_documents, k_documents, key_valid, bias_left, slopes, split.is_uniform)
+
+
+def _is_of_rows_without_keys(node: fx.Node) -> bool:
+    return OF_ROWS_WITHOUT_KEYS in node.meta.get("custom", {})
 
 
 def _vectors(

@@ -17,6 +17,7 @@ from spcompile.torch_private import unset_fake_temporarily
 KEY = "module_buffer"  # in a placeholder's meta, shared by all copies of the graph
 _DTYPES = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _DTYPES |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+EXCLUDES = -9e3  # a number below this in the place of a score, or added, excludes its key: -1e4 has long been in use
 AT_A_TIME = 1 << 22  # elements of a matrix that are compared at a time
 
 
@@ -30,20 +31,38 @@ class Band:
     outside: bool | float = False
 
 
+class Contents(NamedTuple):
+    """What a buffer holds. is_small: floating-point numbers, none of which would exclude a key."""
+
+    band: Band | None
+    is_small: bool
+
+
 @dataclass
 class ModuleBuffer:
-    """A buffer behind a placeholder, and what was read of it, on which the graph relies from then on."""
+    """A buffer behind a placeholder, and what was read of it. relied_on: whether the graph relies on that now."""
 
     value: Tensor
-    is_read: bool = False
-    band: Band | None = None
+    contents: Contents | None = None
+    relied_on: bool = False
 
-    def read(self) -> Band | None:
+    def band(self) -> Band | None:
         """The band that its matrices hold."""
-        if not self.is_read:
+        found = self._read().band
+        self.relied_on |= found is not None
+        return found
+
+    def is_small(self) -> bool:
+        """Whether none of its numbers excludes a key."""
+        found = self._read().is_small
+        self.relied_on |= found
+        return found
+
+    def _read(self) -> Contents:
+        if self.contents is None:
             with unset_fake_temporarily():
-                self.is_read, self.band = True, band_of(self.value)
-        return self.band
+                self.contents = contents_of(self.value)
+        return self.contents
 
 
 def may_be_read(value: Any) -> bool:
@@ -51,6 +70,14 @@ def may_be_read(value: Any) -> bool:
     if type(value) is not Tensor or value.requires_grad or value.is_meta or value.layout != torch.strided:
         return False
     return value.ndim >= 2 and value.numel() > 0 and value.dtype in _DTYPES
+
+
+@torch.no_grad()
+def contents_of(buffer: Tensor) -> Contents:
+    """What a buffer holds; nothing that is known if it may not be read."""
+    if not may_be_read(buffer):
+        return Contents(None, is_small=False)
+    return Contents(band_of(buffer), buffer.dtype.is_floating_point and bool((buffer > EXCLUDES).all()))
 
 
 @torch.no_grad()
@@ -108,16 +135,16 @@ class Relied(NamedTuple):
 
     place: int
     name: str
-    band: Band
+    contents: Contents
 
 
 def relied_on(graph: fx.Graph) -> list[Relied]:
     """The buffers that were read when a captured graph was compiled."""
     buffers = [(node.meta.get(KEY), str(node.target)) for node in graph.nodes if node.op == "placeholder"]
     return [
-        Relied(i, name, buffer.band)
+        Relied(i, name, buffer.contents)
         for i, (buffer, name) in enumerate(buffers)
-        if buffer is not None and buffer.band is not None
+        if buffer is not None and buffer.relied_on
     ]
 
 
@@ -134,9 +161,9 @@ def watched(run: Callable[..., Any], relied: Sequence[Relied], inputs: Sequence[
     seen = [(r, weakref.ref(inputs[r.place]), inputs[r.place]._version) for r in relied]
 
     def call(*args: Any) -> Any:
-        for (i, name, band), buffer, version in seen:
+        for (i, name, contents), buffer, version in seen:
             unchanged = args[i] is buffer() and args[i]._version == version
-            if not unchanged and band_of(args[i]) != band:
+            if not unchanged and contents_of(args[i]) != contents:
                 raise ChangedBuffer(f"{name} is another mask than when the model was compiled")
         return run(*args)
 

@@ -28,7 +28,7 @@ import torch.fx as fx
 from spcompile.autocast import autocast_off
 from spcompile.capture import OTHER_SIZES, ROW_SYMBOL, ROWS_READ, is_state
 from spcompile.mesh import axis_part
-from spcompile.module_buffer import Relied, band_of, may_be_read
+from spcompile.module_buffer import Relied, contents_of
 from spcompile.options import Options
 from spcompile.passes_api import Pass
 from spcompile.printer import format_graph
@@ -144,7 +144,7 @@ def _input_facts(placeholder: fx.Node, value: Any) -> str:
     state = is_state(placeholder)
     trainable = isinstance(value, torch.Tensor) and value.requires_grad
     rows = [placeholder.meta.get(key) for key in (ROW_SYMBOL, OTHER_SIZES, ROWS_READ)]
-    return f"{placeholder.name} {state} {trainable} {rows} {band_of(value) if state and may_be_read(value) else None}"
+    return f"{placeholder.name} {state} {trainable} {rows} {contents_of(value) if state else None}"
 
 
 @functools.cache

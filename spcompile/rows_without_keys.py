@@ -13,12 +13,25 @@ B batch, N query heads, G key heads, S query rows, T keys, H head size of q and 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from spcompile.attention.mask import AttentionMask
+from spcompile.module_buffer import EXCLUDES
 
-ABSORBS = -(2.0**100)  # a number below this plus a score is this number in float32, bfloat16 and float64
+LOWEST = torch.finfo(torch.float32).min
+
+
+def absorbing(dtype: torch.dtype) -> float:
+    """A number from which on downwards its sum with a score of up to 32 is this number again."""
+    return -64 / torch.finfo(dtype).eps
+
+
+def absorbs(number: float, dtype: torch.dtype) -> bool:
+    """Whether this number added to a score is this number again, where they are added in `dtype`."""
+    return number <= absorbing(dtype)
 
 
 def with_uniform_rows(
@@ -47,9 +60,56 @@ def rows_of_one_number(bias_BNST: Tensor) -> tuple[Tensor, Tensor]:
     blocks would lose how many keys there are. Rows that are -inf already have no keys, and average nothing.
     """
     top = bias_BNST.detach().amax(-1, keepdim=True)
-    is_one_number = (top <= ABSORBS) & (top > -torch.inf) & (bias_BNST.detach().amin(-1, keepdim=True) == top)
+    is_one_number = (
+        (top <= absorbing(bias_BNST.dtype)) & (top > -torch.inf) & (bias_BNST.detach().amin(-1, keepdim=True) == top)
+    )
     marks = torch.zeros_like(top).masked_fill(is_one_number, -torch.inf)
     return bias_BNST.masked_fill(is_one_number, -torch.inf), marks.squeeze(-1)
+
+
+def without_large_numbers(
+    whole_BNST: Tensor, part_BNST: Tensor, q_BNSH: Tensor, k_BGTH: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For a bias of unknown numbers: its part in an attention that loses none of them, and in one of absorbed scores.
+
+    whole: the bias, [B|1, N|1, S|1, T]. part: of its terms those whose numbers are unknown, broadcastable to that.
+
+    Rows whose greatest number is large are shifted by it, for a log-sum-exp near such a number has no room for anything
+    else. Where it absorbs scores, the first part is -inf, and the second is 0 for keys that have it, else -inf. Such
+    rows and all keys are of one document by the ids, [B|1, S] and [1, T].
+    """
+    whole_BNST = whole_BNST.detach()
+    top = whole_BNST.amax(-1, keepdim=True)
+    is_absorbed = (top <= absorbing(_at_least_float32(whole_BNST, q_BNSH))) & (top > -torch.inf)
+    shift = top.masked_fill((top > EXCLUDES) | is_absorbed | (top == -torch.inf), 0.0)
+    small = (part_BNST - shift).masked_fill(is_absorbed, -torch.inf)
+    absorbed = _nothing_but_gradient(part_BNST, (whole_BNST == top) & is_absorbed)
+    marks_BNS = torch.zeros_like(top).masked_fill(is_absorbed, -torch.inf).amin(1, keepdim=True).squeeze(-1)
+    return small, absorbed, *marked_as_documents(marks_BNS, q_BNSH, k_BGTH)
+
+
+def large_numbers_apart(part_BN1T: Tensor, q_BNSH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A bias of unknown numbers for each key: without large ones; and of these for rows that see no key without them.
+
+    Of rows whose large numbers absorb scores the second part is -inf, of others the third. The second is relative to
+    the greatest large number of a sequence; the third is 0 for keys that have it, else -inf.
+    """
+    number = part_BN1T.detach()
+    is_large = (number <= EXCLUDES) & (number > -torch.inf)
+    top = number.masked_fill(~is_large, -torch.inf).amax(-1, keepdim=True)
+    is_absorbed = top <= absorbing(_at_least_float32(number, q_BNSH))
+    relative = (part_BN1T - top).masked_fill(~is_large | is_absorbed, -torch.inf)
+    absorbed = _nothing_but_gradient(part_BN1T, (number == top) & is_large & is_absorbed)
+    return part_BN1T.masked_fill(is_large, -torch.inf), relative, absorbed
+
+
+def _nothing_but_gradient(x: Tensor, where: Tensor) -> Tensor:
+    """A bias of 0 with the gradient of x where this holds, else -inf."""
+    return (x - x.detach()).masked_fill(~where, -torch.inf)
+
+
+def _at_least_float32(*tensors: Tensor) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
 
 
 def as_documents(mask: str, key_valid_BT: Tensor | None, q_BNSH: Tensor, k_BGTH: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,6 +131,13 @@ def marked_as_documents(marks_BNS: Tensor, q_BNSH: Tensor, k_BGTH: Tensor) -> tu
     """The same ids from marks that are -inf in rows without keys, for all heads alike."""
     ids_BS = (marks_BNS[:, 0] != -torch.inf).to(torch.int64).expand(-1, q_BNSH.shape[2])
     return ids_BS, torch.zeros((1, k_BGTH.shape[2]), dtype=torch.int64, device=q_BNSH.device)
+
+
+def both_documents(
+    q_ids_BS: Tensor, k_ids_BT: Tensor, q_of_rows_BS: Tensor, k_of_rows_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Ids that are equal where both of two are; those of rows are as `marked_as_documents` makes them, 0 and 1."""
+    return q_ids_BS.to(torch.int64) * 2 + q_of_rows_BS, k_ids_BT.to(torch.int64) * 2 + k_of_rows_BT
 
 
 def of_both(one_BNSV: Tensor, lse_one_BNS: Tensor, other_BNSV: Tensor, lse_other_BNS: Tensor) -> Tensor:

@@ -67,10 +67,13 @@ def graph_text(gm: fx.GraphModule) -> str:
     return "".join(line for line in format_graph(gm).splitlines(True) if not line.startswith("#"))
 
 
-def rewrite(function: Callable[..., Any], inputs: Sequence[Any], dynamic: int | None = None) -> Rewritten:
+def rewrite(
+    function: Callable[..., Any], inputs: Sequence[Any], dynamic: int | None = None, tolerance: float = 1e-12
+) -> Rewritten:
     """Run both passes twice on the captured graph of `function`; the second run must change nothing.
 
     dynamic: a dim that is a symbol in every tensor that has it at the size of the first input's.
+    tolerance: of the errors.
     errors: greatest difference of outputs and of the inputs' gradients between `function` and the rewritten graph.
     """
     torch._dynamo.reset()
@@ -94,7 +97,7 @@ def rewrite(function: Callable[..., Any], inputs: Sequence[Any], dynamic: int | 
     for name, a, b in [("out", actual, expected), ("grad", actual_grads, expected_grads)]:
         assert len(a) == len(b)
         rewritten.errors |= {f"{name}{i}": difference(x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))}
-    assert max(rewritten.errors.values()) < 1e-12, rewritten.errors
+    assert max(rewritten.errors.values()) < tolerance, rewritten.errors
     return rewritten
 
 

@@ -21,7 +21,11 @@ B, N, G, H, SCALE, P = 2, 4, 2, 6, 0.37, 0.3
 FEATURES = ["softcap", "alibi", "sinks", "dropout", "key bias"]
 COMBINATIONS = [(name,) for name in FEATURES] + [("softcap", "sinks"), ("alibi", "sinks", "dropout"), tuple(FEATURES)]
 MASKS = ["full", "causal", "causal window=5", "causal key_padding"]
-ABSORBED = ["absorbed", "causal absorbed", "causal window=5 documents key_padding absorbed"]
+ROUNDED = [
+    "rounded_by=-1e+30",
+    "causal rounded_by=-1000000000.0",
+    "causal window=5 documents key_padding rounded_by=-1.7976931348623157e+308",
+]
 
 
 def problem(features: tuple[str, ...], text: str, S: int, T: int) -> dict[str, Any]:
@@ -53,12 +57,12 @@ def plain(x: dict[str, Any]) -> Tensor:
     scores = q @ k.mT * SCALE
     if x["softcap"]:
         scores = x["softcap"] * torch.tanh(scores / x["softcap"])
-    if x["mask"].absorbed:
-        scores = scores - scores.detach()
     if x["bias"] is not None:
         scores = scores + x["bias"]
     if x["slopes"] is not None:
         scores = scores + x["slopes"][:, None, None] * (columns - rows[:, None])
+    if x["mask"].rounded_by is not None:
+        scores = (scores + x["mask"].rounded_by) - x["mask"].rounded_by
     keep = x["mask"].allowed(rows, columns, x["documents"], x["documents"], x["key_valid"])
     empty = ~keep.expand_as(scores).any(-1, keepdim=True)
     scores = torch.where(keep | empty, scores, -torch.inf)
@@ -104,10 +108,10 @@ def test_op(features: tuple[str, ...], text: str, monkeypatch: pytest.MonkeyPatc
         check([out.detach(), *torch.autograd.grad(out, [x[n] for n in differentiable(x)], x["grad_out"])], expected(x))
 
 
-@pytest.mark.parametrize("text", ABSORBED)
-@pytest.mark.parametrize("features", [(), ("softcap",), ("dropout",)], ids="+".join)
-def test_absorbed_scores(features: tuple[str, ...], text: str) -> None:
-    """Equal weights, and the gradients of a softmax over the scores."""
+@pytest.mark.parametrize("text", ROUNDED)
+@pytest.mark.parametrize("features", [(), ("softcap",), ("dropout",), ("alibi", "key bias")], ids="+".join)
+def test_rounded_scores(features: tuple[str, ...], text: str) -> None:
+    """The weights are those that the rounded sums have left, and gradients those of a softmax over the scores."""
     for S, T in ((13, 13), (6, 11)):
         if S == T or "documents" not in text:
             x = problem(features, text, S, T)
@@ -119,9 +123,9 @@ def test_absorbed_scores(features: tuple[str, ...], text: str) -> None:
         check(ring_over(x, 4, order), expected(x))
 
 
-def test_absorbed_scores_have_nothing_added() -> None:
-    with pytest.raises(IllegalOption, match="no added bias"):
-        call(problem(("key bias",), "absorbed", 4, 4))
+def test_rounded_scores_have_no_sinks() -> None:
+    with pytest.raises(IllegalOption, match="without sinks"):
+        call(problem(("sinks",), "rounded_by=-1e+30", 4, 4))
 
 
 @pytest.mark.parametrize("features", COMBINATIONS, ids="+".join)

@@ -78,13 +78,13 @@ def test_documents_whose_ids_are_a_choice(name: str) -> None:
     assert not found.remarks.rows
 
 
-def test_an_additive_mask_that_need_not_be_zero_or_one_stays_a_small_bias() -> None:
+def test_integers_that_a_large_number_is_multiplied_with_are_taken_for_bits() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
         return attend(q, k, v, ((1.0 - m[:, None, None, :].to(q.dtype)) * -1e9).expand(-1, 1, LENGTH, -1))
 
     found = rewrite(model, (*qkv(), VALID.long()))
-    assert found.masks == ["full + bias"]
-    assert found.codes == ["SPR201"]
+    assert found.masks == ["key_padding", "documents rounded_by=-1000000000.0"]
+    assert found.codes == ["SPR207"]
 
 
 def test_finite_fills_average_the_values_of_rows_without_keys() -> None:

@@ -155,7 +155,7 @@ def check(case: Case) -> None:
         added = alibi if added is None else added + alibi
     factors = None if dropout is None else dropout.factors(q_place, k_place, torch.float64)
     wide = [x.double() for x in (q, k, v)]
-    out, lse = naive.forward(*wide, scale, keep, added, case.softcap, factors, case.mask.absorbed)
+    out, lse = naive.forward(*wide, scale, keep, added, case.softcap, factors, case.mask.rounded_by)
     if sinks is not None:
         total = torch.logaddexp(lse, sinks.double()[:, None].expand_as(lse))
         out, lse = out * (lse - total).exp()[..., None], total
@@ -187,7 +187,7 @@ def check(case: Case) -> None:
     close("lse", found_lse, lse, torch.float32)
     delta = (found_out.double() * grad_out.double()).sum(-1) - grad_lse.double()  # of the out that was rounded
     dq, dk, dv, grad_scores = naive.backward(
-        *wide, grad_out.double(), lse, delta, scale, keep, added, case.softcap, factors, case.mask.absorbed
+        *wide, grad_out.double(), lse, delta, scale, keep, added, case.softcap, factors, case.mask.rounded_by
     )
     close("dq", found_dq, dq, case.dtype)
     close("dk", found_dk, dk, case.dtype)
@@ -263,9 +263,14 @@ FEATURES = {
     "bias of all entries": {"bias": "added", "bias_shape": (False, True, True)},
     "bias of all rows": {"bias": "added", "bias_shape": (False, True, False)},
     "kept": {"bias": "kept", "bias_shape": (True, False, True)},
-    "absorbed": {"mask": AttentionMask.parse("causal documents absorbed"), "order": "shuffled", "B": 2},
-    "absorbed behind a cap": {"mask": AttentionMask.parse("causal documents absorbed"), "B": 2, "softcap": 0.7},
-    "absorbed and kept": {"mask": AttentionMask.parse("absorbed"), "bias": "kept", "dropout": 0.25},
+    "rounded": {"mask": AttentionMask.parse("causal documents rounded_by=-1e+30"), "order": "shuffled", "B": 2},
+    "rounded behind a cap": {
+        "mask": AttentionMask.parse("causal documents rounded_by=-3.4028234663852886e+38"),
+        "B": 2,
+        "softcap": 0.7,
+    },
+    "rounded and kept": {"mask": AttentionMask.parse("rounded_by=-1e+30"), "bias": "kept", "dropout": 0.25},
+    "rounded with biases": {"mask": AttentionMask.parse("rounded_by=-1e+30"), "bias": "added", "alibi": True},
 }
 
 

@@ -81,11 +81,11 @@ class CpuFlash:
     name = "aten"
 
     def supports(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> bool:
-        """CPU tensors of a floating dtype; no softcap, dropout or absorbed scores; a bias that q's dtype can hold."""
+        """CPU tensors of a floating dtype; no softcap, dropout or rounded scores; a bias that q's dtype can hold."""
         scores = block.scores
         if q.device.type != "cpu" or q.dtype not in _DTYPES or scores.softcap or scores.dropout is not None:
             return False
-        if scores.mask.absorbed:
+        if scores.mask.rounded_by is not None:
             return False
         added = [torch.float32] if scores.alibi_slopes is not None else []
         added += [scores.bias.dtype] if scores.bias is not None else []

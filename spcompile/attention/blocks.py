@@ -96,7 +96,7 @@ def _joined(runs: Sequence[Run]) -> list[tuple[int, int]]:
 def _indexed(kind: Kind, q: tuple[int, int], k: tuple[int, int], scores: Scores) -> Block:
     """A block whose mask depends on indices inside it only."""
     rows, keys = (Run(start, stop - start, 0, stop - start - 1) for start, stop in (q, k))
-    mask = AttentionMask(causal=kind is Kind.CAUSAL_DIAGONAL, absorbed=scores.mask.absorbed)
+    mask = AttentionMask(causal=kind is Kind.CAUSAL_DIAGONAL, rounded_by=scores.mask.rounded_by)
     return Block(kind, rows, keys, Scores(mask, scores.scale, softcap=scores.softcap))
 
 

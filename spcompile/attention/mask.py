@@ -6,6 +6,7 @@ B batch, S query rows, T keys. Positions are indices into the global sequence in
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -27,6 +28,9 @@ class Kind(Enum):
     PARTIAL = "partial"  # anything else
 
 
+_NUMBERS = {"rounded_by": r"-?\d+(\.\d+)?(e[+-]\d+)?"}  # how those that are no integers are written
+
+
 @dataclass(frozen=True)
 class AttentionMask:
     """The conjunction of all conditions that are set, for a query at position q and a key at position k.
@@ -38,8 +42,8 @@ class AttentionMask:
     chunk: q // chunk == k // chunk.
     documents: the query's and the key's document id are equal.
     key_padding: the key is valid.
-    absorbed: no condition. In the weights the scores of all keys that are seen count as equal, while gradients are
-        those of the scores: a large number was added to them, and has absorbed them.
+    rounded_by: no condition. A large number that was added to all scores. What counts in the weights is what the sum
+        has left of them, (score + rounded_by) - rounded_by, if anything; gradients are those of the scores.
 
     `str(mask)` and `AttentionMask.parse` are inverse to each other; the text is an argument of the spx ops.
 
@@ -55,7 +59,7 @@ class AttentionMask:
     prefix: int | None = None
     documents: bool = False
     key_padding: bool = False
-    absorbed: bool = False
+    rounded_by: float | None = None
 
     def __post_init__(self) -> None:
         if not self.causal and (self.offset != 0 or self.prefix is not None):
@@ -82,16 +86,16 @@ class AttentionMask:
             IllegalOption: a text that no mask has.
         """
         legal = {field.name: field.default for field in fields(AttentionMask)}
-        values: dict[str, int | bool] = {}
+        values: dict[str, float | bool] = {}
         for word in text.split() if text != "full" else []:
             name, equals, value = word.partition("=")
-            number = value.removeprefix("-")
             is_flag = isinstance(legal.get(name), bool)
-            if name not in legal or name in values or is_flag == bool(equals) or not (is_flag or number.isdecimal()):
+            number = _NUMBERS.get(name, "" if is_flag else r"-?\d+")
+            if name not in legal or name in values or is_flag == bool(equals) or not re.fullmatch(number, value):
                 raise IllegalOption(
                     f"attention mask {text!r}: {word!r}", legal=f"'full' or words of {', '.join(legal)}"
                 )
-            values[name] = True if is_flag else int(value)
+            values[name] = True if is_flag else float(value) if name in _NUMBERS else int(value)
         if not values and text != "full":
             raise IllegalOption(f"attention mask {text!r}", legal=f"'full' or words of {', '.join(legal)}")
         return AttentionMask(**values)  # type: ignore[arg-type]

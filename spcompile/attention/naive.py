@@ -21,7 +21,13 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _scores(
-    q: Tensor, k: Tensor, keep: Tensor | None, bias: Tensor | None, scale: float, softcap: float, absorbed: bool
+    q: Tensor,
+    k: Tensor,
+    keep: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    rounded_by: float | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Scores [B, N, S, T] and, with a softcap, its derivative there.
 
@@ -34,10 +40,11 @@ def _scores(
     if softcap:
         tanh = (scores / softcap).tanh()
         scores, slope = softcap * tanh, 1 - tanh.square()
-    if absorbed:
-        scores = torch.zeros_like(scores)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
+    if rounded_by is not None:
+        number = max(rounded_by, torch.finfo(scores.dtype).min)
+        scores = (scores + number) - number
     return scores if keep is None else scores.masked_fill(~keep, -torch.inf), slope
 
 
@@ -50,18 +57,18 @@ def forward(
     bias: Tensor | None = None,
     softcap: float = 0.0,
     dropout: Tensor | None = None,
-    absorbed: bool = False,
+    rounded_by: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(softmax(cap(scale * q k^T) + bias) * dropout) v over one block of keys, and the log-sum-exp of its scores.
 
     q [B, N, S, H], k [B, G, T, H], v [B, G, T, V]; keep bool, bias and dropout float, all three broadcastable to
-    [B, N, S, T]; cap(x) = softcap * tanh(x / softcap), the identity for 0. absorbed: as `AttentionMask` has it.
+    [B, N, S, T]; cap(x) = softcap * tanh(x / softcap), the identity for 0. rounded_by: see `AttentionMask`.
     Returns out [B, N, S, V] and lse [B, N, S] in the accumulation dtype; rows without a key give 0 and -inf.
     """
     B, N, S, _ = q.shape
     G, T, V = v.shape[1:]
     dtype = accumulation_dtype(q.dtype)
-    scores, _ = _scores(q.to(dtype), k.to(dtype), keep, bias, scale, softcap, absorbed)
+    scores, _ = _scores(q.to(dtype), k.to(dtype), keep, bias, scale, softcap, rounded_by)
     lse = scores.logsumexp(-1)
     weights = (scores - _finite(lse)[..., None]).exp()
     if dropout is not None:
@@ -82,7 +89,7 @@ def backward(
     bias: Tensor | None = None,
     softcap: float = 0.0,
     dropout: Tensor | None = None,
-    absorbed: bool = False,
+    rounded_by: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What one block of keys adds to the gradients, in the accumulation dtype.
 
@@ -93,7 +100,7 @@ def backward(
     G, T, V = v.shape[1:]
     dtype = accumulation_dtype(q.dtype)
     q, k, v, grad_out = (x.to(dtype) for x in (q, k, v, grad_out))
-    scores, slope = _scores(q, k, keep, bias, scale, softcap, absorbed)
+    scores, slope = _scores(q, k, keep, bias, scale, softcap, rounded_by)
     probabilities = (scores - _finite(lse)[..., None]).exp()
     grad_rows = grad_out.reshape(B, G, N // G * S, V)
     grad_probabilities = (grad_rows @ v.mT).view(B, N, S, T)

@@ -30,7 +30,7 @@ class Scores:
         s = scale * q k^T;  s = softcap * tanh(s / softcap);  s = s + bias + slope * (k - q), masked;
         w = exp(s) / (exp(sink) + sum over keys of exp(s));  w = w * dropout
 
-    Under a mask that says `absorbed`, s is 0 in the second line; its gradient is that of the first.
+    Under a mask with `rounded_by`, s is (s + rounded_by) - rounded_by in the third line; its gradient is that of s.
     softcap: 0 for none. alibi_slopes [N], without gradient: multiply the distance of key and query positions.
     sinks [N]: a logit for each head that takes its share of every row; providers ignore it, see `blocks`.
     q_documents [B|1, Sg], k_documents [B|1, Tg], key_valid bool [B|1, Tg]: in the natural order of the sequence.
@@ -38,7 +38,7 @@ class Scores:
 
     Raises:
         IllegalOption: the mask speaks of documents or key padding that were not given, or the other way round, a
-            negative softcap, or absorbed scores beside an added bias, ALiBi or sinks.
+            negative softcap, or rounded scores beside sinks.
     """
 
     mask: AttentionMask
@@ -60,11 +60,8 @@ class Scores:
                 raise IllegalOption(
                     f"mask {str(self.mask)!r}", legal=f"{name!r} with both document tensors, or neither"
                 )
-        added = self.bias if self.bias is not None and self.bias.is_floating_point() else None
-        if self.mask.absorbed and any(x is not None for x in (added, self.alibi_slopes, self.sinks)):
-            raise IllegalOption(
-                f"mask {str(self.mask)!r}", legal="'absorbed' with no added bias, ALiBi slopes or sinks"
-            )
+        if self.mask.rounded_by is not None and self.sinks is not None:
+            raise IllegalOption(f"mask {str(self.mask)!r}", legal="'rounded_by' without sinks")
         if (self.key_valid is not None) != self.mask.key_padding:
             raise IllegalOption(f"mask {str(self.mask)!r}", legal="'key_padding' with key_valid, or neither")
 

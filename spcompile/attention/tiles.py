@@ -107,7 +107,7 @@ class Tiled:
                 tile.bias,
                 scores.softcap,
                 tile.dropout,
-                scores.mask.absorbed,
+                scores.mask.rounded_by,
             )
             tile.rows(out).copy_(tile_out)
             tile.rows(lse).copy_(tile_lse)
@@ -134,7 +134,7 @@ class Tiled:
                 tile.bias,
                 scores.softcap,
                 tile.dropout,
-                scores.mask.absorbed,
+                scores.mask.rounded_by,
             )
             tile.rows(dq).add_(tile_dq)
             tile.keys(dk).add_(tile_dk)

@@ -206,15 +206,14 @@ class Hop:
     @functools.cached_property
     def score_args(self) -> ScoreArgs:
         scores, mask = self.scores, self.scores.mask
-        slopes, dropout, counts = scores.alibi_slopes, scores.dropout, 0.0 if mask.absorbed else 1.0
-        if mask.absorbed and not scores.softcap:
-            slopes = self.q.new_zeros(self.q.shape[1])  # scores times 0 are then masked, not masked scores times 0
+        slopes, dropout = scores.alibi_slopes, scores.dropout
         offset = mask.offset if mask.causal else None
         return ScoreArgs(
-            unit=scores.scale * LOG2E * counts,
-            cap=scores.softcap * LOG2E * counts if scores.softcap else None,
+            unit=scores.scale * LOG2E,
+            cap=scores.softcap * LOG2E if scores.softcap else None,
             to_cap=scores.scale / scores.softcap if scores.softcap else None,
             slopes=None if slopes is None else slopes.float() * LOG2E,
+            rounded_by=None if mask.rounded_by is None else max(mask.rounded_by, torch.finfo(torch.float32).min),
             mask=MaskArgs(
                 1 if mask.documents else None, offset, mask.prefix, mask.window, mask.window_right, mask.chunk
             ),

@@ -55,7 +55,12 @@ def variant_of(scores: Scores) -> str:
     if scores.bias is not None:
         return "bias"
     more = (scores.alibi_slopes, scores.dropout)
-    rich = scores.mask.needs_data or scores.mask.absorbed or scores.softcap > 0 or any(x is not None for x in more)
+    rich = (
+        scores.mask.needs_data
+        or scores.mask.rounded_by is not None
+        or scores.softcap > 0
+        or any(x is not None for x in more)
+    )
     return "rich" if rich else "plain"
 
 

@@ -62,12 +62,14 @@ class ScoreArgs(NamedTuple):
     """`Scores` as a kernel takes it.
 
     unit: scale * log2(e). cap: softcap * log2(e); to_cap: scale / softcap. slopes float32 [N], times log2(e).
+    rounded_by: as `AttentionMask` has it.
     """
 
     unit: float
     cap: float | None
     to_cap: float | None
     slopes: Tensor | None
+    rounded_by: float | None
     mask: MaskArgs
     bias: BiasArgs
     dropout: DropoutArgs
@@ -172,7 +174,7 @@ def complete(products, batch, head, start, rows, q_at, k_at, q_document, k_docum
     scores, unit = products, args.unit
     if args.cap is not None:
         scores, unit = scores * args.cap, 1.0
-    elif args.slopes is not None or bias.added is not None:
+    elif args.slopes is not None or bias.added is not None or args.rounded_by is not None:
         scores, unit = scores * args.unit, 1.0
     if args.slopes is not None:
         scores += tl.load(args.slopes + head) * (k_at - q_at)
@@ -182,6 +184,8 @@ def complete(products, batch, head, start, rows, q_at, k_at, q_document, k_docum
         added = tl.load(bias.added + first + at, mask=seen, other=0.0).to(tl.float32)
         # A mask in the form of the lowest number must not become -inf, which would leave rows without any key.
         scores += tl.where(added == float("-inf"), added, tl.maximum(added * LOG2E, LOWEST))
+    if args.rounded_by is not None:
+        scores = ((scores / LOG2E + args.rounded_by) - args.rounded_by) * LOG2E
     if bias.kept is not None:
         first, at = bias_places(bias, batch, head, start, rows, k_at)
         seen = tl.load(bias.kept + first + at, mask=seen, other=0) != 0

@@ -16,6 +16,7 @@ import torch
 import torch.fx as fx
 
 from spcompile.graph import argument, is_tensor, shape_of
+from spcompile.module_buffer import EXCLUDES
 from spcompile.symbolic_mask.match import H, K, Q
 from spcompile.symbolic_mask.reader import Reader
 from spcompile.symbolic_mask.values import Int, Unreadable, is_int
@@ -34,8 +35,17 @@ def read_linear(node: fx.Node, reader: Reader, indices: Indices) -> Linear:
     """The bias `node` at one (b, h, q, k).
 
     Raises:
-        Unreadable: it is no such sum, or it was rounded to less than float32, which would be lost.
+        Unreadable: it is no such sum, or it was rounded to less than float32, which would be lost; or some integer is
+            multiplied by so much that it excludes keys.
     """
+    value = _linear(node, reader, indices)
+    for e in value.values():
+        if any(abs(factor) > -EXCLUDES for factor in sympy.expand(e).as_coefficients_dict().values()):
+            raise Unreadable(node)
+    return value
+
+
+def _linear(node: fx.Node, reader: Reader, indices: Indices) -> Linear:
     sizes, rank = sizes_of(node), len(shape_of(node))
     kept = indices[len(indices) - rank :]
     at = tuple(sympy.Integer(0) if size == 1 else i for i, size in zip(kept, sizes, strict=True))
@@ -55,10 +65,10 @@ def read_linear(node: fx.Node, reader: Reader, indices: Indices) -> Linear:
 def _computed(node: fx.Node, reader: Reader, at: Indices) -> Linear:
     moved = step(node, at, reader.space)
     if moved is not None:
-        return read_linear(moved[0], reader, moved[1])
+        return _linear(moved[0], reader, moved[1])
 
     def read(arg: Any) -> Linear:
-        return read_linear(arg, reader, at) if is_tensor(arg) else {None: _number(arg, node)}
+        return _linear(arg, reader, at) if is_tensor(arg) else {None: _number(arg, node)}
 
     args: tuple[Any, ...] = node.args
     if node.target in _CASTS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,16 @@ import torch.fx as fx
 import spcompile.attention.op  # noqa: F401  (defines spx::attention)
 from spcompile.attention.mask import AttentionMask
 from spcompile.graph import call, operand, shape_of
-from spcompile.rows_without_keys import ABSORBS, marked_as_documents, of_both
+from spcompile.rows_without_keys import LOWEST, large_numbers_apart, marked_as_documents, of_both, without_large_numbers
 from spcompile.splice import splice
-from spcompile.symbolic_mask.fills import Mask, WithoutKeys
+from spcompile.symbolic_mask.fills import WithoutKeys
 from spcompile.symbolic_mask.heads import before_repeat
 from spcompile.symbolic_mask.parts import Part, Role, full_bias, join
+from spcompile.symbolic_mask.views import sizes_of
 
 aten = torch.ops.aten
-ABSORBED = str(AttentionMask(documents=True, absorbed=True))  # of the attention of rows without keys
+AVERAGED = "spx_averages_rows_of_one_number"  # marks an attention whose rows without keys are dealt with
+OF_ROWS_WITHOUT_KEYS = "spx_rows_without_keys"  # marks an attention whose documents are these rows, and all others
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,19 @@ class More:
     softcap: float = 0.0
     sinks: fx.Node | None = None
     dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rest:
+    """An attention of rows without keys. documents: ids that tell these rows; None: where the first has no key.
+
+    are_scores, rounded_by: as in `Second`.
+    """
+
+    bias: fx.Node | None
+    are_scores: bool = True
+    rounded_by: float | None = None
+    documents: tuple[fx.Node, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,26 +79,66 @@ class Builder:
         both = self(torch.ops.spx.attention.default, *args)
         return self(operator.getitem, both, 0)
 
-    def condition(self, masks: Iterable[Mask]) -> fx.Node | None:
-        """Bool: the keys that all of these masks leave. A number that was added excludes a key if it absorbs scores."""
-        parts = [part for mask in masks for part in mask]
-        return join([_kept(part, self) for part in parts], self)
+    def bias(
+        self, parts: list[Part], without: WithoutKeys, q: fx.Node, k: fx.Node
+    ) -> tuple[fx.Node | None, list[Rest]]:
+        """The bias of the attention, and the attentions of its rows without keys."""
+        if without.unknown:
+            return self._bias_of_unknown(parts, without, q, k)
+        if not without.seconds:
+            return join(parts, self), []
+        rest = [
+            Rest(self._joined(second.parts, without, q, k), second.are_scores, second.rounded_by)
+            for second in without.seconds
+        ]
+        return self._joined(parts, without, q, k), rest
 
-    def with_rows_of_one_mask(self, out: fx.Node, without: WithoutKeys) -> fx.Node:
-        """The output of an attention under `without.masks`, with the rows that see no key under all of them."""
+    def with_rest(self, out: fx.Node, rest: list[Rest]) -> fx.Node:
+        """The output of an attention with the rows that see no key in it."""
         both = operand(out, 0)
+        both.meta["custom"] = {**both.meta.get("custom", {}), AVERAGED: True}
         (q, k, v), scale, more = (operand(both, i) for i in range(3)), both.args[10], both.args[11:]
-        lse = self(operator.getitem, both, 1)
-        documents = splice(marked_as_documents, (lse, q, k), like=self.at)
+        if any(each.documents is None for each in rest):
+            lse = self(operator.getitem, both, 1)
+            marked = splice(marked_as_documents, (lse, q, k), like=self.at)
         results: list[fx.Node] = []
-        for mask, has_gradient in without.averaged:
-            queries, keys = (x if has_gradient else self(aten.detach.default, x) for x in (q, k))
-            bias = full_bias(self.condition([mask]), q, k, self)
-            args = (queries, keys, v, None, None, *documents, None, bias, ABSORBED, scale)
+        for each in rest:
+            mask = str(AttentionMask(documents=True, rounded_by=each.rounded_by))
+            bias, of_scores = each.bias, scale if each.are_scores else 0.0
+            args = (q, k, v, None, None, *(each.documents or marked), None, bias, mask, of_scores)
             rows = self(torch.ops.spx.attention.default, *args, *((None, None, *more[2:]) if more else ()))
+            rows.meta["custom"] = {**rows.meta.get("custom", {}), OF_ROWS_WITHOUT_KEYS: True}
             results += (self(operator.getitem, rows, place) for place in (0, 1))
-        mean = splice(of_both, tuple(results), like=self.at) if len(results) == 4 else results[0]
-        return self(aten.add.Tensor, out, mean)
+        total = splice(of_both, tuple(results), like=self.at) if len(results) == 4 else results[0]
+        return self(aten.add.Tensor, out, total)
+
+    def _bias_of_unknown(
+        self, parts: list[Part], without: WithoutKeys, q: fx.Node, k: fx.Node
+    ) -> tuple[fx.Node | None, list[Rest]]:
+        others = [part for part in parts if part not in without.unknown]
+        numbers = self._joined(without.unknown, WithoutKeys(), q, k)
+        assert numbers is not None
+        is_for_each_key = all(size == 1 for size in sizes_of(numbers)[1:3])
+        if is_for_each_key and any([1, *sizes_of(part.node)][-2] != 1 for part in without.hard):
+            small, relative, absorbed = splice(large_numbers_apart, (numbers, q), like=self.at)
+            rest = [
+                Rest(self._joined([*others, Part(absorbed, Role.ADD)], without, q, k), rounded_by=LOWEST),
+                Rest(self._joined([*others, Part(relative, Role.ADD)], without, q, k)),
+            ]
+        else:
+            whole = self._joined(parts, WithoutKeys(), q, k)
+            small, absorbed, *documents = splice(without_large_numbers, (whole, numbers, q, k), like=self.at)
+            bias = self._joined([*others, Part(absorbed, Role.ADD)], without, q, k)
+            rest = [Rest(bias, rounded_by=LOWEST, documents=tuple(documents))]
+        return self._joined([*others, Part(small, Role.ADD)], without, q, k), rest
+
+    def _joined(self, parts: Sequence[Part], without: WithoutKeys, q: fx.Node, k: fx.Node) -> fx.Node | None:
+        kept = [self._kept(part, without.fills[part]) if part in without.fills else part for part in parts]
+        return full_bias(join(kept, self), q, k, self)
+
+    def _kept(self, part: Part, fill: float) -> Part:
+        """The condition that is behind an added mask: a number and 0 lie on two sides of half the number."""
+        return Part(self(aten.gt.Scalar, part.node, fill / 2), Role.KEEP)
 
     def _seed(self, q: fx.Node) -> fx.Node:
         """Random numbers [B, N], drawn once: never in a backward that computes this region again."""
@@ -97,7 +152,3 @@ class Builder:
         """`x` with as many heads as the larger of `x` and `y` (keys and values that were repeated unequally)."""
         mine, other = shape_of(x)[1], shape_of(y)[1]
         return self(aten.repeat_interleave.self_int, x, other // mine, 1) if mine < other else x
-
-
-def _kept(part: Part, new: Builder) -> Part:
-    return part if part.role is not Role.ADD else Part(new(aten.gt.Scalar, part.node, ABSORBS), Role.KEEP)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import sympy
+import torch
 import torch.fx as fx
+from sympy.logic.boolalg import Boolean
 
-from spcompile.rows_without_keys import ABSORBS
-from spcompile.symbolic_mask.alibi import read_linear
+from spcompile.module_buffer import EXCLUDES
+from spcompile.rows_without_keys import LOWEST, absorbs
+from spcompile.symbolic_mask.alibi import needs_gradient, read_linear
+from spcompile.symbolic_mask.finite import is_finite
 from spcompile.symbolic_mask.match import B, H, K, Q, clauses, every_row_has_a_key
-from spcompile.symbolic_mask.parts import Part, Reading, Role, is_finite, read_part
+from spcompile.symbolic_mask.parts import Part, Reading, Role, flipped, read_part
 from spcompile.symbolic_mask.reader import Reader
 from spcompile.symbolic_mask.values import Unreadable
 from spcompile.symbolic_mask.views import IndexSpace, Indices, sizes_of
-
-Mask = tuple[Part, ...]  # the keys that all of them leave
 
 
 class NotKnown(Exception):
@@ -29,103 +32,225 @@ class NotKnown(Exception):
 
 
 @dataclass(frozen=True)
+class Second:
+    """An attention of the rows without keys alone.
+
+    parts: its bias. are_scores: False where all scores have been replaced by one number, so that none counts.
+    rounded_by: a number that was added, or put there before biases were added.
+    """
+
+    parts: tuple[Part, ...]
+    are_scores: bool = True
+    rounded_by: float | None = None
+
+
+@dataclass(frozen=True)
 class WithoutKeys:
     """What rows without keys become behind the attention. By default what spx.attention or recognize-mask makes.
 
     average: the mean of all values, without a gradient of scores.
-    masks: all masks, where it depends on which of them exclude a key. averaged: of those, the ones that leave such a
-        row the keys that it averages, each with whether their scores have a gradient.
+    seconds: one attention of such rows, or two over the keys of both.
+    unknown: parts that add numbers which only run time tells; they may exclude all keys of a row.
+    hard: with `unknown`, the parts that exclude keys for good.
+    fills: the numbers of parts that exclude keys by adding them. Beside the above they are read as conditions.
+    of_bits: parts that were read as masks because their integers are taken to be 0 and 1.
     """
 
     average: bool = False
-    masks: tuple[Mask, ...] = ()
-    averaged: tuple[tuple[Mask, bool], ...] = ()
+    seconds: tuple[Second, ...] = ()
+    unknown: tuple[Part, ...] = ()
+    hard: tuple[Part, ...] = ()
+    fills: Mapping[Part, float] = field(default_factory=dict)
+    of_bits: tuple[Part, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """Parts that give the keys they exclude one finite number. is_put: in the place of the score, not added to it."""
+
+    parts: tuple[Part, ...]
+    fill: float
+    is_put: bool
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """The terms of a bias by what they do, the last one applied first. hard: they exclude for good."""
+
+    order: tuple[Part, ...]
+    readings: Mapping[Part, Reading | None]
+    masks: tuple[_Mask, ...]
+    hard: tuple[Part, ...]
+    biases: tuple[Part, ...]
+    unknown: tuple[Part, ...]
+
+    @property
+    def fills(self) -> dict[Part, float]:
+        """The numbers of masks that are added."""
+        finite = {part: mask.fill for mask in self.masks for part in mask.parts}
+        hard = dict.fromkeys(self.hard, -math.inf)
+        return {part: fill for part, fill in {**finite, **hard}.items() if part.role is Role.ADD}
+
+    def are_after(self, parts: Sequence[Part], mask: _Mask) -> bool:
+        """Whether all of these are applied after the mask."""
+        return all(self.order.index(part) < self.order.index(other) for part in parts for other in mask.parts)
+
+    def biases_on(self, mask: _Mask) -> tuple[Part, ...]:
+        """Those that count where the mask excludes a key."""
+        return tuple(bias for bias in self.biases if not mask.is_put or self.are_after([bias], mask))
+
+    def condition(self, parts: Sequence[Part]) -> Boolean | None:
+        """The keys that all of these parts leave; None if one has no symbolic form."""
+        known = [reading.condition for part in parts if (reading := self.readings.get(part)) is not None]
+        return sympy.And(*known) if len(known) == len(parts) else None
 
 
 def rows_without_keys(
-    parts: Sequence[Part], replaced: Mapping[Part, float], q: fx.Node, k: fx.Node, has_sinks: bool, has_softcap: bool
+    parts: Sequence[Part],
+    replaced: Mapping[Part, float],
+    q: fx.Node,
+    k: fx.Node,
+    dtype: torch.dtype,
+    has_sinks: bool,
+    has_softcap: bool,
 ) -> WithoutKeys:
     """What is to be done for rows without keys.
 
     parts: the terms of its bias, the last one applied first. replaced: what scores became where a bool part excludes
-    them. Numbers that were added are left to recognize-mask; here it is made sure that it can deal with them.
-    q [B, N, S, H], k [B, G, T, H].
+    them. One number that was added is left to recognize-mask where that makes the mean of all values.
+    q [B, N, S, H], k [B, G, T, H]. dtype: that of the scores when numbers are added.
 
     Raises:
         NotKnown: there may be such rows, and nothing here makes them.
     """
     reader, indices = _reader(q, k)
     readings = {part: _reading(part, reader, indices) for part in parts}
-    put = [part for part, fill in replaced.items() if fill != -math.inf]
-    added = [part for part, r in readings.items() if part.role is Role.ADD and r is not None and r.finite]
-    if not (put or added) or has_sinks or _every_row_has_a_key(readings, q, k):
-        return WithoutKeys()
-    mask = (put + added)[0]
-    masks = put if len({replaced[part] for part in put}) == 1 else [mask]  # the same number wherever one of them holds
-    others = [part for part in parts if part not in masks]
-    is_only_mask = all(_excludes_nothing(part, readings[part], reader, indices) for part in others)
-    reading = readings[mask]
-    fills = {replaced[mask]} if put else set(reading.fills if reading is not None else ())
-    absorbs = len(fills) == 1 and fills.pop() <= ABSORBS
-    if is_only_mask and put and (absorbs or all(part in masks for part in parts[: len(masks)])):
-        return WithoutKeys(average=True)
-    if is_only_mask and added and absorbs and (not has_softcap or _is_one_for_all_heads(parts)):
-        return WithoutKeys()
-    two = None if is_only_mask else _of_two_masks(parts, readings, replaced, put, added, q, k)
-    if two is not None:
-        return two
-    raise NotKnown(mask.node, _why(is_only_mask, absorbs, has_softcap))
+    terms = _terms(parts, replaced, readings, reader, indices)
+    without = _without_keys(terms, q, k, dtype, has_sinks, has_softcap)
+    of_bits = tuple(part for part, reading in readings.items() if reading is not None and reading.of_bits)
+    return dataclasses.replace(without, of_bits=of_bits)
 
 
-def _of_two_masks(
+def _without_keys(
+    terms: _Terms, q: fx.Node, k: fx.Node, dtype: torch.dtype, has_sinks: bool, has_softcap: bool
+) -> WithoutKeys:
+    if has_sinks or not (terms.masks or terms.unknown) or _every_row_has_a_key(terms, q, k):
+        return WithoutKeys()
+    if terms.unknown:
+        if any(mask.is_put for mask in terms.masks):
+            raise NotKnown(terms.unknown[0].node, "numbers that are not known are added to one that replaces scores")
+        added = {part for mask in terms.masks for part in mask.parts}
+        unknown = tuple(part for part in terms.order if part in terms.unknown or part in added)
+        return WithoutKeys(unknown=unknown, hard=terms.hard, fills=terms.fills)
+    mask = terms.masks[0]
+    biases = terms.biases_on(mask)
+    if len(terms.masks) == 1 and not terms.hard and not any(needs_gradient(bias.node) for bias in biases):
+        if mask.is_put and (absorbs(mask.fill, dtype) or not biases):
+            return WithoutKeys(average=True)
+        is_simple = not has_softcap or (len(terms.order) == 1 and _shared_by_heads(terms.order[0]))
+        if not mask.is_put and is_simple and absorbs(mask.fill, torch.promote_types(dtype, torch.float32)):
+            return WithoutKeys()
+    if not all(map(_shared_by_heads, (*terms.hard, *(part for each in terms.masks for part in each.parts)))):
+        raise NotKnown(mask.parts[0].node, "heads have masks of their own")
+    if len(terms.masks) == 1:
+        seconds: tuple[Second, ...] = (_of_one(mask, terms, dtype),)
+    else:
+        seconds = _of_two(terms, dtype, q, k)
+    return WithoutKeys(seconds=seconds, fills=terms.fills)
+
+
+def _terms(
     parts: Sequence[Part],
-    readings: Mapping[Part, Reading | None],
     replaced: Mapping[Part, float],
-    put: list[Part],
-    added: list[Part],
-    q: fx.Node,
-    k: fx.Node,
-) -> WithoutKeys | None:
+    readings: Mapping[Part, Reading | None],
+    reader: Reader,
+    indices: Indices,
+) -> _Terms:
+    put: dict[float, list[Part]] = {}
+    masks: list[_Mask] = []
+    hard, biases, unknown = [], [], []
+    for part in parts:
+        reading = readings[part]
+        if replaced.get(part, -math.inf) != -math.inf:
+            put.setdefault(replaced[part], []).append(part)
+        elif part.role is not Role.ADD or (reading is not None and reading.fills == {-math.inf}):
+            hard.append(part)
+        elif reading is not None and len(reading.fills) == 1:
+            masks.append(_Mask((part,), next(iter(reading.fills)), is_put=False))
+        elif _excludes_nothing(part, reading, reader, indices):
+            biases.append(part)
+        else:
+            unknown.append(part)
+    masks += (_Mask(tuple(holding), fill, is_put=True) for fill, holding in put.items())
+    return _Terms(tuple(parts), readings, tuple(masks), tuple(hard), tuple(biases), tuple(unknown))
+
+
+def _of_one(mask: _Mask, terms: _Terms, dtype: torch.dtype) -> Second:
+    """Rows without keys average those that are not excluded for good."""
+    after = tuple(part for part in terms.hard if not mask.is_put or terms.are_after([part], mask))
+    if after == terms.hard:
+        return _second(mask, terms.hard, terms, dtype)
+    if len(mask.parts) > 1:
+        raise NotKnown(mask.parts[0].node, "several masks that replace scores undo others")
+    return _second(mask, (*after, flipped(mask.parts[0])), terms, dtype)  # what was excluded before has no key of it
+
+
+def _of_two(terms: _Terms, dtype: torch.dtype, q: fx.Node, k: fx.Node) -> tuple[Second, ...]:
     """Rows that see a key under each of two masks, but none under both.
 
     Keys that both exclude have the sum of two fills, so much less than one that it weighs nothing. Among those that one
     excludes the larger fill wins; equal fills weigh the same.
     """
-    inner, outer = (tuple(put), tuple(added)) if put else (tuple(added[1:]), tuple(added[:1]))  # outer: added last
-    known = [r for part in (*inner, *outer) if (r := readings[part]) is not None]
-    if len(outer) != 1 or not inner or parts != [*outer, *inner] or len(known) != len(parts):
-        return None
-    of_inner = {replaced[part] for part in inner} if put else set().union(*(r.fills for r in known[: len(inner)]))
-    of_outer = set(known[-1].fills)
-    if len(of_inner) != 1 or len(of_outer) != 1 or not all(_is_one_for_all_heads([part]) for part in parts):
-        return None
-    first, last = of_inner.pop(), of_outer.pop()
-    wins = last - first >= -ABSORBS
-    if max(first, last) > ABSORBS or -math.inf in (first, last) or not (wins or first == last):
-        return None
-    one, other = (sympy.And(*(r.condition for r in rs)) for rs in (known[:-1], known[-1:]))
-    if not every_row_has_a_key(one, sizes_of(q)[2], sizes_of(k)[2]):
-        return None
-    averaged: list[tuple[Mask, bool]] = [(inner, True)]
-    if not wins and clauses(sympy.And(one, other)) != clauses(other):  # else the other leaves such a row nothing
-        averaged.append((outer, not put))
-    return WithoutKeys(masks=(inner, outer), averaged=tuple(averaged))
+    outer, inner, *more = sorted(terms.masks, key=lambda mask: min(map(terms.order.index, mask.parts)))
+    node = outer.parts[0].node
+    if more or (outer.is_put and inner.is_put):
+        raise NotKnown(node, "it averages the keys that fewest of its masks exclude")
+    put = [mask for mask in (outer, inner) if mask.is_put]
+    if put and not terms.are_after(terms.hard if outer.is_put else [*terms.hard, *outer.parts], put[0]):
+        raise NotKnown(node, "a mask that replaces scores undoes others")
+    kept = {outer: inner.parts, inner: outer.parts}  # what is left of the keys that only this mask excludes
+    if outer.is_put:  # all that it excludes is excluded by nothing else then
+        if len(outer.parts) > 1:
+            raise NotKnown(node, "several masks that replace scores undo others")
+        kept[outer] = (flipped(outer.parts[0]),)
+    if outer.fill == inner.fill:
+        winners = [outer, inner]
+    elif abs(outer.fill - inner.fill) >= -EXCLUDES:
+        winners = [max(outer, inner, key=lambda mask: mask.fill)]
+    else:
+        raise NotKnown(node, "two fills differ by no more than scores may")
+    leaves = [terms.condition((*kept[mask], *terms.hard)) for mask in winners]
+    if not (outer.is_put and len(winners) == 2) and not any(_has_keys(c, q, k) for c in leaves):
+        raise NotKnown(node, "some row may have no key under one of its masks alone")
+    if len(winners) == 2 and not outer.is_put:  # keys that one leaves only where the other does are none of such a row
+        both = _clauses(terms.condition([*outer.parts, *inner.parts]))
+        winners = [mask for mask in winners if both is None or both != _clauses(terms.condition(kept[mask]))]
+    return tuple(_second(mask, (*kept[mask], *terms.hard), terms, dtype) for mask in winners)
 
 
-def _why(is_only_mask: bool, absorbs: bool, has_softcap: bool) -> str:
-    """What such rows are, and why that is no function of sums over keys."""
-    if not is_only_mask:
-        return "it would average the keys that fewest of its masks exclude, and these are none that can be told apart"
-    if not absorbs:
-        return "the fill leaves the scores a say in its weights"
-    assert has_softcap
-    return "its scores, added to under a softcap, all have gradients of their own, and heads differ or have a bias too"
+def _second(mask: _Mask, kept: tuple[Part, ...], terms: _Terms, dtype: torch.dtype) -> Second:
+    """The keys that `kept` leaves, of which `mask` excludes all."""
+    biases = terms.biases_on(mask)
+    if mask.is_put and not biases:
+        return Second(kept, are_scores=False)
+    number = mask.fill
+    if torch.finfo(dtype).bits == 16:  # but attention adds in float32
+        if not absorbs(number, dtype):
+            raise NotKnown(mask.parts[0].node, f"{dtype} rounds the scores that its fill is added to, but keeps some")
+        number = LOWEST
+    return Second((*kept, *biases), are_scores=not mask.is_put, rounded_by=number)
 
 
-def _is_one_for_all_heads(parts: Sequence[Part]) -> bool:
-    """Whether one mask is all that is done to the scores, and heads share it."""
-    sizes = [1, 1, 1, *sizes_of(parts[0].node)]
-    return len(parts) == 1 and sizes[-3] == 1
+def _clauses(condition: Boolean | None) -> list[Boolean] | None:
+    return None if condition is None else clauses(condition)
+
+
+def _has_keys(condition: Boolean | None, q: fx.Node, k: fx.Node) -> bool:
+    return condition is not None and every_row_has_a_key(condition, sizes_of(q)[2], sizes_of(k)[2])
+
+
+def _shared_by_heads(part: Part) -> bool:
+    return [1, 1, 1, *sizes_of(part.node)][-3] == 1
 
 
 def _reader(q: fx.Node, k: fx.Node) -> tuple[Reader, Indices]:
@@ -142,19 +267,14 @@ def _reading(part: Part, reader: Reader, indices: Indices) -> Reading | None:
         return None
 
 
-def _every_row_has_a_key(readings: Mapping[Part, Reading | None], q: fx.Node, k: fx.Node) -> bool:
+def _every_row_has_a_key(terms: _Terms, q: fx.Node, k: fx.Node) -> bool:
     """Whether every row provably has a key that no part excludes."""
-    if any(r is None and not (part.role is Role.ADD and is_finite(part.node)) for part, r in readings.items()):
-        return False
-    condition = sympy.And(*(r.condition for r in readings.values() if r is not None))
-    return every_row_has_a_key(condition, sizes_of(q)[2], sizes_of(k)[2])
+    return _has_keys(terms.condition([part for part in terms.order if part not in terms.biases]), q, k)
 
 
 def _excludes_nothing(part: Part, reading: Reading | None, reader: Reader, indices: Indices) -> bool:
     if reading is not None:
-        return reading.condition == sympy.true
-    if part.role is not Role.ADD:
-        return False
+        return not reading.fills
     if is_finite(part.node):
         return True
     try:

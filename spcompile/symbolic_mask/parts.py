@@ -22,12 +22,21 @@ import torch.fx as fx
 from sympy.logic.boolalg import Boolean
 
 from spcompile.graph import argument, is_tensor, shape_of
+from spcompile.module_buffer import EXCLUDES
 from spcompile.symbolic_mask.reader import Reader
-from spcompile.symbolic_mask.values import Select, Unreadable, Value, negate, to_condition
+from spcompile.symbolic_mask.values import (
+    Element,
+    Scaled,
+    Select,
+    Unreadable,
+    Value,
+    equal_zero,
+    negate,
+    to_condition,
+)
 from spcompile.symbolic_mask.views import Indices, sizes_of
 
 aten = torch.ops.aten
-REPLACED_BELOW = -9e3  # a number in the place of a score excludes its key: -1e4 has long been in use as one
 
 
 class Role(Enum):
@@ -46,12 +55,21 @@ class Part:
     role: Role
 
 
+def flipped(part: Part) -> Part:
+    """The mask that leaves what this one excludes."""
+    return Part(part.node, {Role.KEEP: Role.DROP, Role.DROP: Role.KEEP}[part.role])
+
+
 @dataclass(frozen=True)
 class Reading:
-    """What a part means. fills: the numbers that stand for keys which are not seen."""
+    """What a part means.
+
+    fills: the numbers that stand for keys which are not seen. of_bits: whether integers are taken to be 0 and 1.
+    """
 
     condition: Boolean
     fills: frozenset[float] = frozenset({-math.inf})
+    of_bits: bool = False
 
     @property
     def finite(self) -> bool:
@@ -115,49 +133,37 @@ def read_part(part: Part, reader: Reader, indices: Indices) -> Reading:
     if part.role is not Role.ADD:
         condition = to_condition(value)
         return Reading(condition if part.role is Role.KEEP else negate(condition))
-    return _additive(value, masked_below(part.node.meta["val"].dtype), part.node)
+    return _additive(value, part.node)
 
 
-def masked_below(dtype: torch.dtype) -> float:
-    """An added number that excludes a key from a softmax over scores of any sane size."""
-    return max(-1e8, torch.finfo(dtype).min / 2)
-
-
-def _additive(value: Value, limit: float, node: fx.Node) -> Reading:
+def _additive(value: Value, node: fx.Node) -> Reading:
     if isinstance(value, Select):
-        then, other = (_additive(v, limit, node) for v in (value.then, value.other))
+        then, other = (_additive(v, node) for v in (value.then, value.other))
         condition = sympy.Or(
             sympy.And(value.condition, then.condition), sympy.And(negate(value.condition), other.condition)
         )
-        return Reading(condition, then.fills | other.fills)
+        return Reading(condition, then.fills | other.fills, then.of_bits or other.of_bits)
+    if isinstance(value, Scaled):
+        return _of_bits(value, node)
     if value == 0:
         return Reading(sympy.true, frozenset())
-    if isinstance(value, float) and value <= limit:
+    if isinstance(value, float) and value <= EXCLUDES:
         return Reading(sympy.false, frozenset({value}))
     raise Unreadable(node)
 
 
-_FINITE = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.neg.default, aten.embedding.default}
-_FINITE |= {aten.unsqueeze.default, aten.permute.default, aten.transpose.int, aten.view.default, aten.reshape.default}
-_FINITE |= {aten.unflatten.int, aten.flatten.using_ints, aten.repeat.default, aten.select.int, aten.slice.Tensor}
-_FINITE |= {aten.index.Tensor, aten.abs.default, aten.tanh.default, aten.sigmoid.default}
-
-
-def is_finite(node: fx.Node) -> bool:
-    """Whether a bias provably excludes no key: it is made of integers and parameters by ops that keep numbers finite.
-
-    Parameters (inputs that require a gradient) are taken to be finite; a buffer may hold a mask.
-    """
-    value = node.meta["val"]
-    if not value.dtype.is_floating_point:
-        return True
-    if node.op == "placeholder":
-        given = getattr(node.meta.get("grapharg"), "example", value)
-        return bool(getattr(given, "requires_grad", False))
-    constants = [arg for arg in node.args if isinstance(arg, float)]
-    if node.target not in _FINITE | _SAME or any(abs(c) > -masked_below(value.dtype) for c in constants):
-        return False
-    return all(is_finite(operand) for operand in node.all_input_nodes if is_tensor(operand))
+def _of_bits(value: Scaled, node: fx.Node) -> Reading:
+    """The fill c of c * (1 - m), for a mask m, or for a product of masks: 0 where all are 1, else c, which excludes."""
+    bits = sorted(value.number.atoms(Element), key=str)
+    constant, product = value.number.as_coeff_Add()
+    sign, rest = product.as_coeff_Mul()
+    if rest != sympy.Mul(*bits) or (int(constant), int(sign)) not in ((-1, 1), (1, -1), (0, 1), (0, -1)):
+        raise Unreadable(node)
+    fill = value.factor * (constant if constant != 0 else sign)
+    if not -math.inf < fill <= EXCLUDES:
+        raise Unreadable(node)
+    all_are_1 = sympy.And(*(negate(equal_zero(bit)) for bit in bits))
+    return Reading(all_are_1 if constant != 0 else negate(all_are_1), frozenset({float(fill)}), of_bits=True)
 
 
 def join(parts: list[Part], new: Callable[..., fx.Node]) -> fx.Node | None:

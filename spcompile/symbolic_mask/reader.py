@@ -6,6 +6,7 @@ leaf: Element(name, indices). A floating point tensor has no leaf; the first boo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from spcompile.graph import is_tensor
 from spcompile.module_buffer import KEY, Band
 from spcompile.symbolic_mask.values import (
     Element,
+    Scaled,
     Unreadable,
     Value,
     at_least_zero,
@@ -105,7 +107,7 @@ class Reader:
         moved = step(node, indices, self.space)
         if moved is not None:
             return self.element(*moved)
-        if KEY in node.meta and (band := node.meta[KEY].read()) is not None:
+        if KEY in node.meta and (band := node.meta[KEY].band()) is not None:
             return _of_band(band, indices)
         read = _READERS.get(node.target) if node.op == "call_function" else None
         if read is None:
@@ -167,11 +169,24 @@ def as_dtype(value: Value, dtype: torch.dtype) -> Value:
     if dtype == torch.bool:
         return to_condition(value)
     if dtype.is_floating_point:
-        return lift(lambda x: torch.tensor(x, dtype=dtype).item(), to_float(value))
+        return lift(lambda x: _rounded(x, dtype), to_float(value))
     return lift(lambda x: _as_integer(x, dtype), to_number(value))
 
 
+def _rounded(value: Value, dtype: torch.dtype) -> Value:
+    if not isinstance(value, Scaled):
+        return torch.tensor(value, dtype=dtype).item()
+    factor = torch.tensor(value.factor, dtype=dtype).item()
+    if not math.isfinite(factor) or factor == 0:
+        raise Unreadable
+    return Scaled(factor, value.number)
+
+
 def _as_integer(value: Value, dtype: torch.dtype) -> Value:
+    if isinstance(value, Scaled):
+        if value.factor != 1:
+            raise Unreadable
+        value = value.number
     if isinstance(value, float):
         if not value.is_integer():
             raise Unreadable

@@ -3,6 +3,7 @@
     Int     a sympy integer expression over index symbols, size symbols and Element(...) look-ups
     Bool    a sympy condition in negation normal form over three literals: e >= 0, e == 0, e != 0
     float   a constant
+    Scaled  a constant times an integer expression of data, which is small: 0 and 1, as masks are
     Select  a choice between two of these
 
 All index symbols are non-negative integers. Comparisons are normalised on construction, so that equal conditions
@@ -21,7 +22,7 @@ import torch.fx as fx
 from sympy.logic.boolalg import Boolean, BooleanAtom
 
 Int: TypeAlias = sympy.Expr
-Value: TypeAlias = Any  # Int, Boolean, float or Select; sympy has no types to say more
+Value: TypeAlias = Any  # Int, Boolean, float, Scaled or Select; sympy has no types to say more
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,63 @@ class Select:
     condition: Boolean
     then: Any
     other: Any
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A floating-point number: factor * number, of integers that are elements of tensors.
+
+    Large ones are rounded, but never past a small one: comparisons with small multiples of `factor` are exact.
+    """
+
+    factor: float
+    number: Int
+
+    def __neg__(self) -> Value:
+        return self * -1.0
+
+    def __abs__(self) -> Value:
+        raise Unreadable
+
+    def __mul__(self, other: Value) -> Value:
+        factor, number = (other.factor, other.number) if isinstance(other, Scaled) else (other, sympy.Integer(1))
+        if not math.isfinite(factor):
+            raise Unreadable
+        return Scaled(self.factor * factor, sympy.expand(self.number * number)) if factor != 0 else 0.0
+
+    def __truediv__(self, other: Value) -> Value:
+        return self * (1 / other)
+
+    def __add__(self, other: Value) -> Value:
+        factor, number = (other.factor, other.number) if isinstance(other, Scaled) else (other, sympy.Integer(1))
+        times = factor / self.factor
+        if not times.is_integer():
+            raise Unreadable
+        return Scaled(self.factor, sympy.expand(self.number + int(times) * number))
+
+    def __sub__(self, other: Value) -> Value:
+        return self + -other
+
+    def __rsub__(self, other: Value) -> Value:
+        return -self + other
+
+    __rmul__, __radd__ = __mul__, __add__
+
+    def compare(self, name: str, other: float) -> Boolean:
+        """The condition `self <name> other`."""
+        bound = other / self.factor
+        if self.factor < 0:
+            name = _MIRRORED.get(name, name)
+        if abs(bound) > _SMALL:
+            raise Unreadable
+        if name in ("eq", "ne"):
+            same = equal_zero(self.number - int(bound)) if bound.is_integer() else sympy.false
+            return same if name == "eq" else negate(same)
+        above = at_least_zero(self.number - (math.floor(bound) + 1 if name in ("gt", "le") else math.ceil(bound)))
+        return above if name in ("gt", "ge") else negate(above)
+
+
+_SMALL = 128  # integers up to it are exact in every dtype, and so are differences of theirs
 
 
 class Element(sympy.Function):
@@ -177,6 +235,8 @@ def to_condition(value: Value) -> Boolean:
         return select(value.condition, to_condition(value.then), to_condition(value.other))
     if isinstance(value, float):
         return sympy.true if value != 0 else sympy.false
+    if isinstance(value, Scaled):
+        value = value.number
     if is_bool(value):
         return value
     factors = value.args if isinstance(value, sympy.Mul) else (value,)
@@ -192,9 +252,9 @@ def to_float(value: Value) -> Value:
     """The value converted to floating point.
 
     Raises:
-        Unreadable: it is an integer that is not a constant; rounding cannot be followed.
+        Unreadable: it is an integer that depends on positions; rounding cannot be followed.
     """
-    return lift(_float_constant, to_number(value))
+    return lift(_float, to_number(value))
 
 
 def compare(name: str, left: Value, right: Value) -> Boolean:
@@ -235,6 +295,13 @@ def _split_multiples(e: Int, divisor: int) -> tuple[Int, Int]:
     return whole, rest
 
 
+def _float(value: Value) -> Value:
+    if isinstance(value, Scaled):
+        return value
+    is_data = is_int(value) and value.has(Element) and not value.replace(Element, lambda *_: sympy.S.One).free_symbols
+    return Scaled(1.0, value) if is_data else _float_constant(value)
+
+
 def _float_constant(value: Value) -> float:
     if isinstance(value, float):
         return value
@@ -243,7 +310,13 @@ def _float_constant(value: Value) -> float:
     raise Unreadable
 
 
+_MIRRORED = {"le": "ge", "lt": "gt", "ge": "le", "gt": "lt"}
+
+
 def _compare(name: str, left: Value, right: Value) -> Boolean:
+    for a, b, mirrored in ((left, right, name), (right, left, _MIRRORED.get(name, name))):
+        if isinstance(a, Scaled):
+            return a.compare(mirrored, _float_constant(b))
     left, right = (sympy.Integer(int(x)) if isinstance(x, float) and x.is_integer() else x for x in (left, right))
     if isinstance(left, float) or isinstance(right, float):
         a, b = _float_constant(left), _float_constant(right)

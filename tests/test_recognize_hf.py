@@ -103,12 +103,12 @@ def batch(kind: str) -> dict[str, Any]:
     return {"input_ids": ids, "labels": ids.clone(), "use_cache": False, **extra}
 
 
-LOWEST = torch.finfo(torch.float64).min
+LOWEST = torch.finfo(torch.float32).min
 ALTERNATING = [f"causal window={WINDOW}", "causal"]
 NEO_WITH_PADDING = [
     *(f"{mask} key_padding" for mask in ALTERNATING),
     *(f"{mask} documents rounded_by={LOWEST}" for mask in ALTERNATING),
-    f"causal documents key_padding rounded_by={LOWEST}",
+    "causal documents key_padding",
 ]
 CASES: list[tuple[Callable[[], nn.Module], str, str, list[str]]] = [
     (mpt, "right padding", "ulysses", ["causal key_padding"]),

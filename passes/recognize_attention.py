@@ -67,14 +67,15 @@ class RecognizeAttention(Pass):
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         """Rewrite every attention that can be taken."""
         rewrites = write_grouped_heads_in_four_dims(gm.graph)
+        shared: dict[Any, Any] = {}
         for node in list(gm.graph.nodes):
             made: list[fx.Node] = []
             try:
                 if node.target is aten.scaled_dot_product_attention.default:
-                    _rewrite_sdpa(node, Builder(node, made), ctx)
+                    _rewrite_sdpa(node, Builder(node, made, shared), ctx)
                 elif node.target in SOFTMAX:
                     found = match_eager(node)
-                    _rewrite_eager(found, Builder(found.result.node, made), ctx)
+                    _rewrite_eager(found, Builder(found.result.node, made, shared), ctx)
                 else:
                     continue
                 _remark_dropout(made, ctx)

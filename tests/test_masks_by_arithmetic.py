@@ -144,11 +144,15 @@ class Layers(nn.Module):
         return x_BSD.square().mean()
 
 
-MESHES = [{"cp": 2}, {"tp": 2}, {"dp": 3}, {"cp": 2, "tp": 2}]
+SPLIT = [
+    (behind_the_same_number, {"cp": 2}),
+    (with_slopes, {"tp": 2}),
+    (under_a_cap, {"dp": 3}),
+    pytest.param(in_front_of_the_same_number, {"cp": 2, "tp": 2}, marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: "x".join(f"{k}{v}" for k, v in m.items()))
-@pytest.mark.parametrize("model", [behind_the_same_number, with_slopes, under_a_cap], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("model", "mesh"), SPLIT)
 def test_every_gradient_on_all_ranks(model: Callable[..., Any], mesh: dict[str, int]) -> None:
     torch.manual_seed(1)
     x_BSD = torch.randn(B, S, N * H, dtype=torch.float64)
@@ -173,6 +177,17 @@ def test_numbers_that_only_run_time_tells(model: Callable[..., Tensor], number: 
     inputs = (*qkv(), VALID.double())
     found = rewrite(lambda q, k, v, m: model(q, k, v, m, number), inputs, tolerance=1e-11)
     assert "SPR201" in found.codes
+
+
+def test_attentions_share_what_is_made_of_one_bias() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        for _ in range(3):
+            v = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return v
+
+    found = rewrite(model, (*qkv(), torch.randn(B, 1, S, S, dtype=torch.float64)))
+    assert len(found.attentions) == 6
+    assert len(found.graph.find_nodes(op="call_function", target=torch.ops.aten.amax.default)) == 1
 
 
 def test_learned_biases_have_their_gradient_in_rows_without_keys() -> None:

@@ -91,7 +91,7 @@ def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 @pytest.mark.parametrize("bias_heads", [1, 4])
 def test_a_dense_bias_that_all_heads_share_keeps_the_ring(bias_heads: int) -> None:
     """One that has heads is split by them."""
-    inputs = [*(torch.randn(1, 4, 8, 4) for _ in range(3)), torch.randn(1, bias_heads, 8, 8)]
+    inputs = [*(torch.randn(1, 4, 8, 4) for _ in range(3)), torch.randn(1, bias_heads, 8, 8, requires_grad=True)]
     program = after_pass("choose-attention", biased, inputs, 4, attention="ulysses")
     assert strategy(program) == ("ring" if bias_heads == 1 else "ulysses")
     assert [r.code for r in program.ctx.remarks.rows if "attention" in r.text] == [

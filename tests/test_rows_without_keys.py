@@ -175,7 +175,7 @@ MESHES = [{"cp": 2}, {"cp": 3}, {"tp": 2}, {"dp": 2}, {"tp": 2, "cp": 2}]
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: "x".join(f"{k}{v}" for k, v in m.items()))
-@pytest.mark.parametrize("model", [under_a_cap_in_a_window, window_then_added], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("model", [pytest.param(under_a_cap_in_a_window, marks=pytest.mark.slow), window_then_added])
 def test_every_gradient_on_all_ranks(model: Callable[..., Any], mesh: dict[str, int]) -> None:
     torch.manual_seed(1)
     x_BSD = torch.randn(B, S, N * H, dtype=torch.float64)

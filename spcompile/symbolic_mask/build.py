@@ -49,10 +49,14 @@ class Rest:
 
 @dataclass(frozen=True)
 class Builder:
-    """Makes nodes in front of `at`, with its origin, and collects them in `made`."""
+    """Makes nodes in front of `at`, with its origin, and collects them in `made`.
+
+    shared: what attentions in front of `at` have made of the same biases.
+    """
 
     at: fx.Node
     made: list[fx.Node]
+    shared: dict[Any, Any]
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         node = call(self.at.graph, target, args, kwargs, like=self.at)
@@ -116,21 +120,25 @@ class Builder:
         self, parts: list[Part], without: WithoutKeys, q: fx.Node, k: fx.Node
     ) -> tuple[fx.Node | None, list[Rest]]:
         others = [part for part in parts if part not in without.unknown]
-        numbers = self._joined(without.unknown, WithoutKeys(), q, k)
-        assert numbers is not None
-        is_for_each_key = all(size == 1 for size in sizes_of(numbers)[1:3])
-        if is_for_each_key and any([1, *sizes_of(part.node)][-2] != 1 for part in without.hard):
-            small, relative, absorbed = splice(large_numbers_apart, (numbers, q), like=self.at)
-            rest = [
-                Rest(self._joined([*others, Part(absorbed, Role.ADD)], without, q, k), rounded_by=LOWEST),
-                Rest(self._joined([*others, Part(relative, Role.ADD)], without, q, k)),
-            ]
+        is_for_each_key = all(part.is_one_for_all_rows and part.is_one_for_all_heads for part in without.unknown)
+        by_key = is_for_each_key and not all(part.is_one_for_all_rows for part in without.hard)
+        key = (*parts, by_key, q.meta["val"].dtype, *sizes_of(q)[:3], sizes_of(k)[2])
+        if key not in self.shared:
+            numbers = self._joined(without.unknown, WithoutKeys(), q, k)
+            whole = self._joined(parts, WithoutKeys(), q, k) if not by_key else None
+            args = (numbers, q) if by_key else (whole, numbers, q, k)
+            self.shared[key] = splice(large_numbers_apart if by_key else without_large_numbers, args, like=self.at)
+        small, *more = self.shared[key]
+
+        def with_others(numbers: fx.Node) -> fx.Node | None:
+            return self._joined([*others, Part(numbers, Role.ADD)], without, q, k)
+
+        if by_key:
+            relative, absorbed = map(with_others, more)
+            rest = [Rest(absorbed, rounded_by=LOWEST), Rest(relative)]
         else:
-            whole = self._joined(parts, WithoutKeys(), q, k)
-            small, absorbed, *documents = splice(without_large_numbers, (whole, numbers, q, k), like=self.at)
-            bias = self._joined([*others, Part(absorbed, Role.ADD)], without, q, k)
-            rest = [Rest(bias, rounded_by=LOWEST, documents=tuple(documents))]
-        return self._joined([*others, Part(small, Role.ADD)], without, q, k), rest
+            rest = [Rest(with_others(more[0]), rounded_by=LOWEST, documents=(more[1], more[2]))]
+        return with_others(small), rest
 
     def _joined(self, parts: Sequence[Part], without: WithoutKeys, q: fx.Node, k: fx.Node) -> fx.Node | None:
         kept = [self._kept(part, without.fills[part]) if part in without.fills else part for part in parts]

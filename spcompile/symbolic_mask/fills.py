@@ -147,10 +147,10 @@ def _without_keys(
     if len(terms.masks) == 1 and not terms.hard and not any(needs_gradient(bias.node) for bias in biases):
         if mask.is_put and (absorbs(mask.fill, dtype) or not biases):
             return WithoutKeys(average=True)
-        is_simple = not has_softcap or (len(terms.order) == 1 and _shared_by_heads(terms.order[0]))
+        is_simple = not has_softcap or (len(terms.order) == 1 and terms.order[0].is_one_for_all_heads)
         if not mask.is_put and is_simple and absorbs(mask.fill, torch.promote_types(dtype, torch.float32)):
             return WithoutKeys()
-    if not all(map(_shared_by_heads, (*terms.hard, *(part for each in terms.masks for part in each.parts)))):
+    if not all(part.is_one_for_all_heads for part in terms.order if part not in terms.biases):
         raise NotKnown(mask.parts[0].node, "heads have masks of their own")
     if len(terms.masks) == 1:
         seconds: tuple[Second, ...] = (_of_one(mask, terms, dtype),)
@@ -247,10 +247,6 @@ def _clauses(condition: Boolean | None) -> list[Boolean] | None:
 
 def _has_keys(condition: Boolean | None, q: fx.Node, k: fx.Node) -> bool:
     return condition is not None and every_row_has_a_key(condition, sizes_of(q)[2], sizes_of(k)[2])
-
-
-def _shared_by_heads(part: Part) -> bool:
-    return [1, 1, 1, *sizes_of(part.node)][-3] == 1
 
 
 def _reader(q: fx.Node, k: fx.Node) -> tuple[Reader, Indices]:

@@ -22,9 +22,13 @@ _ARITHMETIC = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tenso
 _ARITHMETIC |= {aten.neg.default, aten.abs.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default}
 _ARITHMETIC |= {aten.full.default, aten.scalar_tensor.default, aten.where.self, aten.where.ScalarSelf}
 _ARITHMETIC |= {aten.where.ScalarOther, aten.masked_fill.Scalar}
+_ARITHMETIC |= {aten.exp.default, aten.sqrt.default, aten.square.default, aten.pow.Tensor_Scalar, aten.relu.default}
+_ARITHMETIC |= {aten.gelu.default, aten.silu.default, aten.softplus.default, aten.log_sigmoid.default}
+_ARITHMETIC |= {aten.cumsum.default, aten.sum.dim_IntList, aten.mean.dim}
 _PRODUCTS = {aten.matmul.default, aten.mm.default, aten.bmm.default, aten.linear.default, aten.addmm.default}
 _PRODUCTS |= {aten.einsum.default, aten.embedding.default}
 _BOUNDED = {aten.tanh.default, aten.sigmoid.default, aten.softmax.int, aten.layer_norm.default}
+_BOUNDED |= {aten.sin.default, aten.cos.default}
 
 
 def is_finite(node: fx.Node) -> bool:

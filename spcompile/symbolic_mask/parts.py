@@ -54,6 +54,16 @@ class Part:
     node: fx.Node
     role: Role
 
+    @property
+    def is_one_for_all_heads(self) -> bool:
+        """Whether heads share it."""
+        return [1, 1, 1, *sizes_of(self.node)][-3] == 1
+
+    @property
+    def is_one_for_all_rows(self) -> bool:
+        """Whether query rows share it."""
+        return [1, 1, *sizes_of(self.node)][-2] == 1
+
 
 def flipped(part: Part) -> Part:
     """The mask that leaves what this one excludes."""

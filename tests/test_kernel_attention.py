@@ -299,3 +299,12 @@ def test_no_tensor_grows_with_the_square(text: str, monkeypatch: pytest.MonkeyPa
         blocks.backward(rows, k, v, natural_runs(S), natural_runs(S), scores, False)
     assert largest.numel <= q.numel()
     torch.testing.assert_close(out, attention(q, k, v, *data)[0], rtol=0, atol=0)
+
+
+def test_documents_that_no_query_has_cost_nothing() -> None:
+    """As where no row is without keys."""
+    case = make_case("causal documents")
+    others = replace(case, k_documents=torch.full((1, 13), 7), q_documents=torch.full((2, 13), 3))
+    assert plan(natural_runs(13), natural_runs(13), others.scores) == []
+    one_row = replace(others, q_documents=torch.full((2, 13), 3).index_fill(1, torch.tensor([4]), 7))
+    assert len(plan(natural_runs(13), natural_runs(13), one_row.scores)) == 1

@@ -39,6 +39,8 @@ def plan(q_runs: Sequence[Run], k_runs: Sequence[Run], scores: Scores) -> list[B
     does everything where queries and keys are the same rows under a causal mask (the first step of a zigzag ring).
     """
     scores = scores.without_idle_conditions()
+    if scores.share_no_document:
+        return []
     if scores.mask == AttentionMask(causal=True) and not scores.depends_on_place and _same_rows(q_runs, k_runs):
         return [_indexed(Kind.CAUSAL_DIAGONAL, (0, q_runs[-1].stop), (0, k_runs[-1].stop), scores)]
     blocks: list[Block] = []

@@ -90,6 +90,14 @@ class Scores:
         )
 
     @property
+    def share_no_document(self) -> bool:
+        """Whether no query has the document of any key, as far as may be known: on the CPU only, as above."""
+        q, k = self.q_documents, self.k_documents
+        if q is None or k is None or q.device.type != "cpu":
+            return False
+        return not bool(torch.isin(q, k.unique()).any())
+
+    @property
     def depends_on_place(self) -> bool:
         """Whether more than the mask depends on where in the sequence a query and a key are."""
         return any(x is not None for x in (self.bias, self.alibi_slopes, self.dropout))

@@ -110,6 +110,14 @@ def test_every_configuration(arch: str, element: int, size: int, variant: str) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_rounded_scores(capability: int) -> None:
+    for kernel in ("forward", "rows", "keys"):
+        arch = architecture(capability, True)
+        check(Compilation(arch, 2, 128, "rich", "rounded", kernel, "alone").launch(), capability)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [90, 100])
 @pytest.mark.parametrize("size", [72, 80])
 def test_what_no_descriptor_describes(size: int, capability: int) -> None:

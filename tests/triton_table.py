@@ -98,6 +98,7 @@ def scores_of(variant: str) -> dict[str, Scores]:
             "alibi": ("causal key_padding", {"alibi_slopes": slopes, "key_valid": ids == 0}),
             "dropout": ("causal", {"dropout": dropout}),
             "packed": ("causal window=100 documents", packed | {"softcap": 30.0, "sinks": sinks}),
+            "rounded": ("causal documents rounded_by=-1e+30", packed),
             "everything": (f"{POSITIONS} documents key_padding", data | more),
         },
         "bias": {

@@ -179,6 +179,13 @@ def test_numbers_that_only_run_time_tells(model: Callable[..., Tensor], number: 
     assert "SPR201" in found.codes
 
 
+def test_a_mask_of_floats_where_each_rank_has_one_row() -> None:
+    torch.manual_seed(1)
+    x_BSD = torch.randn(B, S, N * H, dtype=torch.float64)
+    report = verify(Layers(of_floats, -1e30), {"x_BSD": x_BSD, "m_BS": VALID.double()}, mesh={"dp": B})
+    assert report.ok, str(report)
+
+
 def test_attentions_share_what_is_made_of_one_bias() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         for _ in range(3):

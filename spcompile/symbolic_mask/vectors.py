@@ -124,7 +124,7 @@ class VectorWriter:
         for i in element.indices:
             dim, offset = len(dims), i - K
             size = sizes_of(vector)[dim]
-            if (i == B and size == self.batch) or (i == 0 and size == 1 and len(element.indices) <= 2 and not dims):
+            if (i == B and size == self.batch) or (i == 0 and size == 1 and not dims):
                 dims.append(B)
             elif offset.is_Integer and offset >= 0 and K not in dims:
                 vector = self._cut(vector, dim, int(offset))

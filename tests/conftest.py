@@ -20,7 +20,7 @@ from worker_pool import WorkerPool  # noqa: E402
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All tests that need processes run in one of pytest's own processes, so that a run spawns each pool once.
 
-    Of the slow cases of one test, every other one is long as well: CI has no time for all of them.
+    Of the slow cases of one test, all but every third one are long as well: CI has no time for all of them.
     First of all hooks: xdist reads the marks in its own.
     """
     slow_cases: Counter[str] = Counter()
@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("processes"))
         if item.get_closest_marker("slow") and not item.get_closest_marker("long"):
             test = item.nodeid.partition("[")[0]
-            if slow_cases[test] % 2:
+            if slow_cases[test] % 3:
                 item.add_marker(pytest.mark.long)
             slow_cases[test] += 1
 

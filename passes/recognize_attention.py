@@ -11,8 +11,8 @@ same on any number of ranks, one among them, but not those that the plain model 
 Rows without any key. scaled_dot_product_attention with a bool mask or -inf gives zeros and zero gradients there (torch
 2.13), as spx.attention does. The written-out form with -inf gives NaN; here the row becomes zero. With a *finite* fill
 such a row is uniform over all keys: where some row may have no key, one mask that replaces scores (masked_fill with
-finfo.min) is taken, and the mean of all values put into those rows. Of two masks such rows average the keys that one of
-them alone excludes: by an attention of those rows for each. Others are refused unless recognize-mask can do it.
+finfo.min) is taken, and the mean of all values put into those rows. Otherwise they get an attention of their own, two
+masks one for each; one added mask is left to recognize-mask where it can do that. What is no such case is refused.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 import sympy
 import torch
 from recognition import rewrite
-from score_graphs import capped, causal
+from score_graphs import Layers, capped, causal
 from torch import Tensor, nn
 
 from spcompile import verify
@@ -127,21 +127,8 @@ def test_every_number(model: Callable[..., Tensor], number: float) -> None:
     assert (S, S) not in {size[-2:] for size in found.sizes()}
 
 
-class Layers(nn.Module):
-    """Two layers over [B, S, D] and a loss of all rows, those without keys among them."""
-
-    def __init__(self, model: Callable[..., Tensor], number: float) -> None:
-        super().__init__()
-        self.model, self.number = model, number
-        torch.manual_seed(0)
-        self.w_L4DD = nn.Parameter(0.1 * torch.randn(2, 4, N * H, N * H, dtype=torch.float64))
-
-    def forward(self, x_BSD: Tensor, m_BS: Tensor) -> Tensor:
-        for w_4DD in self.w_L4DD:
-            q, k, v = ((x_BSD @ w_DD).unflatten(-1, (N, H)).transpose(1, 2) for w_DD in w_4DD[:3])
-            out_BSD = self.model(q, k, v, m_BS, self.number).transpose(1, 2).flatten(2)
-            x_BSD = x_BSD + out_BSD @ w_4DD[3]
-        return x_BSD.square().mean()
+def layers(model: Callable[..., Tensor], number: float) -> Layers:
+    return Layers(lambda q, k, v, m: model(q, k, v, m, number), N, size=0.1)
 
 
 SPLIT = [
@@ -156,7 +143,7 @@ SPLIT = [
 def test_every_gradient_on_all_ranks(model: Callable[..., Any], mesh: dict[str, int]) -> None:
     torch.manual_seed(1)
     x_BSD = torch.randn(B, S, N * H, dtype=torch.float64)
-    report = verify(Layers(model, -1e9), {"x_BSD": x_BSD, "m_BS": VALID}, mesh=mesh)
+    report = verify(layers(model, -1e9), {"x_BSD": x_BSD, "given": VALID}, mesh=mesh)
     assert report.ok, str(report)
 
 
@@ -182,7 +169,7 @@ def test_numbers_that_only_run_time_tells(model: Callable[..., Tensor], number: 
 def test_a_mask_of_floats_where_each_rank_has_one_row() -> None:
     torch.manual_seed(1)
     x_BSD = torch.randn(B, S, N * H, dtype=torch.float64)
-    report = verify(Layers(of_floats, -1e30), {"x_BSD": x_BSD, "m_BS": VALID.double()}, mesh={"dp": B})
+    report = verify(layers(of_floats, -1e30), {"x_BSD": x_BSD, "given": VALID.double()}, mesh={"dp": B})
     assert report.ok, str(report)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from recognition import rewrite
-from score_graphs import capped, causal, lowest_unless
+from score_graphs import Layers, capped, causal, lowest_unless
 from torch import Tensor, nn
 
 from spcompile import explain, verify
@@ -154,23 +154,6 @@ def test_others_stay_written_out(model: Callable[..., Any]) -> None:
     assert found.attentions == []
 
 
-class Layers(nn.Module):
-    """Two layers over [B, S, D] and a loss of all rows, those without keys among them."""
-
-    def __init__(self, model: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.model = model
-        torch.manual_seed(0)
-        self.w_L4DD = nn.Parameter(0.3 * torch.randn(2, 4, N * H, N * H, dtype=torch.float64))
-
-    def forward(self, x_BSD: Tensor, lengths: Tensor) -> Tensor:
-        for w_4DD in self.w_L4DD:
-            q, k, v = ((x_BSD @ w_DD).unflatten(-1, (N, H)).transpose(1, 2) for w_DD in w_4DD[:3])
-            out_BSD = self.model(q, k, v, lengths).transpose(1, 2).flatten(2)
-            x_BSD = x_BSD + out_BSD @ w_4DD[3]
-        return x_BSD.square().mean()
-
-
 MESHES = [{"cp": 2}, {"cp": 3}, {"tp": 2}, {"dp": 2}, {"tp": 2, "cp": 2}]
 
 
@@ -179,15 +162,15 @@ MESHES = [{"cp": 2}, {"cp": 3}, {"tp": 2}, {"dp": 2}, {"tp": 2, "cp": 2}]
 def test_every_gradient_on_all_ranks(model: Callable[..., Any], mesh: dict[str, int]) -> None:
     torch.manual_seed(1)
     x_BSD = torch.randn(B, S, N * H, dtype=torch.float64)
-    report = verify(Layers(model), {"x_BSD": x_BSD, "lengths": LENGTHS}, mesh=mesh)
+    report = verify(Layers(model, N), {"x_BSD": x_BSD, "given": LENGTHS}, mesh=mesh)
     assert report.ok, str(report)
 
 
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 def test_no_remark_tells_of_a_loss(attention: str) -> None:
     x_BSD = torch.randn(B, S, N * H, dtype=torch.float64)
-    batch = {"x_BSD": x_BSD, "lengths": LENGTHS}
-    plan = explain(Layers(window_then_added), batch, mesh={"cp": 2}, attention=attention)
+    batch = {"x_BSD": x_BSD, "given": LENGTHS}
+    plan = explain(Layers(window_then_added, N), batch, mesh={"cp": 2}, attention=attention)
     assert {remark.code for remark in plan.remarks} <= {"SPR203", "SPR205", "SPR206"}
-    report = verify(Layers(window_then_added), batch, mesh={"cp": 2}, attention=attention)
+    report = verify(Layers(window_then_added, N), batch, mesh={"cp": 2}, attention=attention)
     assert report.ok, str(report)

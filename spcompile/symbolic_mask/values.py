@@ -51,7 +51,7 @@ class Scaled:
         raise Unreadable
 
     def __mul__(self, other: Value) -> Value:
-        factor, number = (other.factor, other.number) if isinstance(other, Scaled) else (other, sympy.Integer(1))
+        factor, number = _factor_and_number(other)
         if not math.isfinite(factor):
             raise Unreadable
         return Scaled(self.factor * factor, sympy.expand(self.number * number)) if factor != 0 else 0.0
@@ -60,7 +60,7 @@ class Scaled:
         return self * (1 / other)
 
     def __add__(self, other: Value) -> Value:
-        factor, number = (other.factor, other.number) if isinstance(other, Scaled) else (other, sympy.Integer(1))
+        factor, number = _factor_and_number(other)
         times = factor / self.factor
         if not times.is_integer():
             raise Unreadable
@@ -86,6 +86,10 @@ class Scaled:
             return same if name == "eq" else negate(same)
         above = at_least_zero(self.number - (math.floor(bound) + 1 if name in ("gt", "le") else math.ceil(bound)))
         return above if name in ("gt", "ge") else negate(above)
+
+
+def _factor_and_number(value: Value) -> tuple[float, Int]:
+    return (value.factor, value.number) if isinstance(value, Scaled) else (value, sympy.Integer(1))
 
 
 _SMALL = 128  # integers up to it are exact in every dtype, and so are differences of theirs

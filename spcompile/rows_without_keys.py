@@ -5,8 +5,8 @@ out = mean(v). If the number was added to scores s, it absorbed them; their grad
 grad s_ij = (1/T) (grad out_i . (v_j - mean(v))), which is the gradient of (1/T) sum_j s_ij (v_j - mean(v)), linear in
 q_i and k_j. If it replaced the scores, they have no gradient. Both need sums over keys only: nothing is S x T.
 
-Where that will not do, as under a softcap, such rows are those of one document with all keys in a second attention, whose
-mask says by which number its scores are `rounded_by`; other rows see nothing there, and add zeros.
+Where that will not do, as under a softcap, such rows are those of one document with all keys in a second attention.
+Its mask says by which number its scores are `rounded_by`; other rows see nothing there, and add zeros.
 
 B batch, N query heads, G key heads, S query rows, T keys, H head size of q and k, V of v.
 """

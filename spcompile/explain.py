@@ -84,6 +84,7 @@ def _plan(model: nn.Module, traced: Traced, options: Options, trained: Sequence[
     from spcompile.memory import largest_tensors, memory_of
     from spcompile.plan import Plan
     from spcompile.timeline import predict
+    from spcompile.trace import on_one_device
 
     program = traced.program
     final = traced.sharded.graphs
@@ -95,7 +96,7 @@ def _plan(model: nn.Module, traced: Traced, options: Options, trained: Sequence[
         sharding=_sharding(program),
         attention=_attention(program),
         collectives=[r for phase, gm in final.items() for r in communication(phase, gm, program.ctx.mesh, trained)],
-        memory=memory_of(final, traced.single.graphs, model.parameters()),
+        memory=memory_of(final, on_one_device(traced).graphs, model.parameters()),
         remarks=list(program.ctx.remarks.rows),
         passes=passes,
         largest_tensors=largest_tensors(final, LARGEST),

@@ -38,13 +38,12 @@ class _Stop(BaseException):
 class Traced:
     """A model compiled for one mesh, with nothing bound to processes.
 
-    sharded: the graphs of one rank; single: those of one device, with the same attention ops and the same partitioner.
+    sharded: the graphs of one rank.
     serial: the passes before the first that is about an axis: behind them the graph is still the model itself.
     """
 
     program: LocalProgram
     sharded: Emission
-    single: Emission
     serial: frozenset[str]
 
 
@@ -112,29 +111,41 @@ def _stop(*_: Any) -> Any:
 
 
 def compile_for(
-    gm: fx.GraphModule, inputs: Sequence[Any], mesh: MeshShape, options: Options, pipeline: Sequence[Pass]
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    mesh: MeshShape,
+    options: Options,
+    pipeline: Sequence[Pass],
+    *,
+    keep_texts: bool = True,
 ) -> Traced:
-    """All stages on a Dynamo graph, inside a Dynamo backend; forward and backward are both made at once."""
+    """All stages on a Dynamo graph, inside a Dynamo backend; forward and backward are both made at once.
+
+    keep_texts: of the graphs after each pass; the graphs themselves are kept in any case.
+    """
     gm, inputs = over_local_parts(gm, inputs)
     serial = frozenset(p.name for p in itertools.takewhile(lambda p: p.axis is None, pipeline))
     if mesh.world_size == 1:
         pipeline = [p for p in pipeline if p.name in serial]
         options = replace(options, passes={name: wish for name, wish in options.passes.items() if name in serial})
-    program = build(gm, inputs, mesh, options, pipeline, History(keep_graphs=True))
+    program = build(gm, inputs, mesh, options, pipeline, History(keep_graphs=True, keep_texts=keep_texts))
     if mesh.world_size == 1:
         program.ctx.remarks.add("SPR401", "one rank: nothing is sharded", strict_error=False)
-    single = _single(program, serial)
-    return Traced(program, emitted(program), emitted(single), serial)
+    return Traced(program, emitted(program), serial)
 
 
-def _single(program: LocalProgram, serial: frozenset[str]) -> LocalProgram:
-    """The same program before anything in it was about several devices."""
-    snapshots = [s for s in program.history.snapshots if s.name in serial or s.name == "capture"]
+def on_one_device(traced: Traced) -> Emission:
+    """The final graphs of one device, with the same attention ops and the same partitioner.
+
+    They are made of the program before anything in it was about several devices. Call it where `compile_for` is called.
+    """
+    program = traced.program
+    snapshots = [s for s in program.history.snapshots if s.name in traced.serial or s.name == "capture"]
     before = snapshots[-1].gm
     assert before is not None
     gm = fx.GraphModule(before, copy_graph(before.graph))
     ctx = replace(program.ctx, mesh=MeshShape(()))
-    return replace(program, gm=gm, ctx=ctx, history=History(), schedule=[])
+    return emitted(replace(program, gm=gm, ctx=ctx, history=History(), schedule=[]))
 
 
 def emitted(program: LocalProgram) -> Emission:

@@ -316,7 +316,7 @@ def trial_of(
     returned: list[Tensor] = []
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        traced = compile_for(gm, inputs, mesh, options, pipeline)
+        traced = compile_for(gm, inputs, mesh, options, pipeline, keep_texts=False)
         snapshots = traced.program.history.snapshots
         captured = snapshots[0]
         annotated = next((s.gm for s in snapshots if s.name == "annotate-data-parallel"), None)

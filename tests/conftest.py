@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,18 +21,32 @@ from worker_pool import WorkerPool  # noqa: E402
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All tests that need processes run in one of pytest's own processes, so that a run spawns each pool once.
 
-    Of the slow cases of one test, all but every third one are long as well: CI has no time for all of them.
+    Of the cases of a test that is marked sample(n), all but every n-th are slow. Of the slow cases of one test, all but
+    every third one are long as well: CI has no time for all of them.
     First of all hooks: xdist reads the marks in its own.
     """
+    fast_cases: Counter[str] = Counter()
     slow_cases: Counter[str] = Counter()
     for item in items:
         if "worker_pool" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("processes"))
-        if item.get_closest_marker("slow") and not item.get_closest_marker("long"):
-            test = item.nodeid.partition("[")[0]
+        test, sample = item.nodeid.partition("[")[0], item.get_closest_marker("sample")
+        if item.get_closest_marker("long"):
+            continue
+        if sample is not None and not item.get_closest_marker("slow"):
+            if fast_cases[test] % sample.args[0]:
+                item.add_marker(pytest.mark.slow)
+            fast_cases[test] += 1
+        if item.get_closest_marker("slow"):
             if slow_cases[test] % 3:
                 item.add_marker(pytest.mark.long)
             slow_cases[test] += 1
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the garbage collector, which each compile runs, need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:

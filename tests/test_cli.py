@@ -106,6 +106,7 @@ def test_a_users_error_has_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys:
     assert call(monkeypatch, "train", "models:llama", "--mesh", "cp=2", "--nproc", "3") == 2
 
 
+@pytest.mark.slow
 def test_train_prints_json(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = "train models:gpt-tiny --set vocab=256 --set layers=1 --steps 2 --seq 16 --backend aot_eager --json"
     assert call(monkeypatch, *words.split(), "--dump", str(tmp_path)) == 0

@@ -50,6 +50,7 @@ MASKS: dict[str, Mod] = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("expected", MASKS)
 def test_masks(expected: str) -> None:
     found = rewrite(attend(MASKS[expected]), qkv(4, 2))

@@ -28,6 +28,7 @@ def program_of(mesh: dict[str, int], attention: Any) -> LocalProgram:
     return found[0]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("mesh", "attention", "overlaps"),
     [

@@ -85,6 +85,7 @@ def scaled(y_BSD: Tensor, w_DD: Tensor, scale_1: Tensor, bias_1D: Tensor) -> Ten
     return (y_BSD * scale_1 + bias_1D).square().sum()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("end", [mean, mean_of_rows, squared_sum_of_tokens, flattened, with_class_token, shifted])
 @pytest.mark.parametrize("mesh", [{"dp": 2}, pytest.param({"cp": 2, "dp": 3}, marks=pytest.mark.slow)])
 def test_sums_over_rows_are_sums_over_ranks(end: Callable[..., Tensor], mesh: dict[str, int]) -> None:

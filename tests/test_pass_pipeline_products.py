@@ -94,6 +94,7 @@ def calls_of(graph: Any) -> list[Any]:
     return [node for node in graph.nodes if node.target in PIPELINED]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("degree", "length"), [(2, 15), (4, 14)])
 def test_whole_models_in_both_modes_of_the_simulator(degree: int, length: int) -> None:
     """Every gather and scatter beside a product, forward and backward: loss and gradients stay."""
@@ -158,6 +159,7 @@ def test_a_planted_race_is_caught(mode: Mode, race: Any, monkeypatch: pytest.Mon
         run()
 
 
+@pytest.mark.slow
 def test_the_bytes_stay_what_they_were() -> None:
     """Counted for each phase and origin; only the names of the rows are others."""
     sent: list[dict[tuple[str, str], Any]] = []

@@ -86,6 +86,7 @@ def test_messages_as_text() -> None:
     assert str(first_apart(by_keys, 2, keys_apart=True)) == "q1 | k1 | v1 | q2 | kv2"
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("n", "g", "degree"), [(4, 2, 2), (8, 4, 2), (6, 2, 3), (5, 5, 3), (8, 2, 4), (3, 1, 2)])
 def test_numbers(n: int, g: int, degree: int, way: str) -> None:
@@ -93,6 +94,7 @@ def test_numbers(n: int, g: int, degree: int, way: str) -> None:
         check("causal", n, g, length, {"cp": degree}, "ulysses", groups, way)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", DATA)
 def test_what_belongs_to_heads_goes_with_them(name: str) -> None:
     """Groups of key heads, then groups of the query heads of each of two key heads."""
@@ -261,6 +263,7 @@ def test_final_graphs_in_both_modes_of_the_simulator(way: str) -> None:
     final_graphs_run({"cp": 2}, 2, way)
 
 
+@pytest.mark.slow
 def test_explain_counts_messages_and_says_why() -> None:
     model = models.build("llama-tiny", layers=1)
     ids_BS = torch.zeros(1, 32, dtype=torch.int64)

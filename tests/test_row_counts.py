@@ -65,6 +65,7 @@ def verify(loss: Callable[..., Tensor], rows: int) -> Any:
     return spcompile.verify(Scored(loss), {"x_BSD": x_BSD, "y_BS": y_BS}, mesh={"dp": 2})
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("name", COUNTED)
 def test_what_counts_rows_counts_those_of_all_ranks(name: str, rows: int) -> None:
@@ -84,6 +85,7 @@ COUNTED_ANYWHERE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", COUNTED_ANYWHERE)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_counts_anywhere(name: str, rows: int) -> None:

@@ -105,11 +105,13 @@ def test_decisions(name: str) -> None:
     assert ("SPR502" in decisions.codes) == ("whole" in expected.values())
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", BUILT)
 def test_exact(name: str) -> None:
     checked(BUILT[name][0](), {"tp": 2})
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "mesh"),
     [
@@ -128,6 +130,7 @@ def test_heads_that_do_not_divide(heads: int, kv_heads: int, mesh: dict[str, int
     assert "SPR202" not in codes
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 def test_with_context_parallelism(attention: str) -> None:
     checked(Model(FusedSlices(), FusedGate(), tied=True), {"tp": 2, "cp": 2}, attention=attention)
@@ -147,6 +150,7 @@ def test_large_meshes(name: str, mesh: dict[str, int], attention: str) -> None:
     checked(BUILT[name][0](), mesh, attention=attention)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 def test_dtypes(dtype: torch.dtype, tolerance: float) -> None:
     checked(Model(Grouped(), FusedGate()).to(dtype), {"tp": 2}, tolerance=tolerance)
@@ -194,6 +198,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 FAST = ("label smoothing", "class weights", "z-loss", "log_softmax and nll")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [pytest.param(name, {"tp": 2}, marks=() if name in FAST else pytest.mark.slow) for name in LOSSES]

@@ -78,6 +78,7 @@ def test_a_failure_shows_the_traceback_and_the_pool_recovers(worker_pool: PoolOf
     assert pool.run(settings)[0][0] == 1
 
 
+@pytest.mark.slow
 def test_a_death_and_a_hang_are_reported(worker_pool: PoolOf) -> None:
     pool = WorkerPool(2)
     with pytest.raises(JobFailed, match="rank 1: the process died with exit code 7"):

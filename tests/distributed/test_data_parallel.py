@@ -70,7 +70,7 @@ def test_own_rows(worker_pool: PoolOf, model: str, axes: dict[str, int], compile
     [
         pytest.param("llama-tiny", {"dp": 2}, "inductor", marks=pytest.mark.slow),
         pytest.param("gpt-tiny", {"dp": 2, "cp": 2}, "eager", marks=pytest.mark.slow),
-        ("bert-tiny", {"tp": 2, "dp": 2}, "eager"),
+        pytest.param("bert-tiny", {"tp": 2, "dp": 2}, "eager", marks=pytest.mark.slow),
     ],
 )
 def test_one_row_a_rank(worker_pool: PoolOf, model: str, axes: dict[str, int], compiler: str) -> None:
@@ -95,6 +95,7 @@ def logits_of_own_rows(axes: Mapping[str, int], outputs: str, rows: int) -> tupl
         return (have - want[first : first + rows]).abs().max().item(), type(have).__name__
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("outputs", "kind", "rows"),
     [("full", "Tensor", 2), ("sharded", "DTensor", 1), pytest.param("sharded", "DTensor", 2, marks=pytest.mark.slow)],

@@ -98,6 +98,7 @@ def dumping(folder: str) -> tuple[bool, float]:
         return step(**({"dump": str(Path(folder) / "graphs")} if dist.get_rank() == 0 else {}))
 
 
+@pytest.mark.slow
 def test_one_rank_dumps_and_none_stores(worker_pool: PoolOf, tmp_path: Path) -> None:
     for compiled, largest in worker_pool(2).run(dumping, str(tmp_path)):
         assert compiled

@@ -72,6 +72,7 @@ def test_inductor(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), case, EXACT)
 
 
+@pytest.mark.slow
 def test_lengths_that_change_compile_once_more(worker_pool: PoolOf) -> None:
     outcomes = assert_same(worker_pool(2), Case(GPT, partial(tokens, grows=15), micro_batches=(0, 1, 2, 3)))
     assert len(outcomes[0].graphs) <= 4, "the second length is the last to compile"

@@ -198,10 +198,10 @@ def gathering_chunks(
     part: torch.Tensor, weights: Sequence[torch.Tensor], dim: int, axis: str, degree: int, gathered: bool
 ) -> Chunks:
     """Of an all-gather of `part` whose result is multiplied. gathered: others want it whole."""
-    pieces = math.prod(part.shape[:dim])
-    message = part.numel() * part.element_size()
-    products = tuple((weight.shape[0], weight.shape[1]) for weight in weights)
-    rows = part.numel() // part.shape[-1]
+    pieces = math.prod(map(hint, part.shape[:dim]))
+    message = numel_hint(part) * part.element_size()
+    products = tuple((hint(weight.shape[0]), hint(weight.shape[1])) for weight in weights)
+    rows = numel_hint(part) // hint(part.shape[-1])
     copied = degree * message if gathered and pieces > 1 else 0
     return Chunks(axis, degree, rows, products, pieces, part.element_size(), message, 1, copied)
 
@@ -210,10 +210,10 @@ def scattering_chunks(
     result: torch.Tensor, weights: Sequence[torch.Tensor], dim: int, axis: str, degree: int
 ) -> Chunks:
     """Of products whose sum is reduce-scattered; the sums travel in halves."""
-    batch = math.prod(result.shape[:dim])
-    message = result.numel() * result.element_size()
-    products = tuple((weight.shape[0], weight.shape[1]) for weight in weights)
-    rows = result.numel() // result.shape[-1]
+    batch = math.prod(map(hint, result.shape[:dim]))
+    message = numel_hint(result) * result.element_size()
+    products = tuple((hint(weight.shape[0]), hint(weight.shape[1])) for weight in weights)
+    rows = numel_hint(result) // hint(result.shape[-1])
     return Chunks(axis, degree, rows, products, 2 * batch, result.element_size(), message, 2, message)
 
 

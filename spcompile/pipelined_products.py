@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 _LIBRARY = torch.library.Library("spx", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _LIBRARY.define(
-    "all_gather_matmul(Tensor x, Tensor[] weights, int dim, int length, str axis, int degree, bool gathered, "
+    "all_gather_matmul(Tensor x, Tensor[] weights, int dim, SymInt length, str axis, int degree, bool gathered, "
     "bool symmetric=False) -> Tensor[]",
     tags=_TAGS,
 )
 _LIBRARY.define(
-    "matmul_reduce_scatter(Tensor[] xs, Tensor[] weights, int[] shape, int dim, str axis, int degree, "
+    "matmul_reduce_scatter(Tensor[] xs, Tensor[] weights, SymInt[] shape, int dim, str axis, int degree, "
     "bool symmetric=False) -> Tensor",
     tags=_TAGS,
 )

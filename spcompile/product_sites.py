@@ -3,18 +3,18 @@
     gather    all_gather -> views -> mm, mm, ...    all readers that multiply the gathered rows from the left
     scatter   mm, mm, ... -> views, sums -> reduce_scatter
 
-`rewrite` puts the op of `spcompile.pipelined_products` there. Sites whose sizes are symbols are none.
+`rewrite` puts the op of `spcompile.pipelined_products` there.
 Operators on symmetric memory know neither padding nor sums of products.
 """
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 import torch.fx as fx
 
@@ -23,6 +23,7 @@ from spcompile.cost import Chunks, gathering_chunks, scattering_chunks
 from spcompile.graph import call, replace
 from spcompile.graph import operand as operand_of
 from spcompile.pipelined_products import all_gather_matmul, matmul_reduce_scatter
+from spcompile.sizes import divides, expression, same
 
 aten, spx = torch.ops.aten, torch.ops.spx
 _ROW_VIEWS = {aten.view.default, aten._unsafe_view.default, aten.clone.default}
@@ -30,12 +31,16 @@ _ROW_VIEWS = {aten.view.default, aten._unsafe_view.default, aten.clone.default}
 
 @dataclass(frozen=True)
 class Site:
-    """A collective and the products beside it. gathered: others read the gathered tensor too."""
+    """A collective and the products beside it.
+
+    gathered: others read the gathered tensor too. shape: of what a scatter sums, nodes for sizes that are symbols.
+    """
 
     collective: fx.Node
     products: tuple[fx.Node, ...]
     chunks: Chunks
     gathered: bool = False
+    shape: tuple[Any, ...] = ()
 
     @property
     def is_gather(self) -> bool:
@@ -46,14 +51,16 @@ class Site:
         """Whether torch's operators on symmetric memory do what this site does."""
         x, named = _arguments(self.collective)
         value = (self.collective if self.is_gather else x).meta["val"]
-        is_even = value.shape[named["dim"]] % named["degree"] == 0
+        is_even = divides(named["degree"], value.shape[named["dim"]])
         return is_even and value.device.type == "cuda" and (self.is_gather or len(self.products) == 1)
 
 
 def sites_of(graph: fx.Graph) -> list[Site]:
     """All of a graph, in its order; two of them may want the same product."""
     place = {node: at for at, node in enumerate(graph.nodes)}
-    found = (_site(node, place) for node in graph.nodes if node.op == "call_function")
+    sizes = {n: n.meta["val"] for n in graph.nodes if isinstance(n.meta.get("val"), torch.SymInt)}
+    first = {expression(size): n for n, size in reversed(sizes.items())}
+    found = (_site(node, place, first) for node in graph.nodes if node.op == "call_function")
     return [site for site in found if site is not None]
 
 
@@ -63,14 +70,14 @@ def rewrite(site: Site, symmetric: bool = False) -> None:
     (_rewrite_gather if site.is_gather else _rewrite_scatter)(site, more)
 
 
-def _site(node: fx.Node, place: dict[fx.Node, int]) -> Site | None:
+def _site(node: fx.Node, place: dict[fx.Node, int], first: dict[sympy.Expr, fx.Node]) -> Site | None:
+    """first: the first node of each size that is a symbol."""
     if node.target not in (spx.all_gather.default, spx.reduce_scatter.default):
         return None
     x, named = _arguments(node)
-    values = (x.meta["val"], node.meta["val"])
-    sizes = [size for value in values for size in value.shape]
-    is_cut_by_rows = named["dim"] < len(values[0].shape) - 1 and named["order"] == "contiguous" and named["degree"] > 1
-    if not is_cut_by_rows or not all(isinstance(size, int) for size in sizes) or not values[0].is_floating_point():
+    value = x.meta["val"]
+    is_cut_by_rows = named["dim"] < value.dim() - 1 and named["order"] == "contiguous" and named["degree"] > 1
+    if not is_cut_by_rows or not value.is_floating_point():
         return None
     layout = named["dim"], named["axis"], named["degree"]
     if node.target is spx.all_gather.default:
@@ -78,12 +85,13 @@ def _site(node: fx.Node, place: dict[fx.Node, int]) -> Site | None:
         products = tuple(n for view in rows for n in view.users if _multiplies(n, view) and _movable(n, node, place))
         others = any(n not in products and n not in rows for view in rows for n in view.users)
         weights = [operand_of(n, 1).meta["val"] for n in products]
-        return Site(node, products, gathering_chunks(values[0], weights, *layout, others), others) if products else None
+        return Site(node, products, gathering_chunks(value, weights, *layout, others), others) if products else None
     found = _summed_products(x)
-    if not found:
+    shape = tuple(size if isinstance(size, int) else first.get(expression(size)) for size in value.shape)
+    if not found or any(size is None or (size in place and place[size] > place[node]) for size in shape):
         return None
     weights = [operand_of(n, 1).meta["val"] for n in found]
-    return Site(node, tuple(found), scattering_chunks(values[1], weights, *layout))
+    return Site(node, tuple(found), scattering_chunks(node.meta["val"], weights, *layout), shape=shape)
 
 
 def _arguments(node: fx.Node) -> tuple[fx.Node, dict[str, Any]]:
@@ -103,7 +111,7 @@ def _is_row_view(node: fx.Node) -> bool:
     if node.target not in _ROW_VIEWS:
         return False
     before, after = operand_of(node, 0).meta["val"], node.meta["val"]
-    return bool(after.dim() and before.shape[-1] == after.shape[-1])
+    return bool(after.dim() and same(before.shape[-1], after.shape[-1]))
 
 
 def _multiplies(node: fx.Node, rows: fx.Node) -> bool:
@@ -162,7 +170,11 @@ def _summed_products(node: fx.Node) -> list[fx.Node]:
 def _adds_equals(node: fx.Node) -> bool:
     terms = [x.meta["val"] if isinstance(x, fx.Node) else None for x in node.args]
     value = node.meta["val"]
-    return all(x is not None and x.shape == value.shape and x.dtype == value.dtype for x in terms)
+    return all(x is not None and x.dtype == value.dtype and _same_shape(x, value) for x in terms)
+
+
+def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dim() == b.dim() and all(map(same, a.shape, b.shape))
 
 
 def _rewrite_gather(site: Site, more: tuple[bool, ...]) -> None:
@@ -189,9 +201,7 @@ def _rewrite_scatter(site: Site, more: tuple[bool, ...]) -> None:
     scatter = site.collective
     x, named = _arguments(scatter)
     xs, weights = ([operand_of(product, i) for product in site.products] for i in (0, 1))
-    shape = list(x.meta["val"].shape)
-    assert all(operand.meta["val"].shape[0] == math.prod(shape[:-1]) for operand in xs)
-    layout = shape, named["dim"], named["axis"], named["degree"]
+    layout = list(site.shape), named["dim"], named["axis"], named["degree"]
     replace(scatter, _call(scatter, matmul_reduce_scatter, (xs, weights, *layout, *more)))
     _erase_unread(x)
 

@@ -74,7 +74,8 @@ def after_autograd(
     world = simulator.mesh.world_size
     with torch.no_grad():
         results = [list(r) for r in simulator.run(forward, [copies(inputs) for _ in range(world)])]
-        outputs, saved = [r[:1] for r in results], [r[1:] for r in results]
+        outputs = [r[:1] for r in results]
+        saved = [sorted(r[1:], key=lambda x: isinstance(x, Tensor)) for r in results]  # backward takes sizes first
         rank_inputs = [[*s, *cotangents(o)] for s, o in zip(saved, outputs, strict=True)]
         grads = simulator.run(backward, rank_inputs)
     return [(o, [g for g in rank if g is not None]) for o, rank in zip(outputs, grads, strict=True)]

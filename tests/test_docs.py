@@ -14,7 +14,9 @@ from spcompile.passes import PIPELINE
 FOLDER = Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.parametrize("name", ["passes.md", "ops.md", "errors.md", "collectives.md"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("passes.md", marks=pytest.mark.slow), "ops.md", "errors.md", "collectives.md"]
+)
 def test_generated_pages_are_up_to_date(name: str) -> None:
     writers = {
         "passes.md": docs.passes_markdown,

@@ -83,6 +83,7 @@ def test_a_block_mask_from_outside() -> None:
     assert str(found.mask) == "causal window=4"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 def test_on_all_ranks(attention: str) -> None:
     model = attend(MASKS["causal window=4"], lambda s, b, h, q, k: 2 * torch.tanh(s / 2))

@@ -176,6 +176,7 @@ class Attention(nn.Module):
         return self.head(x_BSD + y_BSD).square().mean()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("needs_weights", [False, True])
 @pytest.mark.parametrize("mesh", [{"dp": 2}, pytest.param({"cp": 2, "dp": 2}, marks=pytest.mark.slow)])
 def test_multihead_attention(needs_weights: bool, mesh: dict[str, int]) -> None:
@@ -268,6 +269,7 @@ def test_outputs_are_each_ranks_own_row() -> None:
     assert report.ok, str(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others", ["padding", pytest.param("positions of all rows", marks=pytest.mark.slow)])
 def test_hugging_face_llama(others: str) -> None:
     transformers = pytest.importorskip("transformers")

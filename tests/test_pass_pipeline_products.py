@@ -14,6 +14,7 @@ from example_numerics import after_autograd, assert_equal, on_one_device
 from test_pass_overlap_collectives import MODES, Mode, final_graphs, llama, tokens
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from spcompile import models, pipelined_products, sequence
 from spcompile.attention.ring import Shift, Wait
@@ -113,6 +114,25 @@ def test_whole_models_in_both_modes_of_the_simulator(degree: int, length: int) -
             assert_equal(rank, expected)
 
 
+@pytest.mark.slow
+def test_lengths_may_be_symbols() -> None:
+    """The graph compiled for one length is right for another, padding included."""
+    given = tokens(14)
+    for value in given:
+        torch._dynamo.mark_dynamic(value, 1)
+    graphs, plain, inputs = final_graphs(llama(1), given, {"tp": 2}, passes=EVERYWHERE)
+    found = [call for phase in ("forward", "backward") for call in calls_of(graphs[phase].graph)]
+    assert len(found) == 10
+    sizes = [size for call in found for value in pytree.tree_leaves(call.meta["val"]) for size in value.shape]
+    assert any(isinstance(size, torch.SymInt) for size in sizes)
+    for length in (14, 15, 23):
+        texts = tokens(length)[0]
+        again = [length if isinstance(x, torch.SymInt) else x if x.is_floating_point() else texts for x in inputs]
+        expected = on_one_device(plain, again)
+        for rank in after_autograd(graphs["forward"], graphs["backward"], again, {"tp": 2}, "late"):
+            assert_equal(rank, expected)
+
+
 def reads_too_early(*args: Any) -> Any:
     """The loop of a rank with a race in it: every part is multiplied before it has arrived."""
     requests = gather_and_multiply(*args)
@@ -143,6 +163,7 @@ def overwrites_in_flight(*args: Any) -> Any:
             request.message.mul_(2)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("race", [reads_too_early, overwrites_in_flight])
 def test_a_planted_race_is_caught(mode: Mode, race: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,7 @@ POSITIONAL: list[tuple[str, Callable[[Tensor, Tensor], Tensor]]] = [
 ]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("case", range(len(POSITIONAL)))
 def test_positional_masks(case: int) -> None:
     expected, build = POSITIONAL[case]

@@ -113,6 +113,7 @@ def test_every_kind_with_any_heads(name: str, way: str, degree: int) -> None:
             check(name, n, g, 9, {"cp": degree}, "ulysses", groups, way)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_hybrid_may_be_cut_too(way: str) -> None:
     for name in ("causal", "softcap and sinks"):
@@ -219,6 +220,7 @@ def late(gm: fx.GraphModule, cost: CostModel) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 def test_most_of_a_large_exchange_hides() -> None:
     """Of a Llama 3 8B layer: a quarter is exposed forward, where all was; nothing backward."""
     split, cost = llama(8192)
@@ -258,6 +260,7 @@ def final_graphs_run(mesh: Mapping[str, int], groups: int, way: str) -> None:
             assert_equal(rank, expected)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("way", WAYS)
 def test_final_graphs_in_both_modes_of_the_simulator(way: str) -> None:
     final_graphs_run({"cp": 2}, 2, way)

@@ -107,6 +107,7 @@ DECIDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", DECIDED)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_program_that_is_another_one_for_all_rows_is_refused(name: str, rows: int) -> None:
@@ -138,6 +139,7 @@ GROUPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", GROUPS)
 def test_groups_of_rows(name: str) -> None:
     report = verify(GROUPS[name], 4)
@@ -156,6 +158,7 @@ def test_a_rank_has_no_half_of_each_part_of_the_batch(rows: int) -> None:
         verify(lambda z, y: z.mean((1, 2)).view(2, -1).mean(1).square().sum(), rows)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", RIGHT)
 def test_what_counts_all_rows_is_right(name: str) -> None:
     report = verify(RIGHT[name], 2)

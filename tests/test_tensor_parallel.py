@@ -156,6 +156,7 @@ def test_dtypes(dtype: torch.dtype, tolerance: float) -> None:
     checked(Model(Grouped(), FusedGate()).to(dtype), {"tp": 2}, tolerance=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh", [{"tp": 2, "cp": 4}, pytest.param({"tp": 4, "cp": 2}, marks=pytest.mark.slow)], ids=str
 )
@@ -208,11 +209,13 @@ def test_losses(name: str, mesh: dict[str, int]) -> None:
     checked(Losses(name, VOCAB), mesh)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["mean", "z-loss"])
 def test_the_vocabulary_does_not_divide(name: str) -> None:
     checked(Losses(name, 23), {"tp": 3}, batch(vocab=23))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["mean", "scaled logits"])
 def test_logits_are_never_gathered(name: str) -> None:
     plan = spcompile.explain(Losses(name, VOCAB), batch(), mesh={"tp": 2})
@@ -220,6 +223,7 @@ def test_logits_are_never_gathered(name: str) -> None:
     assert all(row.numel <= max(logits // 2, VOCAB * 16) for row in plan.largest_tensors)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["mean", "none"])
 def test_no_token_is_valid(name: str) -> None:
     """A mean over nothing is NaN in the plain model too; with a sum all is zero."""

@@ -84,6 +84,7 @@ def test_a_layer_sends_what_megatron_sends(name: str, regather: bool, degree: in
     }
 
 
+@pytest.mark.slow
 @ONE_FAST
 def test_what_is_sent_again_is_named(name: str) -> None:
     again, none = (rows(plan_of(name, 2, 2, regather), "activation again") for regather in (True, False))

@@ -108,6 +108,7 @@ def test_both_runs_see_the_same_batches_and_dp_ranks_their_rows() -> None:
     assert (whole["ids_BS"][masked_BS] == 0).all()
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_agree(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 20)

@@ -293,6 +293,7 @@ class Statistics(Block):
         return {"logits": self.head(x_BSD + y_BSD)}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}], ids=str)
 def test_inputs_that_are_written_to_and_constants(mesh: dict[str, int]) -> None:
     """A running mean is saved for the backward and written at the end, a weight is clamped without a gradient."""

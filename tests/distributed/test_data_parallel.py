@@ -65,12 +65,13 @@ def test_own_rows(worker_pool: PoolOf, model: str, axes: dict[str, int], compile
         assert max(errors.values()) <= EXACT, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "axes", "compiler"),
     [
-        pytest.param("llama-tiny", {"dp": 2}, "inductor", marks=pytest.mark.slow),
-        pytest.param("gpt-tiny", {"dp": 2, "cp": 2}, "eager", marks=pytest.mark.slow),
-        pytest.param("bert-tiny", {"tp": 2, "dp": 2}, "eager", marks=pytest.mark.slow),
+        ("bert-tiny", {"tp": 2, "dp": 2}, "eager"),
+        ("llama-tiny", {"dp": 2}, "inductor"),
+        ("gpt-tiny", {"dp": 2, "cp": 2}, "eager"),
     ],
 )
 def test_one_row_a_rank(worker_pool: PoolOf, model: str, axes: dict[str, int], compiler: str) -> None:
@@ -95,10 +96,9 @@ def logits_of_own_rows(axes: Mapping[str, int], outputs: str, rows: int) -> tupl
         return (have - want[first : first + rows]).abs().max().item(), type(have).__name__
 
 
-@pytest.mark.sample(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("outputs", "kind", "rows"),
-    [("full", "Tensor", 2), ("sharded", "DTensor", 1), pytest.param("sharded", "DTensor", 2, marks=pytest.mark.slow)],
+    ("outputs", "kind", "rows"), [("full", "Tensor", 2), ("sharded", "DTensor", 1), ("sharded", "DTensor", 2)]
 )
 def test_outputs_are_own_rows(worker_pool: PoolOf, outputs: str, kind: str, rows: int) -> None:
     for error, found in worker_pool(4).run(logits_of_own_rows, {"dp": 2, "cp": 2}, outputs, rows):
@@ -139,6 +139,7 @@ def over_batches_that_change() -> list[float]:
         return found
 
 
+@pytest.mark.slow
 def test_counts_of_rows_in_batches_that_change(worker_pool: PoolOf) -> None:
     for errors in worker_pool(2).run(over_batches_that_change):
         assert max(errors) <= EXACT, errors

@@ -47,12 +47,9 @@ def test_two_ranks(worker_pool: PoolOf, model: str, attention: str) -> None:
     assert_same(worker_pool(2), case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "attention"),
-    [
-        ("llama-tiny", "ulysses"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("gpt-tiny", "ring"), ("bert-tiny", "auto")]),
-    ],
+    ("model", "attention"), [("llama-tiny", "ulysses"), ("gpt-tiny", "ring"), ("bert-tiny", "auto")]
 )
 def test_four_ranks(worker_pool: PoolOf, model: str, attention: str) -> None:
     case = Case(partial(models.build, model), partial(tokens, length=45), options={"attention": attention})

@@ -217,7 +217,8 @@ def test_a_model_on_meta_is_made_as_the_plain_model_is(worker_pool: PoolOf, mode
     )
 
 
-@pytest.mark.parametrize("model", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
 def test_a_transformers_model_says_itself_how_it_is_made(worker_pool: PoolOf, model: str) -> None:
     inputs = partial(tokens, names=("input_ids", "labels"))
     case = OnMeta(partial(build_hf, model), inputs, {"tp": 2}, tells_how=False)

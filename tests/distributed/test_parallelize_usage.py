@@ -151,6 +151,7 @@ def one_rank() -> dict[str, float]:
         return {"loss": error(want.detach(), have.detach()), **gradients(plain, sharded)}
 
 
+@pytest.mark.slow
 def test_a_mesh_of_one_rank(worker_pool: PoolOf) -> None:
     (errors,) = worker_pool(1).run(one_rank)
     assert not {name: e for name, e in errors.items() if not e <= EXACT}

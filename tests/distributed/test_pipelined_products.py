@@ -47,8 +47,11 @@ class Blocks(nn.Module):
         return x_BSD.square().mean()
 
 
-def against_plain(compiler: str, length: int, batch: int) -> tuple[float, list[str]]:
-    """The largest difference of loss and gradients to the plain model, and the ops that ran."""
+def against_plain(compiler: str, lengths: tuple[int, ...], batch: int) -> tuple[float, list[str]]:
+    """The largest difference of losses and gradients to the plain model, and the ops that ran.
+
+    Several lengths are one program for all of them.
+    """
     torch._dynamo.reset()
     torch.manual_seed(0)
     plain = Blocks().double()
@@ -56,29 +59,37 @@ def against_plain(compiler: str, length: int, batch: int) -> tuple[float, list[s
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     passes = {"pipeline-products": {"min_gain": -math.inf}}
     compiled.compile(backend="spcompile", options={"mesh": mesh, "compiler": compiler, "passes": passes})
-    x_BSD = torch.randn(batch, length, 8, dtype=torch.float64)
-    losses = []
-    for model in (plain, compiled):
-        loss = model(x_BSD)
-        loss.backward()
-        losses.append(loss.detach())
-    pairs = [tuple(losses), *((a.grad, b.grad) for a, b in zip(plain.parameters(), compiled.parameters(), strict=True))]
+    before = len(PROGRAMS)
+    pairs: list[tuple[Any, ...]] = []
+    for length in lengths:
+        x_BSD = torch.randn(batch, length, 8, dtype=torch.float64)
+        if len(lengths) > 1:
+            torch._dynamo.mark_dynamic(x_BSD, 1)
+        losses = [model(x_BSD) for model in (plain, compiled)]
+        for loss in losses:
+            loss.backward()
+        pairs.append(tuple(losses))
+    assert len(PROGRAMS) == before + 1
+    pairs += [(a.grad, b.grad) for a, b in zip(plain.parameters(), compiled.parameters(), strict=True)]
     graphs = PROGRAMS[-1][1].graphs.values()
     ops = [str(n.target._opname) for gm in graphs for n in gm.graph.nodes if n.target in PIPELINED]
     return max(float((a - b).abs().max()) for a, b in pairs), sorted(ops)
 
 
 @pytest.mark.parametrize(
-    ("ranks", "compiler", "length", "batch"),
+    ("ranks", "compiler", "lengths", "batch"),
     [
-        (2, "eager", 7, 2),
-        pytest.param(2, "inductor", 8, 1, marks=pytest.mark.slow),
-        pytest.param(4, "eager", 7, 1, marks=pytest.mark.slow),
-        pytest.param(4, "inductor", 7, 2, marks=pytest.mark.slow),
+        (2, "eager", (7,), 2),
+        pytest.param(2, "inductor", (8, 7, 13), 2, marks=pytest.mark.slow),
+        pytest.param(2, "inductor", (8,), 1, marks=pytest.mark.slow),
+        pytest.param(4, "eager", (7, 8, 13), 1, marks=pytest.mark.slow),
+        pytest.param(4, "inductor", (7,), 2, marks=pytest.mark.slow),
     ],
 )
-def test_loss_and_gradients(worker_pool: PoolOf, ranks: int, compiler: str, length: int, batch: int) -> None:
-    for error, ops in worker_pool(ranks).run(against_plain, compiler, length, batch):
+def test_loss_and_gradients(
+    worker_pool: PoolOf, ranks: int, compiler: str, lengths: tuple[int, ...], batch: int
+) -> None:
+    for error, ops in worker_pool(ranks).run(against_plain, compiler, lengths, batch):
         assert error < 1e-12
         assert {"all_gather_matmul", "matmul_reduce_scatter"} == set(ops)
 

@@ -77,6 +77,7 @@ def test_uneven_lengths(worker_pool: PoolOf, length: int) -> None:
     assert_same(worker_pool(2), Case(partial(pm.Reduced, "mean"), arguments))
 
 
+@pytest.mark.slow
 def test_uneven_length_on_four_ranks(worker_pool: PoolOf) -> None:
     places = tuple((row, s) for row in (0, 1) for s in range(65))
     assert_same(worker_pool(4), Case(partial(pm.Reduced, "mean"), partial(pm.labelled_at, places=places, length=65)))

@@ -62,14 +62,13 @@ def test_two_ranks(worker_pool: PoolOf, name: str) -> None:
     agrees(worker_pool(2), plain(name), {"tp": 2}, EXACT)
 
 
+@pytest.mark.slow
 def test_gpt2(worker_pool: PoolOf) -> None:
     agrees(worker_pool(2), hugging_face("gpt2"), {"tp": 2}, FLOAT32_INSIDE)
 
 
-@pytest.mark.parametrize(
-    ("name", "attention"),
-    [("llama-tiny", "ring"), pytest.param("gpt-tiny", "ulysses", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "attention"), [("llama-tiny", "ring"), ("gpt-tiny", "ulysses")])
 def test_with_context_parallelism(worker_pool: PoolOf, name: str, attention: str) -> None:
     agrees(worker_pool(4), plain(name, 30, attention=attention), {"tp": 2, "cp": 2}, EXACT)
 

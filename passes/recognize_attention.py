@@ -27,10 +27,9 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.attention.mask import AttentionMask
+from spcompile.attention.mask import EXCLUDES, AttentionMask
 from spcompile.flex_attention import refuse
 from spcompile.graph import argument, erase_dead, operand, replace, shape_of
-from spcompile.module_buffer import EXCLUDES
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.propagate import SCORES, UNREAD_ATTENTION
 from spcompile.rows_without_keys import with_uniform_rows

@@ -11,13 +11,13 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.attention.mask import EXCLUDES
 from spcompile.diagnostics import ChangedBuffer
 from spcompile.torch_private import unset_fake_temporarily
 
 KEY = "module_buffer"  # in a placeholder's meta, shared by all copies of the graph
 _DTYPES = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _DTYPES |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-EXCLUDES = -9e3  # a number below this in the place of a score, or added, excludes its key: -1e4 has long been in use
 AT_A_TIME = 1 << 22  # elements of a matrix that are compared at a time
 
 

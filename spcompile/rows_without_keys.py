@@ -18,8 +18,7 @@ import functools
 import torch
 from torch import Tensor
 
-from spcompile.attention.mask import AttentionMask
-from spcompile.module_buffer import EXCLUDES
+from spcompile.attention.mask import EXCLUDES, AttentionMask
 
 LOWEST = torch.finfo(torch.float32).min
 

@@ -17,9 +17,9 @@ LAYERS = (
     # errors, graphs, sizes: know torch only
     "diagnostics custom_functions dynamo_settings einsum graph sequence sizes torch_private",
     "normalizers splice saved_bytes traffic",
-    "flex_attention module_buffer vmapped",
+    "flex_attention vmapped",
     # meshes, dims, ops that communicate, attention
-    "accelerators autocast mesh links options spaces capture attention rows_without_keys collectives",
+    "accelerators autocast mesh links options spaces capture attention module_buffer rows_without_keys collectives",
     "rank_parts pipelined_products",
     "printer rules states symbolic_mask agreement simulate communication memory verify_report",
     "cost timeline list_schedule keep_order product_sites exposure",

@@ -28,6 +28,7 @@ class Kind(Enum):
     PARTIAL = "partial"  # anything else
 
 
+EXCLUDES = -9e3  # a number below this in the place of a score, or added, excludes its key: -1e4 has long been in use
 _NUMBERS = {"rounded_by": r"-?\d+(\.\d+)?(e[+-]\d+)?"}  # how those that are no integers are written
 
 

@@ -15,8 +15,8 @@ import sympy
 import torch
 import torch.fx as fx
 
+from spcompile.attention.mask import EXCLUDES
 from spcompile.graph import argument, is_tensor, shape_of
-from spcompile.module_buffer import EXCLUDES
 from spcompile.symbolic_mask.match import H, K, Q
 from spcompile.symbolic_mask.reader import Reader
 from spcompile.symbolic_mask.values import Int, Unreadable, is_int

@@ -12,7 +12,7 @@ import torch
 import torch.fx as fx
 from sympy.logic.boolalg import Boolean
 
-from spcompile.module_buffer import EXCLUDES
+from spcompile.attention.mask import EXCLUDES
 from spcompile.rows_without_keys import LOWEST, absorbs
 from spcompile.symbolic_mask.alibi import needs_gradient, read_linear
 from spcompile.symbolic_mask.finite import is_finite

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import torch.fx as fx
 
+from spcompile.attention.mask import EXCLUDES
 from spcompile.graph import is_tensor
-from spcompile.module_buffer import EXCLUDES, KEY
+from spcompile.module_buffer import KEY
 
 aten = torch.ops.aten
 

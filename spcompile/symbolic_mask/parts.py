@@ -21,8 +21,8 @@ import torch
 import torch.fx as fx
 from sympy.logic.boolalg import Boolean
 
+from spcompile.attention.mask import EXCLUDES
 from spcompile.graph import argument, is_tensor, shape_of
-from spcompile.module_buffer import EXCLUDES
 from spcompile.symbolic_mask.reader import Reader
 from spcompile.symbolic_mask.values import (
     Element,

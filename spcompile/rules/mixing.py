@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import torch
@@ -9,7 +10,7 @@ import torch.fx as fx
 
 from spcompile.rules.base import OpRule, register, tensor_results
 from spcompile.rules.calls import arguments, overloads, same
-from spcompile.rules.factors import Factor, build, factors
+from spcompile.rules.factors import Factor, Layout, build, factors
 
 ALONG_LAST_DIMS = {  # how many of them: ops on images and their like
     1: """
@@ -83,3 +84,17 @@ def distances(node: fx.Node) -> OpRule | None:
     batch, rows, columns = factors(x1[:-2]), Factor(x1[-2]), Factor(x2[-2])
     width = Factor(x1[-1], replicated=True)
     return build(node, {"x1": [*batch, rows, width], "x2": [*batch, columns, width]}, [[*batch, rows, columns]])
+
+
+@register(*overloads("im2col col2im"))
+def windows(node: fx.Node) -> OpRule:
+    """`a b [c] [d] -> a (b [e]) [f]`: e places in each of f windows; and back."""
+    args, (result,) = arguments(node), tensor_results(node)
+    image, columns = (args["self"], result) if node.target is torch.ops.aten.im2col.default else (result, args["self"])
+    *batch, channels, height, width = image.shape
+    leading, channel = factors(batch), Factor(channels)
+    spatial = factors((height, width), replicated=True)
+    places, count = Factor(math.prod(args["kernel_size"]), replicated=True), Factor(columns.shape[-1], replicated=True)
+    layouts: list[Layout] = [[*leading, channel, *spatial], [*leading, (channel, places), count]]
+    before, after = layouts if columns is result else layouts[::-1]
+    return build(node, {"self": before}, [after])

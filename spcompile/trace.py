@@ -22,7 +22,7 @@ from spcompile.local_inputs import over_local_parts
 from spcompile.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.passes_api import Pass
-from spcompile.pipeline import History
+from spcompile.pipeline import History, Snapshot
 from spcompile.program import LocalProgram, build
 from spcompile.torch_private import RestartAnalysis
 
@@ -45,6 +45,11 @@ class Traced:
     program: LocalProgram
     sharded: Emission
     serial: frozenset[str]
+
+    @property
+    def model_itself(self) -> Snapshot:
+        """The last graph that is about no axis yet."""
+        return [s for s in self.program.history.snapshots if s.name in (*self.serial, "capture")][-1]
 
 
 def mesh_shape(mesh: Any) -> MeshShape:
@@ -139,13 +144,11 @@ def on_one_device(traced: Traced) -> Emission:
 
     They are made of the program before anything in it was about several devices. Call it where `compile_for` is called.
     """
-    program = traced.program
-    snapshots = [s for s in program.history.snapshots if s.name in traced.serial or s.name == "capture"]
-    before = snapshots[-1].gm
+    before, program = traced.model_itself.gm, traced.program
     assert before is not None
     gm = fx.GraphModule(before, copy_graph(before.graph))
     ctx = replace(program.ctx, mesh=MeshShape(()))
-    return emitted(replace(program, gm=gm, ctx=ctx, history=History(), schedule=[]))
+    return emitted(replace(program, gm=gm, ctx=ctx, history=History(keep_texts=False), schedule=[]))
 
 
 def emitted(program: LocalProgram) -> Emission:

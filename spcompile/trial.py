@@ -156,7 +156,7 @@ class Trial:
         Raises:
             IllegalOption: over dp, where one device has other rows than a rank.
         """
-        before = [s for s in self.program.history.snapshots if s.name in (*self.traced.serial, "capture")][-1]
+        before = self.traced.model_itself
         if before.gm is None or not _has_attention_dropout(before.gm):
             return False
         if self.rows:

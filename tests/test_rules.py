@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.fx as fx
-from rules_table import CASES, NO_RULE, Call, call, x
+from rule_calls import Call, call, x
+from rules_table import CASES, NO_RULE
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true

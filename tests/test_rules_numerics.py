@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from rules_table import CASES, NONE, SUM, Call, Spec, call, ints, pos, x
+from rule_calls import Call, Spec, call, ints, pos, x
+from rules_table import CASES, NONE, SUM
 from torch import Tensor
 
 from spcompile.rules import LocalCall, OpRule, rule_of

@@ -109,7 +109,8 @@ _SINGLES = {
 ARCHITECTURES = ("sm80", "sm90", "sm100")
 TABLE = {(arch, 2, size, variant): found for (arch, size, variant), found in _HALVES.items()}
 TABLE |= {(arch, 4, *key): found for arch in ARCHITECTURES for key, found in _SINGLES.items()}
-# There ptxas takes 255 registers for a bias that keeps or drops, and spills for wider tiles; elsewhere these spill.
+# On sm_100, ptxas takes 255 registers for a bias that keeps or drops keys, and spills: narrower tiles, which spill on
+# sm_80 in turn.
 TABLE["sm100", 4, 128, "bias"] = _SINGLES[128, "bias"]._replace(forward=Config(32, 16, 8, 1))
 
 

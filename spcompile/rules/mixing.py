@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Iterable
 
 import torch
 import torch.fx as fx
@@ -12,55 +12,57 @@ from spcompile.rules.base import OpRule, register, tensor_results
 from spcompile.rules.calls import arguments, overloads, same
 from spcompile.rules.factors import Factor, Layout, build, factors
 
-ALONG_LAST_DIMS = {  # how many of them: ops on images and their like
-    1: """
-        adaptive_avg_pool1d adaptive_max_pool1d avg_pool1d max_pool1d max_pool1d_with_indices upsample_linear1d
-        upsample_linear1d.vec upsample_nearest1d upsample_nearest1d.vec
-    """,
-    2: """
-        adaptive_avg_pool2d adaptive_max_pool2d avg_pool2d max_pool2d max_pool2d_with_indices upsample_bicubic2d
-        upsample_bicubic2d.vec upsample_bilinear2d upsample_bilinear2d.vec upsample_nearest2d upsample_nearest2d.vec
-    """,
-}
+ALONG_LAST_DIM = """
+    adaptive_avg_pool1d adaptive_max_pool1d avg_pool1d max_pool1d max_pool1d_with_indices upsample_linear1d
+    upsample_linear1d.vec upsample_nearest1d upsample_nearest1d.vec
+"""
+ALONG_LAST_TWO_DIMS = """
+    adaptive_avg_pool2d adaptive_max_pool2d avg_pool2d max_pool2d max_pool2d_with_indices upsample_bicubic2d
+    upsample_bicubic2d.vec upsample_bilinear2d upsample_bilinear2d.vec upsample_nearest2d upsample_nearest2d.vec
+"""
 ALONG_ONE_DIM = "fft_fft fft_hfft fft_ifft fft_ihfft fft_irfft fft_rfft"
 ALONG_SOME_DIMS = "fft_fft2 fft_fftn fft_ifft2 fft_ifftn fft_irfft2 fft_irfftn fft_rfft2 fft_rfftn"
 
 
-@register(*(op for names in ALONG_LAST_DIMS.values() for op in overloads(names)))
-def pool(node: fx.Node) -> OpRule:
+def mixed(node: fx.Node, dims: Iterable[int]) -> OpRule:
+    """The rule of a call that mixes the elements of its first argument along `dims`. All its results have one shape."""
+    name, value = next(iter(arguments(node).items()))
+    before = factors(value.shape)
+    places = {dim % len(before) for dim in dims} if before else set()
+    for dim in places:
+        before[dim].replicated = True
+    results = tensor_results(node)
+    after = [
+        Factor(size, replicated=True) if dim in places and not same(size, before[dim].size) else before[dim]
+        for dim, size in enumerate(results[0].shape)
+    ]
+    return build(node, {name: before}, [after for _ in results])
+
+
+@register(*overloads(ALONG_LAST_DIM))
+def rows_of_windows(node: fx.Node) -> OpRule:
     """`a b [c] -> a b [d]`, also of indices, which are places in one row of one channel."""
-    count = next(n for n, names in ALONG_LAST_DIMS.items() if node.target in overloads(names))
-    rank = node.all_input_nodes[0].meta["val"].dim()
-    return _mixed(node, range(rank - count, rank))
+    return mixed(node, [-1])
+
+
+@register(*overloads(ALONG_LAST_TWO_DIMS))
+def images_of_windows(node: fx.Node) -> OpRule:
+    """`a b [e] [f] -> a b [c] [d]`, also of indices, which are places in one image of one channel."""
+    return mixed(node, [-2, -1])
 
 
 @register(*overloads(ALONG_ONE_DIM))
 def transform(node: fx.Node) -> OpRule:
     """`a [b] -> a [b]`; the real half of a spectrum is `a [c]`."""
-    return _mixed(node, [arguments(node)["dim"]])
+    return mixed(node, [arguments(node)["dim"]])
 
 
 @register(*overloads(ALONG_SOME_DIMS))
 def transform_dims(node: fx.Node) -> OpRule:
     """`a [b] [c] -> a [b] [c]`; without dims along the last ones, as many as sizes are given, or all."""
     args = arguments(node)
-    rank = args["self"].dim()
-    first = rank - len(args["s"]) if args["s"] is not None else 0
-    return _mixed(node, args["dim"] if args["dim"] is not None else range(first, rank))
-
-
-def _mixed(node: fx.Node, dims: Collection[int]) -> OpRule:
-    (name,) = (a.name for a in node.target._schema.arguments[:1])  # type: ignore[union-attr]
-    before = factors(arguments(node)[name].shape)
-    mixed = {dim % len(before) for dim in dims}
-    for dim in mixed:
-        before[dim].replicated = True
-    results = tensor_results(node)  # of one shape: values and their places
-    after = [
-        Factor(size, replicated=True) if dim in mixed and not same(size, before[dim].size) else before[dim]
-        for dim, size in enumerate(results[0].shape)
-    ]
-    return build(node, {name: before}, [after for _ in results])
+    count = args["self"].dim() if args["s"] is None else len(args["s"])
+    return mixed(node, range(-count, 0) if args["dim"] is None else args["dim"])
 
 
 @register(torch.ops.aten.instance_norm.default)

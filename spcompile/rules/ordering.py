@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.fx as fx
 
-from spcompile.rules.base import OpRule, register, tensor_results
+from spcompile.rules.base import OpRule, register
 from spcompile.rules.calls import arguments, overloads
 from spcompile.rules.factors import Factor, build, factors
+from spcompile.rules.mixing import mixed
 
 ALONG_ONE_DIM = """
     argsort argsort.stable cummax cummin cumprod cumsum logcumsumexp sort sort.stable
@@ -19,7 +18,7 @@ ALONG_ONE_DIM = """
 @register(*overloads(ALONG_ONE_DIM))
 def scan(node: fx.Node) -> OpRule:
     """`a [b] -> a [b]`."""
-    return _ordered(node, [arguments(node)["dim"]])
+    return mixed(node, [arguments(node)["dim"]])
 
 
 @register(*overloads("flip roll"))
@@ -27,14 +26,7 @@ def move(node: fx.Node) -> OpRule:
     """`a [b] -> a [b]`; a roll without dims runs over the flattened tensor."""
     args = arguments(node)
     flattened = node.target is torch.ops.aten.roll.default and not args["dims"]
-    return _ordered(node, list(range(args["self"].ndim)) if flattened else args["dims"])
-
-
-def _ordered(node: fx.Node, dims: Sequence[int]) -> OpRule:
-    layout = factors(arguments(node)["self"].shape)
-    for dim in dims if layout else ():
-        layout[dim].replicated = True
-    return build(node, {"self": layout}, [layout for _ in tensor_results(node)])
+    return mixed(node, list(range(args["self"].ndim)) if flattened else args["dims"])
 
 
 @register(torch.ops.aten.topk.default)

@@ -16,11 +16,11 @@ from spcompile import program_cache
 from spcompile.agreement import Agreement
 from spcompile.autocast import autocast_off
 from spcompile.capture import graph_break_of
+from spcompile.collectives import gathers_on_gloo
 from spcompile.diagnostics import GraphBreak
 from spcompile.dump import Dump
 from spcompile.dynamo_settings import ignore_library_logging
 from spcompile.emit import Emission, callable_of, emit
-from spcompile.gloo_limits import one_after_the_other_on_gloo
 from spcompile.local_inputs import on_local_parts, over_local_parts
 from spcompile.mesh import RuntimeMesh, runtime_mesh
 from spcompile.module_buffer import relied_on, watched
@@ -140,8 +140,6 @@ def _made(
     dump = Dump(options.dump) if options.dump else None
     history = History(on_snapshot=dump.snapshot if dump else None, keep_texts=dump is not None)
     program = build(gm, inputs, mesh.shape, options, PIPELINE, history)
-    if mesh.device_mesh.device_type == "cpu":
-        one_after_the_other_on_gloo(program, axes_of(program.gm.graph))
     finished = Finished(
         program.outputs,
         relied_on(program.captured.graph),
@@ -156,6 +154,8 @@ def _made(
         groups = {axis: mesh.group_name(axis) for axis in axes_of(graph)}
         finished.groups |= groups
         bind_axes(graph, groups)
+        if mesh.device_mesh.device_type == "cpu":
+            gathers_on_gloo(graph)
 
     def agree(phase: str, final: fx.GraphModule) -> None:
         if dump is not None:

@@ -156,7 +156,6 @@ REMARKS: dict[str, str] = {
     "SPR203": "attention strategy chosen",
     "SPR204": "the attention strategy that was asked for does not fit, another was taken",
     "SPR205": "the exchanges of Ulysses are split into messages that hide behind compute",
-    "SPR206": "gloo cannot run an exchange beside collectives of other groups: each waits for the one before",
     "SPR207": "the integers of a mask are taken to be 0 and 1, as it multiplies them with a large number",
     "SPR301": "query length 1 (decoding): the graph runs replicated",
     "SPR302": "random numbers are drawn for the whole tensor on every rank, so that they equal one device's",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.fx as fx
 
+from spcompile.collectives import is_start
 from spcompile.communication import sent_by
 from spcompile.cost import CostModel
 from spcompile.links import link_of
@@ -44,11 +45,7 @@ class Timeline:
 
 def starts(node: fx.Node) -> bool:
     """Whether a node starts a collective that a `wait_tensor` ends."""
-    return (
-        isinstance(node.target, torch._ops.OpOverload)
-        and node.target.namespace == "_c10d_functional"
-        and node.target is not _c10d.wait_tensor.default
-    )
+    return is_start(node.target)
 
 
 def is_wait(node: fx.Node) -> bool:

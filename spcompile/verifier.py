@@ -17,6 +17,7 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
+from spcompile.collectives import is_start
 from spcompile.diagnostics import InvalidGraph
 from spcompile.mesh import MeshShape
 from spcompile.passes_api import Stage
@@ -186,7 +187,7 @@ def _hint(size: Any) -> int:
 def check_waits(graph: fx.Graph) -> None:
     """Only `wait_tensor` (through getitem, for coalesced ones) reads what a functional collective started."""
     for node in graph.nodes:
-        if not _starts(node):
+        if not is_start(node.target):
             continue
         in_flight, waited = [node], False
         while in_flight:
@@ -200,12 +201,3 @@ def check_waits(graph: fx.Graph) -> None:
                     raise invalid(user, f"reads {value.name} before its wait")
         if not waited:
             raise invalid(node, "started but never waited for")
-
-
-def _starts(node: fx.Node) -> bool:
-    target = node.target
-    return (
-        isinstance(target, torch._ops.OpOverload)
-        and target.namespace == "_c10d_functional"
-        and target is not _c10d.wait_tensor.default
-    )

@@ -30,7 +30,7 @@ LAYERS = (
     "layout reshard pipeline",
     "cut lowering dump one_row row_blocks row_counts row_reads row_evidence row_places",
     "resharding tensor_parallel program",
-    "one_device gloo_limits",
+    "one_device",
     # the whole machine
     "outputs local_inputs row_symbols recompute emit program_cache",
     "weight_plan sharded_modules streamed_init checkpoints materialize",

@@ -6,7 +6,16 @@ from spcompile.collectives import positions as _positions  # noqa: F401  (define
 from spcompile.collectives.all_gather import ALL_GATHER
 from spcompile.collectives.all_reduce import ALL_REDUCE
 from spcompile.collectives.all_to_all import ALL_TO_ALL
-from spcompile.collectives.base import COLLECTIVES, GRADIENT, Call, Collective, axis_argument, call_arguments
+from spcompile.collectives.base import (
+    COLLECTIVES,
+    GRADIENT,
+    Call,
+    Collective,
+    axis_argument,
+    call_arguments,
+    is_start,
+)
+from spcompile.collectives.gather_on_gloo import gathers_on_gloo
 from spcompile.collectives.mask_padding import MASK_PADDING
 from spcompile.collectives.reduce_scatter import REDUCE_SCATTER
 from spcompile.collectives.reorder import REORDER
@@ -29,4 +38,6 @@ __all__ = [
     "axis_argument",
     "call_arguments",
     "erase_identities",
+    "gathers_on_gloo",
+    "is_start",
 ]

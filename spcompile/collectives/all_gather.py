@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spcompile import sequence
 from spcompile.collectives.base import Call, Size, define, packed, wait, with_size
+from spcompile.collectives.gather_on_gloo import gather_start
 
 SCHEMA = "all_gather(Tensor x, int dim, SymInt length, str axis, int degree, str order, str to) -> Tensor"
 
@@ -29,6 +30,11 @@ def spec(parts: Sequence[Tensor], dim: int, length: Size, axis: str, degree: int
 
 def lowered(x: Tensor, dim: int, length: Size, axis: str, degree: int, order: str, to: str) -> Tensor:
     stacked = wait(torch.ops._c10d_functional.all_gather_into_tensor.default(x.contiguous(), degree, axis))
+    return packed(sequence.restore(stacked.view([degree, *x.shape]), dim, length, order))
+
+
+def eager(x: Tensor, dim: int, length: Size, axis: str, degree: int, order: str, to: str) -> Tensor:
+    stacked = wait(gather_start(x)(x.contiguous(), degree, axis))
     return packed(sequence.restore(stacked.view([degree, *x.shape]), dim, length, order))
 
 
@@ -58,6 +64,7 @@ ALL_GATHER = define(
     drawing=DRAWING,
     formula="(n - 1) * local",
     fake=fake,
+    eager=eager,
     lowered=lowered,
     spec=spec,
     sent=sent,

@@ -80,6 +80,7 @@ class Collective:
 
 
 COLLECTIVES: dict[torch._ops.OpOverload, Collective] = {}
+STARTS: set[torch._ops.OpOverload] = set()  # what starts a collective besides functional c10d
 
 
 def define(
@@ -135,6 +136,13 @@ def axis_argument(target: Any) -> int | None:
         return None
     names = [argument.name for argument in target._schema.arguments]
     return next((names.index(name) for name in ("axis", "group_name") if name in names), None)
+
+
+def is_start(target: Any) -> bool:
+    """Whether an op starts a collective that a `wait_tensor` ends."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return target in STARTS or (target.namespace == "_c10d_functional" and target is not _c10d.wait_tensor.default)
 
 
 def rank_in(group: str) -> int:

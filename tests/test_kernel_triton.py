@@ -30,7 +30,7 @@ def test_interpreted() -> None:
     run_interpreted("not slow and not long")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_interpreted_widely() -> None:
     run_interpreted("slow")
 

@@ -116,18 +116,18 @@ def measure(name: str, layers: int, regather: bool, compiler: str) -> tuple[dict
 
 @pytest.mark.slow
 @MODELS
-@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_at_run_time(worker_pool: Callable[[int], WorkerPool], name: str, compiler: str) -> None:
     """What process groups start is what the plan says, gradients of parameters included; what autograd keeps, too.
 
-    gloo runs a reduce-scatter as an all-reduce. The process group's own checks send 16 bytes with each collective.
+    gloo runs a reduce-scatter as an all-reduce. Its checks of collectives send up to 32 bytes with each of them.
     """
     ranks = [worker_pool(2).run(measure, name, layers, True, compiler) for layers in (1, 2)]
     plans = [plan_of(name, layers, 2, True) for layers in (1, 2)]
     planned = sent_by_op(plans[1]) - sent_by_op(plans[0])
     for (one, kept_one), (two, kept_two) in zip(*ranks, strict=True):
         gathered, reduced = (two[op][1] - one[op][1] for op in ("all_gather", "all_reduce"))
-        assert 0 <= gathered - planned["all_gather"] <= 16 * (two["all_gather"][0] - one["all_gather"][0])
+        assert 0 <= gathered - planned["all_gather"] <= 32 * (two["all_gather"][0] - one["all_gather"][0])
         assert reduced == 2 * planned["reduce_scatter"] + planned["all_reduce"]
         assert two["all_reduce"][0] - one["all_reduce"][0] == 4  # the layer's reduce-scatters
         layer, formula = kept_two - kept_one, saved_numbers(name) * TOKENS * WIDTH * ELEMENT / 2
@@ -153,7 +153,7 @@ def started(name: str, layers: int, regather: bool, compiler: str) -> Counter[tu
         for row in profile.key_averages():
             prefix, _, op = row.key.partition("::")
             if prefix == "_c10d_functional" and op != "wait_tensor":
-                found[phase, op] += row.count
+                found[phase, op.removesuffix("_out")] += row.count  # gloo gathers into a given tensor
     torch._dynamo.reset()
     return found
 

@@ -53,7 +53,7 @@ def against_the_whole_batch(
     ("model", "axes", "compiler"),
     [
         ("llama-tiny", {"dp": 2}, "eager"),
-        pytest.param("llama-tiny", {"dp": 2}, "inductor", marks=pytest.mark.slow),
+        pytest.param("llama-tiny", {"dp": 2}, "inductor", marks=pytest.mark.long),
         pytest.param("gpt-tiny", {"dp": 2, "cp": 2}, "eager", marks=pytest.mark.slow),
         pytest.param("bert-tiny", {"tp": 2, "dp": 2}, "eager", marks=pytest.mark.slow),
     ],

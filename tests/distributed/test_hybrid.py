@@ -59,7 +59,7 @@ def test_four_heads_on_three_ranks(worker_pool: PoolOf, compiler: str) -> None:
     assert_same(worker_pool(3), case, FLOAT32_INSIDE)
 
 
-@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.parametrize("way", ["first apart", pytest.param("apart", marks=pytest.mark.slow)])
 def test_heads_in_groups_on_two_ranks(worker_pool: PoolOf, way: str, compiler: str) -> None:
     passes = {"split-exchanges": {"groups": 2, "way": way}}

@@ -80,7 +80,7 @@ def against_plain(compiler: str, lengths: tuple[int, ...], batch: int) -> tuple[
     ("ranks", "compiler", "lengths", "batch"),
     [
         (2, "eager", (7,), 2),
-        pytest.param(2, "inductor", (8, 7, 13), 2, marks=pytest.mark.slow),
+        pytest.param(2, "inductor", (8, 7, 13), 2, marks=pytest.mark.long),
         pytest.param(2, "inductor", (8,), 1, marks=pytest.mark.slow),
         pytest.param(4, "eager", (7, 8, 13), 1, marks=pytest.mark.slow),
         pytest.param(4, "inductor", (7,), 2, marks=pytest.mark.slow),

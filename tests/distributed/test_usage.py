@@ -48,7 +48,7 @@ def test_loss_outside_the_model(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), Case(GPT, partial(tokens, labels=False), outer_loss))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_inductor_gathers_logits_in_zigzag_order(worker_pool: PoolOf) -> None:
     options = {"attention": "ring", "compiler": "inductor"}
     assert_same(worker_pool(2), Case(LLAMA, partial(tokens, length=33, labels=False), outer_loss, options))

@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All tests that need processes run in one of pytest's own processes, so that a run spawns each pool once.
 
     Of the cases of a test that is marked sample(n), all but every n-th are slow. Of the slow cases of one test, all but
-    every seventh one are long as well: CI has no time for all of them.
+    every ninth one are long as well: CI has no time for all of them.
     First of all hooks: xdist reads the marks in its own.
     """
     fast_cases: Counter[str] = Counter()
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.slow)
             fast_cases[test] += 1
         if item.get_closest_marker("slow"):
-            if slow_cases[test] % 7:
+            if slow_cases[test] % 9:
                 item.add_marker(pytest.mark.long)
             slow_cases[test] += 1
 

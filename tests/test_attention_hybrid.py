@@ -127,7 +127,7 @@ def test_ulysses_with_heads_that_do_not_divide(n: int, g: int, degree: int, leng
     check("causal", n, g, length, {"cp": degree}, "ulysses")
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", DATA)
 def test_what_belongs_to_heads_goes_with_them(name: str) -> None:
     """Three ranks share six heads of two key heads: the heads of a rank are not neighbours."""
@@ -135,14 +135,14 @@ def test_what_belongs_to_heads_goes_with_them(name: str) -> None:
     check(name, 3, 3, 7, {"cp": 2}, "ulysses")
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", DATA)
 @pytest.mark.parametrize("balance", ["zigzag", "contiguous"])
 def test_every_kind_of_attention_in_a_hybrid(name: str, balance: str) -> None:
     check(name, 4, 2, 13, {"cp": 4}, {"ulysses": 2, "ring": 2}, balance)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("inner", "outer"), [(2, 3), (3, 2), (2, 4), (4, 2)])
 @pytest.mark.parametrize(("n", "g", "length"), [(4, 4, 24), (3, 1, 11), (4, 2, 5)])
 def test_every_factorisation(inner: int, outer: int, n: int, g: int, length: int) -> None:

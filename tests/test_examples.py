@@ -78,7 +78,7 @@ def numbers(run: ExampleRun, step: Step, side: str, mesh: dict[str, int]) -> lis
     return [on_one_device(gm, run.inputs)]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @PASSES
 @DEGREES
 def test_numbers(p: Pass, degree: int) -> None:
@@ -96,7 +96,7 @@ def test_numbers(p: Pass, degree: int) -> None:
                 assert_equal(rank, expected)
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("degree", [2, 3])
 @pytest.mark.parametrize("last", ["insert-tensor-reshards", "split-all-reduce", "sink-all-gather", "hoist-shard"])
 @pytest.mark.parametrize("of", ["sink-all-gather", "hoist-shard", "split-projections"])

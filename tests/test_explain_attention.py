@@ -57,7 +57,7 @@ def test_bytes_of_a_hybrid(inner: int, outer: int) -> None:
     assert f"1 x hybrid {inner}x{outer}: {n} heads" in str(plan)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "degree"),
     [

@@ -114,7 +114,7 @@ MODELS: dict[Callable[..., Tensor], list[str]] = {
 }
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("model", MODELS, ids=lambda f: f.__name__)
 def test_every_number(model: Callable[..., Tensor], number: float) -> None:
@@ -140,7 +140,7 @@ SPLIT = [
 ]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("model", "mesh"), SPLIT)
 def test_every_gradient_on_all_ranks(model: Callable[..., Any], mesh: dict[str, int]) -> None:
     torch.manual_seed(1)

@@ -85,7 +85,7 @@ def scaled(y_BSD: Tensor, w_DD: Tensor, scale_1: Tensor, bias_1D: Tensor) -> Ten
     return (y_BSD * scale_1 + bias_1D).square().sum()
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("end", [mean, mean_of_rows, squared_sum_of_tokens, flattened, with_class_token, shifted])
 @pytest.mark.parametrize("mesh", [{"dp": 2}, pytest.param({"cp": 2, "dp": 3}, marks=pytest.mark.slow)])
 def test_sums_over_rows_are_sums_over_ranks(end: Callable[..., Tensor], mesh: dict[str, int]) -> None:
@@ -176,7 +176,7 @@ class Attention(nn.Module):
         return self.head(x_BSD + y_BSD).square().mean()
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("needs_weights", [False, True])
 @pytest.mark.parametrize("mesh", [{"dp": 2}, pytest.param({"cp": 2, "dp": 2}, marks=pytest.mark.slow)])
 def test_multihead_attention(needs_weights: bool, mesh: dict[str, int]) -> None:

@@ -158,7 +158,7 @@ PROGRAMS["patches, documents"] = (
 )
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("degree", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs(name: str, degree: int) -> None:

@@ -72,7 +72,7 @@ def sent(model: nn.Module, inputs: dict[str, Tensor], **options: object) -> floa
 SLOW = [pytest.param(end, False, marks=pytest.mark.slow) for end in (product, rounded, widened)]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("end", "passed"), [(branches, True), (scattered, True), (onto_something, False), *SLOW])
 def test_what_is_passed(end: Callable[..., Tensor], passed: bool) -> None:
     model, inputs = Block(end), {"x_BSD": torch.randn(2, 7, D, dtype=torch.float64)}

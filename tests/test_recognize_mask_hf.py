@@ -83,7 +83,7 @@ def transformers_calls() -> list[Any]:
     return cases
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("name", "call", "dynamic"), transformers_calls())
 def test_transformers(name: str, call: str, dynamic: bool) -> None:
     transformers = pytest.importorskip("transformers")
@@ -106,7 +106,7 @@ def test_transformers(name: str, call: str, dynamic: bool) -> None:
     assert not [op for op in found.ops() if "scaled_dot" in op or "tril" in op]
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "bert"])
 def test_transformers_written_out(name: str) -> None:
     transformers = pytest.importorskip("transformers")

@@ -105,13 +105,13 @@ def test_decisions(name: str) -> None:
     assert ("SPR502" in decisions.codes) == ("whole" in expected.values())
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", BUILT)
 def test_exact(name: str) -> None:
     checked(BUILT[name][0](), {"tp": 2})
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "mesh"),
     [
@@ -130,7 +130,7 @@ def test_heads_that_do_not_divide(heads: int, kv_heads: int, mesh: dict[str, int
     assert "SPR202" not in codes
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 def test_with_context_parallelism(attention: str) -> None:
     checked(Model(FusedSlices(), FusedGate(), tied=True), {"tp": 2, "cp": 2}, attention=attention)
@@ -150,7 +150,7 @@ def test_large_meshes(name: str, mesh: dict[str, int], attention: str) -> None:
     checked(BUILT[name][0](), mesh, attention=attention)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 def test_dtypes(dtype: torch.dtype, tolerance: float) -> None:
     checked(Model(Grouped(), FusedGate()).to(dtype), {"tp": 2}, tolerance=tolerance)
@@ -199,7 +199,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 FAST = ("label smoothing", "class weights", "z-loss", "log_softmax and nll")
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [pytest.param(name, {"tp": 2}, marks=() if name in FAST else pytest.mark.slow) for name in LOSSES]
@@ -209,13 +209,13 @@ def test_losses(name: str, mesh: dict[str, int]) -> None:
     checked(Losses(name, VOCAB), mesh)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", ["mean", "z-loss"])
 def test_the_vocabulary_does_not_divide(name: str) -> None:
     checked(Losses(name, 23), {"tp": 3}, batch(vocab=23))
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", ["mean", "scaled logits"])
 def test_logits_are_never_gathered(name: str) -> None:
     plan = spcompile.explain(Losses(name, VOCAB), batch(), mesh={"tp": 2})
@@ -223,7 +223,7 @@ def test_logits_are_never_gathered(name: str) -> None:
     assert all(row.numel <= max(logits // 2, VOCAB * 16) for row in plan.largest_tensors)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", ["mean", "none"])
 def test_no_token_is_valid(name: str) -> None:
     """A mean over nothing is NaN in the plain model too; with a sum all is zero."""

@@ -102,7 +102,7 @@ def test_every_family_is_compared_or_says_why_not() -> None:
     assert NOT_BUILT.keys() <= hf_families.families().keys()
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "model_type",
     [pytest.param(name, marks=() if name in FAST else pytest.mark.long) for name in hf_families.families()],

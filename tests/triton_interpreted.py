@@ -62,7 +62,7 @@ MASKS = [
 ]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("order", [pytest.param("natural", marks=pytest.mark.slow), "shuffled"])
 @pytest.mark.parametrize("text", MASKS)
 def test_masks(text: str, order: str) -> None:
@@ -70,7 +70,7 @@ def test_masks(text: str, order: str) -> None:
     check(replace(PLAIN, mask=AttentionMask.parse(text), order=order, hops=2, B=B, seed=len(text)))
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("dtype", ROUNDINGS, ids=str)
 @pytest.mark.parametrize(
     "shape",
@@ -109,7 +109,7 @@ FEATURES = {
 }
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", FEATURES)
 def test_features(name: str) -> None:
     case = {"mask": AttentionMask(causal=True), "order": "padded", "B": 2 if "bias" in name else 1, **FEATURES[name]}

@@ -25,7 +25,7 @@ def tolerance_of(model: str, kind: str) -> float:
     return FLOAT32_INSIDE if model in LOSS_IN_FLOAT32 and kind != "no labels" else EXACT
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     ("model", "kind", "attention"),
     [

@@ -38,7 +38,7 @@ FAST = [("gpt-tiny", "ring"), ("llama-tiny", "ring"), ("llama-tiny", "ulysses"),
 SLOW = [("gpt-tiny", "ulysses"), ("bert-tiny", "ring")]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     ("model", "attention"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 )

@@ -112,7 +112,7 @@ MODELS_ON_MESHES = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @MODELS_ON_MESHES
 def test_three_steps_give_the_parameters_of_the_plain_model(worker_pool: PoolOf, model: str, mesh: str) -> None:
     degrees, axis = MESHES[mesh]
@@ -208,7 +208,7 @@ def check_filled(pool: WorkerPool, case: OnMeta, loss: float = EXACT) -> list[di
     return [sizes for _, sizes in outcomes]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @MODELS_ON_MESHES
 def test_a_model_on_meta_is_made_as_the_plain_model_is(worker_pool: PoolOf, model: str, mesh: str) -> None:
     degrees, axis = MESHES[mesh]

@@ -1,4 +1,4 @@
-"""`spx::all_gather_into_tensor`: a gather that two of may be in flight on gloo.
+"""`spx::all_gather_into_tensor`: a gather on gloo of which several may be in flight.
 
 torch 2.13 keeps the name of a group's last finished work in one string, which both of gloo's threads assign without a
 lock (`ProcessGroupGloo::runLoop`). A name of 16 letters or more lies on the heap: two such works that end at once free

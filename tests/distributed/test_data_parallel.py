@@ -165,6 +165,7 @@ def wrapped_in_ddp() -> dict[str, float]:
         return compare_parameters(plain, compiled)
 
 
+@pytest.mark.slow
 def test_ddp_over_dp(worker_pool: PoolOf) -> None:
     for errors in worker_pool(4).run(wrapped_in_ddp):
         assert max(errors.values()) <= EXACT, errors

@@ -85,6 +85,7 @@ def marked(number: int) -> dict[str, Tensor]:
     return batch
 
 
+@pytest.mark.slow
 def test_mark_dynamic_compiles_once(worker_pool: PoolOf) -> None:
     outcomes = assert_same(worker_pool(2), Case(LLAMA, marked, micro_batches=(0, 1, 2)))
     assert len(outcomes[0].graphs) == 2

@@ -122,13 +122,10 @@ def test_other_options_and_other_ranks(worker_pool: PoolOf, tmp_path: Path) -> N
         assert max(e for _, e in found.values()) < 1e-4, found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("sizes", "options"),
-    [
-        ({"cp": 4}, {"attention": {"ulysses": 2, "ring": 2}}),
-        *(pytest.param(sizes, {}, marks=pytest.mark.long) for sizes in ({"cp": 2}, {"tp": 2, "cp": 2})),
-    ],
+    [({"cp": 4}, {"attention": {"ulysses": 2, "ring": 2}}), ({"cp": 2}, {}), ({"tp": 2, "cp": 2}, {})],
     ids=str,
 )
 def test_sharded_parameters_and_parts_of_axes(

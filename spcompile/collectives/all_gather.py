@@ -29,13 +29,16 @@ def spec(parts: Sequence[Tensor], dim: int, length: Size, axis: str, degree: int
 
 
 def lowered(x: Tensor, dim: int, length: Size, axis: str, degree: int, order: str, to: str) -> Tensor:
-    stacked = wait(torch.ops._c10d_functional.all_gather_into_tensor.default(x.contiguous(), degree, axis))
-    return packed(sequence.restore(stacked.view([degree, *x.shape]), dim, length, order))
+    start = torch.ops._c10d_functional.all_gather_into_tensor.default
+    return _restored(start(x.contiguous(), degree, axis), x, dim, length, degree, order)
 
 
 def eager(x: Tensor, dim: int, length: Size, axis: str, degree: int, order: str, to: str) -> Tensor:
-    stacked = wait(gather_start(x)(x.contiguous(), degree, axis))
-    return packed(sequence.restore(stacked.view([degree, *x.shape]), dim, length, order))
+    return _restored(gather_start(x)(x.contiguous(), degree, axis), x, dim, length, degree, order)
+
+
+def _restored(started: Tensor, x: Tensor, dim: int, length: Size, degree: int, order: str) -> Tensor:
+    return packed(sequence.restore(wait(started).view([degree, *x.shape]), dim, length, order))
 
 
 def dual(x: Tensor, dim: int, length: Size, axis: str, degree: int, order: str, to: str) -> Call:

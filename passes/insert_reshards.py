@@ -14,16 +14,16 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.capture import OWN
 from spcompile.cut import sharded_calls, uses_of
 from spcompile.global_view import is_view
 from spcompile.layout import layout_of, show
+from spcompile.lowering import READ_SIZES
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.propagate import Place, leaves_sums
 from spcompile.reshard import is_reshard, parse_place
 from spcompile.resharding import change_state, hand_over, reads_directly, reshard_to, state_of, target_of
 from spcompile.spaces import leaves
-
-_READ_SIZES = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, torch.ops.aten.sym_stride.int)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _settle(graph: fx.Graph, axis: str, sharded: set[fx.Node]) -> set[fx.Node]:
         if layout is None or is_view(node, axis):
             continue
         source = node.args[0] if node.target is operator.getitem else node
-        if source in sharded or (axis == "dp" and node.op == "placeholder"):
+        if source in sharded or (axis == "dp" and OWN in node.meta):
             for number, place in layout.places.get(axis, {}).items():
                 show(node, axis, str(place) if number == 0 else node.meta["sharding"][axis])
             continue
@@ -74,8 +74,8 @@ def _insert(graph: fx.Graph, axis: str, could: set[fx.Node], ctx: Context) -> No
     for node in list(graph.nodes):
         if node.op == "output":
             _reshard_outputs(node, axis, ctx)
-        elif axis == "dp" and node.target in _READ_SIZES:
-            continue  # what a rank asks for is the size of its own rows
+        elif axis == "dp" and node.target in READ_SIZES:
+            continue  # nobody has all rows, but lower knows how many they are
         elif node.op == "call_function" and node.target is not operator.getitem:
             _reshard_operands(node, axis, could, ctx)
             _complete_sums(node, axis)

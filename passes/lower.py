@@ -13,11 +13,10 @@ import torch.fx as fx
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from spcompile.capture import fake_inputs
+from spcompile.capture import OWN, fake_inputs
 from spcompile.global_view import views
 from spcompile.layout import layout_of
 from spcompile.lowering import Lower, SplitDims
-from spcompile.one_row import OWN
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.reshard import is_reshard
 from spcompile.resharding import state_of

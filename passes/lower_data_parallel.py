@@ -1,6 +1,6 @@
-"""lower-data-parallel: what lower does, for axis `dp`, on shapes that are one rank's from the start.
+"""lower-data-parallel: what lower does, for axis `dp`.
 
-Before: reshards of `dp`. After: the sums over `dp` are collectives.
+Before: the shapes of the whole batch. After: those of one rank's rows; the sums over `dp` are collectives.
 """
 
 from __future__ import annotations
@@ -8,10 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from spcompile.lowering import OwnParts, SplitDims
 from spcompile.passes.annotate_data_parallel import EXAMPLE as _LOSS
 from spcompile.passes.lower import LowerToLocal
-from spcompile.passes_api import Context
 
 EXAMPLE = _LOSS
 
@@ -25,7 +23,3 @@ class LowerDataParallel(LowerToLocal):
     summary: ClassVar[str] = "turns the reshards of axis dp into spx collectives"
     axis: ClassVar[str | None] = "dp"
     split_axis: ClassVar[str] = "dp"
-
-    def split(self, ctx: Context) -> SplitDims:
-        """Every rank's part is what it was given."""
-        return OwnParts("dp", ctx.mesh.size("dp"), "contiguous", ctx.rows)

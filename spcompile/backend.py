@@ -33,8 +33,8 @@ from spcompile.pipeline import History
 from spcompile.printer import format_graph
 from spcompile.program import LocalProgram, Output, build
 from spcompile.program_cache import Finished
-from spcompile.row_symbols import over_known_rows
 from spcompile.torch_private import aot_autograd, compile_fx
+from spcompile.whole_batch import over_whole_batch
 
 log = logging.getLogger(__name__)
 ignore_library_logging()  # torch.compile(..., backend="spcompile") imports this module before it traces
@@ -59,7 +59,7 @@ def spcompile(
         log.info("SPR401 world size 1: compiled without sharding")
         return _alone(gm, example_inputs, chosen)
     whole = functools.partial(_over, mesh, options)
-    return over_known_rows(whole, mesh.shape.size("dp"))(gm, example_inputs)
+    return over_whole_batch(whole, mesh.shape.size("dp"))(gm, example_inputs)
 
 
 def _over(

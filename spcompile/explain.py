@@ -39,8 +39,8 @@ def explain(
     from spcompile.meta_device import off_meta
     from spcompile.options import Options
     from spcompile.passes import PIPELINE
-    from spcompile.row_symbols import over_known_rows
     from spcompile.trace import compile_for, mesh_shape, through_dynamo
+    from spcompile.whole_batch import over_whole_batch
 
     shape, chosen = mesh_shape(mesh), Options.parse(options)
     plans: list[Plan] = []
@@ -51,7 +51,7 @@ def explain(
         _remark_weight_memory(model, traced.program, inputs)
         plans.append(_plan(model, traced, chosen, [id(value) in own for value in inputs]))
 
-    through_dynamo(model, example_inputs, over_known_rows(describe, shape.size("dp")))
+    through_dynamo(model, example_inputs, over_whole_batch(describe, shape.size("dp")))
     return plans[0]
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.capture import OWN
 from spcompile.global_view import is_view, part_of_view
 from spcompile.graph import operand
 from spcompile.layout import NodeLayout, layout_of
@@ -24,7 +25,9 @@ from spcompile.sequence import chunks_per_rank, local_length, pad
 from spcompile.sizes import Size, divides, same
 from spcompile.spaces import Space, leaves
 
-spx = torch.ops.spx
+aten, spx = torch.ops.aten, torch.ops.spx
+
+READ_SIZES = (aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int)
 
 # What padding holds behind attention and a reduce-scatter. Nobody reads what becomes of it, but with 0 an op like
 # x / x.norm() would make
@@ -57,35 +60,6 @@ class SplitDims:
         return not (same(self.capacity(space), space.find().size) and divides(chunks, space.find().size))
 
 
-class OwnParts(SplitDims):
-    """An axis whose ranks were given their parts from outside: sizes in the graph are those of one part.
-
-    rows: where every rank has one row, the size that stands for it in the graph (`spcompile.one_row`).
-    """
-
-    def __init__(self, axis: str, degree: int, order: str, rows: int | None = None) -> None:
-        super().__init__(axis, degree, order)
-        self.rows = rows
-
-    def local(self, space: Space) -> Size:
-        """The size itself; one row where another size stands for it."""
-        size = space.find().size
-        assert self.rows is None or same(size, self.rows), "only the batch is split over dp"
-        return size if self.rows is None else 1
-
-    def whole(self, space: Space) -> Size:
-        """All ranks have equally many."""
-        return self.local(space) * self.degree
-
-    def own(self, x: Tensor, dim: int, space: Space) -> Tensor:
-        """A rank's rows of what every rank made for its own."""
-        return x if self.rows is None else x.narrow(dim, 0, 1)
-
-    def padded(self, space: Space) -> bool:
-        """A part has no padding."""
-        return False
-
-
 @dataclass(frozen=True)
 class _Ranks:
     """`rules.base.Ranks` as ops of the graph being traced."""
@@ -110,6 +84,11 @@ class Lower(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """One node on local values, with its origin kept for the nodes it traces."""
+        if OWN in n.meta and n.op == "placeholder":
+            value = super().run_node(n)
+            return value if isinstance(value, Tensor) else value * self.split.degree  # a number of rows: of all
+        if n.target in READ_SIZES:
+            return super().run_node(n) * self.times_as_large(n)
         if n.op != "call_function" or not isinstance(layout := layout_of(n), NodeLayout):
             return super().run_node(n)
         with self._set_current_node(n):
@@ -133,6 +112,17 @@ class Lower(fx.Interpreter):
                 shapes = tuple(tuple(v.shape) for v in tensor_results(n))
                 return layout.call.rule.local(LocalCall(args, kwargs, shapes, "", 1, self.split.degree))
             return self.call_function(n.target, args, kwargs)
+
+    def times_as_large(self, n: fx.Node) -> int:
+        """How much larger a size of a value is than that of the part which this rank has."""
+        layout = layout_of(operand(n, 0))
+        place = layout.place(self.split.axis) if layout is not None else None
+        changes = {
+            aten.sym_size.int: lambda dim, split: dim == split,
+            aten.sym_stride.int: lambda dim, split: dim < split,
+            aten.sym_numel.default: lambda split: True,
+        }
+        return self.split.degree if place is not None and changes[n.target](*n.args[1:], place.dim) else 1  # type: ignore[index]
 
     def sharded(
         self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -223,10 +213,6 @@ class Lower(fx.Interpreter):
         assert source is None or target is None, f"no collective from {src} to {dst}"
         if source is not None:
             return self.on_split_dim(x, dims, source, True, lambda x, dim, space: self.gather(x, dim, space, dst))
-        if target is not None and isinstance(split, OwnParts):
-            assert src == "I", (src, dst)
-            x = self.on_split_dim(x, dims, target, False, split.own)
-            return spx.vary(x, axis, degree) if x.is_floating_point() else x  # made by every rank for its own part
         if target is not None:
             assert src in "IP", (src, dst)
             return self.on_split_dim(x, dims, target, False, self.take if src == "I" else self.scatter)

@@ -128,9 +128,9 @@ def _split_over_tp(
     from spcompile.meta_device import off_meta
     from spcompile.passes import PIPELINE
     from spcompile.program import build
-    from spcompile.row_symbols import over_known_rows
     from spcompile.trace import through_dynamo
     from spcompile.weight_plan import PLANNED, split_over_tp
+    from spcompile.whole_batch import over_whole_batch
 
     passes = PIPELINE[: [p.name for p in PIPELINE].index(PLANNED) + 1]
     known = {p.name for p in passes}
@@ -147,7 +147,7 @@ def _split_over_tp(
                 found[names[id(value)]] = split
 
     with torch.enable_grad():
-        through_dynamo(model, example_inputs, over_known_rows(backend, shape.size("dp")))
+        through_dynamo(model, example_inputs, over_whole_batch(backend, shape.size("dp")))
     return found
 
 

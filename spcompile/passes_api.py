@@ -33,7 +33,6 @@ class Context:
     options: Options
     remarks: Remarks
     order: str = "contiguous"  # of the sequence over cp; set by choose-attention
-    rows: int | None = None  # what stands for one row a rank between annotate- and lower-data-parallel, which set it
 
 
 @dataclass

@@ -53,21 +53,6 @@ def write_blocks(graph: fx.Graph, inputs: Sequence[fx.Node]) -> int:
     return count
 
 
-def write_blocks_of_one_row(graph: fx.Graph) -> int:
-    """The same where every rank has one row: joins of values with one row, in their first dim, and cuts behind them."""
-    joins = [n for n in graph.nodes if n.target in _CATS and _dim(n, 1) == 0 and _joins_single_rows(n)]
-    joined = {_join(node) for node in joins}
-    lengths = {shape_of(node)[0] for node in joined}
-    cuts = []
-    for node in graph.nodes:
-        if not joined.isdisjoint(node.all_input_nodes):
-            joined.add(node)
-            if (dim := _cut_dim(node)) == 0 and shape_of(operand(node, 0))[0] in lengths:
-                cuts.append((node, dim))
-                lengths |= {value.shape[0] for value in tensor_results(node)}
-    return len(joins) + sum(_cut(node, dim, 1) for node, dim in cuts)
-
-
 def _rows(spaces: IndexSpaces, inputs: Sequence[fx.Node]) -> set[Space]:
     first = [spaces.values[n][0][0] for n in inputs if n in spaces.values and shape_of(n)]
     return {leaf for dim in first for leaf in leaves(dim)}
@@ -89,13 +74,6 @@ def _joins_rows(node: fx.Node, spaces: IndexSpaces, rows: set[Space]) -> bool:
         len(sizes) == 1
         and all(isinstance(size, int) for size in sizes)
         and all(len(f) == 1 and f[0] in rows for f in found)
-    )
-
-
-def _joins_single_rows(node: fx.Node) -> bool:
-    parts: Any = node.args[0]
-    return len(parts) > 1 and all(
-        len(shape_of(part)) == len(shape_of(node)) and shape_of(part)[0] == 1 for part in parts
     )
 
 

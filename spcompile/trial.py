@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 import spcompile.attention_specs  # noqa: F401  (the simulator must know attention)
+from spcompile.capture import OWN
 from spcompile.collectives import axis_argument
 from spcompile.diagnostics import IllegalModel, IllegalOption
 from spcompile.graph import argument
@@ -25,12 +26,11 @@ from spcompile.passes_api import Pass, Stage
 from spcompile.pipeline import Snapshot
 from spcompile.program import LocalProgram
 from spcompile.rank_parts import coordinates, part_of, split_batch, whole_of
-from spcompile.row_evidence import require_rows_first
-from spcompile.row_symbols import over_known_rows
 from spcompile.simulate import InFlight, Simulator
 from spcompile.states import needs_gradient, trainable_names
 from spcompile.trace import Inputs, Traced, compile_for, through_dynamo
 from spcompile.verify_report import Report, TensorError, difference, is_exact, largest
+from spcompile.whole_batch import over_whole_batch
 
 Observer = Callable[[fx.Node, list[Any]], None]
 DEFAULT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -87,15 +87,16 @@ class Trial:
         """The mesh of the program."""
         return self.program.ctx.mesh
 
-    def is_complete(self, snapshot: Snapshot) -> bool:
-        """Whether a graph computes what the plain model does: before dp is lowered it has one rank's rows only."""
-        assert snapshot.gm is not None
-        return self.mesh.size("dp") == 1 or _communicates(snapshot.gm.graph)
-
     def inputs(self, rank: int, mesh: MeshShape) -> list[Any]:
         """The arguments of one rank, as new leaves."""
-        row = coordinates(mesh, rank).get("dp", 0)
-        values = [self.rows[i][row] if i in self.rows else x for i, x in enumerate(self.arguments)]
+        degree, row = self.mesh.size("dp"), coordinates(mesh, rank).get("dp", 0)
+        values = list(self.arguments)
+        for i, node in enumerate(self.program.captured.graph.find_nodes(op="placeholder")):
+            parts = self.rows.get(i, [values[i]] * degree)
+            if mesh.size("dp") == degree:
+                values[i] = parts[row]
+            elif OWN in node.meta:  # on one device
+                values[i] = torch.cat(parts) if isinstance(values[i], Tensor) else values[i] * degree
         return [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in values]
 
     def run(self, snapshot: Snapshot, observe: Observer | None = None) -> Outcome:
@@ -317,11 +318,7 @@ def trial_of(
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         traced = compile_for(gm, inputs, mesh, options, pipeline, keep_texts=False)
-        snapshots = traced.program.history.snapshots
-        captured = snapshots[0]
-        annotated = next((s.gm for s in snapshots if s.name == "annotate-data-parallel"), None)
-        if annotated is not None:
-            require_rows_first(annotated.graph)
+        captured = traced.program.history.snapshots[0]
 
         def run(*arguments: Any) -> list[Tensor]:
             own = {i: list(rows[id(x)]) for i, x in enumerate(arguments) if id(x) in rows}
@@ -334,7 +331,7 @@ def trial_of(
 
         return run
 
-    known = over_known_rows(backend, mesh.size("dp"))
+    known = over_whole_batch(backend, mesh.size("dp"))
     result = named_leaves(through_dynamo(model, per_rank[0], known))
     trial = trials[0]
     place = {id(x): i for i, x in enumerate(returned)}

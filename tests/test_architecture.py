@@ -16,7 +16,7 @@ MAX_LINES = 400
 LAYERS = (
     # errors, graphs, sizes: know torch only
     "diagnostics custom_functions dynamo_settings einsum graph sequence sizes torch_private",
-    "normalizers splice saved_bytes traffic",
+    "normalizers splice saved_bytes traffic frames",
     "flex_attention vmapped",
     # meshes, dims, ops that communicate, attention
     "accelerators autocast mesh links options spaces capture attention module_buffer rows_without_keys collectives",
@@ -28,11 +28,11 @@ LAYERS = (
     "propagate verifier",
     "global_view",
     "layout reshard pipeline",
-    "cut lowering dump one_row row_blocks row_counts row_reads row_evidence row_places",
+    "cut lowering dump rows row_blocks",
     "resharding tensor_parallel program",
     "one_device",
     # the whole machine
-    "outputs local_inputs row_symbols recompute emit program_cache",
+    "outputs local_inputs whole_batch recompute emit program_cache",
     "weight_plan sharded_modules streamed_init checkpoints materialize",
     "backend example_runs",
     "trace docs",

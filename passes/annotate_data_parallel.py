@@ -16,7 +16,7 @@ from torch import Tensor
 from spcompile.index_spaces import find_index_spaces
 from spcompile.layout import annotate
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.propagate import Place, propagate
+from spcompile.propagate import propagate
 from spcompile.row_blocks import write_blocks
 from spcompile.rows import inputs_with_rows, require_rows
 
@@ -40,7 +40,7 @@ class AnnotateDataParallel(Pass):
         inputs = inputs_with_rows(gm.graph)
         blocks = write_blocks(gm.graph, inputs)
         spaces = find_index_spaces(gm.graph, drawn_apart=True)
-        placements = propagate(gm.graph, spaces, {}, {n: Place(0) for n in inputs})
+        placements = propagate(gm.graph, spaces, {}, inputs)
         require_rows(gm.graph, spaces, placements)
         annotate(gm.graph, "dp", spaces, placements)
         return blocks

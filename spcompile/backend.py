@@ -58,19 +58,23 @@ def spcompile(
         chosen = Options.parse(options)
         log.info("SPR401 world size 1: compiled without sharding")
         return _alone(gm, example_inputs, chosen)
-    whole = functools.partial(_over, mesh, options)
-    return over_whole_batch(whole, mesh.shape.size("dp"))(gm, example_inputs)
+    agreement = _agreement(mesh.key, mesh)
+    whole = functools.partial(_over, mesh, options, agreement)
+    with agreement.shared_errors():
+        return over_whole_batch(whole, mesh.shape.size("dp"))(gm, example_inputs)
 
 
 def _over(
-    mesh: RuntimeMesh, options: Mapping[str, Any] | None, gm: fx.GraphModule, inputs: Sequence[Any]
+    mesh: RuntimeMesh,
+    options: Mapping[str, Any] | None,
+    agreement: Agreement,
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
 ) -> Callable[..., Any]:
-    agreement = _agreement(mesh.key, mesh)
-    with agreement.shared_errors():
-        chosen = Options.parse(options)
-        agreement.require(_signature(inputs, chosen))
-        refuse_graph_break(gm)
-        return _compile(gm, inputs, chosen, mesh, agreement)
+    chosen = Options.parse(options)
+    agreement.require(_signature(inputs, chosen))
+    refuse_graph_break(gm)
+    return _compile(gm, inputs, chosen, mesh, agreement)
 
 
 def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from spcompile.graph import copy_graph
 from spcompile.torch_private import InstructionTranslator, TracingContext
+
+_NUMBERED = re.compile(r"(__builtins_dict__)_\d+")  # a name that Dynamo makes anew for each trace
 
 
 @dataclass
@@ -53,7 +56,7 @@ def local_of(source: Any) -> str | None:
 def this_frame(gm: fx.GraphModule) -> Frame:
     """The frame that Dynamo compiles now, of which a backend has got the graph."""
     guards = TracingContext.get().guards_context.dynamo_guards
-    return Frame(gm, {guard.name for guard in guards})
+    return Frame(gm, {_NUMBERED.sub(r"\1", guard.name) for guard in guards})
 
 
 def traced_again(instead: Mapping[Tensor, Tensor], arguments: set[str]) -> Frame:

@@ -8,7 +8,7 @@ Written so, the batch is one factor of a dim, of which each rank has its rows of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.fx as fx
 
 from spcompile.graph import argument, call, is_tensor, operand, replace, shape_of
 from spcompile.index_spaces import IndexSpaces, find_index_spaces
+from spcompile.propagate import Place
 from spcompile.rules.base import tensor_results
 from spcompile.rules.calls import overloads
 from spcompile.spaces import Space, leaves
@@ -28,8 +29,8 @@ _SPLITS = frozenset(
 )
 
 
-def write_blocks(graph: fx.Graph, inputs: Sequence[fx.Node]) -> int:
-    """Rewrite joins of equally many rows of `inputs`, which have them in their first dim, and cuts between such blocks.
+def write_blocks(graph: fx.Graph, inputs: Mapping[fx.Node, Place]) -> int:
+    """Rewrite joins of equally many rows of `inputs`, which have them at these places, and cuts between such blocks.
 
     Returns how many. Rows whose number is a symbol stay as they are.
     """
@@ -53,9 +54,8 @@ def write_blocks(graph: fx.Graph, inputs: Sequence[fx.Node]) -> int:
     return count
 
 
-def _rows(spaces: IndexSpaces, inputs: Sequence[fx.Node]) -> set[Space]:
-    first = [spaces.values[n][0][0] for n in inputs if n in spaces.values and shape_of(n)]
-    return {leaf for dim in first for leaf in leaves(dim)}
+def _rows(spaces: IndexSpaces, inputs: Mapping[fx.Node, Place]) -> set[Space]:
+    return {leaf for n, place in inputs.items() for leaf in leaves(spaces.values[n][0][place.dim])}
 
 
 def _dim(node: fx.Node, place: int) -> int:

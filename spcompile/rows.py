@@ -20,13 +20,17 @@ from spcompile.capture import OWN
 from spcompile.diagnostics import BatchNotSplit, source_of
 from spcompile.graph import is_getitem, shape_of
 from spcompile.index_spaces import IndexSpaces
-from spcompile.propagate import UNREAD_ATTENTION, Choice, Placements, place_of, shards_results
+from spcompile.propagate import UNREAD_ATTENTION, Choice, Place, Placements, place_of, propagate, shards_results
 from spcompile.rules.base import tensor_operands, tensor_results
 from spcompile.sizes import hint, same
 from spcompile.states import needs_gradient, trainable_names
 
 _FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 _LEGAL = "two rows or more on every rank of dp; for a shared input, one without a dim of 1 in front"
+
+
+class NotTheBatch(BatchNotSplit):
+    """Other inputs may have the rows, or the same in another dim."""
 
 
 def mark_rows(graph: fx.Graph, degree: int) -> None:
@@ -41,9 +45,11 @@ def mark_rows(graph: fx.Graph, degree: int) -> None:
                 node.meta[OWN] = node.meta["val"].new_empty((rows // degree, *rest))
 
 
-def inputs_with_rows(graph: fx.Graph) -> list[fx.Node]:
-    """The tensors of which each rank passes its own rows."""
-    return [n for n in graph.find_nodes(op="placeholder") if OWN in n.meta and tensor_results(n)]
+def inputs_with_rows(graph: fx.Graph) -> dict[fx.Node, Place]:
+    """The tensors of which each rank passes its own rows, and in which dim they are."""
+    inputs = [n for n in graph.find_nodes(op="placeholder") if OWN in n.meta and tensor_results(n)]
+    pairs = ((n, enumerate(zip(shape_of(n), n.meta[OWN].shape, strict=True))) for n in inputs)
+    return {n: Place(next(dim for dim, (all_ranks, own) in sizes if not same(all_ranks, own))) for n, sizes in pairs}
 
 
 def _is_users(placeholder: fx.Node) -> bool:
@@ -58,19 +64,29 @@ def require_rows(graph: fx.Graph, spaces: IndexSpaces, placements: Placements) -
         BatchNotSplit: names the attention, or the inputs.
     """
     inputs = inputs_with_rows(graph)
-    names = ", ".join(n.name for n in inputs)
-    attentions = [n for n in _read_by(graph) if n in spaces.calls and _is_attention(n, spaces)]
-    for node in attentions:
+    names = " and ".join(f"dim {place.dim} of {n.name}" for n, place in inputs.items())
+    attentions = [n for n in graph.nodes if n in spaces.calls and _is_attention(n, spaces)]
+    read = _read_by(graph)
+    for node in (n for n in attentions if n in read):
         choice = placements.choices.get(node)
         if choice is None or choice.factor in spaces.calls[node].rule.paired:
-            found = f"an attention that does not work on each row alone of those that ranks have in dim 0 of {names}"
-            raise BatchNotSplit(found, where=source_of(node), legal="rows in the first dim of inputs, or DDP over dp")
+            found = f"{_where_the_batch_is(graph, spaces, node)}; an attention mixes what ranks have in {names}"
+            raise NotTheBatch(found, where=source_of(node), legal="inputs with rows of the batch, or DDP over dp")
     first = next((n for n in graph.find_nodes(op="placeholder") if _is_users(n) and tensor_results(n)), None)
-    if not attentions and first is not None and first not in inputs:
-        found = f"no attention tells which inputs have rows, and the first, {first.name}, is not as long as {names}"
-        raise BatchNotSplit(found, legal="rows in the first input, or DDP over dp")
-    if len(inputs) > 1 and all(same(n.meta[OWN].shape[0], 1) for n in inputs):
-        _require_own_rows(graph, spaces, placements, set(attentions))
+    if not attentions and first is not None and inputs.get(first) != Place(0):
+        found = f"no attention tells which inputs have rows, and {first.name} is not as long as {names}"
+        raise NotTheBatch(found, legal="the rows in the first input, or DDP over dp")
+    if len(inputs) > 1 and all(same(n.meta[OWN].shape[place.dim], 1) for n, place in inputs.items()):
+        _require_own_rows(graph, spaces, placements, {n for n in attentions if n in placements.choices})
+
+
+def _where_the_batch_is(graph: fx.Graph, spaces: IndexSpaces, attention: fx.Node) -> str:
+    """In words, from the batch of an attention."""
+    if "b" not in spaces.calls[attention].rule.sizes:
+        return "no input has the batch of an attention"
+    found = propagate(graph, spaces, {attention: Choice("b")}).places
+    inputs = [n for n in graph.find_nodes(op="placeholder") if _is_users(n) and (n, 0) in found]
+    return " and ".join(f"{n.name} has the batch in dim {found[n, 0].dim}" for n in inputs) or "no input has a batch"
 
 
 def _is_attention(node: fx.Node, spaces: IndexSpaces) -> bool:
@@ -142,13 +158,13 @@ def _certain(graph: fx.Graph, spaces: IndexSpaces, placements: Placements, atten
 
 def _must_have_rows(node: fx.Node, value: fx.Node, placements: Placements) -> bool:
     """Whether a call would refuse, or give another shape, if `value` alone had one row."""
-    place = placements.places.get((value, 0))
+    split = placements.places.get((value, 0))
     example = value.meta["val"]
-    if place is None:
+    if split is None:
         return False
-    (rows,) = {shape_of(n)[0] for n in inputs_with_rows(node.graph)}
+    (rows, *_) = (shape_of(n)[place.dim] for n, place in inputs_with_rows(node.graph).items())
     try:
-        result = _evaluate(node, {value: example.narrow(place.dim, 0, example.shape[place.dim] // rows)})
+        result = _evaluate(node, {value: example.narrow(split.dim, 0, example.shape[split.dim] // rows)})
     except Exception:
         return True
     wanted = node.meta["val"]

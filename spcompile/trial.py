@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 import spcompile.attention_specs  # noqa: F401  (the simulator must know attention)
 from spcompile.capture import OWN
 from spcompile.collectives import axis_argument
-from spcompile.diagnostics import IllegalModel, IllegalOption
+from spcompile.diagnostics import BatchNotSplit, IllegalModel, IllegalOption
 from spcompile.graph import argument
 from spcompile.memory import saved_values
 from spcompile.mesh import MeshShape
@@ -26,6 +26,7 @@ from spcompile.passes_api import Pass, Stage
 from spcompile.pipeline import Snapshot
 from spcompile.program import LocalProgram
 from spcompile.rank_parts import coordinates, part_of, split_batch, whole_of
+from spcompile.rows import inputs_with_rows
 from spcompile.simulate import InFlight, Simulator
 from spcompile.states import needs_gradient, trainable_names
 from spcompile.trace import Inputs, Traced, compile_for, through_dynamo
@@ -319,6 +320,10 @@ def trial_of(
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         traced = compile_for(gm, inputs, mesh, options, pipeline, keep_texts=False)
         captured = traced.program.history.snapshots[0]
+        for node, batch in inputs_with_rows(traced.program.captured.graph).items():
+            if batch.dim != 0:
+                found = f"{node.name} has the batch in dim {batch.dim}; the rows of dp's ranks were cut from dim 0"
+                raise BatchNotSplit(found, legal="a mesh without dp here; compiled, each rank passes its own rows")
 
         def run(*arguments: Any) -> list[Tensor]:
             own = {i: list(rows[id(x)]) for i, x in enumerate(arguments) if id(x) in rows}

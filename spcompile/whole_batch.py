@@ -9,8 +9,9 @@ a rank is a dim like any other. On the placeholders stands what one rank passes;
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,11 +20,13 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from spcompile.capture import OWN, fake_inputs, graph_break_of
-from spcompile.diagnostics import BatchNotSplit
+from spcompile.diagnostics import BatchNotSplit, RanksDisagree
 from spcompile.frames import Frame, local_of, name_of, this_frame, traced_again
+from spcompile.rows import NotTheBatch
 from spcompile.sizes import expression, hint
 from spcompile.torch_private import TracingContext
 
+log = logging.getLogger(__name__)
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Any]
 _MOST_TRACES = 32  # that look for the inputs with rows
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -40,31 +43,74 @@ def over_whole_batch(backend: Backend, degree: int) -> Backend:
     def compile_whole(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         if graph_break_of(gm) is not None:
             return backend(gm, inputs)  # which refuses it
-        refused: list[BatchNotSplit] = []
-        for rows in _numbers_of_rows():
+        refused: list[NotTheBatch] = []
+        for batch in _batches(degree):
             try:
-                return _with_symbols(backend, gm, inputs, rows, degree)
-            except BatchNotSplit as error:
+                return _with_symbols(backend, gm, inputs, batch)
+            except NotTheBatch as error:
                 refused.append(error)
         raise refused[0]
 
     return compile_whole
 
 
-def _with_symbols(backend: Backend, gm: fx.GraphModule, inputs: Sequence[Any], rows: Any, degree: int) -> Any:
+@dataclass(frozen=True)
+class _Batch:
+    """The dim that the rows are in, how many of them a rank has, a number or a symbol, and how many ranks there are."""
+
+    dim: int
+    rows: Any
+    degree: int
+
+    def is_in(self, x: Tensor) -> bool:
+        """Whether a tensor may have these rows."""
+        return not x.requires_grad and x.ndim > self.dim and x.shape[self.dim] == hint(self.rows)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """An empty tensor as `x` but with all ranks' rows, its dims in the same order in memory."""
+        shape, strides, step = list(x.shape), [0] * x.ndim, 1
+        shape[self.dim] = shape[self.dim] * self.degree
+        for dim in sorted(range(x.ndim), key=lambda dim: (hint(x.stride(dim)), -dim)):
+            strides[dim] = step
+            step = step * shape[dim]
+        return x.new_empty_strided(shape, strides)
+
+
+def _batches(degree: int) -> list[_Batch]:
+    """What may be the batch: lengths of the user's tensors in their first dim, then in their second.
+
+    A length of 1 comes last, since it is also broadcast: to tensors with rows it may be added in any number.
+    """
+    found: dict[tuple[int, int], _Batch] = {}
+    for dim in (0, 1):
+        for x in (x for x in _users_tensors() if x.ndim > dim and x.shape[dim] and not x.requires_grad):
+            found.setdefault((dim, x.shape[dim]), _Batch(dim, _own(x).shape[dim], degree))
+    if not found:
+        raise BatchNotSplit("no input of the model is a tensor with rows", legal="DDP over dp")
+    return [found[key] for key in sorted(found, key=lambda key: (key[0], key[1] == 1))]
+
+
+def _with_symbols(backend: Backend, gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> Any:
     try:
-        return _on_whole(backend, gm, inputs, rows, degree)
-    except Exception:
-        if not isinstance(rows, torch.SymInt) or rows.node.maybe_as_int() is not None:
+        return _on_whole(backend, gm, inputs, batch)
+    except (NotTheBatch, RanksDisagree):
+        raise
+    except Exception as error:
+        if not _is_symbol(batch.rows):
             raise
-    int(rows)  # a guard: another number of rows is another program
-    return _on_whole(backend, gm, inputs, rows, degree)
+        log.info("SPR104 compiled for %d rows, since not for a symbol: %s", hint(batch.rows), error)
+    int(batch.rows)  # a guard: another number of rows is another program
+    return _on_whole(backend, gm, inputs, batch)
 
 
-def _on_whole(backend: Backend, gm: fx.GraphModule, inputs: Sequence[Any], rows: Any, degree: int) -> Any:
-    whole = _whole(gm, inputs, rows, degree)
+def _on_whole(backend: Backend, gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> Any:
+    whole = _whole(gm, inputs, batch)
     run = backend(whole.gm, whole.inputs)
     return run and (lambda *args: run(*[args[i] for i in whole.places]))
+
+
+def _is_symbol(size: Any) -> bool:
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
 @dataclass
@@ -83,13 +129,10 @@ def _users_tensors() -> dict[Tensor, Any]:
         source = symbolic.tensor_source
         kind = source.guard_source
         of_module = kind.is_unspecialized_nn_module() or kind.is_specialized_nn_module()
-        if type(x) in (Tensor, FakeTensor) and not of_module and local_of(source) is not None:
+        is_base = name_of(source).endswith("._base")  # of a view, which is what the model reads
+        if type(x) in (Tensor, FakeTensor) and not of_module and not is_base and local_of(source) is not None:
             found[x] = source
     return found
-
-
-def _may_have_rows(x: Tensor) -> bool:
-    return bool(x.ndim and x.shape[0]) and not x.requires_grad
 
 
 def _own(x: Tensor) -> Tensor:
@@ -97,39 +140,27 @@ def _own(x: Tensor) -> Tensor:
     return fake_inputs([x])[1][0]
 
 
-def _numbers_of_rows() -> list[Any]:
-    """Which numbers of rows a rank may have: the lengths of the user's tensors, 1 last, since 1 is also broadcast."""
-    found: dict[int, Any] = {}
-    for x in _users_tensors():
-        if _may_have_rows(x):
-            found.setdefault(x.shape[0], _own(x).shape[0])
-    if not found:
-        raise BatchNotSplit("no input of the model is a tensor with rows", legal="DDP over dp")
-    return [found[n] for n in sorted(found, key=lambda n: n == 1)]
-
-
-def _whole(gm: fx.GraphModule, inputs: Sequence[Any], rows: Any, degree: int) -> _Whole:
-    """The graph with `degree` times as many rows in all inputs that have `rows`, but those that cannot have more.
+def _whole(gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> _Whole:
+    """The graph with all ranks' rows in all inputs that have as many as the batch, but those that cannot have more.
 
     Raises:
-        BatchNotSplit: there is none.
+        NotTheBatch: there is none.
     """
     tensors = _users_tensors()
-    candidates = [x for x in tensors if _may_have_rows(x) and x.shape[0] == hint(rows)]
+    candidates = [x for x in tensors if batch.is_in(x)]
     failures: list[Exception] = []
     for chosen in itertools.islice(_most_first(candidates), _MOST_TRACES):
         try:
-            frame = traced_again(*_instead(tensors, chosen, degree))
+            frame = traced_again(*_instead(tensors, chosen, batch))
         except Exception as failure:
             failures.append(failure)
         else:
-            return _bound(this_frame(gm), frame, inputs, {name_of(tensors[x]) for x in chosen}, degree)
+            return _bound(this_frame(gm), frame, inputs, {name_of(tensors[x]) for x in chosen}, batch)
     names = ", ".join(name_of(tensors[x]) for x in candidates)
-    first = str(failures[0]).strip().splitlines()[0]
-    found = f"with {hint(rows) * degree} rows for {hint(rows)} in {names} the model does not run: {first}"
-    raise BatchNotSplit(found, legal="inputs with rows of the batch in their first dim, or DDP over dp") from failures[
-        0
-    ]
+    more = hint(batch.rows) * batch.degree
+    why = str(failures[0]).strip().splitlines()[0]
+    found = f"the model does not run with {more} for {hint(batch.rows)} in dim {batch.dim} of {names}: {why}"
+    raise NotTheBatch(found, legal="inputs with rows of the batch in their first dim, or DDP over dp") from failures[0]
 
 
 def _most_first(candidates: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
@@ -139,32 +170,22 @@ def _most_first(candidates: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _instead(
-    tensors: dict[Tensor, Any], chosen: Sequence[Tensor], degree: int
+    tensors: dict[Tensor, Any], chosen: Sequence[Tensor], batch: _Batch
 ) -> tuple[dict[Tensor, Tensor], set[str]]:
     """What stands for tensors with rows, and for those with symbols, which new code would not give them by itself."""
     found, arguments = {}, set()
     for x, source in tensors.items():
-        is_whole = any(x is y for y in chosen)
-        symbols = [dim for dim, size in enumerate(_own(x).shape) if isinstance(size, torch.SymInt)]
-        if is_whole or symbols:
-            new = _with_rows(x, x.shape[0] * (degree if is_whole else 1)).requires_grad_(x.requires_grad)
+        symbols = [dim for dim, size in enumerate(_own(x).shape) if _is_symbol(size)]
+        has_rows = any(x is y for y in chosen)
+        if has_rows or symbols:
+            found[x] = (batch if has_rows else replace(batch, dim=0, degree=1)).whole(x).requires_grad_(x.requires_grad)
             for dim in symbols:
-                torch._dynamo.maybe_mark_dynamic(new, dim)
-            found[x] = new
+                torch._dynamo.maybe_mark_dynamic(found[x], dim)
             arguments.add(str(local_of(source)))
     return found, arguments
 
 
-def _with_rows(x: Tensor, rows: Any) -> Tensor:
-    """An empty tensor with another number of rows, and its dims in the same order in memory."""
-    shape, strides, step = [rows, *x.shape[1:]], [0] * x.ndim, 1
-    for dim in sorted(range(x.ndim), key=lambda dim: (hint(x.stride(dim)), -dim)):
-        strides[dim] = step
-        step = step * shape[dim]
-    return x.new_empty_strided(shape, strides)
-
-
-def _bound(own: Frame, whole: Frame, inputs: Sequence[Any], with_rows: set[str], degree: int) -> _Whole:
+def _bound(own: Frame, whole: Frame, inputs: Sequence[Any], with_rows: set[str], batch: _Batch) -> _Whole:
     """The graph over all rows on the inputs of the graph over one rank's.
 
     Raises:
@@ -182,14 +203,14 @@ def _bound(own: Frame, whole: Frame, inputs: Sequence[Any], with_rows: set[str],
         given, example = inputs[places[source]], placeholders[source].meta["example_value"]
         if source in with_rows:
             node.meta[OWN] = own_value = _fixed(example)
-            given = _with_rows(own_value, own_value.shape[0] * degree)
-        elif source in {f"{name}.size()[0]" for name in with_rows}:
-            node.meta[OWN], given = given, given * degree
+            given = batch.whole(own_value)
+        elif source in {f"{name}.size()[{batch.dim}]" for name in with_rows}:
+            node.meta[OWN], given = given, given * batch.degree
         found.inputs.append(given)
         found.places.append(places[source])
     (output,) = whole.gm.graph.find_nodes(op="output")
     output.meta[OWN] = outputs[0]
-    _keep_guards(own, whole, found.inputs)
+    _keep_guards(whole, found.inputs)
     return found
 
 
@@ -217,7 +238,7 @@ def _fixed(example: Tensor) -> Tensor:
         return torch.empty_strided(shape, strides, dtype=example.dtype, device=example.device)
 
 
-def _keep_guards(own: Frame, whole: Frame, inputs: Sequence[Any]) -> None:
+def _keep_guards(whole: Frame, inputs: Sequence[Any]) -> None:
     """Let Dynamo check, of the sizes that it has symbols for, what the graph over all rows was traced for."""
     values: dict[Any, Any] = {}
     guards: set[Any] = set()

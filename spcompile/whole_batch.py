@@ -201,6 +201,7 @@ def _bound(own: Frame, whole: Frame, inputs: Sequence[Any], with_rows: set[str],
         if source not in places:
             raise _another_program([source])
         given, example = inputs[places[source]], placeholders[source].meta["example_value"]
+        node.meta["grapharg"] = placeholders[source].meta["grapharg"]  # what the caller passed, where that is read
         if source in with_rows:
             node.meta[OWN] = own_value = _fixed(example)
             given = batch.whole(own_value)

@@ -1,0 +1,1 @@
+"""Ulysses: rows are exchanged for heads before attention, and back behind it."""

@@ -27,12 +27,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from spcompile import sequence
-from spcompile.attention.ring import backward_bytes, forward_bytes, message_numbers
-from spcompile.passes.parallelize_attention import ulysses_attention
-from spcompile.traffic import traffic_of
-from spcompile.train import cores, join_processes, on_processes
-from spcompile.train_report import relative
+from spcompile.attention.ring.ring import backward_bytes, forward_bytes, message_numbers
+from spcompile.collectives.traffic import traffic_of
+from spcompile.command.train import cores, join_processes, on_processes
+from spcompile.command.train_report import relative
+from spcompile.machine import sequence
+from spcompile.passes.placement.parallelize_attention import ulysses_attention
 
 spx = torch.ops.spx
 

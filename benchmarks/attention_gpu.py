@@ -33,11 +33,11 @@ package = types.ModuleType("spcompile")  # without its __init__, which needs an 
 package.__path__ = [str(Path(__file__).resolve().parent.parent / "spcompile")]
 sys.modules.setdefault("spcompile", package)
 
-from spcompile.attention import naive  # noqa: E402
-from spcompile.attention.dropout import Dropout  # noqa: E402
-from spcompile.attention.mask import AttentionMask  # noqa: E402
-from spcompile.attention.provider import Rows, Scores  # noqa: E402
-from spcompile.attention.runs import Run, natural_runs  # noqa: E402
+from spcompile.attention.kernels import naive  # noqa: E402
+from spcompile.attention.scores.dropout import Dropout  # noqa: E402
+from spcompile.attention.scores.mask import AttentionMask  # noqa: E402
+from spcompile.attention.scores.provider import Rows, Scores  # noqa: E402
+from spcompile.attention.scores.runs import Run, natural_runs  # noqa: E402
 
 TOKENS = 32 * 1024  # of one call: batch times length
 LENGTHS = (2048, 4096, 8192, 16384, 32768)
@@ -72,7 +72,7 @@ class Shape:
 
 
 def ours(shape: Shape) -> tuple[Call, Call]:
-    from spcompile.attention.triton_provider import Triton
+    from spcompile.attention.kernels.triton.provider import Triton
 
     q, k, v, grad_out = shape.inputs()
     scores = Scores(AttentionMask(causal=shape.causal), shape.D**-0.5)
@@ -89,7 +89,7 @@ def ours(shape: Shape) -> tuple[Call, Call]:
 
 def ring_step(shape: Shape, hops: int) -> tuple[Call, Call]:
     """The same work as `ours` in hops of S / hops keys each."""
-    from spcompile.attention.triton_provider import Triton
+    from spcompile.attention.kernels.triton.provider import Triton
 
     q, k, v, grad_out = shape.inputs()
     scores = Scores(AttentionMask(causal=shape.causal), shape.D**-0.5)
@@ -201,7 +201,7 @@ def shapes() -> Iterator[Shape]:
 
 def check(dtype: torch.dtype, size: int, text: str, hops: int, **more: Any) -> dict[str, Any]:
     """Largest error of the kernels, relative to the largest number, against `naive` in float64, out and gradients."""
-    from spcompile.attention.triton_provider import Triton
+    from spcompile.attention.kernels.triton.provider import Triton
 
     torch.manual_seed(0)
     B, N, G, S = 2, 4, 2, 333

@@ -36,14 +36,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from spcompile import models
 from spcompile.backend import plain
-from spcompile.emit import Emission, emit
-from spcompile.mesh import MeshShape
+from spcompile.command.train import join_processes, on_processes
+from spcompile.machine.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.passes import PIPELINE
-from spcompile.passes.lower_collectives import axes_of, bind_axes
-from spcompile.pipeline import History
-from spcompile.program import build
-from spcompile.train import join_processes, on_processes
+from spcompile.passes.schedule.lower_collectives import axes_of, bind_axes
+from spcompile.program.build import build
+from spcompile.program.emit import Emission, emit
+from spcompile.program.pipeline import History
 
 WARM_RANKS = 2
 

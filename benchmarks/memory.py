@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import spcompile
-from spcompile.model_spec import build
+from spcompile.command.model_spec import build
 
 MIB = 2**20
 

@@ -30,13 +30,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
 import spcompile
-from spcompile.attention.drivers import WAIT
 from spcompile.backend import PROGRAMS
-from spcompile.cost import cost_model
+from spcompile.collectives.point_to_point import WAIT
+from spcompile.command.train import cores, join_processes, on_processes
+from spcompile.command.train_report import relative
 from spcompile.models import build
-from spcompile.timeline import Prediction, predict
-from spcompile.train import cores, join_processes, on_processes
-from spcompile.train_report import relative
+from spcompile.schedule.cost import cost_model
+from spcompile.schedule.timeline import Prediction, predict
 
 TOLERANCE = 1e-5
 WAITS = {"_c10d_functional::wait_tensor", WAIT}

@@ -22,10 +22,10 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from spcompile.command.train import cores, join_processes, on_processes
+from spcompile.command.train_report import relative
 from spcompile.models import build
-from spcompile.saved_bytes import saved_activation_bytes
-from spcompile.train import cores, join_processes, on_processes
-from spcompile.train_report import relative
+from spcompile.schedule.saved_bytes import saved_activation_bytes
 
 RANKS = 2
 STRATEGIES = ("ring", "ulysses")

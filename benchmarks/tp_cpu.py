@@ -41,9 +41,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 import spcompile
-from spcompile.traffic import traffic_of
-from spcompile.train import cores, join_processes, on_processes
-from spcompile.train_report import relative
+from spcompile.collectives.traffic import traffic_of
+from spcompile.command.train import cores, join_processes, on_processes
+from spcompile.command.train_report import relative
 
 RANKS = 2
 WARM_UP = 2  # steps

@@ -12,29 +12,28 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from spcompile import program_cache
-from spcompile.agreement import Agreement
-from spcompile.autocast import autocast_off
-from spcompile.capture import graph_break_of
+from spcompile.capture.autocast import autocast_off
+from spcompile.capture.capture import refuse_graph_break
+from spcompile.capture.dynamo_settings import ignore_library_logging
+from spcompile.capture.local_inputs import on_local_parts, over_local_parts
+from spcompile.capture.module_buffer import relied_on, watched
 from spcompile.collectives import gathers_on_gloo
-from spcompile.diagnostics import GraphBreak
-from spcompile.dump import Dump
-from spcompile.dynamo_settings import ignore_library_logging
-from spcompile.emit import Emission, callable_of, emit
-from spcompile.local_inputs import on_local_parts, over_local_parts
-from spcompile.mesh import RuntimeMesh, runtime_mesh
-from spcompile.module_buffer import relied_on, watched
-from spcompile.one_device import recognise
+from spcompile.graph.axes import axes_of, bind_axes
+from spcompile.graph.printer import format_graph
+from spcompile.machine.mesh import RuntimeMesh, runtime_mesh
 from spcompile.options import Options
-from spcompile.outputs import restore_outputs
 from spcompile.passes import PIPELINE
-from spcompile.passes.lower_collectives import axes_of, bind_axes
-from spcompile.pipeline import History
-from spcompile.printer import format_graph
-from spcompile.program import LocalProgram, Output, build
-from spcompile.program_cache import Finished
+from spcompile.program import program_cache
+from spcompile.program.agreement import Agreement
+from spcompile.program.build import LocalProgram, Output, build
+from spcompile.program.dump import Dump
+from spcompile.program.emit import Emission, callable_of, emit
+from spcompile.program.one_device import recognise
+from spcompile.program.outputs import restore_outputs
+from spcompile.program.pipeline import History
+from spcompile.program.program_cache import Finished
+from spcompile.program.whole_batch import over_whole_batch
 from spcompile.torch_private import aot_autograd, compile_fx
-from spcompile.whole_batch import over_whole_batch
 
 log = logging.getLogger(__name__)
 ignore_library_logging()  # torch.compile(..., backend="spcompile") imports this module before it traces
@@ -218,13 +217,3 @@ def _signature(inputs: Sequence[Any], options: Options) -> str:
 
 def _device_type(inputs: Sequence[Any]) -> str:
     return next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
-
-
-def refuse_graph_break(gm: fx.GraphModule) -> None:
-    """Dynamo says on each part of a broken model why it ended; sharding one part alone would be a guess."""
-    reason = graph_break_of(gm)
-    if reason is None:
-        return
-    frame = reason.user_stack[-1] if reason.user_stack else None
-    where = f"{frame.filename}:{frame.lineno} in {frame.name}\n      {frame.line}" if frame is not None else None
-    raise GraphBreak(f"Dynamo broke it: {reason.reason}", where=where, legal="a model that traces with fullgraph=True")

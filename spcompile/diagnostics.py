@@ -7,12 +7,15 @@ have expected something else; under `strict=True` it becomes an error. docs/erro
 from __future__ import annotations
 
 import functools
+import os
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import torch.fx as fx
+
+PACKAGE_FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from spcompile.options import Options
-    from spcompile.pipeline import Snapshot
-    from spcompile.plan import AttentionRow, PassRow, Plan, Sharding
-    from spcompile.program import LocalProgram
-    from spcompile.trace import Traced
+    from spcompile.program.build import LocalProgram
+    from spcompile.program.pipeline import Snapshot
+    from spcompile.program.trace import Traced
+    from spcompile.report.plan import AttentionRow, PassRow, Plan, Sharding
 
 LARGEST = 10  # tensors in the report
 
@@ -36,11 +36,11 @@ def explain(
     Raises:
         SpcompileError: an illegal option or mesh, a model that is not one graph, a remark under strict.
     """
-    from spcompile.meta_device import off_meta
+    from spcompile.capture.meta_device import off_meta
     from spcompile.options import Options
     from spcompile.passes import PIPELINE
-    from spcompile.trace import compile_for, mesh_shape, through_dynamo
-    from spcompile.whole_batch import over_whole_batch
+    from spcompile.program.trace import compile_for, mesh_shape, through_dynamo
+    from spcompile.program.whole_batch import over_whole_batch
 
     shape, chosen = mesh_shape(mesh), Options.parse(options)
     plans: list[Plan] = []
@@ -59,7 +59,7 @@ def _remark_weight_memory(model: nn.Module, program: LocalProgram, inputs: Seque
     """Drop-in use of tp splits the work on the weights, not the weights that a rank holds: say what that costs."""
     from torch.distributed.tensor import DTensor
 
-    from spcompile.weight_plan import PLANNED, split_over_tp, weight_plan
+    from spcompile.parameters.weight_plan import PLANNED, split_over_tp, weight_plan
 
     snapshot = next((s for s in program.history.snapshots if s.name == PLANNED), None)
     if snapshot is None or snapshot.gm is None or any(isinstance(p, DTensor) for p in model.parameters()):
@@ -79,12 +79,12 @@ def _remark_weight_memory(model: nn.Module, program: LocalProgram, inputs: Seque
 
 
 def _plan(model: nn.Module, traced: Traced, options: Options, trained: Sequence[bool]) -> Plan:
-    from spcompile.communication import communication
-    from spcompile.cost import cost_model
-    from spcompile.memory import largest_tensors, memory_of
-    from spcompile.plan import Plan
-    from spcompile.timeline import predict
-    from spcompile.trace import on_one_device
+    from spcompile.program.trace import on_one_device
+    from spcompile.report.plan import Plan
+    from spcompile.schedule.communication import communication
+    from spcompile.schedule.cost import cost_model
+    from spcompile.schedule.memory import largest_tensors, memory_of
+    from spcompile.schedule.timeline import predict
 
     program = traced.program
     final = traced.sharded.graphs
@@ -109,7 +109,7 @@ def _plan(model: nn.Module, traced: Traced, options: Options, trained: Sequence[
 def _history(program: LocalProgram) -> tuple[dict[str, str], list[PassRow]]:
     """Texts by name and passes in order. What ran on the backward graph alone has its name with "(backward)"."""
     from spcompile.passes_api import Stage
-    from spcompile.plan import PassRow
+    from spcompile.report.plan import PassRow
 
     graphs: dict[str, str] = {}
     rows: list[PassRow] = []
@@ -139,12 +139,12 @@ def _sharding(program: LocalProgram) -> Sharding:
     """An op runs on shards if it chose a factor, of cp or, on a mesh without cp, of tp."""
     import torch
 
-    from spcompile.layout import layout_of
-    from spcompile.plan import Sharding
-    from spcompile.propagate import SCORES, UNREAD_ATTENTION
-    from spcompile.reshard import is_reshard
-    from spcompile.sequence import local_length
-    from spcompile.sizes import expression
+    from spcompile.graph.reshard import is_reshard
+    from spcompile.graph.sizes import expression
+    from spcompile.machine.sequence import local_length
+    from spcompile.report.plan import Sharding
+    from spcompile.sharding.layout import layout_of
+    from spcompile.sharding.propagate import SCORES, UNREAD_ATTENTION
 
     parallel = program.ctx.mesh.size("cp") > 1
     graph = _whole(program) if parallel else _last_global(program)
@@ -182,8 +182,8 @@ def _whole(program: LocalProgram) -> fx.Graph:
 def _attention(program: LocalProgram) -> list[AttentionRow]:
     import torch
 
-    from spcompile.plan import AttentionRow
-    from spcompile.sizes import hint
+    from spcompile.graph.sizes import hint
+    from spcompile.report.plan import AttentionRow
 
     parallel = program.ctx.mesh.world_size > 1
     kinds: Counter[tuple[str, int, int, str, str]] = Counter()
@@ -196,7 +196,7 @@ def _attention(program: LocalProgram) -> list[AttentionRow]:
 
 def _scores(node: fx.Node) -> str:
     """What an attention does to scores beside its mask."""
-    from spcompile.collectives import call_arguments
+    from spcompile.sharding.rules.collectives import call_arguments
 
     named = call_arguments(node.target, node.args, node.kwargs)[1]  # type: ignore[arg-type]
     found = {

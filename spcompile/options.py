@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from spcompile.accelerators import ACCELERATORS
 from spcompile.diagnostics import IllegalOption, UnknownOption
-from spcompile.links import LINKS
-from spcompile.mesh import AXES
+from spcompile.machine.accelerators import ACCELERATORS
+from spcompile.machine.links import LINKS
+from spcompile.machine.mesh import AXES
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

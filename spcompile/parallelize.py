@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
-    from spcompile.mesh import MeshShape
+    from spcompile.machine.mesh import MeshShape
     from spcompile.options import Options
-    from spcompile.program import LocalProgram
+    from spcompile.program.build import LocalProgram
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +57,10 @@ def parallelize(
     from torch.distributed.device_mesh import DeviceMesh
 
     from spcompile.diagnostics import IllegalMesh
-    from spcompile.materialize import construct, constructor_of, is_on_meta, load, shard_real
     from spcompile.options import Options
-    from spcompile.trace import mesh_shape
-    from spcompile.weight_plan import weight_plan
+    from spcompile.parameters.materialize import construct, constructor_of, is_on_meta, load, shard_real
+    from spcompile.parameters.weight_plan import weight_plan
+    from spcompile.program.trace import mesh_shape
 
     if not isinstance(mesh, DeviceMesh):
         raise IllegalMesh(f"mesh={mesh!r}", legal="a DeviceMesh with named axes")
@@ -124,13 +124,13 @@ def _split_over_tp(
 
     import torch
 
-    from spcompile.materialize import is_on_meta
-    from spcompile.meta_device import off_meta
+    from spcompile.capture.meta_device import off_meta
+    from spcompile.parameters.materialize import is_on_meta
+    from spcompile.parameters.weight_plan import PLANNED, split_over_tp
     from spcompile.passes import PIPELINE
-    from spcompile.program import build
-    from spcompile.trace import through_dynamo
-    from spcompile.weight_plan import PLANNED, split_over_tp
-    from spcompile.whole_batch import over_whole_batch
+    from spcompile.program.build import build
+    from spcompile.program.trace import through_dynamo
+    from spcompile.program.whole_batch import over_whole_batch
 
     passes = PIPELINE[: [p.name for p in PIPELINE].index(PLANNED) + 1]
     known = {p.name for p in passes}

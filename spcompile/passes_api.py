@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch.fx as fx
 
     from spcompile.diagnostics import Remarks
-    from spcompile.mesh import MeshShape
+    from spcompile.machine.mesh import MeshShape
     from spcompile.options import Options
 
 
@@ -48,7 +48,7 @@ class PassReport:
 class Example:
     """A program of a few lines on which a pass does its work; golden text, numerics and docs come from it.
 
-    The passes that stand before this one in the pipeline run first (`spcompile.example_runs`).
+    The passes that stand before this one in the pipeline run first (`spcompile.report.example_runs`).
     function: plain tensor code; inputs: makes its float64 and int inputs, afresh at each call.
     mesh: axis sizes for the printed text; numerics run on other sizes too. options: of the backend. fields: of the
     pass, where its defaults leave so small a program alone.
@@ -102,7 +102,7 @@ class RewritePass(Pass):
 
 def op_counts(graph: fx.Graph) -> Counter[str]:
     """How often each op occurs."""
-    from spcompile.printer import op_name
+    from spcompile.graph.printer import op_name
 
     return Counter(op_name(n) for n in graph.nodes if n.op == "call_function")
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
-    from spcompile.verify_report import Report
+    from spcompile.report.verify_report import Report
 
 
 def verify(
@@ -35,7 +35,7 @@ def verify(
     """
     from spcompile.options import Options
     from spcompile.passes import PIPELINE
-    from spcompile.trace import mesh_shape
-    from spcompile.trial import compare
+    from spcompile.program.trace import mesh_shape
+    from spcompile.report.compare import compare
 
     return compare(model, example_inputs, mesh_shape(mesh), Options.parse(options), PIPELINE, tolerance)

@@ -6,111 +6,74 @@ import ast
 import re
 from pathlib import Path
 
+import networkx
 import pytest
 
+from spcompile.report.structure import folder_of, imports, inside, modules, reached
+
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"spcompile": ROOT / "spcompile", "spcompile.passes": ROOT / "passes", "spcompile.models": ROOT / "models"}
+ALL = modules()
 MAX_LINES = 400
 
-# spcompile/ from low to high: a module imports only from its own row and the rows above it. A folder counts as one.
-LAYERS = (
-    # errors, graphs, sizes: know torch only
-    "diagnostics custom_functions dynamo_settings einsum graph sequence sizes torch_private",
-    "normalizers splice saved_bytes traffic frames",
-    "flex_attention vmapped",
-    # meshes, dims, ops that communicate, attention
-    "accelerators autocast mesh links options spaces capture attention module_buffer rows_without_keys collectives",
-    "rank_parts pipelined_products",
-    "printer rules states symbolic_mask agreement simulate communication memory verify_report",
-    "cost timeline list_schedule keep_order product_sites exposure",
-    "passes_api index_spaces attention_specs meta_device plan plan_html",
-    # where the axes go
-    "propagate verifier",
-    "global_view",
-    "layout reshard pipeline",
-    "cut lowering dump rows row_blocks",
-    "resharding tensor_parallel program",
-    "one_device",
-    # the whole machine
-    "outputs local_inputs whole_batch recompute emit program_cache",
-    "weight_plan sharded_modules streamed_init checkpoints materialize",
-    "backend example_runs",
-    "trace docs",
-    "trial bisect",
-    "explain parallelize verify",
-    # what a user starts
-    "model_spec train_report",
-    "train_progress",
-    "train",
-    "cli",
+# From low to high: a folder imports only from itself and from those before it.
+FOLDERS = (
+    "machine",
+    "graph",
+    "collectives",
+    "attention.scores",
+    "attention.kernels.triton",
+    "attention.kernels",
+    "attention.ring",
+    "attention.ulysses",
+    "attention",
+    "capture",
+    "recognition.masks",
+    "recognition",
+    "check",
+    "sharding.rules",
+    "sharding",
+    "schedule",
+    "parameters",
+    "passes.meaning",
+    "passes.placement",
+    "passes.schedule",
+    "passes",
+    "program",
+    "report",
+    "command",
 )
-SEES_PASSES = {"backend", "explain", "parallelize", "verify", "docs", "cli"}  # modules that import spcompile.passes
-NOT_FOR_PASSES = {"backend", "emit", "cli", "train"}  # what a pass must not know
+SEE_PASSES = {"", "report", "command"}  # what chooses the pipeline; "" is the root, which users import
 
 
-def modules(package: str) -> dict[str, Path]:
-    """Dotted name -> file, for every module of one of FOLDERS."""
-    folder = FOLDERS[package]
-    found = {}
-    for file in sorted(folder.rglob("*.py")):
-        parts = file.relative_to(folder).with_suffix("").parts
-        found[".".join([package, *(part for part in parts if part != "__init__")])] = file
-    return found
-
-
-MODULES = {package: modules(package) for package in FOLDERS}
-ALL = {name: file for part in MODULES.values() for name, file in part.items()}
-
-
-def imports(name: str) -> set[str]:
-    """Every module that `name` imports anywhere in its file, by its absolute name."""
-    file = ALL[name]
-    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            names = {f"{base}.{alias.name}" for alias in node.names}
-            found |= {full if full in ALL else base for full in names}
-    return found
-
-
-def part_of(name: str) -> str:
-    """`rules` for spcompile.rules.base, `backend` for spcompile.backend, nothing for spcompile itself."""
-    return name.split(".")[1] if "." in name else ""
-
-
-def test_every_module_of_spcompile_has_a_layer() -> None:
-    known = {part for row in LAYERS for part in row.split()}
-    missing = {part_of(name) for name in MODULES["spcompile"]} - known - {""}
-    assert not missing, f"add to LAYERS: {sorted(missing)}"
-
-
-@pytest.mark.parametrize("name", [name for name in MODULES["spcompile"] if part_of(name)])
+@pytest.mark.parametrize("name", [name for name in ALL if folder_of(name) and folder_of(name) != "models"])
 def test_imports_point_down(name: str) -> None:
-    height = {part: row for row, parts in enumerate(LAYERS) for part in parts.split()}
-    inside = {part_of(other) for other in imports(name) if other.partition(".")[0] == "spcompile"}
-    upward = sorted(part for part in inside if height.get(part, -1) > height[part_of(name)])
+    height = {folder: at for at, folder in enumerate(FOLDERS)}
+    upward = sorted(other for other in reached(name) if height[folder_of(other)] > height[folder_of(name)])
     assert not upward, f"{name} imports {', '.join(upward)}, which stand above it"
 
 
-@pytest.mark.parametrize("name", MODULES["spcompile"])
-def test_the_engine_knows_no_model_and_few_of_its_modules_know_the_passes(name: str) -> None:
-    parts = {part_of(other) for other in imports(name) if other.partition(".")[0] == "spcompile"}
+def test_no_module_imports_itself_in_a_circle() -> None:
+    imports_of = networkx.DiGraph({name: inside(name) for name in ALL})
+    assert not [circle for circle in networkx.strongly_connected_components(imports_of) if len(circle) > 1]
+
+
+def test_every_folder_stands_in_the_list_and_says_what_it_is() -> None:
+    packages = {folder_of(name): file for name, file in ALL.items() if file.name == "__init__.py"}
+    assert set(packages) - {"", "models"} == set(FOLDERS)
+    for folder, file in packages.items():
+        assert ast.get_docstring(ast.parse(file.read_text())), folder
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in ALL if not name.startswith(("spcompile.passes", "spcompile.models"))]
+)
+def test_the_engine_knows_no_model_and_little_of_it_knows_the_passes(name: str) -> None:
+    parts = {folder_of(other).partition(".")[0] for other in inside(name)}
     assert "models" not in parts
-    assert "passes" not in parts or part_of(name) in SEES_PASSES
+    assert "passes" not in parts or folder_of(name) in SEE_PASSES
 
 
-@pytest.mark.parametrize("name", MODULES["spcompile.passes"])
-def test_passes_do_not_know_who_runs_them(name: str) -> None:
-    inside = {other for other in imports(name) if other.partition(".")[0] == "spcompile"}
-    assert not {part_of(other) for other in inside} & NOT_FOR_PASSES
-
-
-@pytest.mark.parametrize("name", MODULES["spcompile.models"])
+@pytest.mark.parametrize("name", [name for name in ALL if name.startswith("spcompile.models")])
 def test_models_need_torch_only(name: str) -> None:
     import sys
 

@@ -8,8 +8,8 @@ import pytest
 from torch.distributed.device_mesh import DeviceMesh
 
 from spcompile.diagnostics import IllegalMesh, IllegalOption, NoProcessGroup, UnknownOption
-from spcompile.links import link_of
-from spcompile.mesh import MeshShape, axis_part, inner_part, outer_part, runtime_mesh, whole_axis
+from spcompile.machine.links import link_of
+from spcompile.machine.mesh import MeshShape, axis_part, inner_part, outer_part, runtime_mesh, whole_axis
 from spcompile.options import Options
 
 

@@ -22,13 +22,13 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from spcompile.attention.heads import HeadSplit
-from spcompile.attention.mask import AttentionMask
-from spcompile.attention.ring import Ring, backward_bytes, forward_bytes, message_numbers
-from spcompile.attention.runs import Run, natural_runs
+from spcompile.attention.ring.ring import Ring, backward_bytes, forward_bytes, message_numbers
+from spcompile.attention.scores.mask import AttentionMask
+from spcompile.attention.scores.runs import Run, natural_runs
 from spcompile.attention.strategy import Strategy
-from spcompile.links import Link
-from spcompile.sequence import local_length
+from spcompile.attention.ulysses.heads import HeadSplit
+from spcompile.machine.links import Link
+from spcompile.machine.sequence import local_length
 
 RING_RATE = 0.75
 BACKWARD = 2.5

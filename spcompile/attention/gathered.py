@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from spcompile.attention.exchanges import Exchanges
-from spcompile.attention.head_parallel import head_parallel_attention
 from spcompile.attention.op import DEFAULTS
 from spcompile.attention.strategy import Strategy
-from spcompile.graph import operand
-from spcompile.splice import splice
+from spcompile.attention.ulysses.exchanges import Exchanges
+from spcompile.attention.ulysses.head_parallel import head_parallel_attention
+from spcompile.graph.edit import operand
+from spcompile.graph.splice import splice
 
 spx = torch.ops.spx
 _REQUIRED = 6  # arguments of spx.attention between the positions and the optional ones

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spcompile.attention import blocks, carry
-from spcompile.attention.drivers import drive, simulate
-from spcompile.attention.dropout import Dropout
-from spcompile.attention.mask import AttentionMask
-from spcompile.attention.naive import accumulation_dtype
-from spcompile.attention.provider import Rows, Scores
-from spcompile.attention.ring import Requests, Ring, ring_backward, ring_forward
-from spcompile.attention.runs import Run, natural_runs, runs_of
+from spcompile.attention.kernels import blocks, carry
+from spcompile.attention.kernels.naive import accumulation_dtype
+from spcompile.attention.ring.ring import Ring, ring_backward, ring_forward
+from spcompile.attention.scores.dropout import Dropout
+from spcompile.attention.scores.mask import AttentionMask
+from spcompile.attention.scores.provider import Rows, Scores
+from spcompile.attention.scores.runs import Run, natural_runs, runs_of
+from spcompile.collectives.point_to_point import Requests, drive, simulate
 from spcompile.diagnostics import RanksDisagree
 from spcompile.torch_private import resolve_process_group
 

@@ -1,4 +1,4 @@
-"""The collectives of the namespace `spx`: one file each, all in COLLECTIVES."""
+"""Ops that communicate, with dual, bytes and meaning for all ranks: one file each, all in COLLECTIVES."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from spcompile.collectives.base import (
     GRADIENT,
     Call,
     Collective,
-    axis_argument,
     call_arguments,
     is_start,
 )
@@ -35,7 +34,6 @@ __all__ = [
     "VARY",
     "Call",
     "Collective",
-    "axis_argument",
     "call_arguments",
     "erase_identities",
     "gathers_on_gloo",

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from spcompile import sequence
 from spcompile.collectives.base import Call, Size, define, packed, wait, with_size
 from spcompile.collectives.gather_on_gloo import gather_start
+from spcompile.machine import sequence
 
 SCHEMA = "all_gather(Tensor x, int dim, SymInt length, str axis, int degree, str order, str to) -> Tensor"
 

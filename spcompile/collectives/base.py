@@ -11,7 +11,7 @@ A collective takes state `src` to state `dst`. Its dual, which autograd runs, ta
 wrong dual is a right loss with wrong gradients: the tests check each by the adjoint identity <y, A x> = <A' y, x>.
 
 In compiler graphs the argument `axis` is a mesh axis. Before a graph runs on real processes it is replaced by the c10d
-name of this rank's group along the axis (`spcompile.passes.lower_collectives.bind_axes`).
+name of this rank's group along the axis (`spcompile.graph.axes.bind_axes`).
 """
 
 from __future__ import annotations
@@ -128,14 +128,6 @@ def call_arguments(
             values[argument.name] = argument.default_value
     first, *rest = names
     return values[first], {name: values[name] for name in rest}
-
-
-def axis_argument(target: Any) -> int | None:
-    """Where in its schema an op names its mesh axis or process group; None for an op that does not communicate."""
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("spx", "_c10d_functional"):
-        return None
-    names = [argument.name for argument in target._schema.arguments]
-    return next((names.index(name) for name in ("axis", "group_name") if name in names), None)
 
 
 def is_start(target: Any) -> bool:

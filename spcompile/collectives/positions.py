@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spcompile import sequence
 from spcompile.collectives.base import _LIBRARY, rank_in
+from spcompile.machine import sequence
 
 _LIBRARY.define(
     "positions(SymInt length, str axis, int degree, str order, *, Device device) -> Tensor",

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from worker_pool import WorkerPool
 
 from spcompile.backend import PROGRAMS
-from spcompile.pipelined_products import PIPELINED, all_gather_matmul, matmul_reduce_scatter
+from spcompile.collectives.pipelined_products import PIPELINED, all_gather_matmul, matmul_reduce_scatter
 
 PoolOf = Callable[[int], WorkerPool]
 

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 from worker_pool import WorkerPool
 
 import spcompile
-from spcompile import program_cache
 from spcompile.backend import PROGRAMS
+from spcompile.program import program_cache
 
 PoolOf = Callable[[int], WorkerPool]
 

@@ -1,0 +1,1 @@
+"""What the graph means: attention, masks, softmax, losses and dropout get names."""

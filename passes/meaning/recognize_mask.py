@@ -1,0 +1,395 @@
+"""recognize-mask: dense attention masks are read back as causal, window, chunk, documents, key padding, prefix.
+
+A model that builds its mask by index arithmetic holds a [B, 1, S, T] tensor; at 128k positions that is 16 GiB a row.
+This pass reads one element of it as a formula over (b, q, k) and writes the formula as the attention's `mask` and a few
+vectors. ALiBi, a slope for each head times the distance of key and query, becomes the slopes. Terms that cannot be read
+stay in a smaller dense bias.
+
+Rows without any key: scaled_dot_product_attention gives zeros there for bool masks and for -inf (checked with torch
+2.13, all dtypes, math and flash kernels, forward and gradients), and so does spx.attention. A *finite* fill such as
+finfo.min gives such rows the mean of all values instead. Where every row provably has a key, the filled keys get
+weight exp(-1e8) = 0 either way; elsewhere the mean is put into those rows
+(`spcompile/recognition/masks/rows_without_keys.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import sympy
+import torch
+import torch.fx as fx
+from sympy.logic.boolalg import Boolean
+from torch import Tensor
+
+from spcompile.attention.scores.mask import AttentionMask
+from spcompile.capture.flex_attention import refuse
+from spcompile.graph.edit import argument, call, erase_dead, replace, shape_of
+from spcompile.graph.splice import splice
+from spcompile.passes_api import Context, Example, Pass, Stage
+from spcompile.recognition.build import AVERAGED, OF_ROWS_WITHOUT_KEYS
+from spcompile.recognition.masks.alibi import Linear, read_linear, slopes_of, sum_of, write_slopes
+from spcompile.recognition.masks.finite import is_finite
+from spcompile.recognition.masks.match import B, H, K, Q, Structure, Unmatched, clauses, every_row_has_a_key, match
+from spcompile.recognition.masks.parts import Part, Reading, Role, full_bias, join, parts_of, read_part
+from spcompile.recognition.masks.reader import Reader
+from spcompile.recognition.masks.rows_without_keys import (
+    LOWEST,
+    absorbs,
+    as_documents,
+    both_documents,
+    marked_as_documents,
+    rows_of_one_number,
+    with_uniform_rows,
+)
+from spcompile.recognition.masks.values import Element, Int, Unreadable
+from spcompile.recognition.masks.vectors import Unwritable, VectorWriter
+from spcompile.recognition.masks.views import IndexSpace, Indices, sizes_of
+
+aten = torch.ops.aten
+
+# Arguments of spx.attention by place.
+Q_, K_, Q_DOCUMENTS, K_DOCUMENTS, KEY_VALID, BIAS, MASK, SLOPES, SINKS, SOFTCAP = 0, 1, 5, 6, 7, 8, 9, 11, 12, 14
+_ABSORBED = str(AttentionMask(documents=True, rounded_by=LOWEST))
+MORE = (None, None, None, 0.0, 0.0)  # the arguments from SLOPES on where they are left out
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A bias, taken apart: what is now structure, and what stays dense and why."""
+
+    structure: Structure
+    taken: tuple[Part, ...]
+    dense: tuple[tuple[Part, str, fx.Node], ...]  # (part, why, the node to point at)
+    slopes: dict[fx.Node | None, float]
+    is_uniform: bool  # whether rows without keys average all values
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """New arguments of an attention."""
+
+    mask: str
+    q_documents: fx.Node | None
+    k_documents: fx.Node | None
+    key_valid: fx.Node | None
+    bias: fx.Node | None
+    slopes: fx.Node | None
+    is_uniform: bool
+
+
+@dataclass(frozen=True)
+class RecognizeMask(Pass):
+    """Masks built by index arithmetic become AttentionMask; dense tensors disappear."""
+
+    name: ClassVar[str] = "recognize-mask"
+    stage: ClassVar[Stage] = Stage.GLOBAL
+    after: ClassVar[frozenset[str]] = frozenset({"recognize-attention"})
+    summary: ClassVar[str] = "reads dense masks back as causal, window, chunk, documents, key padding, prefix"
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        """Rewrite every attention whose bias holds a mask."""
+        done: dict[tuple[Any, ...], _Operands | None] = {}
+        rewrites = 0
+        for node in list(gm.graph.find_nodes(op="call_function", target=torch.ops.spx.attention.default)):
+            bias = node.args[BIAS]
+            if bias is None or not (node.args[MASK] == "full" or _is_of_rows_without_keys(node)):
+                continue
+            traits = _traits(node)
+            key = (
+                bias,
+                node.args[MASK],
+                node.args[Q_DOCUMENTS],
+                *traits,
+                *(sizes_of(node.args[i])[d] for i in (Q_, K_) for d in (0, 2)),
+            )
+            if key not in done:
+                done[key] = _recognize(node, bias, ctx)
+            new = done[key]
+            if new is not None:
+                node.args = _with(new, node.args)
+                if new.is_uniform:
+                    _average_rows_without_keys(node)
+                rewrites += 1
+        rewrites += _average_rows_of_one_number(gm.graph)
+        if rewrites:
+            erase_dead(gm)
+        return rewrites
+
+
+def _with(new: _Operands, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of an attention with new ones in their places."""
+    head, scale, more = args[:Q_DOCUMENTS], args[MASK + 1], args[SLOPES:]
+    if new.slopes is not None:
+        more = (new.slopes, *(more or MORE)[1:])
+    return (*head, new.q_documents, new.k_documents, new.key_valid, new.bias, new.mask, scale, *more)
+
+
+def _traits(node: fx.Node) -> tuple[bool, bool]:
+    """Whether the attention has sinks, and a softcap."""
+    return argument(node, SINKS, "sinks") is not None, argument(node, SOFTCAP, "softcap", 0.0) != 0
+
+
+def _average_rows_without_keys(node: fx.Node, marks: fx.Node | None = None) -> None:
+    """marks: -inf in these rows, [B, N, S]; by default the log-sum-exp."""
+    if argument(node, SOFTCAP, "softcap", 0.0) != 0:
+        return _add_rows_without_keys(node, marks)
+    (out,) = (user for user in node.users if user.target is operator.getitem and user.args[1] == 0)
+    before = call(node.graph, operator.getitem, (node, 0), like=out)
+    marks = marks or call(node.graph, operator.getitem, (node, 1), like=out)
+    q, k, v, scale = *node.args[:3], node.args[MASK + 1]
+    replace(out, splice(with_uniform_rows, (before, marks, q, k, v, scale, True), like=out))
+
+
+def _add_rows_without_keys(node: fx.Node, marks: fx.Node | None) -> None:
+    """Under a softcap: by a second attention, of these rows alone."""
+    (out,) = (user for user in node.users if user.target is operator.getitem and user.args[1] == 0)
+    q, k, v, mask, scale, more = *node.args[:3], node.args[MASK], node.args[MASK + 1], node.args[SLOPES:]
+    if marks is None:
+        documents = splice(as_documents, (mask, node.args[KEY_VALID], q, k), like=out)
+    else:
+        documents = splice(marked_as_documents, (marks, q, k), like=out)
+    args = (q, k, v, None, None, *documents, None, None, _ABSORBED, scale, None, None, *more[2:])
+    second = call(node.graph, torch.ops.spx.attention.default, args, like=node, before=out)
+    of_these = call(node.graph, operator.getitem, (second, 0), like=out)
+    before = call(node.graph, operator.getitem, (node, 0), like=out)
+    replace(out, call(node.graph, aten.add.Tensor, (before, of_these), like=out))
+
+
+def _average_rows_of_one_number(graph: fx.Graph) -> int:
+    """Average all values where a dense bias of unknown numbers has a row of one large negative number, as min is.
+
+    So does the plain model. The gradient of such a row is that of the formula. What scaled_dot_product_attention gives
+    comes of a log-sum-exp that has lost the number of keys.
+    """
+    found: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+    rewrites = 0
+    for node in graph.find_nodes(op="call_function", target=torch.ops.spx.attention.default):
+        bias, custom = node.args[BIAS], node.meta.get("custom", {})
+        has_sinks, has_softcap = _traits(node)
+        if bias is None or node.args[MASK] != "full" or has_sinks or AVERAGED in custom:
+            continue
+        if has_softcap and sizes_of(bias)[1] != 1:
+            continue
+        if not bias.meta["val"].dtype.is_floating_point or _has_no_fill(bias):
+            continue
+        if bias not in found:
+            found[bias] = splice(rows_of_one_number, (bias,), like=node)
+        node.args = (*node.args[:BIAS], found[bias][0], *node.args[BIAS + 1 :])
+        node.meta["custom"] = {**custom, AVERAGED: True}
+        _average_rows_without_keys(node, found[bias][1])
+        rewrites += 1
+    return rewrites
+
+
+def _has_no_fill(bias: fx.Node) -> bool:
+    """Whether no number of the bias is a finite one that stands for a masked key."""
+    parts = parts_of(bias)
+    return all(part.role is not Role.ADD or is_finite(part.node) for part in parts)
+
+
+def _recognize(node: fx.Node, bias: fx.Node, ctx: Context) -> _Operands | None:
+    q: Any = node.args[Q_]
+    k: Any = node.args[K_]
+    if _is_mutated(bias):
+        ctx.remarks.add("SPR201", "the mask is written to in place", bias)
+        return None
+    space = IndexSpace()
+    sizes = (sizes_of(q)[0], sizes_of(q)[1], sizes_of(q)[2], sizes_of(k)[2])
+    indices = tuple(space.add(symbol.name, size) for symbol, size in zip((B, H, Q, K), sizes, strict=True))
+    reader = Reader(space)
+    split = _split(parts_of(bias), reader, indices, sizes, _traits(node))
+    new = _write(split, reader, node, bias) if split.taken else None
+    for part, why, where in split.dense if new is not None or not split.taken else ():
+        _remark(ctx, part, why, where)
+    if split.taken and new is None:
+        ctx.remarks.add("SPR201", f"no vector of the graph holds what {split.structure.mask} needs", bias)
+    return new
+
+
+def _split(
+    parts: list[Part], reader: Reader, indices: Indices, sizes: tuple[Int, ...], traits: tuple[bool, bool]
+) -> _Split:
+    has_sinks, has_softcap = traits
+    readings: dict[Part, Reading] = {}
+    linear: dict[Part, Linear] = {}
+    dense: list[tuple[Part, str, fx.Node]] = []
+    for part in parts:
+        try:
+            readings[part] = read_part(part, reader, indices)
+        except Unreadable as stop:
+            stopped_at = stop.node or part.node
+            try:
+                linear[part] = read_linear(part.node, reader, indices)
+            except Unreadable:
+                dense.append((part, f"{stopped_at.target} has no symbolic form", stopped_at))
+    where: fx.Node | None
+    while True:
+        total = sympy.And(*(reading.condition for reading in readings.values()))
+        try:
+            structure = match(total, reader)
+        except Unmatched as stop:
+            refused = [p for p, r in readings.items() if stop.clause in clauses(r.condition)] or list(readings)
+            why, where = _explain(stop.clause, reader)
+        else:
+            refused = [p for p, r in readings.items() if r.finite]
+            others_exclude_none = all(p.role is Role.ADD and is_finite(p.node) for p, _, _ in dense)
+            has_keys = has_sinks or (others_exclude_none and every_row_has_a_key(total, sizes[2], sizes[3]))
+            is_uniform = bool(refused) and not has_keys
+            is_alone = not dense and not linear and not structure.mask.documents
+            can_average = others_exclude_none and (is_alone or not has_softcap) and _is_one_fill(readings, parts)
+            if not is_uniform or can_average:
+                mask = structure.mask
+                is_causal = mask.causal and mask.offset <= 0 and mask.prefix is None
+                slopes = slopes_of(sum_of(linear[p] for p in parts if p in linear), is_causal, has_sinks)
+                if slopes is None:
+                    dense += [
+                        (p, "it is no slope times the distance of positions", p.node) for p in parts if p in linear
+                    ]
+                    linear, slopes = {}, {}
+                return _Split(structure, (*readings, *linear), tuple(dense), slopes, is_uniform)
+            why, where = "its fill is finite and some row may have no key", None
+        for part in refused:
+            del readings[part]
+            dense += [(part, why, where or part.node)] * parts.count(part)
+
+
+def _is_one_fill(readings: dict[Part, Reading], parts: list[Part]) -> bool:
+    """Whether all keys that are not seen get one number, which absorbs any score."""
+    masks = [part for part in parts if part in readings and readings[part].fills]
+    fills = [readings[part].fills for part in masks]
+    if len(masks) != 1 or len(fills[0]) != 1:
+        return False
+    (fill,) = fills[0]
+    return fill != -math.inf and absorbs(fill, torch.promote_types(masks[0].node.meta["val"].dtype, torch.float32))
+
+
+def _explain(clause: Boolean, reader: Reader) -> tuple[str, fx.Node | None]:
+    for element in sorted(clause.atoms(Element), key=str):
+        stopped_at = reader.stopped_at[element.node_name]
+        return f"{stopped_at.target} has no symbolic form that fits {clause}", stopped_at
+    return f"{clause} is none of the known forms", None
+
+
+def _remark(ctx: Context, part: Part, why: str, where: fx.Node) -> None:
+    shape = [1, 1, *shape_of(part.node)][-2:]
+    is_square = all(size != 1 for size in shape)
+    what = "bias" if part.role is Role.ADD else "mask"
+    at = where if "stack_trace" in where.meta else part.node
+    if what == "mask":
+        refuse(part.node, f"mask_mod: {why}")
+    ctx.remarks.add("SPR201", f"{what} {part.node.name}: {why}", at, strict_error=is_square)
+
+
+def _write(split: _Split, reader: Reader, node: fx.Node, bias: fx.Node) -> _Operands | None:
+    q: Any = node.args[Q_]
+    k: Any = node.args[K_]
+    made: list[fx.Node] = []
+
+    def new(target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        made.append(
+            call(node.graph, target, args, kwargs, like=bias if bias.op == "call_function" else node, before=node)
+        )
+        return made[-1]
+
+    try:
+        key_valid, q_documents, k_documents = _vectors(split.structure, reader, q, k, new)
+        slopes = write_slopes(split.slopes, q, new)
+    except Unwritable:
+        for useless in reversed(made):
+            node.graph.erase_node(useless)
+        return None
+    rest = join([part for part, _, _ in split.dense], new)
+    bias_left = full_bias(rest, q, k, new)
+    mask = split.structure.mask
+    if _is_of_rows_without_keys(node):
+        of_rows: Any = node.args[Q_DOCUMENTS:KEY_VALID]
+        if q_documents is None or k_documents is None:
+            q_documents, k_documents = of_rows
+        else:
+            q_documents, k_documents = splice(both_documents, (q_documents, k_documents, *of_rows), like=node)
+        of_node = AttentionMask.parse(str(node.args[MASK]))
+        mask = dataclasses.replace(mask, documents=True, rounded_by=of_node.rounded_by)
+    return _Operands(str(mask), q_documents, k_documents, key_valid, bias_left, slopes, split.is_uniform)
+
+
+def _is_of_rows_without_keys(node: fx.Node) -> bool:
+    return OF_ROWS_WITHOUT_KEYS in node.meta.get("custom", {})
+
+
+def _vectors(
+    structure: Structure, reader: Reader, q: fx.Node, k: fx.Node, new: Callable[..., fx.Node]
+) -> tuple[fx.Node | None, fx.Node | None, fx.Node | None]:
+    """The key validity and the document ids of queries and keys, each [B or 1, length], where the mask has them."""
+
+    def writer(side: fx.Node) -> VectorWriter:
+        value: Tensor = side.meta["val"]
+        length: Any = value.shape[2]
+        if not isinstance(length, int):
+            length = new(aten.sym_size.int, side, 2)
+        return VectorWriter(reader.leaves, sizes_of(side)[0], length, value.device, new)
+
+    key_valid = writer(k).condition(structure.key_valid) if structure.mask.key_padding else None
+    if not structure.mask.documents:
+        return key_valid, None, None
+    k_documents = writer(k).document_id(structure.document_ids)
+    if sizes_of(q)[2] == sizes_of(k)[2]:
+        return key_valid, k_documents, k_documents
+    return key_valid, writer(q).document_id(structure.document_ids), k_documents
+
+
+def _is_mutated(bias: fx.Node) -> bool:
+    """Whether a call that writes in place touches the mask or anything it is made of."""
+    seen: set[fx.Node] = set()
+    pending = [bias]
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            if any(_writes(user) for user in (node, *node.users)):
+                return True
+            pending += node.all_input_nodes
+    return False
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _packed_window(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    steps = torch.diff(positions, prepend=positions[:, :1] - 1)
+    documents = (steps != 1).cumsum(-1)
+    p_q, p_k = positions[:, None, :, None], positions[:, None, None, :]
+    keep = (p_k <= p_q) & (p_k > p_q - 4) & (documents[:, None, :, None] == documents[:, None, None, :])
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> Tensor:
+    rows = torch.arange(q.shape[2], device=q.device)[:, None]
+    keep = (torch.arange(k.shape[2], device=q.device) <= rows) & attention_mask.bool()[:, None, None, :]
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+
+
+def _tensors() -> tuple[Tensor, ...]:
+    return tuple(torch.randn(2, 2, 12, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+
+def _packed_positions() -> Tensor:
+    return torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 8]])
+
+
+def _right_padding() -> Tensor:
+    return (torch.arange(12) < torch.tensor([[12], [7]])).long()
+
+
+EXAMPLES = (
+    Example(_packed_window, lambda: (*_tensors(), _packed_positions())),
+    Example(_padded, lambda: (*_tensors(), _right_padding())),
+)
+EXAMPLE = EXAMPLES[0]

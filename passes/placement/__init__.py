@@ -1,0 +1,1 @@
+"""Where everything goes: axis by axis values are split, reshards inserted, shapes lowered."""

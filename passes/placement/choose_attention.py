@@ -1,0 +1,175 @@
+"""choose-attention: ring, Ulysses or both for every attention, and the order of the sequence that suits them.
+
+"auto" takes what spcompile.attention.cost predicts to be fastest, from bytes, head counts and the tables of links and
+accelerators; the remark says what it predicts of every candidate, forward and backward. It assumes that a ring's hop
+hides behind the block of scores before it, all-to-alls behind nothing, that kernels on a ring's blocks reach 3/4 of
+their speed on whole sequences, and that padded heads cost what others do.
+
+A hybrid has Ulysses among neighbours on the axis, whose link is the fast one, and a ring between groups of them. All
+hybrids of a program divide the axis alike, as is best for all its attentions together: so there are two more process
+groups at most. Nothing here differs between ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from spcompile.attention.cost import Cost, Problem, cost
+from spcompile.attention.scores.mask import AttentionMask
+from spcompile.attention.strategy import Strategy
+from spcompile.graph.sizes import hint, same
+from spcompile.machine.accelerators import ACCELERATORS
+from spcompile.machine.links import link_of
+from spcompile.passes_api import Context, Example, Pass, Stage
+from spcompile.sharding.tensor_parallel import heads_on_a_rank
+
+spx = torch.ops.spx
+
+CLEARLY = 0.95  # of the time of zigzag: with less to gain, equal work is worth more than the prediction
+
+
+@dataclass(frozen=True)
+class ChooseAttention(Pass):
+    """Record a strategy on every attention, and the order of the sequence in the context."""
+
+    name: ClassVar[str] = "choose-attention"
+    stage: ClassVar[Stage] = Stage.GLOBAL
+    after: ClassVar[frozenset[str]] = frozenset({"recognize-mask"})
+    axis: ClassVar[str | None] = "cp"
+    summary: ClassVar[str] = "chooses ring, Ulysses or both by predicted time, and the order of the sequence"
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        """Decide; rewrites nothing."""
+        degree = ctx.mesh.size("cp")
+        attentions = [n for n in gm.graph.nodes if n.target is spx.attention.default]
+        hybrid = _hybrid(attentions, degree, ctx)
+        on_rings: list[tuple[fx.Node, Strategy]] = []
+        for node in attentions:
+            strategy, why = choose(node, degree, hybrid, ctx)
+            custom = {"spx_attention": str(strategy), "spx_bias_rows": _bias_has_rows(node)}
+            node.meta["custom"] = {**node.meta.get("custom", {}), **custom}
+            if _is_asked_for(strategy, ctx.options.attention):
+                ctx.remarks.add("SPR203", f"attention runs as {strategy}: {why}", strict_error=False)
+            else:
+                asked = ctx.options.attention
+                ctx.remarks.add("SPR204", f"attention={asked!r} was asked for, {strategy} is used: {why}", node)
+            on_rings += [(node, strategy)] if strategy.outer > 1 else []
+        ctx.order = _order(on_rings, ctx)
+        if any(AttentionMask.parse(str(node.args[9])).documents for node, _ in on_rings):
+            why = "documents are data, and are taken as one; hops that they leave empty are skipped when it runs"
+            ctx.remarks.add("SPR203", f"rings have the sequence in {ctx.order} order: {why}", strict_error=False)
+        return 0
+
+
+def choose(node: fx.Node, degree: int, hybrid: Strategy | None, ctx: Context) -> tuple[Strategy, str]:
+    """(strategy, reason) for one attention. hybrid: the one that this program may use."""
+    asked = ctx.options.attention
+    ring, ulysses = Strategy(1, degree), Strategy(degree, 1)
+    if _bias_has_rows(node) and hint(_bias(node).shape[1]) == 1:
+        return ring, "its dense mask is split by query rows, and all heads share it"
+    candidates = [ulysses, ring, *([hybrid] if hybrid is not None else [])]
+    wish = [s for s in candidates if _is_asked_for(s, asked)]
+    if len(wish) == 1:
+        return wish[0], "asked for"
+    costs = {s: _best_cost(node, s, ctx) for s in (ulysses, ring, *Strategy.hybrids(degree))}
+    best = min(candidates, key=lambda s: costs[s].seconds)
+    heads, kv_heads = _heads(node, ctx)
+    numbers = "; ".join(map(str, costs.values()))
+    why = f"{heads} heads, {kv_heads} key/value heads, predicted for a rank: {numbers}"
+    return best, why if wish else f"cp = {degree} is not a product; {why}"
+
+
+def _hybrid(attentions: list[fx.Node], degree: int, ctx: Context) -> Strategy | None:
+    """The hybrid of this program: the one that was asked for, or the fastest for all attentions together."""
+    asked = ctx.options.attention
+    if isinstance(asked, Mapping):
+        wish = Strategy(asked["ulysses"], asked["ring"])
+        return wish if wish in Strategy.hybrids(degree) else None
+    if asked not in ("auto", "hybrid"):
+        return None
+    times = {s: sum(_best_cost(node, s, ctx).seconds for node in attentions) for s in Strategy.hybrids(degree)}
+    return min(times, key=lambda s: times[s], default=None)
+
+
+def _is_asked_for(strategy: Strategy, asked: str | Mapping[str, int]) -> bool:
+    if isinstance(asked, Mapping):
+        return (strategy.inner, strategy.outer) == (asked["ulysses"], asked["ring"])
+    return asked == "auto" or str(strategy).partition(" ")[0] == asked
+
+
+def _order(rings: Sequence[tuple[fx.Node, Strategy]], ctx: Context) -> str:
+    """The order of the sequence that suits these rings together.
+
+    Zigzag gives all ranks of a causal ring equal work; contiguous spares a window the hops that it does not reach.
+    """
+    causal = any(AttentionMask.parse(str(node.args[9])).causal for node, _ in rings)
+    if not causal or ctx.options.balance != "zigzag" or ctx.options.outputs == "sharded":
+        return "contiguous"
+    zigzag, contiguous = (sum(_cost(*ring, order, ctx).seconds for ring in rings) for order in ("zigzag", "contiguous"))
+    return "contiguous" if contiguous < CLEARLY * zigzag else "zigzag"
+
+
+def _best_cost(node: fx.Node, strategy: Strategy, ctx: Context) -> Cost:
+    """In the order that suits this attention."""
+    order = _order([(node, strategy)], ctx) if strategy.outer > 1 else "contiguous"
+    return _cost(node, strategy, order, ctx)
+
+
+def _cost(node: fx.Node, strategy: Strategy, order: str, ctx: Context) -> Cost:
+    q_BNSH, v_BGTV = (node.args[i].meta["val"] for i in (0, 2))  # type: ignore[union-attr]
+    heads, kv_heads = _heads(node, ctx)
+    problem = Problem(
+        batch=hint(q_BNSH.shape[0]),
+        heads=heads,
+        kv_heads=kv_heads,
+        q_length=hint(q_BNSH.shape[2]),
+        k_length=hint(v_BGTV.shape[2]),
+        qk_size=hint(q_BNSH.shape[3]),
+        v_size=hint(v_BGTV.shape[3]),
+        itemsize=q_BNSH.element_size(),
+        mask=AttentionMask.parse(str(node.args[9])),
+        bias_row=_bytes_of_bias_row(node),
+    )
+    inner, outer = (link_of(ctx.mesh, "cp", ctx.options.links, degree) for degree in (strategy.inner, None))
+    flops = ACCELERATORS[ctx.options.accelerator].attention_flops(problem.itemsize)
+    return cost(problem, strategy, order, inner, outer, flops)
+
+
+def _bytes_of_bias_row(node: fx.Node) -> int:
+    """Of one query row of one head, over the batch, of a bias whose rows differ."""
+    if not _bias_has_rows(node):
+        return 0
+    bias = _bias(node)
+    return hint(bias.shape[0]) * hint(bias.shape[3]) * bias.element_size()
+
+
+def _heads(node: fx.Node, ctx: Context) -> tuple[int, int]:
+    """(query heads, key/value heads) that tp leaves on a rank."""
+    q_BNSH, k_BGTH = (node.args[i].meta["val"] for i in (0, 1))  # type: ignore[union-attr]
+    return heads_on_a_rank(hint(q_BNSH.shape[1]), hint(k_BGTH.shape[1]), ctx.mesh.size("tp"))
+
+
+def _bias(node: fx.Node) -> Tensor:
+    bias: Any = node.args[8]
+    return bias.meta["val"]
+
+
+def _bias_has_rows(node: fx.Node) -> bool:
+    return isinstance(node.args[8], fx.Node) and not same(_bias(node).shape[2], 1)
+
+
+def _grouped_attention(q_BNSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q_BNSH, k_BGSH, v_BGSH, is_causal=True, enable_gqa=True)
+
+
+def _inputs() -> tuple[Tensor, ...]:
+    return tuple(torch.randn(1, heads, 7, 2, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+
+
+EXAMPLE = Example(_grouped_attention, _inputs)

@@ -1,0 +1,186 @@
+"""insert-reshards: make every change of a value's state an explicit node.
+
+Before: calls that want a value in different states read the same node. After: every call reads its operands in the
+state it wants, through `reshard(x, axis, src, dst)`; which calls run sharded is a minimum cut over bytes.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from spcompile.capture.capture import OWN
+from spcompile.graph.reshard import Place, is_reshard, parse_place
+from spcompile.passes_api import Context, Example, Pass, Stage
+from spcompile.sharding.cut import sharded_calls, uses_of
+from spcompile.sharding.global_view import is_view
+from spcompile.sharding.layout import layout_of, show
+from spcompile.sharding.lowering import READ_SIZES
+from spcompile.sharding.propagate import leaves_sums
+from spcompile.sharding.resharding import change_state, hand_over, reads_directly, reshard_to, state_of, target_of
+from spcompile.sharding.spaces import leaves
+
+
+@dataclass(frozen=True)
+class InsertReshards(Pass):
+    """Decide which calls run sharded, then insert one reshard per value and state wanted."""
+
+    name: ClassVar[str] = "insert-reshards"
+    stage: ClassVar[Stage] = Stage.GLOBAL
+    after: ClassVar[frozenset[str]] = frozenset({"annotate-sharding"})
+    summary: ClassVar[str] = "decides by a minimum cut which calls run sharded, and makes every reshard a node"
+
+    split_axis: ClassVar[str] = "cp"
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        """Insert the reshards of the axis; returns how many."""
+        axis = self.split_axis
+        if any(is_reshard(n) and n.args[1] == axis for n in gm.graph.nodes):
+            return 0
+        gathered = _settle(gm.graph, axis, sharded_calls(gm.graph, axis))
+        before = len(gm.graph.nodes)
+        _insert(gm.graph, axis, gathered, ctx)
+        return len(gm.graph.nodes) - before
+
+
+def _settle(graph: fx.Graph, axis: str, sharded: set[fx.Node]) -> set[fx.Node]:
+    """Drop the choices and places of everything that runs replicated; inputs stay where they come in parts.
+
+    Returns the calls that could have run sharded: something behind them wants everything.
+    """
+    could: set[fx.Node] = set()
+    for node in graph.nodes:
+        layout = layout_of(node)
+        if layout is None or is_view(node, axis):
+            continue
+        source = node.args[0] if node.target is operator.getitem else node
+        if source in sharded or (axis == "dp" and OWN in node.meta):
+            for number, place in layout.places.get(axis, {}).items():
+                show(node, axis, str(place) if number == 0 else node.meta["sharding"][axis])
+            continue
+        if layout.choice.pop(axis, None) is not None:
+            could.add(node)
+        layout.places.pop(axis, None)
+        show(node, axis, "I")
+    return could
+
+
+def _insert(graph: fx.Graph, axis: str, could: set[fx.Node], ctx: Context) -> None:
+    for node in list(graph.nodes):
+        if node.op == "output":
+            _reshard_outputs(node, axis, ctx)
+        elif axis == "dp" and node.target in READ_SIZES:
+            continue  # nobody has all rows, but lower knows how many they are
+        elif node.op == "call_function" and node.target is not operator.getitem:
+            _reshard_operands(node, axis, could, ctx)
+            _complete_sums(node, axis)
+
+
+def _reshard_operands(node: fx.Node, axis: str, could: set[fx.Node], ctx: Context) -> None:
+    layout = layout_of(node)
+    runs_sharded = layout is not None and axis in layout.choice
+    uses = iter(uses_of(node, axis))
+
+    def convert(operand: fx.Node) -> fx.Node:
+        if not isinstance(operand.meta.get("val"), torch.Tensor):
+            return operand
+        state, target = state_of(operand, axis), target_of(next(uses), axis, runs_sharded=runs_sharded)
+        if is_view(operand, axis):
+            return _read_view(operand, axis, target, node, ctx)
+        if state == target:
+            return operand
+        if state.startswith("S") and (target.startswith("S") or not runs_sharded):
+            _remark_gather(operand, node, axis, could, ctx)
+        return change_state(operand, axis, state, target, origin="insert-reshards")
+
+    node.args = fx.node.map_arg(node.args, convert)
+    node.kwargs = fx.node.map_arg(node.kwargs, convert)
+
+
+def _read_view(view: fx.Node, axis: str, target: str, user: fx.Node, ctx: Context) -> fx.Node:
+    """A parameter of which ranks hold parts: read as it is, or gathered and, if that is wanted, split otherwise."""
+    state = state_of(view, axis)
+    if reads_directly(view, axis, target, "contiguous" if axis == "tp" else ctx.order):
+        return view
+    if axis == "tp":
+        text = (
+            f"a parameter {tuple(view.meta['val'].shape)} held as {state} is gathered: {user.target} wants it {target}"
+        )
+        ctx.remarks.add("SPR504", text, user)
+    if state == target:  # the same place, but another part of it
+        view, state = reshard_to(view, axis, state, "I", origin="insert-reshards"), "I"
+    return change_state(view, axis, state, target, origin="insert-reshards")
+
+
+def _remark_gather(operand: fx.Node, node: fx.Node, axis: str, could: set[fx.Node], ctx: Context) -> None:
+    """Say which call wants everything: this one or, if it only comes cheaper in front of it, the first one behind."""
+    user: fx.Node | None = node
+    while user in could:
+        user = next(iter(user.users), None)
+    if user is None or user.op != "call_function":
+        user = node
+    layout = layout_of(user)
+    if layout is not None and axis in layout.choice:
+        return  # it runs sharded, and wants this operand whole by what it is, as an attention wants document ids
+    gathered = f"its operand {tuple(operand.meta['val'].shape)} is gathered"
+    op = user.target
+    if axis == "tp":
+        ctx.remarks.add("SPR501", f"{op} needs what tp has split whole; {gathered}", user)
+    elif layout is None or layout.call is None:
+        ctx.remarks.add("SPR102", f"{op} has no sharding rule; {gathered}", user)
+    elif isinstance(op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in op.tags:
+        ctx.remarks.add("SPR302", f"{op} draws random numbers for the whole tensor; {gathered}", user)
+    else:
+        ctx.remarks.add("SPR103", f"{op} mixes positions of the sequence; {gathered}", user)
+
+
+def _reshard_outputs(output: fx.Node, axis: str, ctx: Context) -> None:
+    def convert(value: fx.Node) -> fx.Node:
+        if not isinstance(value.meta.get("val"), torch.Tensor):
+            return value
+        state = state_of(value, axis)
+        place = parse_place(state)
+        if place is None or _may_stay_split(value, axis, place, ctx):
+            return value
+        return reshard_to(value, axis, state, "I", origin="insert-reshards")
+
+    output.args = fx.node.map_arg(output.args, convert)
+
+
+def _may_stay_split(value: fx.Node, axis: str, place: Place, ctx: Context) -> bool:
+    """Whether an output in parts is what the user gets: rows of the batch, and under "sharded" whole dims over cp."""
+    layout = layout_of(value)
+    assert layout is not None
+    if is_view(value, axis):
+        return False
+    if axis == "dp":
+        return place.part == 0
+    is_whole_dim = len(leaves(layout.dims[0][place.dim])) == 1
+    return axis == "cp" and ctx.options.outputs == "sharded" and is_whole_dim
+
+
+def _complete_sums(node: fx.Node, axis: str) -> None:
+    """A call that reduced its sharded factor gives pending sums: complete them at once."""
+    layout = layout_of(node)
+    if layout is None or layout.call is None or axis not in layout.choice:
+        return
+    if leaves_sums(layout.call, layout.choice[axis]):
+        hand_over(node, axis, "P", origin="insert-reshards")
+
+
+def _attention_with_running_sum(x_BSD: Tensor, w_DD: Tensor) -> Tensor:
+    h_B1SD = (x_BSD @ w_DD).unsqueeze(1)
+    y_B1SD = torch.nn.functional.scaled_dot_product_attention(h_B1SD, h_B1SD, h_B1SD)
+    return (y_B1SD * y_B1SD.cumsum(2)).sum()
+
+
+def _inputs() -> tuple[Tensor, ...]:
+    return tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 7, 4), (4, 4)))
+
+
+EXAMPLE = Example(_attention_with_running_sum, _inputs)

@@ -1,0 +1,180 @@
+"""split-projections: a product's bias, and its cuts into several projections, become ops of their own.
+
+linear(x, w, b)                  linear(x, w) + b                           a sum that tp splits must add b once
+split(linear(x, w), [q, k, v])   linear(x, w_q), linear(x, w_k), linear(x, w_v)   each has heads of its own to split
+split(x @ w + b, ...)            likewise, through additions and changes of leading dims
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from spcompile.graph.edit import argument, call, is_getitem, is_tensor, operand, replace, shape_of
+from spcompile.graph.sizes import same
+from spcompile.passes_api import Context, Example, Pass, Stage
+
+aten = torch.ops.aten
+_PRODUCTS = ("aten::mm", "aten::matmul", "aten::bmm", "aten::_grouped_mm", "transformers::grouped_mm_fallback")
+_CHUNKS = (aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default)
+_MOVES = (aten.transpose.int, aten.permute.default, aten.t.default, aten._to_copy.default, aten.to.dtype)
+
+
+@dataclass(frozen=True)
+class SplitProjections(Pass):
+    """Take biases out of products, and cut weights instead of what they project."""
+
+    name: ClassVar[str] = "split-projections"
+    stage: ClassVar[Stage] = Stage.GLOBAL
+    after: ClassVar[frozenset[str]] = frozenset({"lower"})
+    summary: ClassVar[str] = "takes biases out of products and cuts fused projections, so that tp can split them"
+    axis: ClassVar[str | None] = "tp"
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        """Returns how many products were rewritten."""
+        graph = gm.graph
+        biased = [n for n in graph.nodes if n.target in (aten.linear.default, aten.addmm.default) and _bias(n)]
+        for node in biased:
+            _take_out_bias(node)
+        cuts = [n for n in graph.nodes if n.target in _CHUNKS and _is_projection(n)]
+        for node in cuts:
+            _cut_projection(node)
+        slices = [n for n in graph.nodes if n.target is aten.slice.Tensor and _is_slice_of_projection(n)]
+        for node in slices:
+            replace(node, _part(node.args[0], *_range(node), like=node))
+        if biased or cuts or slices:
+            graph.eliminate_dead_code()
+        return len(biased) + len(cuts) + len(slices)
+
+
+def _bias(node: fx.Node) -> fx.Node | None:
+    if node.target is aten.linear.default:
+        return argument(node, 2, "bias")
+    is_plain = argument(node, 3, "beta", 1) == 1 and argument(node, 4, "alpha", 1) == 1
+    return argument(node, 0, "self") if is_plain else None
+
+
+def _take_out_bias(node: fx.Node) -> None:
+    bias = _bias(node)
+    if node.target is aten.linear.default:
+        product = call(node.graph, aten.linear.default, (node.args[0], node.args[1]), like=node)
+    else:
+        product = call(node.graph, aten.mm.default, (node.args[1], node.args[2]), like=node)
+    replace(node, call(node.graph, aten.add.Tensor, (product, bias), like=node))
+
+
+def _is_projection(node: fx.Node) -> bool:
+    """Whether the last dim of a product with a weight is cut, and by getitems only."""
+    x = node.args[0]
+    dim = argument(node, 2, "dim", 0)
+    is_last = is_tensor(x) and dim in (-1, len(shape_of(x)) - 1)  # type: ignore[arg-type]
+    return is_last and all(is_getitem(user) for user in node.users) and _comes_from_product(x)  # type: ignore[arg-type]
+
+
+def _is_slice_of_projection(node: fx.Node) -> bool:
+    x = node.args[0]
+    dim, step = argument(node, 1, "dim", 0), argument(node, 4, "step", 1)
+    is_last = is_tensor(x) and step == 1 and dim in (-1, len(shape_of(x)) - 1)  # type: ignore[arg-type]
+    if not is_last or same(shape_of(node)[-1], shape_of(x)[-1]):  # type: ignore[arg-type]
+        return False
+    cut_everywhere = all(user.target is aten.slice.Tensor for user in x.users)  # type: ignore[union-attr]
+    return cut_everywhere and _comes_from_product(x)  # type: ignore[arg-type]
+
+
+def _range(node: fx.Node) -> tuple[int, int]:
+    whole = shape_of(node.args[0])[-1]  # type: ignore[arg-type]
+    start = argument(node, 2, "start") or 0
+    start = start + whole if start < 0 else min(start, whole)
+    return start, start + shape_of(node)[-1]
+
+
+def _comes_from_product(x: fx.Node) -> bool:
+    """Whether the last dim of `x` is that of a weight, up to additions and changes of leading dims."""
+    if x.target is aten.linear.default:
+        return len(shape_of(x.args[1])) == 2  # type: ignore[arg-type]
+    if _is_product(x):
+        rank = len(shape_of(x.args[1]))  # type: ignore[arg-type]
+        return rank == 2 or (rank > 2 and _is_weight(x.args[1]))  # type: ignore[arg-type]
+    if x.target is aten.add.Tensor and not x.kwargs:
+        return any(is_tensor(a) and _comes_from_product(a) for a in x.args if isinstance(a, fx.Node))
+    return _keeps_last_dim(x) and _comes_from_product(x.args[0])  # type: ignore[arg-type]
+
+
+def _is_product(x: fx.Node) -> bool:
+    schema = getattr(x.target, "_schema", None)
+    return schema is not None and schema.name in _PRODUCTS and len(x.args) > 1
+
+
+def _is_weight(x: fx.Node) -> bool:
+    """Whether a value is a parameter, maybe cast or with its dims in another order: cutting it costs nothing new."""
+    while x.op == "call_function" and x.target in _MOVES:
+        x = operand(x, 0)
+    return x.op == "placeholder"
+
+
+def _keeps_last_dim(x: fx.Node) -> bool:
+    if x.target is not aten.reshape.default or not is_tensor(x.args[0]):
+        return False
+    before, after = shape_of(x.args[0]), shape_of(x)  # type: ignore[arg-type]
+    return len(before) > 0 and len(after) > 0 and same(before[-1], after[-1])
+
+
+def _cut_projection(node: fx.Node) -> None:
+    start = 0
+    parts = {user.args[1]: user for user in node.users}
+    for number, value in enumerate(node.meta["val"]):
+        width = value.shape[-1]
+        if number in parts:
+            replace(parts[number], _part(node.args[0], start, start + width, like=parts[number]))  # type: ignore[arg-type]
+        start += width
+
+
+def _part(x: fx.Node, start: int, stop: int, *, like: fx.Node) -> fx.Node:
+    """Elements start .. stop - 1 of the last dim of `x`, computed from parts of the weights."""
+    graph = like.graph
+    if x.target is aten.linear.default:
+        weight = call(graph, aten.slice.Tensor, (x.args[1], 0, start, stop), like=like)
+        return call(graph, aten.linear.default, (x.args[0], weight), like=like)
+    if _is_product(x):
+        last = len(shape_of(x.args[1])) - 1  # type: ignore[arg-type]
+        weight = call(graph, aten.slice.Tensor, (x.args[1], last, start, stop), like=like)
+        product: Any = x.target
+        return call(graph, product, (x.args[0], weight, *x.args[2:]), x.kwargs, like=like)
+    if x.target is aten.add.Tensor:
+        return call(graph, aten.add.Tensor, tuple(_part_of_term(a, start, stop, like) for a in x.args), like=like)
+    if x.target is aten.reshape.default:
+        inner = _part(x.args[0], start, stop, like=like)  # type: ignore[arg-type]
+        return call(graph, aten.reshape.default, (inner, [*_sizes(x)[:-1], stop - start]), like=like)
+    return call(graph, aten.slice.Tensor, (x, len(shape_of(x)) - 1, start, stop), like=like)
+
+
+def _part_of_term(term: Any, start: int, stop: int, like: fx.Node) -> Any:
+    is_whole = not is_tensor(term) or not shape_of(term) or same(shape_of(term)[-1], 1)
+    return term if is_whole else _part(term, start, stop, like=like)
+
+
+def _sizes(reshape: fx.Node) -> Sequence[Any]:
+    """The sizes as the graph gives them: numbers, and nodes where they are symbols."""
+    sizes = reshape.args[1]
+    assert isinstance(sizes, (list, tuple))
+    return sizes
+
+
+def _fused(x_BSD: Tensor, w_DF: Tensor, b_F: Tensor, out_DD: Tensor) -> Tensor:
+    q, k, v = torch.addmm(b_F, x_BSD.reshape(-1, 4), w_DF).reshape(2, 7, 12).split(4, dim=2)
+    heads = [t.reshape(2, 7, 2, 2).transpose(1, 2) for t in (q, k, v)]
+    y_BNSH = torch.nn.functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
+    return y_BNSH.transpose(1, 2).reshape(2, 7, 4) @ out_DD
+
+
+def _inputs() -> tuple[Tensor, ...]:
+    shapes = ((2, 7, 4), (4, 12), (12,), (4, 4))
+    return tuple(torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in shapes)
+
+
+EXAMPLE = Example(_fused, _inputs, mesh=(("tp", 2),))

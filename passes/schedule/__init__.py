@@ -1,0 +1,1 @@
+"""When things happen: on the final forward and backward graphs."""

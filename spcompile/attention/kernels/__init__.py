@@ -1,0 +1,1 @@
+"""Kernels that compute attention exactly, and the state carried between hops."""

@@ -1,0 +1,1 @@
+"""Attention kernels for GPUs, in Triton."""

@@ -1,0 +1,1 @@
+"""Ring attention: queries stay, keys and values travel."""

@@ -1,0 +1,1 @@
+"""Which scores count: masks, dropout, positions; and what a kernel must offer."""

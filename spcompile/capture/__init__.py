@@ -1,0 +1,1 @@
+"""From the graph that Dynamo gives to a pure graph of one device."""

@@ -1,0 +1,285 @@
+"""The command line: `spcompile train | explain | verify | passes`. Each command imports what it needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_text
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
+from rich.console import Console
+
+from spcompile.diagnostics import IllegalMesh, IllegalOption, SpcompileError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+app = App(
+    name="spcompile",
+    help="Turn a plain single-GPU transformer into a sequence-parallel one.\n\n"
+    "MODEL is models:NAME (a plain model that comes along), hf:TYPE (a small model of a transformers type) "
+    "or hf:FOLDER (built from the folder's config.json, random weights).",
+)
+
+Sizes = Annotated[list[str] | None, Parameter(name="--mesh", help="Axis sizes, as cp=8 or tp=2,cp=4.", negative="")]
+Settings = Annotated[
+    list[str] | None, Parameter(name="--set", help="A setting of the model, as layers=2; may be repeated.", negative="")
+]
+Options = Annotated[
+    list[str] | None,
+    Parameter(name="--option", help="Another backend option, as strict=True; may be repeated.", negative=""),
+]
+Json = Annotated[bool, Parameter(name="--json", help="Print JSON for programs.", negative="")]
+
+
+@app.command
+def train(
+    model: str,
+    /,
+    *,
+    nproc: int | None = None,
+    mesh: Sizes = None,
+    text: Path | None = None,
+    steps: int = 60,
+    seq: int = 1024,
+    batch: int = 1,
+    lr: float = 1e-3,
+    seed: int = 0,
+    attention: str = "auto",
+    compiler: str = "inductor",
+    dtype: str = "float32",
+    dump: Path | None = None,
+    settings: Settings = None,
+    option: Options = None,
+    backend: Annotated[str, Parameter(show=False)] = "spcompile",
+    json: Json = False,
+) -> int:
+    """Train MODEL on several ranks of this machine and on one device, and compare the losses.
+
+    Exits with 1 if the losses differ by more than rounding at any step.
+
+    Args:
+        model: The model, see above.
+        nproc: Number of processes; without --mesh they form one cp axis. Default 2.
+        text: A file whose bytes are the tokens. Default: Python's language reference.
+        steps: Training steps of each run.
+        seq: Tokens in a row.
+        batch: Rows in a batch.
+        lr: AdamW's learning rate.
+        seed: Of weights and batches.
+        attention: The backend's option: auto, ring, ulysses, hybrid, or factors as ulysses=4,ring=2.
+        compiler: The backend's option: inductor or eager.
+        dtype: float32, float64, bfloat16 or float16.
+        dump: A folder for the graph after every pass.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from spcompile.command.train import launch
+    from spcompile.command.train_progress import print_report
+    from spcompile.command.train_report import TrainJob
+
+    sizes = parse_mesh(mesh) if mesh else {"cp": nproc or 2}
+    job = TrainJob(
+        model=model,
+        mesh=sizes,
+        steps=steps,
+        seq=seq,
+        batch=batch,
+        lr=lr,
+        dtype=dtype,
+        seed=seed,
+        text=str(text) if text else None,
+        settings=_settings(settings),
+        options={"attention": parse_attention(attention), "compiler": compiler, **_settings(option)},
+        dump=str(dump.resolve()) if dump else None,
+        backend=backend,
+    )
+    if nproc is not None and nproc != job.ranks:
+        raise IllegalMesh(f"--mesh of {job.ranks} ranks with --nproc {nproc}", legal=f"--nproc {job.ranks}, or none")
+    try:
+        report = launch(job)
+    except ChildFailedError as error:
+        rank, first = error.get_first_failure()
+        print(f"FAILED: rank {rank} ended with exit code {first.exitcode}, see above", file=sys.stderr)
+        return 1
+    if json:
+        print(json_text.dumps(report.to_dict()))
+    else:
+        print_report(report, Console(highlight=False))
+    for failure in report.failures:
+        Console(stderr=True, highlight=False).print(f"FAILED: {failure}", soft_wrap=True)
+    return 1 if report.failures else 0
+
+
+@app.command
+def explain(
+    model: str,
+    /,
+    *,
+    mesh: Sizes = None,
+    seq: int = 4096,
+    batch: int = 1,
+    dtype: str = "bfloat16",
+    attention: str | None = None,
+    outputs: str | None = None,
+    settings: Settings = None,
+    option: Options = None,
+    html: Path | None = None,
+    graph: str | None = None,
+    json: Json = False,
+) -> int:
+    """Tell what would be computed, sent and kept where; needs no devices.
+
+    Args:
+        model: The model, see above.
+        seq: Tokens in a row.
+        batch: Rows in a batch.
+        dtype: Of weights and activations.
+        attention: The backend's option: auto, ring, ulysses, hybrid, or factors as ulysses=4,ring=2.
+        outputs: The backend's option: full, sharded or loss.
+        html: Also write the plan as an HTML page, with the graph after every pass.
+        graph: Print the graph after this pass instead ("forward", "backward": the final ones).
+    """
+    import spcompile
+
+    built, inputs = _built(model, seq, batch, dtype, "meta", settings)
+    options = _given(attention=parse_attention(attention), outputs=outputs) | _settings(option)
+    plan = spcompile.explain(built, inputs, mesh=parse_mesh(mesh or ["cp=2"]), **options)
+    if html is not None:
+        plan.save(str(html))
+    if graph is not None:
+        if graph not in plan.graphs:
+            raise IllegalOption(f"--graph {graph!r}", legal=", ".join(plan.graphs))
+        print(plan.graph(graph), end="")
+    else:
+        print(json_text.dumps(plan.to_dict()) if json else str(plan))
+    return 0
+
+
+@app.command
+def verify(
+    model: str,
+    /,
+    *,
+    mesh: Sizes = None,
+    seq: int = 64,
+    batch: int = 1,
+    dtype: str = "float64",
+    attention: str | None = None,
+    outputs: str | None = None,
+    settings: Settings = None,
+    option: Options = None,
+    json: Json = False,
+) -> int:
+    """Run all ranks in this process and compare loss, outputs and gradients with the plain model's.
+
+    Exits with 1 if one of them differs.
+
+    Args:
+        model: The model, see above.
+        seq: Tokens in a row.
+        batch: Rows in a batch.
+        dtype: Of weights and activations.
+        attention: The backend's option: auto, ring, ulysses, hybrid, or factors as ulysses=4,ring=2.
+        outputs: The backend's option: full, sharded or loss.
+    """
+    import spcompile
+
+    built, inputs = _built(model, seq, batch, dtype, "cpu", settings)
+    options = _given(attention=parse_attention(attention), outputs=outputs) | _settings(option)
+    report = spcompile.verify(built, inputs, mesh=parse_mesh(mesh or ["cp=2"]), **options)
+    print(json_text.dumps(report.to_dict()) if json else str(report))
+    return 0 if report.ok else 1
+
+
+@app.command
+def passes(*, json: Json = False) -> int:
+    """List the passes in the order in which they run, with what must run before them and their options."""
+    from spcompile.passes import PIPELINE
+
+    rows: list[dict[str, Any]] = [
+        {
+            "name": p.name,
+            "stage": p.stage.value,
+            "summary": p.summary,
+            "after": sorted(p.after),
+            "options": {field.name: getattr(p, field.name) for field in dataclasses.fields(p)},
+        }
+        for p in PIPELINE
+    ]
+    if json:
+        print(json_text.dumps(rows, default=str))
+        return 0
+    for row in rows:
+        print(f"{row['stage']:<9} {row['name']:<22} {row['summary']}")
+        options = ", ".join(f"{key}={value!r}" for key, value in row["options"].items())
+        for label, text in (("after", ", ".join(row["after"])), ("options", options)):
+            if text:
+                print(f"{'':<32} {label}: {text}")
+    return 0
+
+
+def parse_mesh(parts: list[str]) -> dict[str, int]:
+    """`["tp=2,cp=4"]` or `["tp=2", "cp=4"]` as axis sizes.
+
+    Raises:
+        IllegalMesh: a part that is no `axis=size`.
+    """
+    sizes: dict[str, int] = {}
+    for part in ",".join(parts).split(","):
+        axis, _, size = part.partition("=")
+        if not size.isdigit() or axis in sizes:
+            raise IllegalMesh(f"--mesh {part!r}", legal="axis=size, each axis once, as cp=8 or tp=2,cp=4")
+        sizes[axis] = int(size)
+    return sizes
+
+
+def parse_attention(text: str | None) -> str | dict[str, int] | None:
+    """`"ulysses=4,ring=2"` as factors of a hybrid; names as they are.
+
+    Raises:
+        IllegalOption: a part that is no `name=size`.
+    """
+    if text is None or "=" not in text:
+        return text
+    factors: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if not size.isdigit() or name in factors:
+            raise IllegalOption(f"--attention {text!r}", legal="auto, ring, ulysses, hybrid, or as ulysses=4,ring=2")
+        factors[name] = int(size)
+    return factors
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given: the others keep the backend's defaults."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _settings(lines: list[str] | None) -> dict[str, Any]:
+    from spcompile.command.model_spec import parse_settings
+
+    return parse_settings(lines or [])
+
+
+def _built(
+    model: str, seq: int, batch: int, dtype: str, device: str, settings: list[str] | None
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    import torch
+
+    from spcompile.command import model_spec
+
+    torch.manual_seed(0)
+    built = model_spec.build(model, seq=seq, device=device, dtype=dtype, settings=_settings(settings))
+    return built.model, built.example_inputs(batch, seq, device)
+
+
+def main() -> None:
+    """The console script. A user's error is printed without a traceback; the exit status is then 2."""
+    try:
+        sys.exit(app(sys.argv[1:], result_action="return_value"))
+    except SpcompileError as error:
+        Console(stderr=True, highlight=False).print(str(error), markup=False, soft_wrap=True)
+        sys.exit(2)

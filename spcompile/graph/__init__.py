@@ -1,0 +1,1 @@
+"""Graphs as such: edited, printed, spliced; reshards, and where they split a value."""

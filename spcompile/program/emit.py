@@ -1,0 +1,184 @@
+"""From one rank's graph to a callable: AOTAutograd, the SCHEDULE stage on forward and backward, then the executor."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from spcompile.collectives import erase_identities
+from spcompile.graph.edit import copy_module
+from spcompile.passes_api import PassReport, Stage
+from spcompile.program import recompute
+from spcompile.program.build import LocalProgram
+from spcompile.program.pipeline import run_passes
+from spcompile.program.program_cache import sources
+from spcompile.schedule.keep_order import KEEP_THE_ORDER
+from spcompile.torch_private import (
+    CustomGraphPass,
+    aot_autograd,
+    autograd_result,
+    compile_fx,
+    compile_fx_inner,
+    make_boxed_func,
+    min_cut_rematerialization_partition,
+)
+
+_SEEDS = (torch.ops.aten.randint.low, torch.ops.aten.randint.default)
+
+
+@dataclass
+class Emission:
+    """How the graphs after autograd become code.
+
+    bind: replaces axis names by this process's groups in a finished graph (nothing for a dry run).
+    finished: called with ("forward" | "backward" | "inference", graph) when a graph is final, before it is bound.
+    graphs: the final graphs by phase, unbound.
+    keep: leave in `result` what AOTAutograd made, to be stored, if it can be; the backward is then compiled with the
+        forward, not when it is first called.
+    """
+
+    program: LocalProgram
+    bind: Callable[[fx.Graph], Any]
+    finished: Callable[[str, fx.GraphModule], None] = lambda phase, gm: None
+    graphs: dict[str, fx.GraphModule] = field(default_factory=dict)
+    keep: bool = False
+    result: Any = None
+
+    def schedule(self, gm: fx.GraphModule, phase: str) -> None:
+        """The SCHEDULE stage on one graph after autograd, in place."""
+        program = self.program
+        for node in gm.graph.nodes:
+            if "stack_trace" not in node.meta:
+                node.meta["spx_origin"] = "autograd"
+        run_passes(gm, program.schedule, program.ctx, program.history)
+        program.history.add(phase, Stage.SCHEDULE, gm, program.ctx, PassReport())
+        kept = copy_module(gm)
+        self.graphs[phase] = kept
+        self.finished(phase, kept)
+        self.bind(gm.graph)
+        gm.recompile()
+
+
+def prepare_joint(graph: fx.Graph, regather: bool = True) -> None:
+    """On the joint graph: drop identities, whose work was to create a gradient, and say what must not be saved.
+
+    Seeds are saved: drawn again, they would be others.
+    """
+    erase_identities(graph)
+    recompute.tag_recomputed(graph, regather)
+    for node in graph.nodes:
+        if node.target in _SEEDS:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+class _PrepareJoint(CustomGraphPass):
+    """prepare_joint as a pass of Inductor. Its identity is all that decides on code beside the graph."""
+
+    def __init__(self, regather: bool) -> None:
+        self.regather = regather
+
+    def __call__(self, graph: fx.Graph) -> None:
+        prepare_joint(graph, self.regather)
+
+    def uuid(self) -> bytes:
+        return f"{sources()} regather={self.regather}".encode()
+
+
+class _BehindUsersOwn(CustomGraphPass):
+    """What a user's configuration of Inductor names, one pass or several, then one of this project."""
+
+    def __init__(self, own: Any, then: CustomGraphPass) -> None:
+        self.passes = [*(own if isinstance(own, (list, tuple)) else [own]), then]
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for one in self.passes:
+            one(graph)
+
+    def uuid(self) -> Any:
+        """None, which is no caching, where a pass has no identity."""
+        found = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in self.passes]
+        return None if None in found else found
+
+
+def emit(emission: Emission, compiler: str) -> Callable[..., Any]:
+    """A callable over the local graph's inputs, differentiable."""
+    gm, inputs = emission.program.gm, emission.program.inputs
+    return _inductor(emission, gm, inputs) if compiler == "inductor" else _eager(emission, gm, inputs)
+
+
+def _eager(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    regather = emission.program.ctx.options.regather
+
+    def compiler(phase: str) -> Callable[..., Any]:
+        def run(graph_module: fx.GraphModule, _: Sequence[Any]) -> Any:
+            emission.schedule(graph_module, phase)
+            _reshape_views(graph_module)
+            return make_boxed_func(graph_module.forward)
+
+        return run
+
+    def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        prepare_joint(joint.graph, regather)
+        return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+
+    def inference(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        prepare_joint(graph_module.graph, regather)
+        return compiler("inference")(graph_module, example_inputs)
+
+    backend = aot_autograd(
+        fw_compiler=compiler("forward"),
+        bw_compiler=compiler("backward"),
+        inference_compiler=inference,
+        partition_fn=partition,
+    )
+    return backend(gm, inputs)
+
+
+def _reshape_views(gm: fx.GraphModule) -> None:
+    """`view` becomes `reshape`: some kernels, softplus_backward's is one, leave other strides than their fakes say.
+
+    Inductor makes the strides that it was told.
+    """
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
+    gm.recompile()
+
+
+def _inductor(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def inner(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        phase = "backward" if kwargs.get("is_backward") else "inference" if kwargs.get("is_inference") else "forward"
+        emission.schedule(graph_module, phase)
+        return compile_fx_inner(graph_module, example_inputs, **kwargs)
+
+    patches: dict[str, Any] = {"joint_custom_pre_pass": _PrepareJoint(emission.program.ctx.options.regather)}
+    if any(p.name == "overlap-collectives" for p in emission.program.schedule):
+        patches |= KEEP_THE_ORDER
+    for name in ("joint_custom_pre_pass", "post_grad_custom_post_pass"):
+        own = getattr(torch._inductor.config, name)
+        if own is not None and name in patches:
+            patches[name] = _BehindUsersOwn(own, patches[name])
+    # A hit in autograd's own cache would skip the SCHEDULE stage and what `finished` is told. So the graph gets a name
+    # that no other has: what this cache writes, it never finds. `program_cache` stands above it. The cache of Inductor
+    # below sees the bound graph, and is shared.
+    gm.spx_compile = uuid.uuid4().hex  # type: ignore[assignment]
+    functorch = torch._functorch.config
+    with functorch.patch(
+        enable_autograd_cache=emission.keep,
+        force_non_lazy_backward_lowering=emission.keep or functorch.force_non_lazy_backward_lowering,
+    ):
+        compiled = callable_of(compile_fx(gm, inputs, inner_compile=inner, config_patches=patches))
+    if emission.keep:
+        emission.result = autograd_result(compiled)
+    return compiled
+
+
+def callable_of(compiled: Any) -> Callable[..., Any]:
+    """Inductor's result, which is a callable unless it compiled ahead of time."""
+    assert callable(compiled), type(compiled)
+    return compiled

@@ -1,0 +1,83 @@
+"""World size 1: nothing is sharded, but attention is recognised, so that no dense masks and scores are built."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from spcompile.graph.edit import argument, call
+from spcompile.machine.mesh import MeshShape
+from spcompile.options import Options
+from spcompile.passes_api import Pass
+from spcompile.program.build import LocalProgram, build
+from spcompile.program.pipeline import History
+from spcompile.recognition.eager import SOFTMAX
+
+log = logging.getLogger(__name__)
+aten, spx = torch.ops.aten, torch.ops.spx
+
+RECOGNITION = ("recognize-softmax", "recognize-attention", "recognize-mask")
+
+
+def recognise(
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, pipeline: Sequence[Pass]
+) -> LocalProgram | None:
+    """The program of one device; None where it would hold as many dense masks and scores as the graph itself.
+
+    Attention that one kernel of PyTorch computes as well goes back to it. Nothing is an error here: what cannot be
+    captured is compiled as it is.
+    """
+    passes = [p for p in pipeline if p.name in RECOGNITION]
+    wishes = {name: wish for name, wish in options.passes.items() if name in RECOGNITION}
+    chosen = replace(options, passes=wishes, strict=False, outputs="full")
+    try:
+        program = build(gm, inputs, MeshShape(()), chosen, passes, History())
+    except Exception as error:
+        log.warning("SPR402 attention is not looked for, the graph cannot be captured: %s", error)
+        return None
+    if _dense(program.gm) >= _dense(program.captured):
+        return None
+    _use_plain_kernels(program.gm)
+    return program
+
+
+def _dense(gm: fx.GraphModule) -> int:
+    """How many calls hold scores or a mask of queries times keys."""
+    count = 0
+    for node in gm.graph.nodes:
+        if node.target is aten.scaled_dot_product_attention.default:
+            count += argument(node, 3, "attn_mask") is not None
+        elif node.target is spx.attention.default:
+            count += node.args[8] is not None
+        else:
+            count += node.target in (*SOFTMAX, aten.exp.default)  # of a softmax by hand
+    return count
+
+
+def _use_plain_kernels(gm: fx.GraphModule) -> None:
+    for node in list(gm.graph.find_nodes(op="call_function", target=spx.attention.default)):
+        if not _is_plain(node):
+            continue
+        q, k, v = node.args[:3]
+        options = {"is_causal": node.args[9] == "causal", "scale": node.args[10], "enable_gqa": True}
+        new = call(gm.graph, aten.scaled_dot_product_attention.default, (q, k, v), options, like=node)
+        for user in list(node.users):
+            user.replace_all_uses_with(new)
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether scaled_dot_product_attention computes it in one kernel without a mask; on CPUs not with shared keys."""
+    q, k = (node.args[i].meta["val"] for i in (0, 1))  # type: ignore[union-attr]
+    heads_fit = q.shape[1] == k.shape[1] or q.device.type != "cpu"
+    has_more = any(x is not None for x in (*node.args[3:9], *node.args[11:14])) or any(node.args[14:])
+    reads_lse = any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users)
+    return node.args[9] in ("full", "causal") and heads_fit and not has_more and not reads_lse

@@ -1,0 +1,127 @@
+"""Runs passes over a graph: orders are checked, every pass is timed and verified, every text kept where asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.fx as fx
+
+from spcompile.check.verifier import verify_graph
+from spcompile.diagnostics import IllegalOption, InvalidGraph
+from spcompile.graph.edit import copy_module
+from spcompile.graph.printer import format_graph
+from spcompile.passes_api import Context, Pass, PassReport, Stage, count_changes, op_counts
+from spcompile.sharding.global_view import states_of_inputs
+
+
+@dataclass
+class Snapshot:
+    """The graph after one pass: its text and a copy of the graph itself, where the history keeps them."""
+
+    name: str
+    stage: Stage
+    text: str
+    report: PassReport
+    gm: fx.GraphModule | None = None
+
+
+@dataclass
+class History:
+    """All snapshots of one compile, in order.
+
+    keep_texts: writing them takes a tenth of the time of all passes, which nobody pays who will not read them.
+    """
+
+    snapshots: list[Snapshot] = field(default_factory=list)
+    on_snapshot: Callable[[Snapshot], None] | None = None
+    keep_graphs: bool = False
+    keep_texts: bool = True
+
+    def add(self, name: str, stage: Stage, gm: fx.GraphModule, ctx: Context, report: PassReport) -> None:
+        """Keep what is to be kept of a graph."""
+        title = f"stage {stage.value}, mesh {ctx.mesh}, after {name}: {report.rewrites} rewrites"
+        kept = copy_module(gm) if self.keep_graphs else None
+        text = format_graph(gm, title=title) if self.keep_texts else ""
+        snapshot = Snapshot(name, stage, text, report, kept)
+        self.snapshots.append(snapshot)
+        if self.on_snapshot is not None:
+            self.on_snapshot(snapshot)
+
+    def text(self, name: str) -> str:
+        """The last text after the pass `name`, from a history that keeps texts."""
+        found = [s.text for s in self.snapshots if s.name == name]
+        if not found:
+            raise KeyError(f"no graph {name!r}; there are: {', '.join(s.name for s in self.snapshots)}")
+        return found[-1]
+
+
+def configure(passes: Sequence[Pass], chosen: Mapping[str, Any]) -> list[Pass]:
+    """The passes with the user's per-pass options: False drops a pass, a dict sets its fields.
+
+    Raises:
+        IllegalOption: an unknown pass, or a field a pass does not have.
+    """
+    by_name = {p.name: p for p in passes}
+    for name in chosen:
+        if name not in by_name:
+            raise IllegalOption(f"passes: no pass {name!r}", legal=", ".join(by_name))
+    result = []
+    for p in passes:
+        wish = chosen.get(p.name, True)
+        if wish is False:
+            continue
+        if isinstance(wish, Mapping):
+            legal = [f.name for f in dataclasses.fields(p)]
+            unknown = sorted(set(wish) - set(legal))
+            if unknown:
+                raise IllegalOption(f"passes: {p.name} has no option {unknown[0]!r}", legal=", ".join(legal) or "none")
+            p = dataclasses.replace(p, **wish)
+        result.append(p)
+    return result
+
+
+def check_order(passes: Iterable[Pass]) -> None:
+    """Assert that every pass stands behind those it names in `after` (as far as they are in the pipeline)."""
+    passes = list(passes)
+    names = [p.name for p in passes]
+    for index, p in enumerate(passes):
+        late = [name for name in p.after if name in names[index:]]
+        assert not late, f"{p.name} must run after {', '.join(late)}"
+
+
+def _trainable(gm: fx.GraphModule) -> list[str]:
+    return [n.name for n in gm.graph.nodes if n.op == "placeholder" and n.meta.get("trainable")]
+
+
+def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history: History) -> None:
+    """Run passes of one stage in order, verifying the graph after each.
+
+    Raises:
+        InvalidGraph: a pass left a graph that breaks a law; names the pass.
+    """
+    after = op_counts(gm.graph)
+    for p in passes:
+        before = after
+        start = time.perf_counter()
+        rewrites = p.run(gm, ctx)
+        after = op_counts(gm.graph)
+        report = PassReport(rewrites, count_changes(before, after))
+        report.milliseconds = (time.perf_counter() - start) * 1e3
+        stage = p.leaves or p.stage
+        try:
+            verify_graph(
+                gm,
+                stage,
+                ctx.mesh,
+                sharded_outputs=ctx.options.outputs == "sharded",
+                input_states=states_of_inputs(gm.graph),
+                trainable=_trainable(gm),
+            )
+        except InvalidGraph as error:
+            raise InvalidGraph(f"after pass {p.name}: {error.found}", where=error.where, legal=error.legal) from error
+        history.add(p.name, stage, gm, ctx, report)
+    gm.recompile()

@@ -1,0 +1,1 @@
+"""What written-out tensor code means: attention, softmax, groups of heads."""

@@ -1,0 +1,80 @@
+"""What `spcompile.verify` does: a trial, its results beside the plain model's, and where a difference begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.fx as fx
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+
+from spcompile.diagnostics import IllegalModel
+from spcompile.machine.mesh import MeshShape
+from spcompile.options import Options
+from spcompile.passes_api import Pass, Stage
+from spcompile.program.trace import Inputs
+from spcompile.report.bisect import culprit_of
+from spcompile.report.trial import run_eager, trial_of
+from spcompile.report.verify_report import Report
+
+DEFAULT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+MIXED_TOLERANCE = 1e-6  # a float64 model that computes something in float32
+EXPECTED_OF_ONE_DEVICE = (
+    "attention has dropout: expected is what one device gets from the same graph, not the plain model"
+)
+DRAWN_BY_RANKS = "over dp each rank draws its own random numbers, the plain model draws for all rows: they differ"
+ROUNDING = 8  # units in the last place of the largest gradient: what less is, is rounding
+
+
+def compare(
+    model: nn.Module,
+    example_inputs: Inputs,
+    mesh: MeshShape,
+    options: Options,
+    pipeline: Sequence[Pass],
+    tolerance: float | None,
+) -> Report:
+    """See `spcompile.verify`."""
+    _require_real(model)
+    cpu_rng = torch.get_rng_state()
+    try:
+        eager = run_eager(model, example_inputs, options)
+        trial = trial_of(model, example_inputs, mesh, options, pipeline, eager, cpu_rng)
+        trial.tolerance, trial.rounding = _tolerances(trial.program.captured, tolerance)
+        notes = [EXPECTED_OF_ONE_DEVICE] if trial.expect_of_one_device() else []
+        last = [s for s in trial.program.history.snapshots if s.stage is not Stage.SCHEDULE][-1]
+        rows = trial.errors("local", trial.run(last))
+        final = trial.run_final(trial.traced.sharded.graphs)
+        notes += [final] if isinstance(final, str) else []
+        rows += [] if isinstance(final, str) else trial.errors("final", final)
+        late = trial.run_final(trial.traced.sharded.graphs, "late") if all(row.ok for row in rows) else ""
+        rows += [] if isinstance(late, str) else [row for row in trial.errors("late", late) if not row.ok]
+        if trial.rows and trial.program.draws_random_numbers and not all(row.ok for row in rows):
+            notes.append(DRAWN_BY_RANKS)
+        report = Report(mesh, trial.tolerance, rows, remarks=list(trial.program.ctx.remarks.rows), notes=notes)
+        report.culprit = None if report.ok else culprit_of(trial)
+        return report
+    finally:
+        torch.set_rng_state(cpu_rng)
+
+
+def _require_real(model: nn.Module) -> None:
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        raise IllegalModel("it is parallelized, and one rank's parts say nothing", legal="the model before parallelize")
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_meta or isinstance(value, FakeTensor):
+            legal = "real weights: build the model on a device, or model.to_empty(...) and initialise it"
+            raise IllegalModel(f"{name} has no data, and verify computes", legal=f"{legal}; explain() needs none")
+
+
+def _tolerances(captured: fx.GraphModule, wanted: float | None) -> tuple[float, float]:
+    """(tolerance, rounding) by the floating dtypes in the graph."""
+    vals = [v for n in captured.graph.nodes for v in pytree.tree_leaves(n.meta.get("val")) if isinstance(v, Tensor)]
+    dtypes = {v.dtype for v in vals if v.is_floating_point()} or {torch.float32}
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    mixed = coarsest is torch.float32 and torch.float64 in dtypes
+    default = MIXED_TOLERANCE if mixed else DEFAULT_TOLERANCE.get(coarsest, 5e-2)
+    return default if wanted is None else wanted, ROUNDING * torch.finfo(coarsest).eps

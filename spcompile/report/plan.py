@@ -1,0 +1,277 @@
+"""What `explain` returns: everything that was decided, as data, as text and as a page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+from rich.console import Console
+from rich.table import Table
+
+from spcompile.diagnostics import Remark, SourceLine
+from spcompile.machine.mesh import MeshShape
+from spcompile.report.plan_html import page
+from spcompile.schedule.communication import Row
+from spcompile.schedule.memory import LargeTensor, Memory
+from spcompile.schedule.timeline import Prediction
+
+SCHEMA_VERSION = 1
+WIDTH = 120
+
+
+@dataclass(frozen=True)
+class PassRow:
+    """One run of one pass; those of the SCHEDULE stage run once on each graph."""
+
+    name: str
+    stage: str
+    phase: str
+    rewrites: int
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class AttentionRow:
+    """Attentions of one kind: `strategy` is "ring", "ulysses", "hybrid UxR" (Ulysses times ring) or "one device".
+
+    scores: what else happens to the scores, as "softcap 30, ALiBi, sinks, dropout 0.1, dense bias"; "" if nothing.
+    """
+
+    strategy: str
+    count: int
+    heads: int
+    kv_heads: int
+    mask: str
+    scores: str = ""
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What is split. sharded_ops, ops: of the global graph; length, local_length: of the sequence, in tokens."""
+
+    order: str
+    sharded_ops: int
+    ops: int
+    length: sympy.Expr | None
+    local_length: sympy.Expr | None
+
+
+@dataclass
+class Plan:
+    """The compiled program of one rank, explained. Sizes are sympy expressions: numbers, or of a dynamic length.
+
+    symbols: what each symbol is. graphs: the text after every pass, in order, then "forward" and "backward".
+    """
+
+    model: str
+    mesh: MeshShape
+    options: dict[str, Any]
+    sharding: Sharding
+    attention: list[AttentionRow]
+    collectives: list[Row]
+    memory: Memory
+    remarks: list[Remark]
+    passes: list[PassRow]
+    largest_tensors: list[LargeTensor]
+    predicted: Prediction
+    symbols: dict[str, str] = field(default_factory=dict)
+    graphs: dict[str, str] = field(default_factory=dict, repr=False)
+
+    def graph(self, name: str) -> str:
+        """The text of the graph after a pass, or "forward" or "backward": the final ones.
+
+        Raises:
+            KeyError: no such graph; names those there are.
+        """
+        if name not in self.graphs:
+            raise KeyError(f"no graph {name!r}; there are: {', '.join(self.graphs)}")
+        return self.graphs[name]
+
+    def save(self, path: str) -> None:
+        """Write the plan as one HTML page that needs nothing else."""
+        title = f"{self.model} on mesh {self.mesh}"
+        schedule = {row.name for row in self.passes if row.stage == "schedule"}
+        remarks = [str(remark) for remark in self.remarks]
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(page(title, self.summary()[1:], self.tables(), remarks, self.graphs, schedule))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: sizes are ints, or the text of their expression where they depend on a dynamic length."""
+        memory = {name: _number(value) for name, value in vars(self.memory).items()}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model,
+            "mesh": dict(self.mesh.axes),
+            "options": {name: value for name, value in self.options.items() if _is_plain(value)},
+            "symbols": self.symbols,
+            "sharding": {name: _number(value) for name, value in vars(self.sharding).items()},
+            "attention": [dict(vars(row)) for row in self.attention],
+            "collectives": [
+                {
+                    **{key: value for key, value in vars(row).items() if key != "at_most" or value},
+                    "bytes": _number(row.bytes),
+                    "source": _source(row.source),
+                }
+                for row in self.collectives
+            ],
+            "memory": memory,
+            "remarks": [remark.to_dict() for remark in self.remarks],
+            "predicted": {
+                "assumptions": list(self.predicted.assumptions),
+                "phases": [{**vars(row), "hidden": row.hidden} for row in self.predicted.phases],
+            },
+            "passes": [dict(vars(row)) for row in self.passes],
+            "largest_tensors": [
+                {
+                    "name": row.name,
+                    "phase": row.phase,
+                    "shape": [_number(size) for size in row.shape],
+                    "numel": _number(row.numel),
+                    "dtype": str(row.dtype).removeprefix("torch."),
+                    "source": _source(row.source),
+                }
+                for row in self.largest_tensors
+            ],
+        }
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        console = Console(file=out, width=WIDTH, highlight=False, color_system=None, markup=False, emoji=False)
+        for line in self.summary():
+            console.print(line, soft_wrap=True)
+        for title, header, rows in self.tables():
+            console.print()
+            console.print(_rich(title, header, rows))
+        if self.remarks:
+            console.print("\nRemarks")
+        for remark in self.remarks:
+            console.print(f"  {remark}", soft_wrap=True)
+        return out.getvalue().rstrip() + "\n"
+
+    def summary(self) -> list[str]:
+        """The first lines of the report."""
+        sharding = self.sharding
+        lines = [f"{self.model} on mesh {self.mesh}"]
+        if sharding.sharded_ops:
+            split = f"{sharding.length} tokens, {sharding.local_length} on each rank, {sharding.order} order"
+            lines.append(f"Sequence   {split}; {sharding.sharded_ops} of {sharding.ops} ops run on shards")
+        else:
+            lines.append("Sequence   not sharded")
+        for row in self.attention:
+            heads = f"{row.heads} heads, {row.kv_heads} key/value heads, mask {row.mask}"
+            heads += f", {row.scores}" if row.scores else ""
+            lines.append(f"Attention  {row.count} x {row.strategy}: {heads}")
+        lines += [f"Why        {remark.text}" for remark in self.remarks if remark.code in ("SPR203", "SPR204")]
+        step, sent, exposed = (1e3 * self.predicted.total(name) for name in ("seconds", "communication", "exposed"))
+        lines.append(
+            f"Predicted  {step:.4g} ms a step, of which {exposed:.4g} of {sent:.4g} ms communication are exposed"
+        )
+        lines += [f"Assumed    {text}" for text in self.predicted.assumptions]
+        lines += [f"Symbol     {name} is {meaning}" for name, meaning in self.symbols.items()]
+        return lines
+
+    def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
+        """(title, column names, rows) of every table of the report; the first column of a row says what it is."""
+        memory = self.memory
+        kept, alone = memory.saved_activation_bytes, memory.saved_activation_bytes_one_device
+        ratio = f", 1/{float(alone / kept):.2f} of that" if kept.is_number and alone.is_number and kept != 0 else ""
+        return [
+            (
+                "Collectives",
+                ["op", "axis", "phase", "count", "bytes sent", "origin", "layer", "source"],
+                [
+                    [r.op, r.axis, r.phase, str(r.count), _sent(r), r.origin, r.layer, _place(r.source)]
+                    for r in self.collectives
+                ],
+            ),
+            (
+                "Memory of one rank",
+                ["what", "bytes"],
+                [
+                    ["saved for backward, one device", size_text(alone)],
+                    ["saved for backward", size_text(kept) + ratio],
+                    ["parameters", size_text(memory.parameter_bytes)],
+                    ["gradients", size_text(memory.gradient_bytes)],
+                    ["peak, if nothing is fused", size_text(memory.peak_bytes)],
+                ],
+            ),
+            (
+                "Predicted time of one step without the optimizer",
+                ["phase", "ms", "compute", "communication", "hidden", "exposed", "bytes sent", "bytes exposed"],
+                [
+                    [
+                        r.phase,
+                        *(f"{1e3 * t:.4g}" for t in (r.seconds, r.compute, r.communication, r.hidden, r.exposed)),
+                        *(size_text(sympy.Integer(round(b))) for b in (r.bytes, r.exposed_bytes)),
+                    ]
+                    for r in self.predicted.phases
+                ],
+            ),
+            (
+                "Largest tensors",
+                ["name", "phase", "shape", "elements", "dtype", "source"],
+                [
+                    [
+                        r.name,
+                        r.phase,
+                        f"[{', '.join(map(str, r.shape))}]",
+                        str(r.numel),
+                        str(r.dtype).removeprefix("torch."),
+                        _place(r.source),
+                    ]
+                    for r in self.largest_tensors
+                ],
+            ),
+            (
+                "Passes",
+                ["pass", "stage", "graph", "rewrites", "ms"],
+                [[r.name, r.stage, r.phase, str(r.rewrites), f"{r.milliseconds:.1f}"] for r in self.passes],
+            ),
+        ]
+
+
+def size_text(size: sympy.Expr) -> str:
+    """`1.50 MiB`, or the expression of a size that is not known."""
+    if not size.is_number:
+        return str(size)
+    number, unit = float(size), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if number < 1024:
+            break
+        number, unit = number / 1024, larger
+    return f"{number:.0f} B" if unit == "B" else f"{number:.2f} {unit}"
+
+
+def _sent(row: Row) -> str:
+    return f"at most {size_text(row.bytes)}" if row.at_most else size_text(row.bytes)
+
+
+def _number(value: Any) -> Any:
+    if not isinstance(value, sympy.Basic):
+        return value
+    return int(value) if value.is_Integer else float(value) if value.is_number else str(value)
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (str, int, float, bool, dict, list))
+
+
+def _source(source: SourceLine | None) -> dict[str, Any] | None:
+    return {"file": source.file, "line": source.line, "text": source.text} if source else None
+
+
+def _place(source: SourceLine | None) -> str:
+    return f"{source.file.rpartition('/')[2]}:{source.line}" if source else ""
+
+
+def _rich(title: str, header: list[str], rows: Iterable[list[str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in header:
+        numeric = name in ("count", "elements", "rewrites", "ms", "compute", "communication", "hidden", "exposed")
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table

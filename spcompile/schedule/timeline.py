@@ -1,0 +1,121 @@
+"""What hides what: the nodes of a final graph, in their order, on one compute stream and one stream for each axis.
+
+A collective starts when the graph gets to it and the axis is free; its wait ends when it has arrived. What compute
+waits is exposed, the rest is hidden. Seconds come from `spcompile.schedule.cost`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.fx as fx
+
+from spcompile.collectives import is_start
+from spcompile.machine.links import link_of
+from spcompile.schedule.communication import sent_by
+from spcompile.schedule.cost import CostModel
+
+_c10d = torch.ops._c10d_functional
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One run of a graph. Seconds, and bytes that this rank sends.
+
+    seconds: until the end; compute + exposed. communication: on the way, summed over collectives.
+    exposed_bytes: of each collective as much as compute waited for it.
+    """
+
+    phase: str
+    seconds: float
+    compute: float
+    communication: float
+    exposed: float
+    bytes: float
+    exposed_bytes: float
+
+    @property
+    def hidden(self) -> float:
+        """Seconds of communication behind compute."""
+        return max(0.0, self.communication - self.exposed)
+
+
+def starts(node: fx.Node) -> bool:
+    """Whether a node starts a collective that a `wait_tensor` ends."""
+    return is_start(node.target)
+
+
+def is_wait(node: fx.Node) -> bool:
+    """Whether a node ends a collective."""
+    return node.target is _c10d.wait_tensor.default
+
+
+def timeline(
+    phase: str, nodes: Iterable[fx.Node], cost: CostModel, late_by: dict[fx.Node, float] | None = None
+) -> Timeline:
+    """Run nodes in this order on the streams.
+
+    late_by: is given, for every started collective, the seconds that compute waits for it.
+    """
+    now = compute = communication = exposed = sent = exposed_bytes = 0.0
+    free: defaultdict[str, float] = defaultdict(float)  # axis -> when its stream is
+    flying: dict[fx.Node, tuple[float, float, float]] = {}  # start -> (arrival, seconds, bytes)
+    for node in nodes:
+        if starts(node):
+            axis, seconds, size = transfer(node, cost)
+            free[axis] = max(now, free[axis]) + seconds
+            flying[node] = (free[axis], seconds, size)
+            communication, sent = communication + seconds, sent + size
+            continue
+        if is_wait(node):
+            arrival, seconds, size = flying.pop(node.all_input_nodes[0], (0.0, 1.0, 0.0))
+            late = max(0.0, arrival - now)
+            if late_by is not None:
+                late_by[node.all_input_nodes[0]] = late
+            exposed_bytes += size * min(1.0, late / seconds)
+        else:
+            work = cost.work(node)
+            late, size = work.exposed, transfer(node, cost)[2] if work.communication else 0.0
+            compute, communication = compute + work.compute, communication + work.communication
+            sent, now = sent + size, now + work.compute
+            exposed_bytes += size * late / work.communication if size else 0.0
+        exposed, now = exposed + late, now + late
+    return Timeline(phase, now, compute, communication, exposed, sent, exposed_bytes)
+
+
+def transfer(node: fx.Node, cost: CostModel) -> tuple[str, float, float]:
+    """(axis, seconds, bytes) of a collective; nothing for a node that sends none."""
+    found = sent_by(node, cost.mesh)
+    if found is None:
+        return "", 0.0, 0.0
+    return found[1], cost.communication(node), cost.bytes_sent(node)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One step without the optimizer, by the tables. phases: one timeline for each final graph."""
+
+    phases: tuple[Timeline, ...]
+    assumptions: tuple[str, ...]
+
+    def total(self, name: str) -> float:
+        """The sum of a field of Timeline over the phases."""
+        return float(sum(getattr(phase, name) for phase in self.phases))
+
+
+def predict(graphs: Mapping[str, fx.GraphModule], cost: CostModel) -> Prediction:
+    """Of final graphs by phase."""
+    phases = tuple(timeline(phase, gm.graph.nodes, cost) for phase, gm in graphs.items())
+    links = [(axis, link_of(cost.mesh, axis, cost.links)) for axis, size in cost.mesh.axes if size > 1]
+    return Prediction(
+        phases,
+        (
+            str(cost.accelerator),
+            *(f"{axis}: {link.name}, {link.bytes_per_second / 1e9:g} GB/s each way" for axis, link in links),
+            "elementwise ops are fused" if cost.fuses else "no ops are fused",
+            "what is on its way slows no compute down; sizes that are symbols are those of the example inputs",
+        ),
+    )

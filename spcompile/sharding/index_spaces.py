@@ -1,0 +1,95 @@
+"""Finds the index spaces of a whole graph from the factor rules of its ops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.fx as fx
+
+from spcompile.graph.edit import is_getitem, operand, result_number
+from spcompile.graph.sizes import same
+from spcompile.sharding.rules import OpRule, rule_of
+from spcompile.sharding.rules.base import tensor_operands, tensor_results
+from spcompile.sharding.spaces import Space, leaves, unify
+
+Dims = list[list[Space]]  # of one tensor: the product of spaces of every dim
+
+
+@dataclass
+class OpSpaces:
+    """One call: its rule, and the spaces each factor of the rule stands for."""
+
+    rule: OpRule
+    factors: dict[str, list[Space]] = field(default_factory=dict)
+
+    def leaves_of(self, factor: str) -> list[Space]:
+        """The finest known factors of a factor."""
+        return leaves(self.factors[factor])
+
+
+@dataclass
+class IndexSpaces:
+    """The spaces of every tensor value (a list, one entry per result) and of every call that has a rule."""
+
+    values: dict[fx.Node, list[Dims]] = field(default_factory=dict)
+    calls: dict[fx.Node, OpSpaces] = field(default_factory=dict)
+
+    def dims(self, node: fx.Node) -> list[list[Space]]:
+        """The finest known factors of every dim of a value with one result."""
+        return [leaves(dim) for dim in self.values[node][0]]
+
+
+def find_index_spaces(graph: fx.Graph, *, drawn_apart: bool = False) -> IndexSpaces:
+    """One pass in topological order. Calls without a rule get new spaces for their results.
+
+    drawn_apart: ranks draw random numbers for their own parts, where others draw them for the whole.
+    """
+    spaces = IndexSpaces()
+    for node in graph.nodes:
+        examples = tensor_results(node)
+        if node.op == "output" or not examples:
+            continue
+        if is_getitem(node):
+            spaces.values[node] = [spaces.values[operand(node, 0)][result_number(node)]]
+            continue
+        rule = rule_of(node) if node.op == "call_function" else None
+        if rule is not None and rule.drawn and drawn_apart:
+            rule = replace(rule, replicated=frozenset())
+        call = _bind(node, rule, spaces) if rule is not None else None
+        if call is not None:
+            spaces.calls[node] = call
+            spaces.values[node] = [_result_dims(dims, call) for dims in call.rule.results]
+        else:
+            spaces.values[node] = [_fresh(value) for value in examples]
+    return spaces
+
+
+def _fresh(value: torch.Tensor) -> Dims:
+    return [[] if same(size, 1) else [Space(size)] for size in value.shape]
+
+
+def _bind(node: fx.Node, rule: OpRule, spaces: IndexSpaces) -> OpSpaces | None:
+    """Tie the factors of a rule to the spaces of the operands, then make new spaces for those only in results.
+
+    Dims that are cut in other places than another operand's, as 3 x 4 beside 4 x 3, cannot be split by this call.
+    None where two operands' symbolic sizes cannot be shown to agree: the call counts as one without a rule.
+    """
+    call, cut_otherwise = OpSpaces(rule), set[str]()
+    for read, dims in zip(tensor_operands(node), rule.operands, strict=True):
+        for value_dim, factor_names in zip(spaces.values[read][0], dims, strict=True):
+            wanted = [call.factors.setdefault(f, [Space(rule.sizes[f])]) for f in factor_names]
+            agreed = unify([space for group in wanted for space in group], value_dim)
+            if factor_names and not agreed:
+                if not all(isinstance(space.size, int) for space in leaves(value_dim)):
+                    return None
+                cut_otherwise.update(factor_names)
+    for factor, size in rule.sizes.items():
+        call.factors.setdefault(factor, [Space(size)])
+    if cut_otherwise:
+        call.rule = replace(rule, replicated=rule.replicated | cut_otherwise)
+    return call
+
+
+def _result_dims(dims: tuple[tuple[str, ...], ...], call: OpSpaces) -> Dims:
+    return [[space for factor in dim for space in call.factors[factor]] for dim in dims]

@@ -1,0 +1,73 @@
+"""What annotation leaves on the nodes of a GLOBAL graph: `meta["layout"]`, read by `insert-reshards` and `lower`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch.fx as fx
+
+from spcompile.graph.reshard import Place
+from spcompile.sharding.global_view import is_view, place_of_view
+from spcompile.sharding.index_spaces import Dims, IndexSpaces, OpSpaces
+from spcompile.sharding.propagate import Choice, Placements
+
+
+@dataclass
+class NodeLayout:
+    """One node's spaces and placements.
+
+    dims: for every tensor result, the product of spaces of every dim.
+    call: rule and factor spaces, for a call that has a rule.
+    choice: per mesh axis, the factor over which the call runs sharded.
+    places: per mesh axis and result number, where the value is split (absent: replicated).
+    partial: the axes on which the call, which is linear, reads and gives parts of sums.
+    """
+
+    dims: list[Dims]
+    call: OpSpaces | None = None
+    choice: dict[str, Choice] = field(default_factory=dict)
+    places: dict[str, dict[int, Place]] = field(default_factory=dict)
+    partial: set[str] = field(default_factory=set)
+
+    def place(self, axis: str, result: int = 0) -> Place | None:
+        """Where a result is split on `axis`."""
+        return self.places.get(axis, {}).get(result)
+
+
+def layout_of(node: fx.Node) -> NodeLayout | None:
+    """The layout of a node; None for nodes without tensor results."""
+    return node.meta.get("layout")
+
+
+def show(node: fx.Node, axis: str, state: str) -> None:
+    """Record a state for the printed graph."""
+    node.meta.setdefault("sharding", {})[axis] = state
+
+
+def annotate(graph: fx.Graph, axis: str, spaces: IndexSpaces, placements: Placements) -> None:
+    """Leave on every node a new layout: its spaces, and on `axis` its choice and places.
+
+    A global view on `axis` is no call to be placed: its result is split as it says.
+    """
+    for node in graph.nodes:
+        node.meta.pop("layout", None)
+        node.meta["sharding"] = {k: v for k, v in node.meta.get("sharding", {}).items() if k != axis}
+        if node in spaces.values:
+            node.meta["layout"] = _layout(node, axis, spaces, placements)
+
+
+def _layout(node: fx.Node, axis: str, spaces: IndexSpaces, placements: Placements) -> NodeLayout:
+    dims = spaces.values[node]
+    if is_view(node, axis):
+        held = place_of_view(node)
+        show(node, axis, str(held))
+        return NodeLayout(dims, places={axis: {0: held}})
+    layout = NodeLayout(dims, spaces.calls.get(node))
+    if node in placements.choices:
+        layout.choice[axis] = placements.choices[node]
+    for number in range(len(dims)):
+        place = placements.places.get((node, number))
+        if place is not None:
+            layout.places.setdefault(axis, {})[number] = place
+            show(node, axis, str(place))
+    return layout

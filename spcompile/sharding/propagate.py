@@ -1,0 +1,233 @@
+"""The propagation engine: from the attention's query rows to a placement of every value, in both directions.
+
+A call that runs sharded has chosen one of its factors; the choice fixes how its operands and results are split. The
+engine starts at the seeds, walks along values to producers and consumers, and lets each call choose the factor that
+meets the placement it was reached with. It never reads an op's name, only its rule, and keeps for every value the
+chain of who placed it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch.fx as fx
+
+from spcompile.graph.edit import is_getitem, operand, result_number
+from spcompile.graph.reshard import Place
+from spcompile.sharding.index_spaces import IndexSpaces, OpSpaces
+from spcompile.sharding.rules.base import tensor_operands
+from spcompile.sharding.spaces import Space, leaves
+
+UNREAD_ATTENTION = "spx_unread_attention"  # in meta["custom"] of a softmax: the dim of its query rows, from the end
+SCORES = "spx_scores"  # the same where it may be no attention: what reads the weights is no product with values
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A call runs sharded over factor `factor` of its rule, at its finest part number `part`."""
+
+    factor: str
+    part: int = 0
+
+
+@dataclass
+class Placements:
+    """What propagation found for one mesh axis.
+
+    choices: the calls that can run sharded, and over which factor.
+    places: the values that can be split, and where: {(node, result number): Place}.
+    origins: the value from which a placement came, back to a seed: {(node, result): (node, result) or None}.
+    """
+
+    choices: dict[fx.Node, Choice] = field(default_factory=dict)
+    places: dict[tuple[fx.Node, int], Place] = field(default_factory=dict)
+    origins: dict[tuple[fx.Node, int], tuple[fx.Node, int] | None] = field(default_factory=dict)
+
+    def origin(self, node: fx.Node, result: int = 0) -> list[fx.Node]:
+        """The chain of nodes that led to this value's placement, the seed last."""
+        chain: list[fx.Node] = []
+        at: tuple[fx.Node, int] | None = (node, result)
+        while at is not None and len(chain) < 10_000:
+            chain.append(at[0])
+            at = self.origins.get(at)
+        return chain
+
+
+def place_of(dims: tuple[tuple[str, ...], ...], call: OpSpaces, choice: Choice) -> Place | None:
+    """Where an operand or result with these rule dims holds the chosen factor (or one that follows it)."""
+    names = {choice.factor, call.rule.paired.get(choice.factor)}
+    names.update(prefix for prefix, whole in call.rule.prefix_of.items() if whole == choice.factor)
+    for index, dim in enumerate(dims):
+        offset = 0
+        for factor in dim:
+            if factor in names:
+                return Place(index, offset + choice.part)
+            offset += len(call.leaves_of(factor))
+    return None
+
+
+def choice_at(dims: tuple[tuple[str, ...], ...], call: OpSpaces, place: Place) -> Choice | None:
+    """The choice under which an operand or result with these rule dims is split at `place`; None if not shardable."""
+    offset = 0
+    for factor in dims[place.dim]:
+        count = len(call.leaves_of(factor))
+        if place.part < offset + count:
+            return _shardable(call, Choice(factor, place.part - offset))
+        offset += count
+    return None
+
+
+def _shardable(call: OpSpaces, choice: Choice) -> Choice | None:
+    rule = call.rule
+    for leader, follower in rule.paired.items():
+        if choice.factor == follower:
+            choice = Choice(leader, choice.part)
+    if is_prefix(call, choice):
+        parts = [call.leaves_of(factor) for factor in (choice.factor, *_prefixes(call, choice.factor))]
+        return choice if all(len(spaces) == 1 for spaces in parts) else None  # else it is no beginning of any part
+    if choice.factor in rule.replicated or choice.factor in rule.prefix_of:
+        return None
+    in_results = any(choice.factor in dim for result in rule.results for dim in result)
+    return choice if in_results or choice.factor in rule.reductions or choice.factor in rule.completed else None
+
+
+def _prefixes(call: OpSpaces, factor: str) -> list[str]:
+    return [prefix for prefix, whole in call.rule.prefix_of.items() if whole == factor]
+
+
+def is_prefix(call: OpSpaces, choice: Choice) -> bool:
+    """Whether the call takes the beginning of the sharded dim: on shards it is the identity with a shorter length."""
+    return choice.factor in call.rule.prefix_of.values()
+
+
+def shards_results(call: OpSpaces, choice: Choice) -> bool:
+    """Whether the results are split."""
+    return any(place_of(dims, call, choice) for dims in call.rule.results)
+
+
+def leaves_sums(call: OpSpaces, choice: Choice) -> bool:
+    """Whether the results are partial sums."""
+    return not shards_results(call, choice) and choice.factor not in call.rule.completed
+
+
+def propagate(
+    graph: fx.Graph,
+    spaces: IndexSpaces,
+    seeds: Mapping[fx.Node, Choice],
+    inputs: Mapping[fx.Node, Place] | None = None,
+) -> Placements:
+    """Spread the seeds' choices, and where inputs are split, over the graph to a fixed point.
+
+    Breadth first, so nearer seeds win.
+    """
+    found = Placements()
+    queue: deque[tuple[fx.Node, int]] = deque()
+
+    def reach(value: tuple[fx.Node, int], place: Place, source: tuple[fx.Node, int] | None) -> None:
+        if value not in found.places:
+            found.places[value], found.origins[value] = place, source
+            queue.append(value)
+
+    def choose(node: fx.Node, choice: Choice, source: tuple[fx.Node, int] | None) -> None:
+        if node in found.choices:
+            return
+        found.choices[node] = choice
+        call = spaces.calls[node]
+        follow_prefix(call, choice)
+        for read, dims in zip(tensor_operands(node), call.rule.operands, strict=True):
+            place = place_of(dims, call, choice)
+            if place is not None:
+                reach((read, 0), place, source or (node, 0))
+        for number, dims in enumerate(call.rule.results):
+            place = place_of(dims, call, choice)
+            if place is not None:
+                # A consumer may have asked for another place; what the call gives is what its choice says.
+                if found.places.get((node, number), place) != place:
+                    del found.places[(node, number)]
+                reach((node, number), place, source if source != (node, number) else None)
+
+    for node, choice in seeds.items():
+        choose(node, choice, None)
+    for node, place in (inputs or {}).items():
+        reach((node, 0), place, None)
+    while queue:
+        value = queue.popleft()
+        node, number = value
+        place = found.places[value]
+        if is_getitem(node):
+            reach((operand(node, 0), result_number(node)), place, value)
+        elif node in spaces.calls:
+            made = choice_at(spaces.calls[node].rule.results[number], spaces.calls[node], place)
+            if made is not None:
+                choose(node, made, value)
+        for user in node.users:
+            if is_getitem(user):
+                if result_number(user) == number:
+                    reach((user, 0), place, value)
+            elif user in spaces.calls:
+                made = choice_as_operand(user, node, spaces.calls[user], place)
+                if made is not None:
+                    choose(user, made, value)
+    return found
+
+
+def choice_as_operand(user: fx.Node, value: fx.Node, call: OpSpaces, place: Place) -> Choice | None:
+    """The choice that `user` makes when it meets `value` split at `place`, at the first operand that allows one."""
+    for read, dims in zip(tensor_operands(user), call.rule.operands, strict=True):
+        choice = choice_at(dims, call, place) if read is value else None
+        if choice is not None:
+            return choice
+    return None
+
+
+def follow_prefix(call: OpSpaces, choice: Choice) -> None:
+    """The beginning of a sharded dim keeps the longer dim's layout over the ranks."""
+    for prefix, whole in call.rule.prefix_of.items():
+        if whole == choice.factor:
+            short, long = call.leaves_of(prefix)[0], call.leaves_of(whole)[choice.part]
+            if short is not long and short.prefix_of is None:
+                short.prefix_of = long
+
+
+def sequence_seeds(spaces: IndexSpaces) -> dict[fx.Node, Choice]:
+    """The calls whose rule pairs factors, attention, choose their leading one: the query's rows.
+
+    So does the softmax of an attention that stayed written out: it is split by rows, and reads all keys. Where there is
+    none, any softmax over products of two sequences does.
+    """
+    return _seeds(spaces, UNREAD_ATTENTION) or _seeds(spaces, SCORES)
+
+
+def _seeds(spaces: IndexSpaces, key: str) -> dict[fx.Node, Choice]:
+    seeds: dict[fx.Node, Choice] = {}
+    for node, call in spaces.calls.items():
+        rows = node.meta.get("custom", {}).get(key)
+        leader = _rows(call, rows) if rows else _leader(call)
+        if leader is not None:
+            seeds[node] = Choice(leader)
+    return seeds
+
+
+def _leader(call: OpSpaces) -> str | None:
+    in_results = {factor for dims in call.rule.results for dim in dims for factor in dim}
+    found = [leader for leader in call.rule.paired if leader in in_results - call.rule.replicated]
+    return found[0] if found else None  # a query of length 1 has no factor
+
+
+def _rows(call: OpSpaces, dim: int) -> str | None:
+    """The factor of the rows of scores, [..., S, T] or with the rows elsewhere."""
+    rows = call.rule.results[0][dim]
+    return rows[0] if rows and rows[0] not in call.rule.replicated else None
+
+
+def sequence_families(calls: Mapping[fx.Node, OpSpaces]) -> set[Space]:
+    """The families of spaces that the query rows of attention run over: the sequences of a graph."""
+    leaders = ((call, _leader(call)) for call in calls.values())
+    return {call.leaves_of(leader)[0].family() for call, leader in leaders if leader is not None}
+
+
+def space_at(dims: list[list[Space]], place: Place) -> Space:
+    """The space that a value is split over."""
+    return leaves(dims[place.dim])[place.part]

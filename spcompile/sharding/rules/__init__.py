@@ -1,0 +1,64 @@
+"""Sharding rules of ATen and spx ops, one file per family.
+
+Importing the package registers all of them.
+"""
+
+from __future__ import annotations
+
+from spcompile.sharding.rules import (
+    attention,
+    collectives,
+    creation,
+    elementwise,
+    grouped,
+    indexing,
+    joining,
+    losses,
+    matmul,
+    mixing,
+    normalization,
+    ordering,
+    randomness,
+    reductions,
+    views,
+)
+from spcompile.sharding.rules.base import (
+    Dims,
+    LocalCall,
+    OpRule,
+    Rule,
+    Size,
+    register,
+    registered_ops,
+    rule_of,
+    tensor_operands,
+    tensor_results,
+)
+
+__all__ = [
+    "Dims",
+    "LocalCall",
+    "OpRule",
+    "Rule",
+    "Size",
+    "attention",
+    "collectives",
+    "creation",
+    "elementwise",
+    "grouped",
+    "indexing",
+    "joining",
+    "losses",
+    "matmul",
+    "mixing",
+    "normalization",
+    "ordering",
+    "randomness",
+    "reductions",
+    "register",
+    "registered_ops",
+    "rule_of",
+    "tensor_operands",
+    "tensor_results",
+    "views",
+]

@@ -1,0 +1,58 @@
+"""The rule of `spx::attention`, the one op that pairs two factors: keys are split wherever query rows are."""
+
+from __future__ import annotations
+
+import torch
+import torch.fx as fx
+
+import spcompile.attention.op  # noqa: F401  (defines the op)
+from spcompile.graph.sizes import Size, quotient, same
+from spcompile.sharding.rules.base import Dims, OpRule, register
+
+
+@register(torch.ops.spx.attention.default)
+def attention(node: fx.Node) -> OpRule:
+    """Q "b (g r) s h", k "b g t h", v "b g t v" -> out "b (g r) s v", lse "b (g r) s"; t follows s.
+
+    Query head i reads key head i // r. The mask's vectors and the columns of a dense bias are read whole: their
+    factors are replicated.
+    """
+    roles = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    read = {role: arg for role, arg in zip(roles, node.args, strict=False) if isinstance(arg, fx.Node)}
+    q, k, v = (read[role].meta["val"] for role in "qkv")
+    sizes: dict[str, Size] = dict(zip("bnshgtv", (*q.shape, *k.shape[1:3], v.shape[3]), strict=True))
+    sizes["r"] = quotient(sizes.pop("n"), sizes["g"])
+    batch, heads, rows = (_present(sizes, *names) for names in ("b", "gr", "s"))
+    layouts: dict[str, Dims] = {
+        "q": (batch, heads, rows, _present(sizes, "h")),
+        "k": tuple(_present(sizes, name) for name in "bgth"),
+        "v": tuple(_present(sizes, name) for name in "bgtv"),
+    }
+    shared = dict.fromkeys(("q_documents", "k_documents", "key_valid"), (batch,)) | {
+        "bias": (batch, heads, rows),
+        "alibi_slopes": (heads,),
+        "sinks": (heads,),
+        "dropout_seed": (batch, heads),
+    }
+    for role in read.keys() - layouts.keys():
+        dims: list[tuple[str, ...]] = []
+        for dim, size in enumerate(read[role].meta["val"].shape):
+            own = f"{role}{dim}"
+            common = shared.get(role, ())
+            dims.append(() if same(size, 1) else common[dim] if dim < len(common) else (own,))
+            sizes[own] = size
+        layouts[role] = tuple(dims)
+    operands = tuple(layouts[role] for role in read if isinstance(read[role].meta.get("val"), torch.Tensor))
+    used = {name for dims in operands for dim in dims for name in dim}
+    return OpRule(
+        operands=operands,
+        results=((batch, heads, rows, _present(sizes, "v")), (batch, heads, rows)),
+        sizes={name: size for name, size in sizes.items() if name in used},
+        replicated=frozenset(used) - set("bgrst"),
+        paired={"s": "t"},
+    )
+
+
+def _present(sizes: dict[str, Size], *names: str) -> tuple[str, ...]:
+    """A dim that is the product of the factors of these names; those of size 1 do not count."""
+    return tuple(name for name in names if not same(sizes[name], 1))

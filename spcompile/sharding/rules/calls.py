@@ -1,0 +1,53 @@
+"""Reading a call: its op, its arguments by schema name, and what is statically known about sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from spcompile.sharding.rules.base import Size
+
+
+def overloads(names: str) -> list[Any]:
+    """The ATen ops of a table of names: `"exp add.Tensor"` is aten.exp.default and aten.add.Tensor."""
+    found = []
+    for name in names.split():
+        packet, _, overload = name.partition(".")
+        found.append(getattr(getattr(torch.ops.aten, packet), overload or "default"))
+    return found
+
+
+def bind(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Every argument of a call by its schema name, defaults filled in."""
+    bound = {}
+    for position, argument in enumerate(op._schema.arguments):
+        if position < len(args):
+            bound[argument.name] = args[position]
+        else:
+            bound[argument.name] = kwargs.get(argument.name, argument.default_value)
+    return bound
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """`bind` for a graph's call, with example values (fake tensors, SymInts) in place of nodes."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
+    return bind(node.target, args, kwargs)
+
+
+def same(a: Size, b: Size) -> bool:
+    """Whether two sizes are known to be equal."""
+    return bool(statically_known_true(a == b))
+
+
+def at_least(a: Size, b: Size) -> bool:
+    """Whether `a >= b` is known."""
+    return bool(statically_known_true(a >= b))
+
+
+def divides(a: Size, b: Size) -> bool:
+    """Whether `b` is known to be a multiple of `a`; never for a size that may be 0."""
+    return not same(a, 0) and bool(statically_known_true(b % a == 0))

@@ -1,0 +1,31 @@
+"""Ops that communicate over another axis, already there when the next axis is placed.
+
+Only the dim along which an op moves data is bound to its axis; every other dim passes, and may be split again.
+"""
+
+from __future__ import annotations
+
+import torch.fx as fx
+
+from spcompile.collectives import ALL_GATHER, ALL_REDUCE, MASK_PADDING, REDUCE_SCATTER, REORDER, SHARD, VARY
+from spcompile.sharding.rules.base import OpRule, register, tensor_results
+from spcompile.sharding.rules.calls import arguments
+from spcompile.sharding.rules.factors import Factor, build, factors
+
+
+@register(ALL_REDUCE.op, VARY.op)
+def whole(node: fx.Node) -> OpRule:
+    """`a b -> a b`."""
+    dims = factors(arguments(node)["x"].shape)
+    return build(node, {"x": dims}, [dims])
+
+
+@register(ALL_GATHER.op, MASK_PADDING.op, REDUCE_SCATTER.op, REORDER.op, SHARD.op)
+def along_a_dim(node: fx.Node) -> OpRule:
+    """`a [c] -> a [b]`: the communicated dim is another one on each side."""
+    args = arguments(node)
+    dims = factors(args["x"].shape)
+    dims[args["dim"]].replicated = True
+    out = list(dims)
+    out[args["dim"]] = Factor(tensor_results(node)[0].shape[args["dim"]], replicated=True)
+    return build(node, {"x": dims}, [out])

@@ -1,0 +1,177 @@
+"""Ops that cut a dim into parts or put parts together.
+
+The cut dim is replicated, and it is another factor in every tensor: positions in the parts are not positions in the
+whole. Slices that start at 0 say so in `prefix_of`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from spcompile.sharding.rules.base import LocalCall, OpRule, register, tensor_results
+from spcompile.sharding.rules.calls import arguments, at_least, overloads, same
+from spcompile.sharding.rules.factors import Factor, build, factors
+
+aten = torch.ops.aten
+
+
+def cut(node: fx.Node, operand: str, dims: Sequence[int]) -> OpRule:
+    """`a [c] -> a [b]`: `dims` differ, all other dims pass."""
+    layout = factors(arguments(node)[operand].shape)
+    shapes = [result.shape for result in tensor_results(node)]
+    positions = [d % len(layout) for d in dims]
+    for d in positions:
+        layout[d].replicated = True
+    parts = [[Factor(s, True) if d in positions else layout[d] for d, s in enumerate(shape)] for shape in shapes]
+    return build(node, {operand: layout}, parts)
+
+
+@register(*overloads("chunk split.Tensor split.sizes split_with_sizes tensor_split.sections tensor_split.indices"))
+def split(node: fx.Node) -> OpRule:
+    """`a [d] -> a [b], a [c]`; a single part is the whole."""
+    return cut(node, "self", [arguments(node)["dim"]] if len(tensor_results(node)) > 1 else [])
+
+
+@register(aten.glu.default)
+def glu(node: fx.Node) -> OpRule:
+    """`a [c] -> a [b]`: one half gates the other."""
+    return cut(node, "self", [arguments(node)["dim"]])
+
+
+@register(*overloads("constant_pad_nd pad"))
+def pad(node: fx.Node) -> OpRule:
+    """`a [c] -> a [b]`; the padded dims are counted from the last."""
+    amounts = arguments(node)["pad"]
+    padded = [-1 - i // 2 for i in range(0, len(amounts), 2) if not all(same(n, 0) for n in amounts[i : i + 2])]
+    return cut(node, "self", padded)
+
+
+def _identity(call: LocalCall) -> Any:
+    return call.args[0]
+
+
+@register(aten.slice.Tensor)
+def slice_(node: fx.Node) -> OpRule:
+    """`a [c] -> a [b]`, b a prefix of c if the slice starts at 0; a slice of everything is the identity."""
+    args = arguments(node)
+    start, whole = args["start"], args["self"].shape[args["dim"]]
+    from_zero = start is None or same(start, 0) or at_least(-whole, start)  # a start before the first is the first
+    return _part(node, args["dim"], step=args["step"], from_zero=from_zero)
+
+
+@register(aten.narrow.default)
+def narrow(node: fx.Node) -> OpRule:
+    """`a [c] -> a [b]`, as slice."""
+    args = arguments(node)
+    return _part(node, args["dim"], step=1, from_zero=same(args["start"], 0))
+
+
+def _part(node: fx.Node, dim: int, *, step: int, from_zero: bool) -> OpRule:
+    operand = factors(arguments(node)["self"].shape)
+    length = tensor_results(node)[0].shape[dim]
+    if same(step, 1) and same(length, operand[dim].size):
+        return build(node, {"self": operand}, [operand], local=_identity)
+    result = list(operand)
+    operand[dim].replicated = True
+    result[dim] = Factor(length, replicated=True)
+    prefix = {result[dim]: operand[dim]} if from_zero and same(step, 1) else None
+    return build(node, {"self": operand}, [result], prefix_of=prefix)
+
+
+@register(*overloads("select.int unbind.int"))
+def select(node: fx.Node) -> OpRule:
+    """`a [c] b -> a b`."""
+    args = arguments(node)
+    dims = factors(args["self"].shape)
+    chosen = dims[args["dim"]]
+    chosen.replicated = True
+    out = [factor for factor in dims if factor is not chosen]
+    return build(node, {"self": dims}, [out for _ in tensor_results(node)])
+
+
+@register(*overloads("slice_scatter select_scatter"))
+def scatter_part(node: fx.Node) -> OpRule:
+    """`a [b], a [c] -> a [b]`: a part of one dim is overwritten."""
+    args = arguments(node)
+    dims = factors(args["self"].shape)
+    dim = args["dim"] % len(dims)
+    dims[dim].replicated = True
+    part = list(dims)
+    if len(args["src"].shape) < len(dims):
+        del part[dim]
+    else:
+        part[dim] = Factor(args["src"].shape[dim], replicated=True)
+    return build(node, {"self": dims, "src": part}, [dims])
+
+
+@register(*overloads("cat concat concatenate"))
+def cat(node: fx.Node) -> OpRule:
+    """`a [c], a [d] -> a [b]`; with one operand that is not empty, `a b, a [c] -> a b`."""
+    args = arguments(node)
+    tensors = args["tensors"]
+    out = factors(tensor_results(node)[0].shape)
+    dim = args["dim"] % len(out)
+    filled = [t for t in tensors if not any(same(size, 0) for size in t.shape)]
+    if len(filled) > 1 or not filled:
+        out[dim].replicated = True
+    layouts = []
+    for tensor in tensors:
+        layout: list[Factor] = factors(tensor.shape, replicated=True)
+        if tensor.ndim == len(out):  # not so for the empty 1-D tensor that cat ignores
+            layout = [layout[d] if d == dim else factor for d, factor in enumerate(out)]
+        layouts.append(out if len(filled) == 1 and tensor is filled[0] else layout)
+    return build(node, {"tensors": layouts}, [out])
+
+
+@register(aten.stack.default)
+def stack(node: fx.Node) -> OpRule:
+    """`b c, b c -> [a] b c`."""
+    args = arguments(node)
+    out = factors(tensor_results(node)[0].shape)
+    new = out[args["dim"]]
+    new.replicated = True
+    dims = [factor for factor in out if factor is not new]
+    return build(node, {"tensors": [dims for _ in args["tensors"]]}, [out])
+
+
+@register(*overloads("hstack vstack"))
+def stacked(node: fx.Node) -> OpRule | None:
+    """`[a] b, [c] b -> [d] b`, for operands that have the rank of the result."""
+    tensors = arguments(node)["tensors"]
+    out = factors(tensor_results(node)[0].shape)
+    if any(t.ndim != len(out) for t in tensors):
+        return None
+    dim = 1 if node.target is aten.hstack.default and len(out) > 1 else 0
+    out[dim].replicated = True
+    layouts = [[Factor(t.shape[d], True) if d == dim else f for d, f in enumerate(out)] for t in tensors]
+    return build(node, {"tensors": layouts}, [out])
+
+
+@register(aten.diff.default)
+def diff(node: fx.Node) -> OpRule:
+    """`a [c] -> a [b]`; prepended and appended parts are `a [d]`."""
+    args = arguments(node)
+    dims, shape = factors(args["self"].shape), tensor_results(node)[0].shape
+    dim = args["dim"] % len(dims)
+    dims[dim].replicated = True
+    operands = {"self": dims}
+    for name in ("prepend", "append"):
+        if args[name] is not None:
+            operands[name] = [Factor(args[name].shape[d], True) if d == dim else f for d, f in enumerate(dims)]
+    out = [Factor(shape[d], True) if d == dim else f for d, f in enumerate(dims)]
+    return build(node, operands, [out])
+
+
+@register(aten.meshgrid.default, aten.meshgrid.indexing)
+def meshgrid(node: fx.Node) -> OpRule | None:
+    """`a, b -> a b, a b`."""
+    args = arguments(node)
+    out = factors(tensor_results(node)[0].shape)
+    if any(t.ndim != 1 for t in args["tensors"]):
+        return None
+    order = [1, 0, *range(2, len(out))] if args.get("indexing") == "xy" and len(out) > 1 else range(len(out))
+    return build(node, {"tensors": [[out[d]] for d in order]}, [out for _ in tensor_results(node)])

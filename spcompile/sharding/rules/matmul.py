@@ -1,0 +1,137 @@
+"""Products that contract factors: `a b c, d c -> a b d | c: sum`.
+
+With a bias the contracted factor is replicated: every rank would add the bias to its partial sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from spcompile.graph.einsum import letters_of
+from spcompile.sharding.rules.base import OpRule, register, tensor_results
+from spcompile.sharding.rules.calls import arguments, overloads, same
+from spcompile.sharding.rules.factors import Dim, Factor, broadcast, build, factors
+
+aten = torch.ops.aten
+
+
+@register(aten.linear.default)
+def linear(node: fx.Node) -> OpRule:
+    """`a b d, c d -> a b c | d: sum`; a weight [d] gives no c."""
+    args = arguments(node)
+    *rows, contracted = factors(args["input"].shape)
+    columns = factors(args["weight"].shape[:-1])
+    contracted.replicated = args["bias"] is not None
+    operands = {"input": [*rows, contracted], "weight": [*columns, contracted]}
+    if args["bias"] is not None:
+        operands["bias"] = columns if args["bias"].ndim else []
+    return build(node, operands, [[*rows, *columns]], sums=[contracted], fills={"input": 0.0, "weight": 0.0})
+
+
+@register(*overloads("matmul mm bmm mv dot vdot inner"))
+def matmul(node: fx.Node) -> OpRule | None:
+    """`a b d, a d c -> a b c | d: sum` for all ranks; leading dims broadcast."""
+    args = arguments(node)
+    names = [name for name, value in args.items() if isinstance(value, torch.Tensor)]
+    x, y = (args[name].shape for name in names)
+    if node.target is aten.inner.default and len(y) > 1:
+        return None
+    out = factors(tensor_results(node)[0].shape)
+    contracted = Factor(x[-1])
+    row = [out[-1 if len(y) == 1 else -2]] if len(x) > 1 else []
+    column = [out[-1]] if len(y) > 1 else []
+    batch = out[: len(out) - len(row) - len(column)]
+    x_batch, y_batch = broadcast(x[:-2], batch), broadcast(y[:-2], batch)
+    if x_batch is None or y_batch is None:
+        return None
+    operands = {
+        names[0]: [*x_batch, *row, contracted],
+        names[1]: [*y_batch, contracted, *column],
+    }
+    return build(node, operands, [out], sums=[contracted], fills=dict.fromkeys(names, 0.0))
+
+
+@register(*overloads("addmm baddbmm addmv"))
+def matmul_with_bias(node: fx.Node) -> OpRule | None:
+    """`a b, a [c], [c] b -> a b`; the first operand broadcasts."""
+    args = arguments(node)
+    out = factors(tensor_results(node)[0].shape)
+    x, y = [name for name, value in args.items() if isinstance(value, torch.Tensor)][1:]
+    bias = broadcast(args["self"].shape, out)
+    if bias is None:
+        return None
+    contracted = Factor(args[x].shape[-1], replicated=True)
+    if node.target is aten.addmv.default:
+        return build(node, {"self": bias, x: [*out, contracted], y: [contracted]}, [out])
+    *batch, row, column = out
+    return build(node, {"self": bias, x: [*batch, row, contracted], y: [*batch, contracted, column]}, [out])
+
+
+@register(*overloads("outer ger"))
+def outer(node: fx.Node) -> OpRule:
+    """`a, b -> a b`."""
+    row, column = factors(tensor_results(node)[0].shape)
+    return build(node, {"self": [row], "vec2": [column]}, [[row, column]])
+
+
+@register(aten.tensordot.default)
+def tensordot(node: fx.Node) -> OpRule:
+    """`a c d, c d b -> a b | c: sum, d: sum`."""
+    args = arguments(node)
+    x, y = factors(args["self"].shape), factors(args["other"].shape)
+    contracted = []
+    for i, j in zip(args["dims_self"], args["dims_other"], strict=True):
+        if same(x[i].size, y[j].size):
+            y[j] = x[i]
+            contracted.append(x[i])
+        else:  # one of them is 1, the other is summed alone
+            contracted += [x[i], y[j]]
+    out = [factor for factor in [*x, *y] if factor not in contracted]
+    return build(node, {"self": x, "other": y}, [out], sums=contracted, fills={"self": 0.0, "other": 0.0})
+
+
+@register(aten.einsum.default)
+def einsum(node: fx.Node) -> OpRule | None:
+    """The equation itself; None where an operand repeats a letter (a diagonal)."""
+    args = arguments(node)
+    inputs, output = letters_of(args["equation"], [t.ndim for t in args["tensors"]])
+    known: dict[str, Factor] = {}
+    layouts: list[list[Dim]] = []
+    for letters, tensor in zip(inputs, args["tensors"], strict=True):
+        if len(set(letters)) < len(letters):
+            return None
+        layout: list[Dim] = []
+        for letter, size in zip(letters, tensor.shape, strict=True):
+            factor = known.setdefault(letter, Factor(size)) if not same(size, 1) else None
+            if factor is not None and not same(factor.size, size):
+                return None
+            layout.append(factor or ())
+        layouts.append(layout)
+    sums = [factor for letter, factor in known.items() if letter not in output]
+    out = [known.get(letter, ()) for letter in output]
+    return build(node, {"tensors": layouts}, [out], sums=sums, fills={"tensors": 0.0})
+
+
+@register(*overloads("conv1d conv2d conv3d conv1d.padding conv2d.padding conv3d.padding"))
+def convolution(node: fx.Node) -> OpRule:
+    """`a d [e], b d [f] -> a b [c] | d: sum`, with one, two or three e, f, c; channels in groups are replicated."""
+    args = arguments(node)
+    space = args["weight"].ndim - 2
+    *batch, channels = factors(args["input"].shape[:-space])
+    rows, row_channels = factors(args["weight"].shape[:2])
+    if args["groups"] == 1:
+        row_channels = channels
+        channels.replicated = args["bias"] is not None
+    else:
+        rows.replicated = channels.replicated = row_channels.replicated = True
+    places, taps, steps = (
+        [Factor(size, replicated=True) for size in shape[-space:]]
+        for shape in (args["input"].shape, args["weight"].shape, tensor_results(node)[0].shape)
+    )
+    operands: dict[str, Any] = {"input": [*batch, channels, *places], "weight": [rows, row_channels, *taps]}
+    if args["bias"] is not None:
+        operands["bias"] = [rows]
+    return build(node, operands, [[*batch, rows, *steps]], sums=[channels], fills={"input": 0.0, "weight": 0.0})

@@ -1,0 +1,68 @@
+"""Ops that draw random numbers. Every factor is replicated: all ranks draw the whole tensor, as one device would.
+
+Where ranks may draw for their own parts, as over dp, `drawn` says which ops draw each number by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch.fx as fx
+from torch import Tensor
+
+from spcompile.sharding.rules.base import LocalCall, OpRule, register, tensor_results
+from spcompile.sharding.rules.calls import arguments, overloads
+from spcompile.sharding.rules.elementwise import pointwise
+from spcompile.sharding.rules.factors import build, factors
+
+SAME_SHAPE = """
+    bernoulli bernoulli.p native_dropout rand_like randint_like randn_like
+"""
+NEW_SHAPE = """
+    rand randint randint.low randn
+"""
+TOGETHER = """
+    feature_dropout alpha_dropout multinomial randperm
+"""
+
+
+@register(*overloads("dropout"))
+def dropout(node: fx.Node) -> OpRule | None:
+    """`[a] [b] -> [a] [b]`; `a b -> a b` where nothing is dropped."""
+    args = arguments(node)
+    return _whole(node) if args["train"] and args["p"] else pointwise(node)
+
+
+@register(*overloads(SAME_SHAPE))
+def random_like(node: fx.Node) -> OpRule:
+    """`[a] [b] -> [a] [b]`."""
+    return _whole(node)
+
+
+def _whole(node: fx.Node) -> OpRule:
+    (operand, value) = next((name, v) for name, v in arguments(node).items() if isinstance(v, Tensor))
+    dims = factors(value.shape, replicated=True)
+    return replace(build(node, {operand: dims}, [dims for _ in tensor_results(node)]), drawn=True)
+
+
+@register(*overloads(NEW_SHAPE))
+def random(node: fx.Node) -> OpRule:
+    """`-> [a] [b]`."""
+    (at,) = (place for place, arg in enumerate(node.args) if isinstance(arg, (list, tuple)))
+
+    def local(call: LocalCall) -> Any:
+        return node.target(*call.args[:at], list(call.shapes[0]), *call.args[at + 1 :], **call.kwargs)  # type: ignore[operator]
+
+    rule = build(node, {}, [factors(tensor_results(node)[0].shape, replicated=True)], local=local)
+    return replace(rule, drawn=True)
+
+
+@register(*overloads(TOGETHER))
+def drawn_together(node: fx.Node) -> OpRule | None:
+    """`[a] [b] -> [c] [d]`; a dropout of which nothing is dropped is `a b -> a b`."""
+    args = arguments(node)
+    if "train" in args and not (args["train"] and args["p"]):
+        return pointwise(node)
+    operands = {name: factors(v.shape, True) for name, v in args.items() if isinstance(v, Tensor)}
+    return build(node, operands, [factors(value.shape, replicated=True) for value in tensor_results(node)])

@@ -1,0 +1,100 @@
+"""Triton kernels without a GPU: the cases of triton_interpreted.py, and which tiles a mask leaves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spcompile.attention.kernels.triton.tiles import Places, segments, tile_kinds
+from spcompile.attention.scores.mask import AttentionMask
+
+INTERPRETED = Path(__file__).with_name("triton_interpreted.py")
+
+
+def run_interpreted(marked: str) -> None:
+    """The other file's tests with that mark, in a process where triton is imported as an interpreter."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", str(INTERPRETED), "-q", "-x", "-m", marked, "-p", "no:cacheprovider"]
+    found = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_interpreted() -> None:
+    run_interpreted("not slow and not long")
+
+
+@pytest.mark.long
+def test_interpreted_widely() -> None:
+    run_interpreted("slow")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3000)
+def test_interpreted_at_length() -> None:
+    run_interpreted("long")
+
+
+masks = st.builds(
+    AttentionMask,
+    causal=st.just(True),
+    offset=st.integers(-9, 9),
+    window=st.none() | st.integers(1, 30),
+    chunk=st.none() | st.integers(1, 30),
+    prefix=st.none() | st.integers(1, 30),
+    documents=st.booleans(),
+    key_padding=st.booleans(),
+) | st.builds(
+    AttentionMask,
+    window=st.none() | st.integers(1, 30),
+    window_right=st.none() | st.integers(1, 30),
+    chunk=st.none() | st.integers(1, 30),
+    documents=st.booleans(),
+)
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=300)
+@given(mask=masks, seed=st.integers(0, 99), S=st.integers(1, 70), T=st.integers(1, 70), shuffled=st.booleans())
+def test_tiles_say_what_the_dense_mask_says(mask: AttentionMask, seed: int, S: int, T: int, shuffled: bool) -> None:
+    """An empty tile has no score, a full one all of them; with ranges of positions alone the others are cut."""
+    random = torch.Generator().manual_seed(seed)
+    block_m, block_n = 8, 4
+    orders = [torch.randperm(n, generator=random) if shuffled else torch.arange(n) for n in (S, T)]
+    documents = [
+        torch.randint(0, 3, (2, n), generator=random).sort(-1).values if mask.documents else None for n in (S, T)
+    ]
+    valid = torch.rand(2, T, generator=random) > 0.3 if mask.key_padding else None
+    keep = mask.allowed(*orders, *documents, valid).expand(2, 1, S, T)[:, 0]
+    k_positions = orders[1].int()[None]
+    if valid is not None:
+        k_positions = torch.where(valid, k_positions, -1)
+    places = Places(orders[0].int()[None], documents[0]), Places(k_positions, documents[1])
+    full, partial = (x.expand(2, -1, -1) for x in tile_kinds(mask, *places, block_m, block_n))
+    assert not (full & partial).any()
+    grown = torch.nn.functional.pad(keep, (0, -T % block_n, 0, -S % block_m))
+    tiles = grown.unflatten(2, (-1, block_n)).unflatten(1, (-1, block_m)).transpose(2, 3)
+    some, every = tiles.flatten(3).any(-1), tiles.flatten(3).all(-1)
+    assert not (some & ~full & ~partial).any()
+    assert not (full & ~every).any()
+    if not shuffled and not mask.needs_data and mask.window is None and mask.chunk is None and mask.prefix is None:
+        assert torch.equal(full, every)
+        assert torch.equal(full | partial, some)
+
+
+@pytest.mark.parametrize("tiles", [0, 1, 2, 7])
+def test_segments_cover_what_was_chosen(tiles: int) -> None:
+    chosen = torch.rand(2, 5, tiles) > 0.4
+    table, count, *_ = segments(chosen, ~chosen)
+    for batch in range(2):
+        for row in range(5):
+            found = torch.zeros(tiles, dtype=torch.bool)
+            for first, stop in table[batch, row, : int(count[batch, row])].tolist():
+                assert not found[max(first - 1, 0) : stop + 1].any()  # maximal, so apart
+                found[first:stop] = True
+            assert torch.equal(found, chosen[batch, row])

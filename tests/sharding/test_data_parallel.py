@@ -1,0 +1,100 @@
+"""Axis dp in the simulator: which rows are found, what is summed, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import spcompile
+from spcompile import models
+from spcompile.diagnostics import BatchNotSplit
+
+IGNORED = -100
+
+
+class Rows(nn.Module):
+    """One attention over [B, S, D], then what `end` makes of the rows."""
+
+    def __init__(self, end: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.end = end
+        self.w_DD = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
+
+    def forward(self, x_BSD: Tensor, weight_B: Tensor) -> Tensor:
+        h_B1SD = (x_BSD @ self.w_DD).unsqueeze(1)
+        y_BSD = F.scaled_dot_product_attention(h_B1SD, h_B1SD, h_B1SD).squeeze(1)
+        if self.end == "mean":
+            return y_BSD.square().mean()
+        if self.end == "mean of rows":
+            return y_BSD.mean((0, 1)).square().sum()
+        if self.end == "weighted":
+            return (y_BSD.sum((1, 2)) * weight_B).sum() / weight_B.sum()
+        if self.end == "weights alone":
+            return y_BSD.square().sum() / weight_B.sum()
+        if self.end == "between rows":
+            return (y_BSD[0] * y_BSD[1]).sum()
+        return y_BSD.sort(0).values.sum()
+
+
+def inputs() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x_BSD = torch.randn(4, 6, 4, dtype=torch.float64, generator=generator)
+    return {"x_BSD": x_BSD, "weight_B": torch.rand(4, dtype=torch.float64, generator=generator)}
+
+
+@pytest.mark.parametrize("end", ["mean", "mean of rows", "weighted", "weights alone"])
+@pytest.mark.parametrize("mesh", [{"dp": 2}, {"cp": 3, "dp": 2}])
+def test_sums_over_rows_are_sums_over_ranks(end: str, mesh: dict[str, int]) -> None:
+    report = spcompile.verify(Rows(end), inputs(), mesh=mesh)
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("end", ["between rows", "sorted"])
+def test_what_mixes_rows_is_refused_with_its_line(end: str) -> None:
+    with pytest.raises(BatchNotSplit, match="mixes rows of the batch") as caught:
+        spcompile.verify(Rows(end), inputs(), mesh={"dp": 2})
+    assert "test_data_parallel.py" in str(caught.value)
+
+
+class Twice(Rows):
+    """Every row twice, as for two kinds of dropout."""
+
+    def forward(self, x_BSD: Tensor, weight_B: Tensor) -> Tensor:
+        return super().forward(x_BSD.repeat(2, 1, 1), weight_B)
+
+
+def test_repeated_rows() -> None:
+    report = spcompile.verify(Twice("mean"), inputs(), mesh={"dp": 2})
+    assert report.ok, str(report)
+
+
+def test_rows_must_divide() -> None:
+    with pytest.raises(BatchNotSplit, match="4 rows over dp = 3"):
+        spcompile.verify(Rows("mean"), inputs(), mesh={"dp": 3})
+
+
+@pytest.mark.parametrize("model", ["llama-tiny", pytest.param("bert-tiny", marks=pytest.mark.slow)])
+def test_ranks_with_other_numbers_of_valid_tokens(model: str) -> None:
+    torch.manual_seed(0)
+    ids_BS = torch.randint(0, 64, (4, 13))
+    labels_BS = ids_BS.clone()
+    labels_BS[:2] = IGNORED
+    labels_BS[0, 5] = 3  # one valid label on the first rank
+    report = spcompile.verify(
+        models.build(model).double(), {"ids_BS": ids_BS, "labels_BS": labels_BS}, mesh={"dp": 2, "tp": 2, "cp": 2}
+    )
+    assert report.ok, str(report)
+
+
+def test_outputs_are_each_ranks_own_rows() -> None:
+    ids_BS = torch.randint(0, 64, (4, 13))
+    report = spcompile.verify(models.build("gpt-tiny").double(), {"ids_BS": ids_BS}, mesh={"dp": 2, "cp": 2})
+    assert report.ok, str(report)
+
+
+def test_verify_sees_a_missing_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spcompile.passes.placement.insert_reshards._complete_sums", lambda node, axis: None)
+    assert not spcompile.verify(Rows("mean"), inputs(), mesh={"dp": 2}).ok

@@ -1,0 +1,145 @@
+"""Propagation and the minimum cut on graphs made by hand."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from spcompile.graph.reshard import Place
+from spcompile.sharding.cut import needs_gradient, sharded_calls
+from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces
+from spcompile.sharding.layout import NodeLayout
+from spcompile.sharding.propagate import Choice, Placements, propagate, sequence_seeds
+
+aten = torch.ops.aten
+
+
+class Builder:
+    """A graph of calls with example values."""
+
+    def __init__(self) -> None:
+        self.graph, self.mode = fx.Graph(), FakeTensorMode()
+
+    def input(self, *shape: int, grad: bool = False) -> fx.Node:
+        node = self.graph.placeholder(f"x{len(self.graph.nodes)}")
+        node.meta["val"] = self.mode.from_tensor(torch.randn(*shape))
+        node.meta["trainable"] = grad
+        return node
+
+    def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(op, args, kwargs)
+        values = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.mode:
+            node.meta["val"] = op(*values[0], **values[1])
+        return node
+
+
+def attention(b: Builder, q: fx.Node, k: fx.Node) -> fx.Node:
+    return b.call(torch.ops.spx.attention.default, q, k, k, *[None] * 6, "full", 1.0)
+
+
+def run(b: Builder) -> tuple[IndexSpaces, Placements]:
+    spaces = find_index_spaces(b.graph)
+    return spaces, propagate(b.graph, spaces, sequence_seeds(spaces))
+
+
+def test_the_seeds_are_the_rows_of_attention() -> None:
+    b = Builder()
+    q = b.input(2, 2, 7, 4)
+    node = attention(b, q, q)
+    spaces, found = run(b)
+    assert sequence_seeds(spaces) == {node: Choice("s")}
+    assert found.places[q, 0] == Place(2)
+    assert found.places[node, 0] == found.places[node, 1] == Place(2)  # out and lse
+
+
+def test_placements_know_where_they_came_from() -> None:
+    b = Builder()
+    x = b.input(2, 2, 7, 4)
+    doubled = b.call(aten.mul.Tensor, x, 2)
+    node = attention(b, doubled, doubled)
+    _, found = run(b)
+    assert found.origin(x) == [x, doubled, node]
+
+
+def test_what_does_not_reach_attention_stays_whole() -> None:
+    b = Builder()
+    q, other = b.input(2, 2, 7, 4), b.input(2, 2, 7, 4)
+    attention(b, q, q)
+    apart = b.call(aten.mul.Tensor, other, 2)
+    _, found = run(b)
+    assert (other, 0) not in found.places
+    assert apart not in found.choices
+
+
+def test_an_op_that_mixes_positions_stops_the_walk() -> None:
+    b = Builder()
+    q = b.input(2, 2, 7, 4)
+    node = attention(b, q, q)
+    out = b.call(operator.getitem, node, 0)
+    total = b.call(aten.cumsum.default, out, 2)
+    after = b.call(aten.mul.Tensor, total, 2)
+    _, found = run(b)
+    assert total not in found.choices
+    assert after not in found.choices
+
+
+def test_the_nearer_seed_wins() -> None:
+    """Two attentions over other dims of one value: each call on the way keeps the choice that reached it first."""
+    b = Builder()
+    x = b.input(2, 7, 7, 4)
+    turned = b.call(aten.transpose.int, x, 1, 2)
+    near = attention(b, x, x)
+    far = attention(b, turned, turned)
+    _, found = run(b)
+    assert found.places[x, 0] == Place(2)
+    assert found.choices[near] == found.choices[far] == Choice("s")
+
+
+def annotated(b: Builder) -> None:
+    spaces, found = run(b)
+    for node, dims in spaces.values.items():
+        places = {number: found.places[node, number] for number in range(len(dims)) if (node, number) in found.places}
+        choice = {"cp": found.choices[node]} if node in found.choices else {}
+        node.meta["layout"] = NodeLayout(dims, spaces.calls.get(node), choice, {"cp": places} if places else {})
+
+
+def test_calls_on_the_path_of_a_gradient_always_run_sharded() -> None:
+    b = Builder()
+    x = b.input(2, 2, 7, 4, grad=True)
+    doubled = b.call(aten.mul.Tensor, x, 2)
+    node = attention(b, doubled, doubled)
+    b.graph.output((b.call(operator.getitem, node, 0), doubled))
+    annotated(b)
+    assert needs_gradient(b.graph) >= {x, doubled, node}
+    assert doubled in sharded_calls(b.graph, "cp")
+
+
+def test_a_cheap_call_that_is_needed_whole_runs_replicated() -> None:
+    """Labels * 2 is read whole by cumsum: computing it everywhere costs less than a gather."""
+    b = Builder()
+    x, labels = b.input(2, 2, 7, 4, grad=True), b.input(2, 2, 7, 4)
+    doubled = b.call(aten.mul.Tensor, labels, 2)
+    whole = b.call(aten.cumsum.default, doubled, 2)
+    both = b.call(aten.add.Tensor, b.call(aten.add.Tensor, x, doubled), whole)
+    node = attention(b, both, both)
+    b.graph.output((b.call(operator.getitem, node, 0),))
+    annotated(b)
+    sharded = sharded_calls(b.graph, "cp")
+    assert doubled not in sharded
+    assert {both, node} <= sharded
+
+
+def test_a_call_that_only_sharded_calls_read_runs_sharded() -> None:
+    b = Builder()
+    x, y = b.input(2, 2, 7, 4, grad=True), b.input(2, 2, 7, 4)
+    doubled = b.call(aten.mul.Tensor, y, 2)
+    both = b.call(aten.add.Tensor, x, doubled)
+    node = attention(b, both, both)
+    b.graph.output((b.call(operator.getitem, node, 0),))
+    annotated(b)
+    assert doubled in sharded_calls(b.graph, "cp")

@@ -15,12 +15,12 @@ import torch.fx as fx
 
 from spcompile.graph.edit import operand
 from spcompile.graph.reshard import is_reshard
-from spcompile.passes.placement.annotate_tensor_parallel import EXAMPLE as _MLP
+from spcompile.passes.placement.annotate_sharding import MLP
 from spcompile.passes_api import Context, RewritePass, Stage
 from spcompile.sharding.global_view import is_view
 from spcompile.sharding.resharding import reshard_to
 
-EXAMPLE = _MLP
+EXAMPLE = MLP
 
 
 @dataclass(frozen=True)

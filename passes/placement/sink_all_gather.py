@@ -16,14 +16,14 @@ import torch.fx as fx
 
 from spcompile.graph.edit import is_getitem, operand, result_number
 from spcompile.graph.reshard import is_reshard, parse_place
-from spcompile.passes.placement.annotate_tensor_parallel import EXAMPLE as _MLP
+from spcompile.passes.placement.annotate_sharding import MLP
 from spcompile.passes_api import Context, RewritePass, Stage
 from spcompile.sharding.global_view import is_view
 from spcompile.sharding.layout import layout_of, show
 from spcompile.sharding.propagate import Choice, choice_as_operand, leaves_sums
 from spcompile.sharding.resharding import hand_over, reshards_of, run_sharded
 
-EXAMPLE = _MLP
+EXAMPLE = MLP
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from typing import ClassVar
 import torch.fx as fx
 
 from spcompile.graph.edit import operand
-from spcompile.passes.placement.annotate_tensor_parallel import EXAMPLE as _MLP
+from spcompile.passes.placement.annotate_sharding import MLP
 from spcompile.passes_api import Context, RewritePass, Stage
 from spcompile.sharding.resharding import families_of_sequences, reshard_to, reshards_of, sequence_place
 
-EXAMPLE = _MLP
+EXAMPLE = MLP
 
 
 @dataclass(frozen=True)

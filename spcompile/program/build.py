@@ -81,7 +81,7 @@ def build(
         SpcompileError: the graph cannot be captured, or a remark came under strict.
     """
     options.require_factors(mesh.size("cp"))
-    passes = [p for p in configure(pipeline, options.passes) if p.axis is None or mesh.size(p.axis) > 1]
+    passes = [p for p in configure(pipeline, options.passes) if p.runs_on(mesh)]
     check_order(passes)
     ctx = Context(mesh, options, Remarks(strict=options.strict))
     history = history or History()

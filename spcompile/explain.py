@@ -196,7 +196,7 @@ def _attention(program: LocalProgram) -> list[AttentionRow]:
 
 def _scores(node: fx.Node) -> str:
     """What an attention does to scores beside its mask."""
-    from spcompile.sharding.rules.collectives import call_arguments
+    from spcompile.collectives import call_arguments
 
     named = call_arguments(node.target, node.args, node.kwargs)[1]  # type: ignore[arg-type]
     found = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,14 +123,20 @@ class _Whole:
 
 
 def _users_tensors() -> dict[Tensor, Any]:
-    """The tensors among the arguments that Dynamo has met, with their sources; no state of modules."""
+    """The tensors with dims among the arguments that Dynamo has met, with their sources; no state of modules."""
     found: dict[Tensor, Any] = {}
     for x, symbolic in TracingContext.get().tensor_to_context.items():
         source = symbolic.tensor_source
         kind = source.guard_source
         of_module = kind.is_unspecialized_nn_module() or kind.is_specialized_nn_module()
         is_base = name_of(source).endswith("._base")  # of a view, which is what the model reads
-        if type(x) in (Tensor, FakeTensor) and not of_module and not is_base and local_of(source) is not None:
+        if (
+            type(x) in (Tensor, FakeTensor)
+            and x.ndim
+            and not of_module
+            and not is_base
+            and local_of(source) is not None
+        ):
             found[x] = source
     return found
 
@@ -146,21 +152,44 @@ def _whole(gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> _Whole:
     Raises:
         NotTheBatch: there is none.
     """
-    tensors = _users_tensors()
+    tensors, own = _users_tensors(), this_frame(gm)
+    numbers = _numbers(own, inputs)
     candidates = [x for x in tensors if batch.is_in(x)]
     failures: list[Exception] = []
     for chosen in itertools.islice(_most_first(candidates), _MOST_TRACES):
         try:
-            frame = traced_again(*_instead(tensors, chosen, batch))
+            frame = traced_again(*_instead(tensors, chosen, batch, bool(numbers)), changing_numbers=bool(numbers))
         except Exception as failure:
             failures.append(failure)
         else:
-            return _bound(this_frame(gm), frame, inputs, {name_of(tensors[x]) for x in chosen}, batch)
+            found = _bound(own, frame, inputs, {name_of(tensors[x]) for x in chosen}, batch)
+            _keep_guards(frame, _sizes(tensors, chosen, batch) | numbers)
+            return found
     names = ", ".join(name_of(tensors[x]) for x in candidates)
     more = hint(batch.rows) * batch.degree
     why = str(failures[0]).strip().splitlines()[0]
-    found = f"the model does not run with {more} for {hint(batch.rows)} in dim {batch.dim} of {names}: {why}"
-    raise NotTheBatch(found, legal="inputs with rows of the batch in their first dim, or DDP over dp") from failures[0]
+    text = f"the model does not run with {more} for {hint(batch.rows)} in dim {batch.dim} of {names}: {why}"
+    raise NotTheBatch(text, legal="inputs with rows of the batch in their first dim, or DDP over dp") from failures[0]
+
+
+def _numbers(own: Frame, inputs: Sequence[Any]) -> dict[str, Any]:
+    """The arguments that are numbers for which Dynamo has symbols or tensors, since they change from call to call."""
+    placeholders = own.gm.graph.find_nodes(op="placeholder")
+    found = {}
+    for node, source, x in zip(placeholders, own.sources(), inputs, strict=True):
+        argument = node.meta["grapharg"]
+        if argument.pass_arg_as_tensor or (isinstance(x, torch.SymInt) and not hasattr(argument.source, "prop")):
+            found[source] = x
+    return found
+
+
+def _sizes(tensors: dict[Tensor, Any], chosen: Sequence[Tensor], batch: _Batch) -> dict[str, Any]:
+    found = {}
+    for x, source in tensors.items():
+        own = _own(x)
+        shape = batch.whole(own).shape if any(x is y for y in chosen) else own.shape
+        found |= {f"{name_of(source)}.size()[{dim}]": size for dim, size in enumerate(shape)}
+    return found
 
 
 def _most_first(candidates: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
@@ -170,17 +199,17 @@ def _most_first(candidates: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _instead(
-    tensors: dict[Tensor, Any], chosen: Sequence[Tensor], batch: _Batch
+    tensors: dict[Tensor, Any], chosen: Sequence[Tensor], batch: _Batch, every: bool
 ) -> tuple[dict[Tensor, Tensor], set[str]]:
-    """What stands for tensors with rows, and for those with symbols, which new code would not give them by itself."""
+    """What stands for tensors with rows, and for those with symbols or all: Dynamo must find the same symbols again."""
     found, arguments = {}, set()
     for x, source in tensors.items():
         symbols = [dim for dim, size in enumerate(_own(x).shape) if _is_symbol(size)]
         has_rows = any(x is y for y in chosen)
-        if has_rows or symbols:
+        if has_rows or symbols or every:
             found[x] = (batch if has_rows else replace(batch, dim=0, degree=1)).whole(x).requires_grad_(x.requires_grad)
-            for dim in symbols:
-                torch._dynamo.maybe_mark_dynamic(found[x], dim)
+            for dim in range(x.ndim):
+                (torch._dynamo.maybe_mark_dynamic if dim in symbols else torch._dynamo.mark_static)(found[x], dim)
             arguments.add(str(local_of(source)))
     return found, arguments
 
@@ -195,8 +224,9 @@ def _bound(own: Frame, whole: Frame, inputs: Sequence[Any], with_rows: set[str],
     placeholders = dict(zip(places, own.gm.graph.find_nodes(op="placeholder"), strict=True))
     found = _Whole(whole.gm, [], [])
     outputs = [_shapes_of_outputs(frame.gm) for frame in (own, whole)]
-    if not whole.guards <= own.guards or len(outputs[0]) != len(outputs[1]):
-        raise _another_program(sorted(whole.guards - own.guards))
+    lost = _numbers(own, inputs).keys() - set(whole.sources())
+    if lost or not whole.guards <= own.guards or len(outputs[0]) != len(outputs[1]):
+        raise _another_program(sorted(lost | (whole.guards - own.guards)))
     for node, source in zip(whole.gm.graph.find_nodes(op="placeholder"), whole.sources(), strict=True):
         if source not in places:
             raise _another_program([source])
@@ -211,12 +241,11 @@ def _bound(own: Frame, whole: Frame, inputs: Sequence[Any], with_rows: set[str],
         found.places.append(places[source])
     (output,) = whole.gm.graph.find_nodes(op="output")
     output.meta[OWN] = outputs[0]
-    _keep_guards(whole, found.inputs)
     return found
 
 
 def _another_program(reads: list[str]) -> BatchNotSplit:
-    found = f"with the rows of all ranks the model is another program, which reads {', '.join(reads)} as well"
+    found = f"with the rows of all ranks the model is another program, which reads {', '.join(reads)} otherwise"
     return BatchNotSplit(found, legal="a model that reads the same for every number of rows, or DDP over dp")
 
 
@@ -239,20 +268,20 @@ def _fixed(example: Tensor) -> Tensor:
         return torch.empty_strided(shape, strides, dtype=example.dtype, device=example.device)
 
 
-def _keep_guards(whole: Frame, inputs: Sequence[Any]) -> None:
-    """Let Dynamo check, of the sizes that it has symbols for, what the graph over all rows was traced for."""
-    values: dict[Any, Any] = {}
-    guards: set[Any] = set()
-    for node, given in zip(whole.gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        example = node.meta["example_value"]
-        pairs = zip(example.shape, given.shape, strict=True) if isinstance(example, Tensor) else [(example, given)]
-        for size, real in pairs:
-            if isinstance(size, torch.SymInt):
-                values[expression(size)] = expression(real)
-                guards |= {guard.expr for guard in size.node.shape_env.guards}
+def _keep_guards(whole: Frame, sizes: Mapping[str, Any]) -> None:
+    """Let Dynamo check, of the sizes that it has symbols for, what the graph over all rows was traced for.
+
+    sizes: of the user's tensors with all rows, by source.
+    """
+    fakes = [n.meta["example_value"] for n in whole.gm.graph.find_nodes(op="placeholder")]
+    symbolic = next((x for x in fakes if isinstance(x, torch.SymInt)), None)
     mode = TracingContext.get().fake_mode
-    assert mode is not None
-    for guard in guards:
-        if not guard.free_symbols <= values.keys():
-            raise _another_program([str(guard)])
-        mode.shape_env.evaluate_expr(guard.xreplace(values))
+    if symbolic is None or mode is None:
+        return
+    environment = symbolic.node.shape_env
+    names = {symbol: map(name_of, sources) for symbol, sources in environment.var_to_sources.items()}
+    values = {s: next((expression(sizes[n]) for n in given if n in sizes), None) for s, given in names.items()}
+    for expr in {guard.expr for guard in environment.guards}:
+        if any(values.get(symbol) is None for symbol in expr.free_symbols):
+            raise _another_program([str(expr)])
+        mode.shape_env.evaluate_expr(expr.xreplace(values))

@@ -53,7 +53,7 @@ def on_one_device(function: Callable[..., Any], inputs: Sequence[Any]) -> Number
 def on_all_ranks(gm: fx.GraphModule, inputs: Sequence[Any], mesh: Mapping[str, int]) -> list[Numbers]:
     """Every rank gets the whole inputs, or its rows, and must return the whole outputs and gradients."""
     shape = MeshShape.of(mesh)
-    parts = [{axis: 0 for axis in n.meta.get("parts", {})} for n in gm.graph.find_nodes(op="placeholder")]
+    parts = [dict.fromkeys(n.meta.get("parts", {}), 0) for n in gm.graph.find_nodes(op="placeholder")]
     given = [
         [part_of(x, dims, shape, rank) if dims else x for x, dims in zip(copies(inputs), parts, strict=True)]
         for rank in range(shape.world_size)

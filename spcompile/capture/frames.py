@@ -10,7 +10,7 @@ import copy
 import inspect
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -59,12 +59,10 @@ def this_frame(gm: fx.GraphModule) -> Frame:
     return Frame(gm, {_NUMBERED.sub(r"\1", guard.name) for guard in guards})
 
 
-def traced_again(instead: Mapping[Tensor, Tensor], arguments: set[str], *, changing_numbers: bool) -> Frame:
+def traced_again(instead: Mapping[Tensor, Tensor], arguments: set[str], numbers: Iterable[str]) -> Frame:
     """The frame that Dynamo compiles now, with other tensors, which may be anywhere inside of some `arguments`.
 
-    Containers and objects that hold them are copied.
-    changing_numbers: let Dynamo have symbols for numbers that changed from call to call, which it remembers by the name
-        and line of a function. Then it would have them for sizes, too.
+    Containers and objects that hold them are copied. numbers: the sources of those that get symbols.
 
     Raises:
         Exception: whatever Dynamo, or the model, says to such arguments.
@@ -81,8 +79,9 @@ def traced_again(instead: Mapping[Tensor, Tensor], arguments: set[str], *, chang
 
     # New code, so that what is compiled for it is not found for the frame itself.
     function = types.FunctionType(frame.f_code.replace(), frame.f_globals, closure=frame.closure)
-    again = torch.compile(function, backend=keep, fullgraph=True, dynamic=None if changing_numbers else False)
-    with contextlib.suppress(_Stop):
+    again = torch.compile(function, backend=keep, fullgraph=True, dynamic=False)
+    symbols = ",".join(map(re.escape, numbers))
+    with torch.compiler.config.patch(dynamic_sources=symbols), contextlib.suppress(_Stop):
         again(*_positional(frame.f_code, given), **_named(frame.f_code, given))
     return found[0]
 

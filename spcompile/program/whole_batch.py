@@ -130,13 +130,8 @@ def _users_tensors() -> dict[Tensor, Any]:
         kind = source.guard_source
         of_module = kind.is_unspecialized_nn_module() or kind.is_specialized_nn_module()
         is_base = name_of(source).endswith("._base")  # of a view, which is what the model reads
-        if (
-            type(x) in (Tensor, FakeTensor)
-            and x.ndim
-            and not of_module
-            and not is_base
-            and local_of(source) is not None
-        ):
+        is_tensor = type(x) in (Tensor, FakeTensor) and x.ndim
+        if is_tensor and not is_base and not of_module and local_of(source) is not None:
             found[x] = source
     return found
 
@@ -158,7 +153,7 @@ def _whole(gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> _Whole:
     failures: list[Exception] = []
     for chosen in itertools.islice(_most_first(candidates), _MOST_TRACES):
         try:
-            frame = traced_again(*_instead(tensors, chosen, batch, bool(numbers)), changing_numbers=bool(numbers))
+            frame = traced_again(*_instead(tensors, chosen, batch), numbers)
         except Exception as failure:
             failures.append(failure)
         else:
@@ -173,14 +168,11 @@ def _whole(gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> _Whole:
 
 
 def _numbers(own: Frame, inputs: Sequence[Any]) -> dict[str, Any]:
-    """The arguments that are numbers for which Dynamo has symbols or tensors, since they change from call to call."""
+    """The arguments that are whole numbers and that Dynamo has symbols for, since they change from call to call."""
     placeholders = own.gm.graph.find_nodes(op="placeholder")
-    found = {}
-    for node, source, x in zip(placeholders, own.sources(), inputs, strict=True):
-        argument = node.meta["grapharg"]
-        if argument.pass_arg_as_tensor or (isinstance(x, torch.SymInt) and not hasattr(argument.source, "prop")):
-            found[source] = x
-    return found
+    found = zip(placeholders, own.sources(), inputs, strict=True)
+    is_size = {source: hasattr(node.meta["grapharg"].source, "prop") for node, source, _ in found}
+    return {s: x for s, x in zip(is_size, inputs, strict=True) if isinstance(x, torch.SymInt) and not is_size[s]}
 
 
 def _sizes(tensors: dict[Tensor, Any], chosen: Sequence[Tensor], batch: _Batch) -> dict[str, Any]:
@@ -199,17 +191,17 @@ def _most_first(candidates: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _instead(
-    tensors: dict[Tensor, Any], chosen: Sequence[Tensor], batch: _Batch, every: bool
+    tensors: dict[Tensor, Any], chosen: Sequence[Tensor], batch: _Batch
 ) -> tuple[dict[Tensor, Tensor], set[str]]:
-    """What stands for tensors with rows, and for those with symbols or all: Dynamo must find the same symbols again."""
+    """What stands for tensors with rows, and for those with symbols, which Dynamo would not find by itself again."""
     found, arguments = {}, set()
     for x, source in tensors.items():
         symbols = [dim for dim, size in enumerate(_own(x).shape) if _is_symbol(size)]
         has_rows = any(x is y for y in chosen)
-        if has_rows or symbols or every:
+        if has_rows or symbols:
             found[x] = (batch if has_rows else replace(batch, dim=0, degree=1)).whole(x).requires_grad_(x.requires_grad)
-            for dim in range(x.ndim):
-                (torch._dynamo.maybe_mark_dynamic if dim in symbols else torch._dynamo.mark_static)(found[x], dim)
+            for dim in symbols:
+                torch._dynamo.maybe_mark_dynamic(found[x], dim)
             arguments.add(str(local_of(source)))
     return found, arguments
 

@@ -23,11 +23,14 @@ NEW_SHAPE = """
     rand randint randint.low randn
 """
 TOGETHER = """
-    feature_dropout alpha_dropout multinomial randperm
+    multinomial randperm
 """
 
 
-@register(*overloads("dropout"))
+_FOR_SEVERAL = frozenset(overloads("feature_dropout"))  # one number decides over a whole channel
+
+
+@register(*overloads("dropout feature_dropout alpha_dropout"))
 def dropout(node: fx.Node) -> OpRule | None:
     """`[a] [b] -> [a] [b]`; `a b -> a b` where nothing is dropped."""
     args = arguments(node)
@@ -43,7 +46,8 @@ def random_like(node: fx.Node) -> OpRule:
 def _whole(node: fx.Node) -> OpRule:
     (operand, value) = next((name, v) for name, v in arguments(node).items() if isinstance(v, Tensor))
     dims = factors(value.shape, replicated=True)
-    return replace(build(node, {operand: dims}, [dims for _ in tensor_results(node)]), drawn=True)
+    rule = build(node, {operand: dims}, [dims for _ in tensor_results(node)])
+    return replace(rule, drawn=node.target not in _FOR_SEVERAL)
 
 
 @register(*overloads(NEW_SHAPE))
@@ -59,10 +63,7 @@ def random(node: fx.Node) -> OpRule:
 
 
 @register(*overloads(TOGETHER))
-def drawn_together(node: fx.Node) -> OpRule | None:
-    """`[a] [b] -> [c] [d]`; a dropout of which nothing is dropped is `a b -> a b`."""
-    args = arguments(node)
-    if "train" in args and not (args["train"] and args["p"]):
-        return pointwise(node)
-    operands = {name: factors(v.shape, True) for name, v in args.items() if isinstance(v, Tensor)}
-    return build(node, operands, [factors(value.shape, replicated=True) for value in tensor_results(node)])
+def drawn_together(node: fx.Node) -> OpRule:
+    """`[a] -> [b]`."""
+    operands = {name: factors(v.shape, True) for name, v in arguments(node).items() if isinstance(v, Tensor)}
+    return build(node, operands, [factors(tensor_results(node)[0].shape, replicated=True)])

@@ -78,6 +78,7 @@ class InsertReshards(AxisPass):
         _insert(gm.graph, axis, gathered, ctx)
         if axis == "dp":
             _refuse_gathers(gm.graph)
+            _refuse_draws_together(gm.graph)
         return len(gm.graph.nodes) - before
 
 
@@ -92,6 +93,18 @@ def _refuse_gathers(graph: fx.Graph) -> None:
         why = "mixes rows of the batch" if layout is None or layout.call is not None else "has no sharding rule"
         found = f"{user.target} {why}: it reads {shape}, of which every rank of dp has its own rows"
         raise BatchNotSplit(found, where=source_of(user), legal="ops on each row alone, or DDP over dp")
+
+
+def _refuse_draws_together(graph: fx.Graph) -> None:
+    """Ranks of dp may have other random states: parts of what each has drawn for all rows are no parts of one value."""
+    drawn: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_draw = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if state_of(node, "dp") == "I" and (is_draw or not drawn.isdisjoint(node.all_input_nodes)):
+            drawn.add(node)
+    for split in (n for n in reshards_of(graph, "dp", "I", "S") if operand(n, 0) in drawn):
+        found = f"{operand(split, 0).name} is drawn for the rows of all ranks together, and each rank draws its own"
+        raise BatchNotSplit(found, where=source_of(split), legal="random numbers for each row, or DDP over dp")
 
 
 def _settle(graph: fx.Graph, axis: str, sharded: set[fx.Node]) -> set[fx.Node]:

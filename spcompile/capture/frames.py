@@ -81,7 +81,8 @@ def traced_again(instead: Mapping[Tensor, Tensor], arguments: set[str], numbers:
     function = types.FunctionType(frame.f_code.replace(), frame.f_globals, closure=frame.closure)
     again = torch.compile(function, backend=keep, fullgraph=True, dynamic=False)
     symbols = ",".join(map(re.escape, numbers))
-    with torch.compiler.config.patch(dynamic_sources=symbols), contextlib.suppress(_Stop):
+    compiler_config: Any = torch.compiler.config
+    with compiler_config.patch(dynamic_sources=symbols), contextlib.suppress(_Stop):
         again(*_positional(frame.f_code, given), **_named(frame.f_code, given))
     return found[0]
 

@@ -29,7 +29,6 @@ from spcompile.torch_private import TracingContext
 log = logging.getLogger(__name__)
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Any]
 _MOST_TRACES = 32  # that look for the inputs with rows
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def over_whole_batch(backend: Backend, degree: int) -> Backend:
@@ -176,7 +175,7 @@ def _numbers(own: Frame, inputs: Sequence[Any]) -> dict[str, Any]:
 
 
 def _sizes(tensors: dict[Tensor, Any], chosen: Sequence[Tensor], batch: _Batch) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for x, source in tensors.items():
         own = _own(x)
         shape = batch.whole(own).shape if any(x is y for y in chosen) else own.shape
@@ -268,7 +267,7 @@ def _keep_guards(whole: Frame, sizes: Mapping[str, Any]) -> None:
     fakes = [n.meta["example_value"] for n in whole.gm.graph.find_nodes(op="placeholder")]
     symbolic = next((x for x in fakes if isinstance(x, torch.SymInt)), None)
     mode = TracingContext.get().fake_mode
-    if symbolic is None or mode is None:
+    if symbolic is None or mode is None or mode.shape_env is None:
         return
     environment = symbolic.node.shape_env
     names = {symbol: map(name_of, sources) for symbol, sources in environment.var_to_sources.items()}

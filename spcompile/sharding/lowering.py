@@ -118,12 +118,11 @@ class Lower(fx.Interpreter):
         """How much larger a size of a value is than that of the part which this rank has."""
         layout = layout_of(operand(n, 0))
         place = layout.place(self.split.axis) if layout is not None else None
-        changes = {
-            aten.sym_size.int: lambda dim, split: dim == split,
-            aten.sym_stride.int: lambda dim, split: dim < split,
-            aten.sym_numel.default: lambda split: True,
-        }
-        return self.split.degree if place is not None and changes[n.target](*n.args[1:], place.dim) else 1  # type: ignore[index]
+        if place is None:
+            return 1
+        dim: Any = n.args[1] if len(n.args) > 1 else place.dim  # all numbers are more as well
+        is_more = dim < place.dim if n.target is aten.sym_stride.int else dim == place.dim
+        return self.split.degree if is_more else 1
 
     def sharded(
         self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -53,8 +53,9 @@ def spcompile(
     Raises:
         SpcompileError: before any collective of the model runs, with the same text on every rank.
     """
-    without_symbolic_floats(gm)
     mesh = runtime_mesh((options or {}).get("mesh"), _device_type(example_inputs))
+    # Over dp the frame is traced once more, where a float of the caller's is a number.
+    without_symbolic_floats(gm, all_are_numbers=mesh is not None and mesh.shape.size("dp") > 1)
     if mesh is None:
         chosen = Options.parse(options)
         log.info("SPR401 world size 1: compiled without sharding")

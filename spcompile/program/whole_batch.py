@@ -215,7 +215,8 @@ def _bound(own: Frame, whole: Frame, inputs: Sequence[Any], with_rows: set[str],
     placeholders = dict(zip(places, own.gm.graph.find_nodes(op="placeholder"), strict=True))
     found = _Whole(whole.gm, [], [])
     outputs = [_shapes_of_outputs(frame.gm) for frame in (own, whole)]
-    lost = _numbers(own, inputs).keys() - set(whole.sources())
+    changing = {s for s, n in placeholders.items() if n.meta["grapharg"].pass_arg_as_tensor}  # floats
+    lost = (changing | _numbers(own, inputs).keys()) - set(whole.sources())
     if lost or not whole.guards <= own.guards or len(outputs[0]) != len(outputs[1]):
         raise _another_program(sorted(lost | (whole.guards - own.guards)))
     for node, source in zip(whole.gm.graph.find_nodes(op="placeholder"), whole.sources(), strict=True):

@@ -40,10 +40,11 @@ class Output:
 
 @dataclass
 class LocalProgram:
-    """One rank's graph, before autograd, and everything learnt on the way."""
+    """One rank's graph, before autograd, and everything learnt on the way. all_inputs: of the captured graph."""
 
     gm: fx.GraphModule
     inputs: list[Any]
+    all_inputs: list[Any]
     outputs: list[Output]
     ctx: Context
     history: History
@@ -110,7 +111,7 @@ def _build(
     schedule = [p for p in passes if p.stage is Stage.SCHEDULE]
     given = zip(captured.graph.find_nodes(op="placeholder"), inputs, strict=True)
     own = [node.meta.get(OWN, x) for node, x in given]
-    return LocalProgram(work, own, outputs, ctx, history, captured, schedule)
+    return LocalProgram(work, own, list(inputs), outputs, ctx, history, captured, schedule)
 
 
 def _output_node(graph: fx.Graph) -> fx.Node:

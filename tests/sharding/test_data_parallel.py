@@ -98,3 +98,11 @@ def test_outputs_are_each_ranks_own_rows() -> None:
 def test_verify_sees_a_missing_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spcompile.passes.placement.insert_reshards._complete_sums", lambda node, axis: None)
     assert not spcompile.verify(Rows("mean"), inputs(), mesh={"dp": 2}).ok
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_one_device_has_the_rows_of_all_ranks(device: str) -> None:
+    with torch.device(device):
+        ids_BS = torch.zeros(1, 16, dtype=torch.long)
+        plan = spcompile.explain(models.build("gpt-tiny"), {"ids_BS": ids_BS, "labels_BS": ids_BS}, mesh={"dp": 2})
+    assert plan.memory.saved_activation_bytes < plan.memory.saved_activation_bytes_one_device

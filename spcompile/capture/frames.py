@@ -21,7 +21,7 @@ from torch import Tensor
 from spcompile.graph.edit import copy_graph
 from spcompile.torch_private import InstructionTranslator, TracingContext
 
-_NUMBERED = re.compile(r"(__builtins_dict__)_\d+")  # a name that Dynamo makes anew for each trace
+_NUMBERED = re.compile(r"(__builtins_dict__|'_\d+_c)_?\d+")  # names that Dynamo makes anew for each trace
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Frame:
 
 
 class _Stop(BaseException):
-    """Leaves the frame at its first compiled call. Not an Exception: the model's own handlers must not catch it."""
+    """Leaves Dynamo when it has the graph, before anything runs. Not an Exception: nobody may catch it."""
 
 
 def name_of(source: Any) -> str:
@@ -73,9 +73,9 @@ def traced_again(instead: Mapping[Tensor, Tensor], arguments: set[str], numbers:
     given = {k: copy.deepcopy(v, memo) if k in arguments else v for k, v in frame.f_locals.items()}
     found: list[Frame] = []
 
-    def keep(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    def keep(gm: fx.GraphModule, inputs: Sequence[Any]) -> NoReturn:
         found.append(this_frame(fx.GraphModule(gm, copy_graph(gm.graph))))  # Dynamo forgets where inputs come from
-        return _stop
+        raise _Stop
 
     # New code, so that what is compiled for it is not found for the frame itself.
     function = types.FunctionType(frame.f_code.replace(), frame.f_globals, closure=frame.closure)
@@ -85,10 +85,6 @@ def traced_again(instead: Mapping[Tensor, Tensor], arguments: set[str], numbers:
     with compiler_config.patch(dynamic_sources=symbols), contextlib.suppress(_Stop):
         again(*_positional(frame.f_code, given), **_named(frame.f_code, given))
     return found[0]
-
-
-def _stop(*_: Any) -> NoReturn:
-    raise _Stop
 
 
 def _positional(code: types.CodeType, given: Mapping[str, Any]) -> list[Any]:

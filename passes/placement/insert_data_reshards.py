@@ -12,8 +12,7 @@ from typing import ClassVar
 import torch.fx as fx
 
 from spcompile.diagnostics import BatchNotSplit, source_of
-from spcompile.graph.edit import operand
-from spcompile.graph.reshard import is_reshard
+from spcompile.graph.reshard import Reshard, is_reshard
 from spcompile.passes.placement.annotate_data_parallel import EXAMPLE as _LOSS
 from spcompile.passes.placement.insert_reshards import InsertReshards
 from spcompile.passes_api import Context
@@ -42,11 +41,11 @@ class InsertDataReshards(InsertReshards):
         """
         count = super().run(gm, ctx)
         gathers = (*reshards_of(gm.graph, "dp", "S", "I"), *reshards_of(gm.graph, "dp", "S", "R"))
-        for gather in (n for n in gathers if not is_view(operand(n, 0), "dp")):
+        for gather in (n for n in gathers if not is_view(Reshard.of(n).x, "dp")):
             user = next(iter(gather.users))
             while is_reshard(user):
                 user = next(iter(user.users))
-            shape = tuple(operand(gather, 0).meta["val"].shape)
+            shape = tuple(Reshard.of(gather).x.meta["val"].shape)
             layout = layout_of(user)
             why = "mixes rows of the batch" if layout is None or layout.call is not None else "has no sharding rule"
             found = f"{user.target} {why}: it reads {shape}, of which every rank of dp has its own rows"

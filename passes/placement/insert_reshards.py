@@ -40,7 +40,7 @@ class InsertReshards(Pass):
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         """Insert the reshards of the axis; returns how many."""
         axis = self.split_axis
-        if any(is_reshard(n) and n.args[1] == axis for n in gm.graph.nodes):
+        if any(is_reshard(n, axis) for n in gm.graph.nodes):
             return 0
         gathered = _settle(gm.graph, axis, sharded_calls(gm.graph, axis))
         before = len(gm.graph.nodes)

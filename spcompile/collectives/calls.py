@@ -1,10 +1,11 @@
-"""The calls of those collectives that passes look at one by one, and of spx.positions, by the names of their arguments.
+"""The calls of collectives that are looked at one by one, and of spx.positions, by the names of their arguments.
 
 What holds of all collectives reads them through `base.call_arguments`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,6 +26,33 @@ class AllGatherCall(TypedCall):
     degree: int
     order: str
     to: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReduceScatterCall(TypedCall):
+    """spx.reduce_scatter."""
+
+    NAME: ClassVar[str] = "reduce_scatter"
+
+    x: Operand
+    dim: int
+    axis: str
+    degree: int
+    order: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardCall(TypedCall):
+    """spx.shard."""
+
+    NAME: ClassVar[str] = "shard"
+
+    x: Operand
+    dim: int
+    axis: str
+    degree: int
+    order: str
+    fill: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +89,34 @@ class PositionsCall(TypedCall):
     degree: int
     order: str
     device: Operand
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllGatherMatmulCall(TypedCall):
+    """spx.all_gather_matmul."""
+
+    NAME: ClassVar[str] = "all_gather_matmul"
+
+    x: Operand
+    weights: Sequence[Operand]
+    dim: int
+    length: Size
+    axis: str
+    degree: int
+    gathered: bool
+    symmetric: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatmulReduceScatterCall(TypedCall):
+    """spx.matmul_reduce_scatter."""
+
+    NAME: ClassVar[str] = "matmul_reduce_scatter"
+
+    xs: Sequence[Operand]
+    weights: Sequence[Operand]
+    shape: Sequence[Size]
+    dim: int
+    axis: str
+    degree: int
+    symmetric: bool = False

@@ -15,7 +15,7 @@ import torch.fx as fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 import spcompile.collectives  # noqa: F401  (defines the ops)
-from spcompile.collectives.calls import AllToAllCall
+from spcompile.collectives.calls import AllToAllCall, ShardCall
 from spcompile.graph.edit import operand
 from spcompile.graph.sizes import numel_hint
 
@@ -70,8 +70,8 @@ def _is_recomputed(node: fx.Node, regather: bool) -> bool:
         return regather
     if node.target is spx.mask_padding.default:
         return True
-    if node.target is spx.shard.default:
-        return _is_input(operand(node, 0))
+    if ShardCall.is_call(node):
+        return _is_input(ShardCall.of(node).x)
     return AllToAllCall.is_call(node) and AllToAllCall.of(node).recompute
 
 

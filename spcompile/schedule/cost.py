@@ -28,10 +28,11 @@ import spcompile.attention.op  # noqa: F401  (defines the ops)
 from spcompile.attention.ring.call import RingCall, attention_of, is_attention, ring_of
 from spcompile.attention.scores.call import Gradients
 from spcompile.attention.scores.mask import AttentionMask
-from spcompile.collectives import call_arguments
-from spcompile.collectives.pipelined_products import PIPELINED, all_gather_matmul
+from spcompile.collectives.calls import AllGatherMatmulCall, MatmulReduceScatterCall
+from spcompile.collectives.pipelined_products import PIPELINED
 from spcompile.graph.edit import is_getitem
 from spcompile.graph.sizes import hint, numel_hint
+from spcompile.graph.typed_call import value_of
 from spcompile.machine.accelerators import ACCELERATORS, Accelerator
 from spcompile.machine.links import link_of
 from spcompile.machine.mesh import MeshShape
@@ -216,13 +217,13 @@ def scattering_chunks(
 
 
 def _chunks_of(node: fx.Node) -> Chunks:
-    assert isinstance(node.target, torch._ops.OpOverload)
-    first, named = call_arguments(node.target, node.args, node.kwargs)
-    weights = [weight.meta["val"] for weight in named["weights"]]
-    if node.target is all_gather_matmul:
-        layout = named["dim"], named["axis"], named["degree"], named["gathered"]
-        return gathering_chunks(first.meta["val"], weights, *layout)
-    return scattering_chunks(node.meta["val"], weights, named["dim"], named["axis"], named["degree"])
+    if AllGatherMatmulCall.is_call(node):
+        gather = AllGatherMatmulCall.of(node)
+        layout = gather.dim, gather.axis, gather.degree, gather.gathered
+        return gathering_chunks(value_of(gather.x), [value_of(weight) for weight in gather.weights], *layout)
+    scatter = MatmulReduceScatterCall.of(node)
+    weights = [value_of(weight) for weight in scatter.weights]
+    return scattering_chunks(value_of(node), weights, scatter.dim, scatter.axis, scatter.degree)
 
 
 def matmul_flops(node: fx.Node) -> int:

@@ -30,7 +30,9 @@ aten = torch.ops.aten
 
 # In a placeholder's meta, by row_symbols: the symbol that its first dim had; whether sizes of other tensors were read;
 # what its number of rows decided.
-ROW_SYMBOL, OTHER_SIZES, ROWS_READ = "row_symbol", "other_sizes", "rows_read"
+ROW_SYMBOL = "row_symbol"
+OTHER_SIZES = "other_sizes"
+ROWS_READ = "rows_read"
 # Views that ask for strides become reshapes: later passes may change strides, never meaning.
 _RESHAPES = (aten.view.default, aten._unsafe_view.default)
 _NO_MEANING = (aten._assert_tensor_metadata.default, aten.alias.default)

@@ -51,7 +51,7 @@ def _graph(kind: type[TypedCall], only_required: bool) -> tuple[fx.GraphModule, 
             value: Any = graph.placeholder(f"{argument.name}_")
             value = [value] if type_name.startswith("List") else value
         else:
-            value = [2, 3] if type_name.startswith("List") else NUMBERS[str(argument.real_type)]
+            value = [2, 3] if type_name.startswith("List") else NUMBERS[type_name]
         if argument.kwarg_only:
             kwargs[argument.name] = value
         else:

@@ -71,7 +71,7 @@ class InsertReshards(AxisPass):
             BatchNotSplit: an op reads the rows of other ranks.
         """
         axis = self.axis
-        if any(is_reshard(n) and n.args[1] == axis for n in gm.graph.nodes):
+        if any(is_reshard(n, axis) for n in gm.graph.nodes):
             return 0
         gathered = _settle(gm.graph, axis, sharded_calls(gm.graph, axis))
         before = len(gm.graph.nodes)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import spcompile.check.attention_specs  # noqa: F401  (the simulator must know attention)
+from spcompile.attention.scores.call import AttentionCall
 from spcompile.capture.capture import OWN
 from spcompile.check.simulate import InFlight, Simulator
 from spcompile.check.states import needs_gradient, trainable_names
 from spcompile.diagnostics import BatchNotSplit, IllegalOption
 from spcompile.graph.axes import axis_argument
-from spcompile.graph.edit import argument
 from spcompile.machine.mesh import MeshShape
 from spcompile.machine.rank_parts import coordinates, part_of, split_batch, whole_of
 from spcompile.options import Options
@@ -204,8 +204,7 @@ class Trial:
 
 
 def _has_attention_dropout(gm: fx.GraphModule) -> bool:
-    calls = gm.graph.find_nodes(op="call_function", target=torch.ops.spx.attention.default)
-    return any(argument(call, 15, "dropout_p", 0.0) for call in calls)
+    return any(AttentionCall.of(node).has_dropout for node in AttentionCall.all_in(gm.graph))
 
 
 def run_eager(model: nn.Module, example_inputs: Inputs, options: Options) -> Eager:

@@ -14,10 +14,11 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.attention.scores.call import AttentionCall
 from spcompile.capture.capture import OWN
+from spcompile.check.states import OWN_PART
 from spcompile.graph.edit import operand
-from spcompile.graph.node_meta import OWN_PART
-from spcompile.graph.reshard import Place, is_reshard, parse_place
+from spcompile.graph.reshard import Place, Reshard, is_reshard, parse_place
 from spcompile.graph.sizes import Size, divides, same
 from spcompile.machine.sequence import chunks_per_rank, local_length, pad
 from spcompile.sharding.global_view import is_view, part_of_view
@@ -96,14 +97,8 @@ class Lower(fx.Interpreter):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             if is_view(n, self.split.axis):
                 return args[0]
-            if is_reshard(n) and is_view(operand(n, 0), self.split.axis):
-                return self.gather_view(args[0], operand(n, 0), str(n.args[3]))
             if is_reshard(n):
-                source = layout_of(operand(n, 0))
-                assert source is not None
-                is_constant = operand(n, 0).op == "get_attr"  # a tensor with data, where all else is traced
-                value = torch.ops.aten.lift_fresh_copy.default(args[0]) if is_constant else args[0]
-                return self.reshard(value, str(n.args[2]), str(n.args[3]), [leaves(dim) for dim in source.dims[0]])
+                return self.run_reshard(Reshard.of(n), args[0])
             if layout.call is None:
                 return self.call_function(n.target, args, kwargs)
             if (choice := layout.choice.get(self.split.axis)) is not None:
@@ -123,6 +118,16 @@ class Lower(fx.Interpreter):
         dim: Any = n.args[1] if len(n.args) > 1 else place.dim  # all numbers are more as well
         is_more = dim < place.dim if n.target is aten.sym_stride.int else dim == place.dim
         return self.split.degree if is_more else 1
+
+    def run_reshard(self, change: Reshard, value: Tensor) -> Tensor:
+        """A change of state of a value."""
+        if is_view(change.x, self.split.axis):
+            return self.gather_view(value, change.x, change.dst)
+        source = layout_of(change.x)
+        assert source is not None
+        if change.x.op == "get_attr":  # a tensor with data, where all else is traced
+            value = torch.ops.aten.lift_fresh_copy.default(value)
+        return self.reshard(value, change.src, change.dst, [leaves(dim) for dim in source.dims[0]])
 
     def sharded(
         self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -257,12 +262,13 @@ class Lower(fx.Interpreter):
 
     def attention(self, n: fx.Node, args: tuple[Any, ...]) -> Any:
         """Query rows local, keys and values gathered: right as it stands; `parallelize-attention` improves it."""
-        q, k, v, q_positions, k_positions, *rest = args
-        assert q_positions is k_positions is None, "positions before lowering"
-        q_dims, k_dims = (_dims_of(operand(n, index)) for index in (0, 1))
+        whole, call = AttentionCall.of(n), AttentionCall.bind(*args)
+        assert call.q_positions is call.k_positions is None, "positions before lowering"
+        q_dims, k_dims = _dims_of(whole.q), _dims_of(whole.k)
         if k_dims[2]:  # a single key is whole on every rank
-            k, v = (self.on_split_dim(x, k_dims, Place(2), True, self.gather_rows) for x in (k, v))
-        out, lse = spx.attention(q, k, v, self.positions(q_dims[2], q.device), None, *rest)
+            k, v = (self.on_split_dim(x, k_dims, Place(2), True, self.gather_rows) for x in (call.k, call.v))
+            call = call.but(k=k, v=v)
+        out, lse = call.but(q_positions=self.positions(q_dims[2], call.q.device)).run()
         if self.split.padded(q_dims[2][0]):
             out = self.on_split_dim(out, _dims_of(n), Place(2), True, self.mask_benignly)
         return out, lse

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from spcompile.diagnostics import RanksDisagree
 from spcompile.machine.mesh import RuntimeMesh
-from spcompile.torch_private import no_python_dispatcher, unset_fake_temporarily
+from spcompile.torch_private import RestartAnalysis, no_python_dispatcher, unset_fake_temporarily
 
 TIMEOUT = timedelta(seconds=30)
 STOPPED = "stopped with "
@@ -80,7 +80,7 @@ class Agreement:
         """
         try:
             yield
-        except RanksDisagree:
+        except (RanksDisagree, RestartAnalysis):
             raise
         except Exception as error:
             self.require(f"{STOPPED}{error}")

@@ -11,6 +11,7 @@ import torch.fx as fx
 
 from spcompile.capture.autocast import autocast_off
 from spcompile.capture.capture import OWN, capture
+from spcompile.capture.specialised import numbers_where_specialised
 from spcompile.diagnostics import BatchNotSplit, Remarks, source_of
 from spcompile.graph.edit import copy_module
 from spcompile.graph.reshard import Place, parse_place
@@ -86,11 +87,12 @@ def build(
     check_order(passes)
     ctx = Context(mesh, options, Remarks(strict=options.strict))
     history = history or History()
-    captured = capture(gm, inputs)
-    mark_parts(captured.graph)
-    mark_rows(captured.graph, mesh.size("dp"))
-    with autocast_off():
-        return _build(captured, inputs, ctx, passes, history)
+    with numbers_where_specialised(inputs):
+        captured = capture(gm, inputs)
+        mark_parts(captured.graph)
+        mark_rows(captured.graph, mesh.size("dp"))
+        with autocast_off():
+            return _build(captured, inputs, ctx, passes, history)
 
 
 def _build(

@@ -24,7 +24,7 @@ from spcompile.capture.frames import Frame, local_of, name_of, this_frame, trace
 from spcompile.diagnostics import BatchNotSplit, RanksDisagree
 from spcompile.graph.sizes import expression, hint
 from spcompile.sharding.rows import NotTheBatch
-from spcompile.torch_private import TracingContext
+from spcompile.torch_private import RestartAnalysis, TracingContext
 
 log = logging.getLogger(__name__)
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Any]
@@ -92,7 +92,7 @@ def _batches(degree: int) -> list[_Batch]:
 def _with_symbols(backend: Backend, gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> Any:
     try:
         return _on_whole(backend, gm, inputs, batch)
-    except (NotTheBatch, RanksDisagree):
+    except (NotTheBatch, RanksDisagree, RestartAnalysis):
         raise
     except Exception as error:
         if not _is_symbol(batch.rows):

@@ -60,6 +60,7 @@ def parallelize(
     from spcompile.options import Options
     from spcompile.parameters.materialize import construct, constructor_of, is_on_meta, load, shard_real
     from spcompile.parameters.weight_plan import weight_plan
+    from spcompile.plain_text import one_line
     from spcompile.program.trace import mesh_shape
 
     if not isinstance(mesh, DeviceMesh):
@@ -73,7 +74,7 @@ def parallelize(
     split = _split_over_tp(model, example_inputs, shape, chosen) if shape.size("tp") > 1 else {}
     plan = weight_plan(model, split, dict(shape.axes), axes)
     for name, reason in plan.whole.items():
-        log.info("SPR502 every rank of tp holds all of %s: %s", name, reason)
+        log.info("SPR502 every rank of tp holds all of %s: %s", one_line(name), one_line(reason))
     if not on_meta:
         shard_real(model, mesh, plan.parts)
     elif checkpoint is not None:

@@ -39,7 +39,8 @@ class SourceLine:
 
 # The line of text is missing where Python has none, as for code that was made by exec.
 _FRAME = re.compile(
-    r'^[ \t]*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>[^\n]+)(?:\n(?![ \t]*File ")(?P<text>[^\n]*))?',
+    r'^[ \t]*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>[^\n]+)'
+    r'(?:\n(?![ \t]*File ")(?P<text>[^\n]*))?',
     re.MULTILINE,
 )
 

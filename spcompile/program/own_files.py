@@ -102,8 +102,8 @@ def _is_own(path: Path, status: os.stat_result) -> bool:
 def _warn(path: Path, found: str, mend: str) -> None:
     """Once for each path in a process."""
     log.warning(
-        "no finished programs are read from or written to disk: %s %s. To mend it: %s (TORCHINDUCTOR_CACHE_DIR names the "
-        "folder)",
+        "no finished programs are read from or written to disk: %s %s. To mend it: %s. "
+        "TORCHINDUCTOR_CACHE_DIR names the folder.",
         one_line(str(path)),
         found,
         one_line(mend),

@@ -62,7 +62,7 @@ def test_a_disk_that_is_full_later(worker_pool: PoolOf, tmp_path: Path) -> None:
 def dumped_twice(folder: str) -> None:
     for _ in range(2):
         torch._dynamo.reset()
-        compiled(pm.SelfAttention(), dump=folder)(torch.ones(2, 16, pm.WIDTH))
+        compiled(pm.SelfAttention(), dump=folder)(torch.ones(2, 16, pm.WIDTH)).sum().backward()
 
 
 def test_what_an_older_run_left_is_removed_and_this_run_s_stays(worker_pool: PoolOf, tmp_path: Path) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import os
-
     import torch.fx as fx
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
@@ -105,6 +104,8 @@ def _check(
         raise IllegalOption(
             f"{given[0]}= for a model with real weights", legal="a model built under torch.device('meta')"
         )
+    if checkpoint is not None and not isinstance(checkpoint, (str, os.PathLike)):
+        raise IllegalOption(f"checkpoint={checkpoint!r}", legal="a path")
 
 
 def _check_source(on_meta: bool, build: object, checkpoint: object) -> None:

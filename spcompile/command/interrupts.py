@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -23,7 +22,6 @@ def interrupts_for_this_process_alone() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGHUP,SIGQUIT"
     done = threading.Event()
     threading.Thread(target=done.wait, daemon=True, name="takes Ctrl-C").start()
     handler = signal.signal(signal.SIGINT, _interrupt)

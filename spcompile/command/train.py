@@ -109,6 +109,7 @@ def on_processes(ranks: int, function: Callable[..., Any], *arguments: Any) -> d
         local_addr="localhost",
         max_restarts=0,
         monitor_interval=0.1,
+        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",  # Ctrl-C is ours
     )
     with interrupts_for_this_process_alone():
         return elastic_launch(config, function)(*arguments)

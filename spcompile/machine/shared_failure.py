@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def failing_together(mesh: DeviceMesh, otherwise: type[SpcompileError]) -> Iterator[None]:
-    """Every rank of the mesh runs this block, which must not communicate, or all ranks raise the error of the first.
+    """All ranks of the mesh run this block to its end, or all raise the error of the first that did not.
+
+    It must not communicate, unless what communicates fails on all ranks at once.
 
     otherwise: the class of what other exceptions become.
     """

@@ -113,7 +113,7 @@ class NoProcessGroup(SpcompileError, RuntimeError):
 
 
 class IllegalModel(SpcompileError, ValueError):
-    """A model named on the command line that does not exist or cannot have these settings."""
+    """A model, its config or its checkpoint that does not exist, is damaged, or cannot have these settings."""
 
     code, title = "SP105", "illegal model"
 

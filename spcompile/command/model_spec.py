@@ -161,6 +161,8 @@ def _transformers(name: str, seq: int, settings: dict[str, Any]) -> BuiltModel:
     is_folder = Path(name).is_dir()
     config = hf_config.folder_config(name, settings) if is_folder else hf_config.small_config(name, seq, settings)
     config.use_cache = False
+    kind: Any
+    objective: Objective
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         kind, objective = transformers.AutoModelForMaskedLM, "masked token"
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -175,7 +177,8 @@ def _transformers(name: str, seq: int, settings: dict[str, Any]) -> BuiltModel:
 
     def build() -> nn.Module:
         try:
-            return kind.from_config(config, dtype=torch.get_default_dtype(), trust_remote_code=False)
+            made: nn.Module = kind.from_config(config, dtype=torch.get_default_dtype(), trust_remote_code=False)
+            return made
         except Exception as error:
             raise hf_config.explained(error, source, config.to_dict()) from error
 

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from spcompile.collectives.traffic import traffic_of
 from spcompile.command import model_spec
 from spcompile.command.arguments import require_file
-from spcompile.command.interrupts import interrupts_for_this_process_alone
+from spcompile.command.interrupts import end_silently, interrupts_for_this_process_alone
 from spcompile.command.train_progress import ShowStep, step_progress
 from spcompile.command.train_report import Run, TrainJob, TrainReport, relative
 from spcompile.diagnostics import IllegalMesh, IllegalModel, IllegalOption
@@ -112,7 +112,12 @@ def on_processes(ranks: int, function: Callable[..., Any], *arguments: Any) -> d
         signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",  # Ctrl-C is ours
     )
     with interrupts_for_this_process_alone():
-        return elastic_launch(config, function)(*arguments)
+        return elastic_launch(config, _process)(function, *arguments)
+
+
+def _process(function: Callable[..., Any], *arguments: Any) -> Any:
+    end_silently()
+    return function(*arguments)
 
 
 @contextmanager

@@ -192,6 +192,9 @@ def test_ctrl_c_ends_every_process_with_one_line(moment: str) -> None:
     rest = [line for line in command.stderr.read().splitlines() if "step" not in line]
     assert command.wait(60) == 130
     assert rest == ["interrupted"]
+    deadline = time.monotonic() + 20  # multiprocessing's own tracker ends when it sees that the command has
+    while in_session(command.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert in_session(command.pid) == []
     os.close(mine)
     os.close(its)

@@ -23,6 +23,7 @@ from spcompile.sharding.propagate import Placements
 _CODE = ("/torch/_dynamo/variables/", "/torch/_dynamo/symbolic_convert.py")  # the model's own code
 _CALLS = "/torch/_dynamo/utils.py"  # what it calls: operations, and functions of numbers
 _LOCATION = re.compile(r"(?P<text>.*)  # .*?(?P<file>[^/]+):(?P<line>\d+) in (?P<function>.*)")  # torch cuts the path
+_OWN_CALL = ("trace.py", "_entry")  # where explain and verify call a model
 
 Numbers = dict[Any, int]  # symbols -> their values
 
@@ -90,5 +91,8 @@ def _number(size: Any) -> int:
 
 
 def _line_of(location: str | None) -> SourceLine | str | None:
+    """None where Dynamo could not read the model's own line, and the one that it has is this package's call of it."""
     found = _LOCATION.fullmatch(location or "")
+    if found is not None and (found["file"], found["function"]) == _OWN_CALL:
+        return None
     return SourceLine(found["file"], int(found["line"]), found["function"], found["text"]) if found else location

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from spcompile import explain
 from spcompile.command import cli
-from spcompile.diagnostics import CaptureFailed, GraphBreak, IllegalMesh, StrictRemark, UnknownOption
+from spcompile.diagnostics import BatchNotSplit, CaptureFailed, GraphBreak, IllegalMesh, StrictRemark, UnknownOption
 from spcompile.report.plan import Plan
 
 
@@ -342,6 +342,23 @@ class Model(torch.nn.Module):
         assert "trace.py" not in text
         assert not set(re.sub(r"[\n]", "", text)) & set(map(chr, (*range(32), 127)))
     assert str(plan).startswith(r"Model\x1b]0;title\x07\n on mesh cp=2")
+
+
+def test_what_is_refused_of_a_model_from_exec_points_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = """
+import torch
+class Model(torch.nn.Module):
+    def forward(self, x):
+        h = x[:, None]
+        y = torch.nn.functional.scaled_dot_product_attention(h, h, h)
+        return y * 2 if x.shape[0] > 3 else y
+"""
+    notebook = ModuleType("notebook")
+    monkeypatch.setitem(sys.modules, "notebook", notebook)
+    exec(source, vars(notebook))
+    with pytest.raises(BatchNotSplit) as error:
+        explain(vars(notebook)["Model"](), (torch.ones(4, 8, 8, requires_grad=True),), mesh={"dp": 2})
+    assert error.value.where is None
 
 
 def test_import_is_cheap() -> None:

@@ -208,7 +208,7 @@ def normalise(gm: fx.GraphModule) -> None:
             _broadcast_one_by_one(node)
         elif node.target is aten.type_as.default:
             node.target, node.args = aten.to.dtype, (node.args[0], node.meta["val"].dtype)
-        elif node.target in _NO_MEANING or (node.target is aten.clone.default and not _is_output(node)):
+        elif node.target in _NO_MEANING or (node.target is aten.clone.default and not _is_needed(node)):
             if node.args and node.users:
                 node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
@@ -289,6 +289,12 @@ def _read_before_writing(graph: fx.Graph) -> None:
             copy.meta = {**readers[0].meta, "val": value.meta["val"]}
             for reader in readers:
                 reader.replace_input_with(value, copy)
+
+
+def _is_needed(clone: fx.Node) -> bool:
+    """Whether a copy keeps an output from being another value's memory; what dropout gives is nobody else's."""
+    source = clone.args[0]
+    return _is_output(clone) and not (isinstance(source, fx.Node) and source.target is aten.dropout.default)
 
 
 def _is_output(node: fx.Node) -> bool:

@@ -17,7 +17,7 @@ from spcompile.diagnostics import IllegalMesh, IllegalModel, IllegalOption
 from spcompile.machine.mesh import MeshShape
 
 MOST_TOKENS = 1 << 30
-_COUNT = re.compile(r"[0-9]{1,9}")
+_COUNT = re.compile(r"[0-9]{1,18}")
 _OWN_FLAGS = {"mesh": "--mesh", "dump": "--dump"}
 
 

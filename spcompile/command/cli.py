@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json as json_text
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -296,6 +297,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is ever downloaded
     try:
         status = app(sys.argv[1:], result_action="return_value", exit_on_error=False, print_error=False)
+        sys.stdout.flush()
     except SpcompileError as error:
         _say(_as_line(error))
         status = 2
@@ -305,6 +307,9 @@ def main() -> None:
     except KeyboardInterrupt:
         _say("interrupted")
         status = STATUS
+    except BrokenPipeError:  # who reads has seen enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes what is left when it ends
+        status = 128 + signal.SIGPIPE
     sys.exit(status)
 
 

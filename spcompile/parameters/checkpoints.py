@@ -62,8 +62,9 @@ def checkpoint_for(model: nn.Module, place: Path, mesh: DeviceMesh) -> Checkpoin
         else:
             files = files_of(place)
             if not files:
+                reason = "nothing in it is known" if place.exists() else "there is none"
                 raise IllegalModel(
-                    f"checkpoint {str(place)!r}",
+                    f"checkpoint {str(place)!r}: {reason}",
                     legal="a folder of torch.distributed.checkpoint, a .safetensors file, or a folder with such files",
                 )
             found = SafetensorsFiles(place, files)

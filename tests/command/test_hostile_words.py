@@ -115,6 +115,23 @@ def test_settings_of_a_plain_model(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("tolerance", ["abc", "-1", "1e999"])
+def test_a_tolerance_that_is_no_number(
+    tolerance: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "verify", "models:llama-tiny", "--option", f"tolerance={tolerance}") == 2
+    assert capsys.readouterr().err.startswith("SP102 illegal option value: tolerance=")
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    ended = subprocess.run([*MAIN, "--help"], stdout=writes, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writes)
+    assert ended.returncode in (1, 141)  # 1 where rich has noticed it
+    assert ended.stderr == ""
+
+
 def test_values_that_are_no_literals_are_text() -> None:
     deep = "(" * 10_000
     assert parse_settings([f"a={deep}", "b={[]:1}", "c=" + "9" * 5000]) == {"a": deep, "b": "{[]:1}", "c": "9" * 5000}
@@ -141,6 +158,13 @@ def test_a_dump_that_cannot_be_written_starts_no_process(
     error = capsys.readouterr().err
     assert error.startswith(f"SP102 illegal option value: dump='{tmp_path / 'file'}': ")
     assert error.count("\n") == 1
+
+
+def test_a_mesh_that_nobody_has_says_what_is_legal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "explain", "models:llama-tiny", "--mesh", "cp=1000000007") == 2
+    assert "at most 131072 ranks" in capsys.readouterr().err
 
 
 def test_too_many_processes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

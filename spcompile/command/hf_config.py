@@ -33,6 +33,7 @@ _SMALL = {
 }
 _SIZES = {*_SMALL, "max_position_embeddings", "head_dim"}
 _NO_NUMBER = {"num_key_value_heads", "intermediate_size", "head_dim"}  # sizes that may be null
+_PARTS = re.compile(r"num_\w*(layers|heads|experts|blocks)|n_(layers?|heads?)")
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 
 
@@ -133,11 +134,11 @@ def _require_possible(values: Mapping[str, Any], sizes: set[str], names: Mapping
         if key in sizes and not (value is None and key in optional) and not _is_size(value):
             raise IllegalModel(f"{source}: {key} is {value!r}", legal=f"a whole number, 1 to {MOST_SIZE}")
     for key, value in _fields(values):
-        if isinstance(value, (int, float)) and not (math.isfinite(value) and abs(value) <= MOST_NUMBER):
-            raise IllegalModel(f"{source}: {key} is {value!r}", legal=f"a finite number, at most {MOST_NUMBER}")
-        counts = key.startswith(("num_", "n_layer", "n_head")) and not key.endswith("_id")
-        if counts and isinstance(value, int) and not 0 <= value <= MOST_PARTS:
-            raise IllegalModel(f"{source}: {key} is {value!r}", legal=f"at most {MOST_PARTS}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise IllegalModel(f"{source}: {key} is {value!r}", legal="a finite number")
+        most = MOST_PARTS if _PARTS.fullmatch(key) else MOST_NUMBER
+        if isinstance(value, int) and abs(value) > most:
+            raise IllegalModel(f"{source}: {key} is {value!r}", legal=f"at most {most}")
         found = _IMPLEMENTATION.fullmatch(key)
         if found and value is not None and not isinstance(value, dict):
             legal = ATTENTION if found[1] == "attn" else EXPERTS
@@ -150,7 +151,10 @@ def _is_size(value: Any) -> bool:
 
 
 def _fields(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every field of a config, those of configs inside it too, with the name that it stands under."""
+    """Every field of a config, those of configs inside it too, with the name that it stands under.
+
+    Not what a list holds besides configs: limits of intervals may be infinite.
+    """
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield str(name), inner
@@ -160,7 +164,7 @@ def _fields(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
                     yield (str(name) if within else deeper), found
     elif isinstance(value, list):
         for inner in value:
-            yield from _fields(inner, key) if isinstance(inner, (Mapping, list)) else [(key, inner)]
+            yield from _fields(inner, key)
 
 
 def _without(value: Any, name: str) -> Any:

@@ -184,8 +184,19 @@ def _transformers(name: str, seq: int, settings: dict[str, Any]) -> BuiltModel:
 
     _require_memory(source, build)
     model = build()
+    _require_positions(f"hf:{one_line(name)}", model, seq)
     model.train()
     return BuiltModel(model, "input_ids", "labels", config.get_text_config().vocab_size, objective)
+
+
+def _require_positions(name: str, model: nn.Module, seq: int) -> None:
+    """Tables with a row for padding begin behind it, as RoBERTa's."""
+    for path, table in model.named_modules():
+        if path.endswith("position_embeddings") and isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            first = table.padding_idx + 1
+            if table.num_embeddings - first < seq:
+                legal = f"at most {table.num_embeddings - first}, or --set max_position_embeddings={seq + first}"
+                raise IllegalModel(f"{seq} tokens for {name}", legal=legal)
 
 
 def _require_memory(name: str, build: Callable[[], nn.Module]) -> None:

@@ -90,6 +90,8 @@ def test_no_file(tmp_path: Path, kind: str) -> None:
         ("num_hidden_layers", 0),
         ("num_hidden_layers", None),
         ("num_hidden_layers", 10**9),
+        ("num_local_experts", 10**9),
+        ("bos_token_id", 10**30),
         ("num_attention_heads", 0),
         ("num_attention_heads", {}),
         ("num_key_value_heads", 0),
@@ -159,6 +161,11 @@ def test_lengths_beyond_the_table(tmp_path: Path) -> None:
     model_spec.build(f"hf:{tmp_path}", seq=65, device="meta", settings={"max_position_embeddings": 65})
 
 
+def test_a_table_that_begins_behind_padding() -> None:
+    assert "at most 510, or --set max_position_embeddings=514" in refused(Path("roberta"), seq=512)
+    model_spec.build("hf:roberta", seq=512, device="meta", settings={"max_position_embeddings": 514})
+
+
 def test_a_model_that_fits_no_memory(tmp_path: Path) -> None:
     with pytest.raises(IllegalModel, match="this machine's memory"):
         model_spec.build(f"hf:{folder(tmp_path, vocab_size=1 << 30, hidden_size=4096)}", seq=16)
@@ -171,7 +178,7 @@ def test_usual_configs_are_built(tmp_path: Path) -> None:
         "sliding_window": None,
         "eos_token_id": [1, 2],
         "torch_dtype": "bfloat16",
-        "own_field": {"a": [1]},
+        "own_field": {"a": [1], "num_hash_buckets": 1 << 14, "limit": [0.0, float("inf")]},
         "attn_implementation": "eager",
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     }

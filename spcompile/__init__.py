@@ -2,10 +2,48 @@
 
 from __future__ import annotations
 
+from spcompile.diagnostics import (
+    BatchNotSplit,
+    CaptureFailed,
+    ChangedBuffer,
+    GraphBreak,
+    IllegalMesh,
+    IllegalModel,
+    IllegalOption,
+    InvalidGraph,
+    NoProcessGroup,
+    NotComputed,
+    RanksDisagree,
+    SpcompileError,
+    StrictRemark,
+    UnknownFlexAttention,
+    UnknownOption,
+)
 from spcompile.explain import explain
 from spcompile.options import Options
 from spcompile.parallelize import parallelize
 from spcompile.verify import verify
 
-__all__ = ["Options", "__version__", "explain", "parallelize", "verify"]
+__all__ = [
+    "BatchNotSplit",
+    "CaptureFailed",
+    "ChangedBuffer",
+    "GraphBreak",
+    "IllegalMesh",
+    "IllegalModel",
+    "IllegalOption",
+    "InvalidGraph",
+    "NoProcessGroup",
+    "NotComputed",
+    "Options",
+    "RanksDisagree",
+    "SpcompileError",
+    "StrictRemark",
+    "UnknownFlexAttention",
+    "UnknownOption",
+    "__version__",
+    "explain",
+    "parallelize",
+    "verify",
+]
 __version__ = "0.1.0"

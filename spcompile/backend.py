@@ -27,12 +27,12 @@ from spcompile.passes import PIPELINE
 from spcompile.program import program_cache
 from spcompile.program.agreement import Agreement
 from spcompile.program.build import LocalProgram, Output, build
-from spcompile.program.dump import Dump
 from spcompile.program.emit import Emission, callable_of, emit
 from spcompile.program.one_device import recognise
 from spcompile.program.outputs import restore_outputs
 from spcompile.program.pipeline import History
 from spcompile.program.program_cache import Finished
+from spcompile.program.shared_dump import SharedDump, shared_dump
 from spcompile.program.whole_batch import over_whole_batch
 from spcompile.torch_private import aot_autograd, compile_fx
 
@@ -76,7 +76,7 @@ def _over(
     chosen = Options.parse(options)
     agreement.require(_signature(inputs, chosen))
     refuse_graph_break(gm)
-    return _compile(gm, inputs, chosen, mesh, agreement)
+    return _compile(gm, inputs, chosen, mesh, agreement, shared_dump(chosen.dump, mesh, agreement))
 
 
 def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
@@ -100,7 +100,12 @@ def plain(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: str) -> C
 
 
 def _compile(
-    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, mesh: RuntimeMesh, agreement: Agreement
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    mesh: RuntimeMesh,
+    agreement: Agreement,
+    dump: SharedDump | None,
 ) -> Callable[..., Any]:
     given = inputs
     gm, inputs = over_local_parts(gm, given)
@@ -108,7 +113,7 @@ def _compile(
     if not agreement.everywhere("may store its program:", key is not None):
         key = None  # as where one rank dumps: all compile the backward at the same time
     number = agreement.count
-    finished, compiled = _cached(key, mesh, agreement) or _made(gm, inputs, options, mesh, agreement, key)
+    finished, compiled = _cached(key, mesh, agreement) or _made(gm, inputs, options, mesh, agreement, key, dump)
     for remark in finished.remarks:
         log.info("%s", remark)
     whole = restore_outputs(compiled, finished.outputs, mesh, as_dtensors=options.outputs == "sharded")
@@ -141,11 +146,13 @@ def _made(
     mesh: RuntimeMesh,
     agreement: Agreement,
     key: str | None,
+    dump: SharedDump | None,
 ) -> tuple[Finished, Callable[..., Any]]:
     """Compile, and store the program under `key`, unless nothing of it is sharded: then it is the plain graph's."""
-    dump = Dump(options.dump) if options.dump else None
     history = History(on_snapshot=dump.snapshot if dump else None, keep_texts=dump is not None)
     program = build(gm, inputs, mesh.shape, options, PIPELINE, history)
+    if dump is not None:
+        dump.require_written()
     finished = Finished(
         program.outputs,
         relied_on(program.captured.graph),
@@ -166,6 +173,7 @@ def _made(
     def agree(phase: str, final: fx.GraphModule) -> None:
         if dump is not None:
             dump.python(phase, final)
+            dump.require_written()
         text = format_graph(final)
         finished.text += text
         agreement.require(text)

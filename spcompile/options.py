@@ -69,7 +69,7 @@ class Options:
         for axis, name in self.links.items():
             _one_of("links: axis", axis, AXES)
             _one_of(f"links: {axis}", name, tuple(LINKS))
-        if self.dump is not None and not isinstance(self.dump, str):
+        if self.dump is not None and not (isinstance(self.dump, str) and self.dump):
             raise IllegalOption(f"dump={self.dump!r}", legal="a folder's path")
         if not isinstance(self.passes, Mapping):
             raise IllegalOption(f"passes={self.passes!r}", legal="a dict from pass names to False or options")

@@ -42,7 +42,6 @@ from torch._functorch.predispatch import (
 from torch._guards import TracingContext, detect_fake_mode
 
 # torch 2.13: torch/_inductor/compile_fx.py, custom_graph_pass.py
-from torch._inductor.codecache import write_atomic
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
@@ -116,7 +115,6 @@ __all__ = [
     "trace_again",
     "under_function_modes",
     "unset_fake_temporarily",
-    "write_atomic",
 ]
 
 

@@ -31,11 +31,14 @@ def verify(
     options: those of the backend, but `mesh`.
 
     Raises:
-        SpcompileError: what `explain` raises, and weights on `meta`.
+        SpcompileError: what `explain` raises, an illegal tolerance, and weights on `meta`.
     """
+    from spcompile.diagnostics import IllegalOption
     from spcompile.options import Options
     from spcompile.passes import PIPELINE
     from spcompile.program.trace import mesh_shape
     from spcompile.report.compare import compare
 
+    if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 <= tolerance < float("inf")):
+        raise IllegalOption(f"tolerance={tolerance!r}", legal="None, or a finite number that is not negative")
     return compare(model, example_inputs, mesh_shape(mesh), Options.parse(options), PIPELINE, tolerance)

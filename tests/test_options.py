@@ -41,6 +41,7 @@ def test_a_key_like_none_lists_all() -> None:
         ({"compiler": "gcc"}, "legal: 'inductor', 'eager'"),
         ({"strict": 1}, "legal: True, False"),
         ({"dump": 3}, "a folder's path"),
+        ({"dump": ""}, "a folder's path"),
         ({"links": "nvlink"}, "a dict from mesh axes"),
         ({"links": {"sp": "nvlink"}}, "legal: 'dp', 'tp', 'cp'"),
         ({"links": {"cp": "nvlnk"}}, "did you mean 'nvlink'"),

@@ -23,15 +23,20 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from spcompile.collectives.traffic import traffic_of
 from spcompile.command import model_spec
+from spcompile.command.arguments import require_file
+from spcompile.command.interrupts import end_silently, interrupts_for_this_process_alone
 from spcompile.command.train_progress import ShowStep, step_progress
 from spcompile.command.train_report import Run, TrainJob, TrainReport, relative
-from spcompile.diagnostics import IllegalModel, IllegalOption
+from spcompile.diagnostics import IllegalMesh, IllegalModel, IllegalOption
 from spcompile.machine.mesh import MeshShape
 from spcompile.options import Options
+from spcompile.program.dump import cannot_write, require_room
 from spcompile.schedule.saved_bytes import saved_activation_bytes
 
 if TYPE_CHECKING:
     from spcompile.command.model_spec import BuiltModel
+
+MOST_PROCESSES = 64  # on one machine, where it has no more cores
 
 
 def read_text(file: str | None) -> bytes:
@@ -47,7 +52,10 @@ def check(job: TrainJob) -> None:
     Raises:
         IllegalModel, IllegalOption, UnknownOption, IllegalMesh: with what would be legal.
     """
-    MeshShape.of(job.mesh)
+    shape = MeshShape.of(job.mesh)
+    most = max(MOST_PROCESSES, cores())
+    if shape.world_size > most:
+        raise IllegalMesh(f"{shape}: {shape.world_size} processes", legal=f"at most {most} on this machine")
     Options.parse(job.options).require_factors(job.mesh.get("cp", 1))
     built = model_spec.build(job.model, seq=job.seq, device="meta", dtype=job.dtype, settings=job.settings)
     if built.vocab < 256:
@@ -56,8 +64,15 @@ def check(job: TrainJob) -> None:
         raise IllegalOption(f"batch={job.batch}", legal=f"a multiple of the dp axis, {job.mesh['dp']}")
     if job.steps < 2 or job.seq < 2:
         raise IllegalOption(f"steps={job.steps} seq={job.seq}", legal="at least 2 of each")
-    if len(read_text(job.text)) <= job.seq:
-        raise IllegalOption(f"a text of {len(read_text(job.text))} bytes", legal=f"more than seq={job.seq}")
+    require_file("--text", Path(job.text) if job.text is not None else None)
+    length = len(read_text(job.text))
+    if length <= job.seq:
+        raise IllegalOption(f"a text of {length} bytes", legal=f"more than seq={job.seq}")
+    if job.dump is not None:
+        try:
+            require_room(Path(job.dump))
+        except (OSError, ValueError) as error:
+            raise cannot_write(job.dump, error) from error
 
 
 def launch(job: TrainJob) -> TrainReport:
@@ -94,8 +109,15 @@ def on_processes(ranks: int, function: Callable[..., Any], *arguments: Any) -> d
         local_addr="localhost",
         max_restarts=0,
         monitor_interval=0.1,
+        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",  # Ctrl-C is ours
     )
-    return elastic_launch(config, function)(*arguments)
+    with interrupts_for_this_process_alone():
+        return elastic_launch(config, _process)(function, *arguments)
+
+
+def _process(function: Callable[..., Any], *arguments: Any) -> Any:
+    end_silently()
+    return function(*arguments)
 
 
 @contextmanager

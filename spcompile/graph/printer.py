@@ -20,6 +20,7 @@ from spcompile.diagnostics import source_of
 from spcompile.graph.axes import axis_argument
 from spcompile.graph.reshard import Reshard, is_reshard, reshard
 from spcompile.machine.mesh import MeshShape
+from spcompile.plain_text import one_line
 
 _DTYPES = {
     torch.float64: "f64",
@@ -76,7 +77,7 @@ def format_graph(gm: fx.GraphModule, mesh: MeshShape | None = None, title: str |
         if here is not None and here != place:
             lines.append(here)
             place = here
-        lines.append(_line(gm, node))
+        lines.append(one_line(_line(gm, node)))
     return "\n".join(lines) + "\n"
 
 

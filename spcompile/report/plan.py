@@ -13,6 +13,7 @@ from rich.table import Table
 
 from spcompile.diagnostics import Remark, SourceLine
 from spcompile.machine.mesh import MeshShape
+from spcompile.plain_text import one_line
 from spcompile.report.plan_html import page
 from spcompile.schedule.communication import Row
 from spcompile.schedule.memory import LargeTensor, Memory
@@ -92,7 +93,7 @@ class Plan:
 
     def save(self, path: str) -> None:
         """Write the plan as one HTML page that needs nothing else."""
-        title = f"{self.model} on mesh {self.mesh}"
+        title = one_line(f"{self.model} on mesh {self.mesh}")
         schedule = {row.name for row in self.passes if row.stage == "schedule"}
         remarks = [str(remark) for remark in self.remarks]
         with open(path, "w", encoding="utf-8") as file:
@@ -154,7 +155,7 @@ class Plan:
     def summary(self) -> list[str]:
         """The first lines of the report."""
         sharding = self.sharding
-        lines = [f"{self.model} on mesh {self.mesh}"]
+        lines = [one_line(f"{self.model} on mesh {self.mesh}")]
         if sharding.sharded_ops:
             split = f"{sharding.length} tokens, {sharding.local_length} on each rank, {sharding.order} order"
             lines.append(f"Sequence   {split}; {sharding.sharded_ops} of {sharding.ops} ops run on shards")
@@ -273,5 +274,5 @@ def _rich(title: str, header: list[str], rows: Iterable[list[str]]) -> Table:
         numeric = name in ("count", "elements", "rewrites", "ms", "compute", "communication", "hidden", "exposed")
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(one_line, row))
     return table

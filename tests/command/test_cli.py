@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import spcompile
-from spcompile.command import cli, model_spec
+from spcompile.command import arguments, cli, model_spec
 from spcompile.diagnostics import IllegalMesh, IllegalModel, IllegalOption
 
 
@@ -25,23 +25,23 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 
 def test_factors_of_a_hybrid() -> None:
-    assert cli.parse_attention("ulysses=4,ring=2") == {"ulysses": 4, "ring": 2}
-    assert cli.parse_attention("hybrid") == "hybrid"
+    assert arguments.parse_attention("ulysses=4,ring=2") == {"ulysses": 4, "ring": 2}
+    assert arguments.parse_attention("hybrid") == "hybrid"
     for text in ("ulysses=4,ring", "ulysses=4,ulysses=2", "ulysses=-1,ring=2"):
         with pytest.raises(IllegalOption, match="ulysses=4,ring=2"):
-            cli.parse_attention(text)
+            arguments.parse_attention(text)
 
 
 def test_mesh_sizes() -> None:
-    assert cli.parse_mesh(["tp=2,cp=4"]) == cli.parse_mesh(["tp=2", "cp=4"]) == {"tp": 2, "cp": 4}
+    assert arguments.parse_mesh(["tp=2,cp=4"]) == arguments.parse_mesh(["tp=2", "cp=4"]) == {"tp": 2, "cp": 4}
     for wrong in ("cp", "cp=", "cp=x", "cp=2,cp=4", "cp=-1"):
         with pytest.raises(IllegalMesh):
-            cli.parse_mesh([wrong])
+            arguments.parse_mesh([wrong])
 
 
 def test_settings_are_literals_or_text() -> None:
     lines = ["layers=2", "theta=1e4", "hidden_act=relu", "tie_word_embeddings=False", "sizes=[1, 2]"]
-    assert model_spec.parse_settings(lines) == {
+    assert arguments.parse_settings(lines) == {
         "layers": 2,
         "theta": 1e4,
         "hidden_act": "relu",
@@ -49,7 +49,7 @@ def test_settings_are_literals_or_text() -> None:
         "sizes": [1, 2],
     }
     with pytest.raises(IllegalModel):
-        model_spec.parse_settings(["layers"])
+        arguments.parse_settings(["layers"])
 
 
 @pytest.mark.parametrize("spec", ["models:llama-tiny", "models:gpt-tiny", "models:bert-tiny", "hf:llama", "hf:bert"])

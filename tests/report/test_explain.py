@@ -8,6 +8,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import explained
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from spcompile import explain
 from spcompile.command import cli
-from spcompile.diagnostics import CaptureFailed, GraphBreak, IllegalMesh, StrictRemark, UnknownOption
+from spcompile.diagnostics import BatchNotSplit, CaptureFailed, GraphBreak, IllegalMesh, StrictRemark, UnknownOption
 from spcompile.report.plan import Plan
 
 
@@ -312,6 +313,52 @@ def test_the_page_is_one_file_that_escapes_everything(tmp_path: Path) -> None:
     assert list(graphs) == list(plan.graphs)
     assert graphs["backward"]["text"] == plan.graph("backward")
     assert "+" in graphs["parallelize-attention"]["diff"]
+
+
+def test_a_model_from_exec_has_no_lines_and_its_names_are_shown_escaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = """
+import torch
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        setattr(self, NAME, torch.nn.Linear(8, 8))
+    def forward(self, x):
+        h = getattr(self, NAME)(x)[:, None]
+        y = torch.nn.functional.scaled_dot_product_attention(h, h, h)
+        return y.roll(1, 2)
+"""
+    escape = "\x1b]0;title\x07\n"
+    notebook = ModuleType("notebook")  # Dynamo looks up what a model reads of its module
+    monkeypatch.setitem(sys.modules, "notebook", notebook)
+    notebook.NAME = f"linear{escape}"  # type: ignore[attr-defined]
+    exec(source, vars(notebook))
+    model = type(f"Model{escape}", (vars(notebook)["Model"],), {})()
+    plan = explain(model, (torch.ones(2, 8, 8),), mesh={"cp": 2})
+    assert [remark.where for remark in plan.remarks] == [None, None]
+    plan.save(str(tmp_path / "plan.html"))
+    for text in (str(plan), plan.graph("capture"), (tmp_path / "plan.html").read_text()):
+        assert "trace.py" not in text
+        assert not set(re.sub(r"[\n]", "", text)) & set(map(chr, (*range(32), 127)))
+    assert str(plan).startswith(r"Model\x1b]0;title\x07\n on mesh cp=2")
+
+
+def test_what_is_refused_of_a_model_from_exec_points_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = """
+import torch
+class Model(torch.nn.Module):
+    def forward(self, x):
+        h = x[:, None]
+        y = torch.nn.functional.scaled_dot_product_attention(h, h, h)
+        return y * 2 if x.shape[0] > 3 else y
+"""
+    notebook = ModuleType("notebook")
+    monkeypatch.setitem(sys.modules, "notebook", notebook)
+    exec(source, vars(notebook))
+    with pytest.raises(BatchNotSplit) as error:
+        explain(vars(notebook)["Model"](), (torch.ones(4, 8, 8, requires_grad=True),), mesh={"dp": 2})
+    assert error.value.where is None
 
 
 def test_import_is_cheap() -> None:

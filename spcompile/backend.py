@@ -72,8 +72,8 @@ def _over(
         if refused is not None:
             raise refused
         chosen = Options.parse(options)
-        agreement.require(_signature(gm, inputs, chosen))
         refuse_graph_break(gm)
+        agreement.require(_signature(gm, inputs, chosen))
         return _compile(gm, inputs, chosen, mesh, agreement)
 
 

@@ -1,6 +1,7 @@
 """Calls of a finished program, and backwards of them: every one is compared between the ranks before it runs.
 
-On CPU meshes a call waits for the comparison. On accelerators a thread compares, and the next call learns what it found.
+On CPU meshes a call waits for the comparison. On accelerators a thread compares, and the next call learns what it
+found.
 """
 
 from __future__ import annotations

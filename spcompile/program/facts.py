@@ -88,13 +88,14 @@ def wished(numbers: Mapping[int, Sequence[int]]) -> bool:
 
 
 def difference(records: Mapping[int, Record], coordinates: Coordinates) -> tuple[str, str]:
-    """(what differs between the ranks, what would be legal). Depends on nothing else, so that all ranks say the same."""
+    """(what differs between ranks, what would be legal). Depends on nothing else, so that all ranks say the same."""
     doings = {rank: record.doing for rank, record in records.items()}
     if any(doing.startswith(STOPPED) for doing in doings.values()):
         stopped = {rank: doing if doing.startswith(STOPPED) else "went on" for rank, doing in doings.items()}
         return _by_rank(stopped), SAME_PROGRAM
     facts = _facts_that_differ(records, coordinates)
-    parts = [_fact_text(name, values) for name, values in list(facts.items())[:MOST_SHOWN]]
+    parts = [next(iter(doings.values()))] if len(set(doings.values())) == 1 else []
+    parts += [_fact_text(name, values) for name, values in list(facts.items())[:MOST_SHOWN]]
     if len(facts) > MOST_SHOWN:
         parts.append(f"\n  and {len(facts) - MOST_SHOWN} more: {some_of(list(facts)[MOST_SHOWN:])}")
     if len(set(doings.values())) > 1:
@@ -139,7 +140,7 @@ def _facts_that_differ(records: Mapping[int, Record], coordinates: Coordinates) 
 
 def _fact_text(name: str, values: Mapping[int, str]) -> str:
     if any("\n" in value for value in values.values()):
-        return first_difference(name, dict(sorted(values.items())))
+        return f"\n  {first_difference(name, dict(sorted(values.items())))}"
     return f"\n  {name}" + _by_rank(values, "    ")
 
 

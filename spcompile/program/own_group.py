@@ -1,8 +1,8 @@
 """A gloo group that ranks compare over: none of the model's collectives runs on it, and none of NCCL's.
 
 It stands beside torch's process groups, unknown to them: so it needs no order of creation with others, and no check of
-level DETAIL runs in it. Every wait in it ends: by the others, by a connection that closes, by an alarm of the roll call,
-or at the timeout of the default process group.
+level DETAIL runs in it. Every wait in it ends: by the others, by a connection that closes, by an alarm of the roll
+call, or at the timeout of the default process group.
 """
 
 from __future__ import annotations

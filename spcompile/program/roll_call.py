@@ -1,8 +1,8 @@
 """Where every rank is, asked through the store when one of them is waited for in vain.
 
-Each process has a thread that looks for an alarm in the store. On an alarm it writes down where its process is, whatever
-the others of its threads wait for. So the ranks that wait can tell one that is gone from one that does something else.
-After an alarm nothing goes on: the first verdict counts, and all ranks raise it, those that come late as well.
+Each process has a thread that looks for an alarm in the store. On an alarm it writes down where its process is,
+whatever the others of its threads wait for. So the ranks that wait can tell one that is gone from one that does
+something else. After an alarm nothing goes on: the first verdict counts, and all ranks raise it, late ones as well.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What callers pass to a graph: names and shapes on all ranks, values on ranks of cp and tp, which get the same batch."""
+"""What callers pass to a graph: names and shapes on all ranks, values on those of cp and tp, which get one batch."""
 
 from __future__ import annotations
 

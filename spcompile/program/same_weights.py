@@ -23,8 +23,8 @@ from spcompile.program.facts import Fact, Record, some_of
 from spcompile.program.same_inputs import split_axes
 
 _LEGAL = (
-    "seed before the model is built, load one checkpoint on all ranks, or spcompile.broadcast(model, mesh), which makes "
-    "rank 0's the truth"
+    "seed before the model is built, load one checkpoint on all ranks, or spcompile.broadcast(model, mesh), which "
+    "makes rank 0's the truth"
 )
 _MOST_KEPT = 64  # sets whose number is remembered
 

@@ -122,6 +122,7 @@ __all__ = [
     "resolve_process_group",
     "symbol_config",
     "trace_again",
+    "traced_function",
     "unset_fake_temporarily",
     "write_atomic",
 ]
@@ -130,6 +131,15 @@ __all__ = [
 def resolve_process_group(name: str) -> ProcessGroup:
     """The process group with this c10d name."""
     return _resolve_process_group(cast("GroupName", name))
+
+
+def traced_function() -> str:
+    """What Dynamo, which is calling a backend, traces: the class of a model, or the name of a function."""
+    try:
+        code = InstructionTranslator.current_tx().f_code
+    except AttributeError:  # nothing is traced
+        return "a graph"
+    return str(getattr(code, "co_qualname", code.co_name)).removesuffix(".forward")
 
 
 def trace_again(reason: str) -> NoReturn:

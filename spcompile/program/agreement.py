@@ -8,6 +8,7 @@ On accelerators calls are compared by a thread, and the next call learns what it
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import platform
 import re
@@ -45,7 +46,9 @@ class Agreement:
             for at in torch.ones_like(places).nonzero()
         }
         self.roll_call = roll_call_of(dist.group.WORLD)
-        self._group = OwnGroup(list(self.coordinates), self.roll_call, group_timeout(mesh.device_mesh.device_type))
+        self._group = OwnGroup(
+            list(self.coordinates), self.roll_call, functools.partial(group_timeout, self.device_type)
+        )
         self._count = 0
         self._thread: ThreadPoolExecutor | None = None
         self._pending: deque[tuple[bool, Future[bool]]] = deque()  # (of a call, not of its backward; what was found)
@@ -135,7 +138,7 @@ class Agreement:
 
     def _compare(self, record: Record) -> bool:
         self._count += 1
-        where = record.doing.partition("\n")[0]
+        where = record.doing.partition("\n")[0].removeprefix("runs ")
         # AOTAutograd compiles under a fake mode; this communicates for real. And under the Python dispatcher, which
         # gloo's threads would inherit: they would wait for the GIL.
         with unset_fake_temporarily(), no_python_dispatcher():
@@ -154,7 +157,7 @@ class Agreement:
         roll_call = self.roll_call
         if _COLLECTIVE.search(f"{type(error).__name__} {error}"):
             roll_call.at(f"waits for the others inside {where}", mark)
-            missing = roll_call.missing_behind(error, self._group.ranks, where, self._group.timeout.total_seconds())
+            missing = roll_call.missing_behind(error, self._group.ranks, where, self._group.timeout())
             if missing is not None:
                 raise missing from error
         roll_call.at(f"has stopped {where} with {type(error).__name__} {comparable_text(error):.300}")

@@ -19,9 +19,9 @@ from spcompile.diagnostics import SpcompileError
 from spcompile.options import Options
 from spcompile.program.agreement import Agreement
 from spcompile.program.facts import Fact, Record
-from spcompile.program.same_inputs import class_of, facts_of_inputs, names_of, places_of_state
+from spcompile.program.same_inputs import facts_of_inputs, names_of, places_of_state
 from spcompile.program.same_weights import ParameterSet, ParameterSets, fact_of_set, record_of_values
-from spcompile.torch_private import around_backward
+from spcompile.torch_private import around_backward, traced_function
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Inputs:
     @classmethod
     def of(cls, gm: fx.GraphModule) -> Inputs:
         """From a graph as Dynamo gave it."""
-        return cls(class_of(gm), names_of(gm), places_of_state(gm))
+        return cls(traced_function(), names_of(gm), places_of_state(gm))
 
     @property
     def passed(self) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -25,14 +25,18 @@ _MADE: Counter[tuple[Any, ...]] = Counter()  # groups of the same ranks, which a
 class OwnGroup:
     """Gathers a few numbers of every rank of a mesh. Connects at the first gather."""
 
-    def __init__(self, ranks: Sequence[int], roll_call: RollCall, timeout: timedelta) -> None:
+    def __init__(self, ranks: Sequence[int], roll_call: RollCall, limit: Callable[[], timedelta]) -> None:
         self.ranks = sorted(ranks)
-        self.timeout = timeout
+        self._limit = limit
         self._roll_call = roll_call
         self._group: dist.ProcessGroupGloo | None = None
         key = (dist.group.WORLD, *self.ranks)
         self.name = f"{'.'.join(map(str, self.ranks))}/{_MADE[key]}"
         _MADE[key] += 1
+
+    def timeout(self) -> float:
+        """How many seconds ranks wait for each other."""
+        return self._limit().total_seconds()
 
     def gather(self, numbers: Sequence[int], where: str, mark: str) -> dict[int, list[int]]:
         """What each rank passes, at the same place of its program as this one.
@@ -46,7 +50,7 @@ class OwnGroup:
         try:
             found = self._gather(torch.tensor(numbers, dtype=torch.int64, device="cpu"))
         except RuntimeError as reason:
-            raise self._roll_call.missing(self.ranks, where, self.timeout.total_seconds()) from reason
+            raise self._roll_call.missing(self.ranks, where, self.timeout()) from reason
         self._roll_call.met(where)
         return found
 
@@ -56,7 +60,7 @@ class OwnGroup:
         group = self._connected()
         parts = [torch.empty_like(mine) for _ in self.ranks]
         work = group.allgather([parts], [mine])
-        deadline = time.monotonic() + self.timeout.total_seconds()
+        deadline = time.monotonic() + self.timeout()
         while True:
             try:
                 work.wait(timedelta(seconds=POLL_SECONDS))
@@ -74,5 +78,5 @@ class OwnGroup:
         if self._group is None:
             store = dist.PrefixStore(f"spcompile/own/{self.name}", default_store())
             place = self.ranks.index(dist.get_rank())
-            self._group = dist.ProcessGroupGloo(store, place, len(self.ranks), self.timeout)
+            self._group = dist.ProcessGroupGloo(store, place, len(self.ranks), self._limit())
         return self._group

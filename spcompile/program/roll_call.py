@@ -26,6 +26,7 @@ from spcompile.torch_private import default_store
 POLL_SECONDS = 0.5
 ANSWER_SECONDS = 4.0
 _KEY = "spcompile/roll-call"
+_ENDED = "ended"
 _NO_ANSWER = "no answer: its process is killed, stopped, or has not called a compiled model yet"
 _LEGAL = (
     "as many calls, and backwards of them, on every rank (over dp as many batches: drop_last, or a sampler that pads), "
@@ -121,14 +122,15 @@ class RollCall:
         self._watch.join(timeout=2 * POLL_SECONDS)
         with contextlib.suppress(RuntimeError):
             if not self.raised.is_set():
-                self._write(Place(f"has ended its program; before, it {self.place},", time.time()))
+                self._write(Place(f"has ended its program; before, it {self.place},", time.time(), _ENDED))
 
     def _write(self, place: Place) -> None:
         self._watched_store.set(f"{_KEY}/{self._rank}", json.dumps(place))
 
 
 def _text(answers: dict[int, Place | None], own: Place, where: str, timeout: float, met: Place) -> str:
-    absent = [rank for rank, place in answers.items() if place is None or place.mark != own.mark]
+    gone = [rank for rank, place in answers.items() if place is None or place.mark == _ENDED]
+    absent = gone or [rank for rank, place in answers.items() if place is not None and place.mark != own.mark]
     who = f"{list_ranks(absent)} did not come to" if absent else "all ranks came, but some too late, to"
     rows = [f"  rank {rank}: {place or _NO_ANSWER}" for rank, place in sorted(answers.items())]
     return "\n".join([f"{who} {where} (timeout {timeout:g} s)", *rows, f"  all ranks met last: {met}"])

@@ -32,14 +32,6 @@ def places_of_state(gm: fx.GraphModule) -> list[int]:
     return [i for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if is_state(node)]
 
 
-def class_of(gm: fx.GraphModule) -> str:
-    """The class of the outermost module of a Dynamo graph."""
-    for node in gm.graph.nodes:
-        for _, module in (node.meta.get("nn_module_stack") or {}).values():
-            return module.__name__ if isinstance(module, type) else str(module)
-    return "a function"
-
-
 def shape_of(value: Any) -> str:
     """`int64(2, 16)` of a tensor; the text of anything else."""
     if not isinstance(value, torch.Tensor):

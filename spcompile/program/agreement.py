@@ -46,9 +46,8 @@ class Agreement:
             for at in torch.ones_like(places).nonzero()
         }
         self.roll_call = roll_call_of(dist.group.WORLD)
-        self._group = OwnGroup(
-            list(self.coordinates), self.roll_call, functools.partial(group_timeout, self.device_type)
-        )
+        timeout = functools.partial(group_timeout, self.device_type)
+        self._group = OwnGroup(list(self.coordinates), self.roll_call, timeout)
         self._count = 0
         self._thread: ThreadPoolExecutor | None = None
         self._pending: deque[tuple[bool, Future[bool]]] = deque()  # (of a call, not of its backward; what was found)

@@ -17,12 +17,12 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 from worker_pool import load_function
 
 PRELOADED = ["torch._dynamo", "torch.distributed", "spcompile.backend", "spcompile.models"]
+GRACE_SECONDS = 20.0  # how long the others may still take after one has answered
 START_SECONDS = 90.0  # also the timeout of the process group, until `shorten_timeout`
 
 
@@ -51,10 +51,13 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, un
 
 def shorten_timeout(seconds: float) -> None:
     """The process group's timeout from now on: what was slow to start, has."""
+    import torch
     import torch.distributed as dist
 
     dist.barrier()
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+    assert dist.group.WORLD is not None
+    checked: Any = dist.group.WORLD._get_backend(torch.device("cpu"))
+    checked.wrapped_pg._set_default_timeout(timedelta(seconds=seconds))
 
 
 def _collect(pipes: list[Connection], seconds: float) -> list[Any]:
@@ -66,6 +69,7 @@ def _collect(pipes: list[Connection], seconds: float) -> list[Any]:
         for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
             try:
                 answers[rank] = waiting.pop(rank).recv()
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
             except EOFError:
                 answers[rank] = None
     return answers
@@ -79,13 +83,8 @@ def _live(rank: int, world_size: int, store: str, pipe: Connection, source: Any,
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=Path(store).as_uri(),
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=START_SECONDS),
-    )
+    start = timedelta(seconds=START_SECONDS)
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size, timeout=start)
     torch.manual_seed(0)
     try:
         value = load_function(*source)(*arguments)

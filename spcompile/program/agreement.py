@@ -15,7 +15,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from datetime import timedelta
 
 import torch
@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from spcompile.diagnostics import RanksDisagree, RanksMissing, SpcompileError
 from spcompile.machine.mesh import RuntimeMesh
+from spcompile.program.background import Background
 from spcompile.program.facts import STOPPED, Fact, Record, agree, comparable_text, difference, wished
 from spcompile.program.one_caller import OneCaller
 from spcompile.program.own_group import OwnGroup
@@ -49,7 +50,7 @@ class Agreement:
         timeout = functools.partial(group_timeout, self.device_type)
         self._group = OwnGroup(list(self.coordinates), self.roll_call, timeout)
         self._count = 0
-        self._thread: ThreadPoolExecutor | None = None
+        self._background = Background("spcompile agreement")
         self._pending: deque[tuple[bool, Future[bool]]] = deque()  # (of a call, not of its backward; what was found)
         self._wished = False
         self.caller = OneCaller()
@@ -97,9 +98,7 @@ class Agreement:
         return wished_before
 
     def _start(self, record: Callable[[], Record], is_call: bool) -> None:
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="spcompile agreement")
-        self._pending.append((is_call, self._thread.submit(self._compare_later, record)))
+        self._pending.append((is_call, self._background.start(functools.partial(self._compare_later, record))))
 
     def _settle(self, count: int) -> None:
         for _ in range(count):

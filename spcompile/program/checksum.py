@@ -30,11 +30,13 @@ def checksum(tensor: Tensor) -> Tensor:
     cut = rows * _WORD * _COLUMNS
     if data.storage_offset() % _WORD:
         data = data.clone()
-    result = _weighted(data[cut:].to(torch.int64), _OTHER_FACTOR) + data.numel()
+    parts = []
     if rows:
         words = data[:cut].view(torch.int64).view(rows, _COLUMNS)
-        result = result + _weighted(words.sum(0), _FACTOR) + _weighted(words.sum(1), _OTHER_FACTOR)
-    return result
+        parts += [_weighted(words.sum(0), _FACTOR), _weighted(words.sum(1), _OTHER_FACTOR)]
+    if cut < data.numel() or not rows:
+        parts.append(_weighted(data[cut:].to(torch.int64), _OTHER_FACTOR))
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
 def _weighted(values: Tensor, factor: int) -> Tensor:

@@ -70,8 +70,6 @@ class OwnGroup:
                     work.wait()
                     continue
                 if self._roll_call.raised.is_set() or time.monotonic() > deadline:
-                    keep_for_ever(work)
-                    keep_for_ever(group)
                     raise
 
     def _connected(self) -> dist.ProcessGroupGloo:
@@ -79,4 +77,5 @@ class OwnGroup:
             store = dist.PrefixStore(f"spcompile/own/{self.name}", default_store())
             place = self.ranks.index(dist.get_rank())
             self._group = dist.ProcessGroupGloo(store, place, len(self.ranks), self._limit())
+            keep_for_ever(self._group)
         return self._group

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import functools
 import json
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -49,7 +50,7 @@ class RollCall:
     """The roll call of one default process group."""
 
     def __init__(self) -> None:
-        self._rank = dist.get_rank()
+        self._rank, self._process = dist.get_rank(), os.getpid()
         self._store = default_store()
         self._watched_store = default_store()
         self._ended = threading.Event()
@@ -118,6 +119,8 @@ class RollCall:
                     return
 
     def _end(self) -> None:
+        if os.getpid() != self._process:
+            return  # a forked child ends
         self._ended.set()
         self._watch.join(timeout=2 * POLL_SECONDS)
         with contextlib.suppress(RuntimeError):

@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from spcompile.capture.autocast import autocast_in, make_explicit
+from spcompile.capture.bool_writes import write_out_bool_writes
 from spcompile.capture.custom_functions import with_own_gradient
 from spcompile.capture.flex_attention import without_block_sizes, written_out
 from spcompile.capture.module_buffer import KEY, ModuleBuffer, may_be_read
@@ -57,6 +58,8 @@ class _KeepOrigin(fx.Interpreter):
             return with_own_gradient(operands, outputs, saved, backward)
         if target is torch.ops.higher_order.flex_attention:
             return written_out(*args, **kwargs)
+        if target is torch.nn.functional.dropout:
+            return _dropout(*args, **kwargs)
         return super().call_function(target, args, kwargs)
 
     def _checkpointed(self, args: tuple[Any, ...]) -> Any:
@@ -67,6 +70,17 @@ class _KeepOrigin(fx.Interpreter):
             node.meta["recompute"] = torch.utils.checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
             node.meta["ac_graph_id"] = self._regions[0]
         return _KeepOrigin(child, self._regions).run(*operands)
+
+
+def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """Dropout whose result may be written to, as the plain one's: it is its operand where nothing is dropped.
+
+    Functionalisation for export refuses writes to results of dropout, since it does not know whether that is so.
+    """
+    if not training or p == 0:
+        return x
+    dropped = torch.nn.functional.dropout(x, p, training, inplace)
+    return dropped if inplace else dropped.clone()
 
 
 def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
@@ -102,6 +116,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     _name_placeholders(captured, gm, inputs)
     if autocast_in(captured):
         make_explicit(captured)
+    write_out_bool_writes(captured)
     normalise(captured)
     _read_before_writing(captured.graph)
     for node in captured.graph.nodes:
@@ -193,7 +208,7 @@ def normalise(gm: fx.GraphModule) -> None:
             _broadcast_one_by_one(node)
         elif node.target is aten.type_as.default:
             node.target, node.args = aten.to.dtype, (node.args[0], node.meta["val"].dtype)
-        elif node.target in _NO_MEANING or (node.target is aten.clone.default and not _is_output(node)):
+        elif node.target in _NO_MEANING or (node.target is aten.clone.default and not _is_needed(node)):
             if node.args and node.users:
                 node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
@@ -274,6 +289,12 @@ def _read_before_writing(graph: fx.Graph) -> None:
             copy.meta = {**readers[0].meta, "val": value.meta["val"]}
             for reader in readers:
                 reader.replace_input_with(value, copy)
+
+
+def _is_needed(clone: fx.Node) -> bool:
+    """Whether a copy keeps an output from being another value's memory; what dropout gives is nobody else's."""
+    source = clone.args[0]
+    return _is_output(clone) and not (isinstance(source, fx.Node) and source.target is aten.dropout.default)
 
 
 def _is_output(node: fx.Node) -> bool:

@@ -155,7 +155,7 @@ class Agreement:
         roll_call = self.roll_call
         if _COLLECTIVE.search(f"{type(error).__name__} {error}"):
             roll_call.at(f"waits for the others inside {where}", mark)
-            missing = roll_call.missing_behind(error, self._group.ranks, where, self._group.timeout())
+            missing = roll_call.missing_if_any(self._group.ranks, where, mark, self._group.timeout())
             if missing is not None:
                 raise missing from error
         roll_call.at(f"has stopped {where} with {type(error).__name__} {comparable_text(error):.300}")

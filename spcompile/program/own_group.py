@@ -46,18 +46,18 @@ class OwnGroup:
         Raises:
             RanksMissing: a rank does not come; the same error on all that do.
         """
-        self._roll_call.at(f"waits for the others at {where}", mark)
+        self._roll_call.waits(where, mark)
         try:
             found = self._gather(torch.tensor(numbers, dtype=torch.int64, device="cpu"))
         except RuntimeError as reason:
-            raise self._roll_call.missing(self.ranks, where, self.timeout()) from reason
+            raise self._roll_call.missing(self.ranks, where, mark, self.timeout()) from reason
         self._roll_call.met(where)
         return found
 
     def _gather(self, mine: torch.Tensor) -> dict[int, list[int]]:
         if self._roll_call.raised.is_set():
             raise RuntimeError("ranks were missing before")
-        group = self._connected()
+        group: Any = self._connected()
         parts = [torch.empty_like(mine) for _ in self.ranks]
         work = group.allgather([parts], [mine])
         deadline = time.monotonic() + self.timeout()

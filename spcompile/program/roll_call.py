@@ -56,6 +56,7 @@ class RollCall:
         self._ended = threading.Event()
         self.raised = threading.Event()
         self.place = Place("has compared nothing yet", time.time())
+        self._waiting: Place | None = None  # of any thread: those that compare later run behind the others
         self._met = self.place
         self._watch = threading.Thread(target=self._answer_an_alarm, name="spcompile roll call", daemon=True)
         self._watch.start()
@@ -65,48 +66,55 @@ class RollCall:
         """This rank is here now."""
         self.place = Place(doing, time.time(), mark)
 
+    def waits(self, where: str, mark: str) -> None:
+        """A thread of this rank waits here for the other ranks, until they have met."""
+        self._waiting = Place(f"waits for the others at {where}", time.time(), mark)
+
     def met(self, where: str) -> None:
         """All ranks were here just now."""
-        self._met = Place(where, time.time())
+        self._met, self._waiting = Place(where, time.time()), None
 
-    def missing(self, ranks: Sequence[int], where: str, timeout: float) -> RanksMissing:
+    def missing(self, ranks: Sequence[int], where: str, mark: str, timeout: float) -> RanksMissing:
         """The error, the same on all ranks, that says which of `ranks` have not come to where this one is."""
-        return RanksMissing(self._verdict(ranks, where, timeout, None) or "", legal=_LEGAL)
+        return RanksMissing(self._verdict(ranks, where, mark, timeout, may_be_none=False) or "", legal=_LEGAL)
 
-    def missing_behind(self, error: Exception, ranks: Sequence[int], where: str, timeout: float) -> RanksMissing | None:
-        """As `missing`, where a collective of the model ended in `error`; None if all ranks are in it."""
-        text = self._verdict(ranks, where, timeout, error)
+    def missing_if_any(self, ranks: Sequence[int], where: str, mark: str, timeout: float) -> RanksMissing | None:
+        """As `missing`; None if all ranks have come, so that something else is wrong."""
+        text = self._verdict(ranks, where, mark, timeout, may_be_none=True)
         return RanksMissing(text, legal=_LEGAL) if text is not None else None
 
-    def _verdict(self, ranks: Sequence[int], where: str, timeout: float, behind: Exception | None) -> str | None:
+    def _places(self) -> list[Place]:
+        return [self._waiting, self.place] if self._waiting is not None else [self.place]
+
+    def _verdict(self, ranks: Sequence[int], where: str, mark: str, timeout: float, may_be_none: bool) -> str | None:
         try:
             if self._store.check([f"{_KEY}/alarm"]):  # who raised it makes the verdict, unless it is gone, too
                 with contextlib.suppress(RuntimeError):
                     self._store.wait([f"{_KEY}/verdict"], timedelta(seconds=ANSWER_SECONDS + 1.0))
                     return self._store.get(f"{_KEY}/verdict").decode()
             answers = self._ask(ranks)
-            if behind is not None and all(place and place.mark == self.place.mark for place in answers.values()):
+            if may_be_none and all(_is_at(mark, places) for places in answers.values()):
                 return None
-            text = _text(answers, self.place, where, timeout, self._met)
+            text = _text(answers, mark, where, timeout, self._met)
             return self._store.compare_set(f"{_KEY}/verdict", "", text).decode()
         except RuntimeError as reason:
             return (
                 f"not all ranks came to {where}. The store, through which they would say where they are, does not "
                 f"answer: the process that holds it is gone, which is rank 0 unless a launcher holds it\n"
-                f"  rank {self._rank}: {self.place}\n  all ranks met last: {self._met}\n"
+                f"  rank {self._rank}: {self._places()[0]}\n  all ranks met last: {self._met}\n"
                 f"  {str(reason).partition(chr(10))[0]:.200}"
             )
 
-    def _ask(self, ranks: Sequence[int]) -> dict[int, Place | None]:
-        """Raise the alarm and collect the answers."""
+    def _ask(self, ranks: Sequence[int]) -> dict[int, list[Place]]:
+        """Raise the alarm and collect the answers; none of a rank that gives none."""
         self._store.set(f"{_KEY}/alarm", "raised")
-        answers: dict[int, Place | None] = dict.fromkeys(ranks)
-        answers[self._rank] = self.place
+        answers: dict[int, list[Place]] = {rank: [] for rank in ranks}
+        answers[self._rank] = self._places()
         deadline = time.monotonic() + ANSWER_SECONDS
-        while None in answers.values() and time.monotonic() < deadline:
-            for rank in [rank for rank, place in answers.items() if place is None]:
+        while not all(answers.values()) and time.monotonic() < deadline:
+            for rank in [rank for rank, places in answers.items() if not places]:
                 if self._store.check([f"{_KEY}/{rank}"]):
-                    answers[rank] = Place(*json.loads(self._store.get(f"{_KEY}/{rank}")))
+                    answers[rank] = [Place(*one) for one in json.loads(self._store.get(f"{_KEY}/{rank}"))]
             time.sleep(POLL_SECONDS / 5)
         return answers
 
@@ -114,7 +122,7 @@ class RollCall:
         with contextlib.suppress(RuntimeError):  # the store is gone: nobody can ask any more
             while not self._ended.wait(POLL_SECONDS):
                 if self._watched_store.check([f"{_KEY}/alarm"]):
-                    self._write(self.place)
+                    self._write(self._places())
                     self.raised.set()
                     return
 
@@ -125,17 +133,21 @@ class RollCall:
         self._watch.join(timeout=2 * POLL_SECONDS)
         with contextlib.suppress(RuntimeError):
             if not self.raised.is_set():
-                self._write(Place(f"has ended its program; before, it {self.place},", time.time(), _ENDED))
+                self._write([Place(f"has ended its program; before, it {self.place},", time.time(), _ENDED)])
 
-    def _write(self, place: Place) -> None:
-        self._watched_store.set(f"{_KEY}/{self._rank}", json.dumps(place))
+    def _write(self, places: list[Place]) -> None:
+        self._watched_store.set(f"{_KEY}/{self._rank}", json.dumps(places))
 
 
-def _text(answers: dict[int, Place | None], own: Place, where: str, timeout: float, met: Place) -> str:
-    gone = [rank for rank, place in answers.items() if place is None or place.mark == _ENDED]
-    absent = gone or [rank for rank, place in answers.items() if place is not None and place.mark != own.mark]
+def _is_at(mark: str, places: list[Place]) -> bool:
+    return any(place.mark == mark for place in places)
+
+
+def _text(answers: dict[int, list[Place]], mark: str, where: str, timeout: float, met: Place) -> str:
+    gone = [rank for rank, places in answers.items() if not places or _is_at(_ENDED, places)]
+    absent = gone or [rank for rank, places in answers.items() if not _is_at(mark, places)]
     who = f"{list_ranks(absent)} did not come to" if absent else "all ranks came, but some too late, to"
-    rows = [f"  rank {rank}: {place or _NO_ANSWER}" for rank, place in sorted(answers.items())]
+    rows = [f"  rank {rank}: {places[0] if places else _NO_ANSWER}" for rank, places in sorted(answers.items())]
     return "\n".join([f"{who} {where} (timeout {timeout:g} s)", *rows, f"  all ranks met last: {met}"])
 
 

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from spcompile.capture.local_inputs import given
 from spcompile.diagnostics import SpcompileError
 from spcompile.options import Options
 from spcompile.program.agreement import Agreement
 from spcompile.program.facts import Fact, Record
+from spcompile.program.outputs import NotComputedTensor
 from spcompile.program.same_inputs import facts_of_inputs, names_of, places_of_state
 from spcompile.program.same_weights import ParameterSet, ParameterSets, fact_of_set, record_of_values
 from spcompile.torch_private import around_backward, traced_function
@@ -81,12 +83,13 @@ class CheckedCalls:
 
     def _compare_call(self, doing: str, args: Sequence[Any]) -> None:
         agreement, inputs = self._agreement, self._inputs
+        args = [given(value) for value in args]
         own = [i for i in inputs.state if isinstance(args[i], torch.Tensor)]
         tensors, names = [args[i] for i in own], [inputs.names[i] for i in own]
         self._last, is_new = _sets_of(agreement).of(tensors, self._last)
         which = [fact_of_set(self._last, names)]
         passed = inputs.passed
-        given = facts_of_inputs(
+        passed_facts = facts_of_inputs(
             [inputs.names[i] for i in passed], [args[i] for i in passed], with_values=self._compare_values
         )
         if self._random:
@@ -94,7 +97,7 @@ class CheckedCalls:
         wishes = is_new or self._last.written_to(tensors)
 
         def record() -> Record:
-            return Record(doing, (*given(), *which), wishes, mark=doing)
+            return Record(doing, (*passed_facts(), *which), wishes, mark=doing)
 
         wished = False
         if self._later and not is_new:
@@ -120,7 +123,8 @@ class CheckedCalls:
 
     def _watch_backward(self, outputs: Any, call: int) -> None:
         for output in outputs if isinstance(outputs, (tuple, list)) else [outputs]:
-            if isinstance(output, torch.Tensor) and output.grad_fn is not None:
+            is_tensor = isinstance(output, torch.Tensor) and not isinstance(output, NotComputedTensor)
+            if is_tensor and output.grad_fn is not None:
                 node = around_backward(output, self._compared_backward)
                 if node is not None and not hasattr(node, "_spx_call"):
                     node._spx_call = call

@@ -262,3 +262,20 @@ def in_a_forked_child() -> str:
 def test_a_forked_child(worker_pool: PoolOf) -> None:
     for text in worker_pool(2).run(in_a_forked_child, timeout=SECONDS):
         assert text.startswith("SP204 called in a forked process"), text
+
+
+def parts_over_dp() -> int:
+    """Parts of ZeRO-3 differ by right, and are the same set at every call: their values are compared once."""
+    model = pm.SelfAttention()
+    spcompile.parallelize(model, over("dp"), (rows(),), shard_parameters="dp", compiler="eager")
+    optimizer = torch.optim.AdamW(model.parameters())
+    agreement = backend._agreement(dist.group.WORLD, backend.runtime_mesh(over("dp"), "cpu"))  # type: ignore[arg-type]
+    for _ in range(3):
+        before = agreement.count
+        model(rows(dist.get_rank())).sum().backward()
+        optimizer.step()
+    return agreement.count - before
+
+
+def test_parts_over_dp(worker_pool: PoolOf) -> None:
+    assert worker_pool(2).run(parts_over_dp) == [2, 2], "a call and a backward"

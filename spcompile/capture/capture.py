@@ -29,11 +29,7 @@ from spcompile.torch_private import FunctionalTensor, FunctionalTensorMode, Trac
 
 aten = torch.ops.aten
 
-# In a placeholder's meta, by row_symbols: the symbol that its first dim had; whether sizes of other tensors were read;
-# what its number of rows decided.
-ROW_SYMBOL = "row_symbol"
-OTHER_SIZES = "other_sizes"
-ROWS_READ = "rows_read"
+OWN = "own"  # meta of an input with rows of the batch: its example value on one rank; of the output: the shapes there
 # Views that ask for strides become reshapes: later passes may change strides, never meaning.
 _RESHAPES = (aten.view.default, aten._unsafe_view.default)
 _NO_MEANING = (aten._assert_tensor_metadata.default, aten.alias.default)
@@ -163,9 +159,11 @@ def _name_placeholders(captured: fx.GraphModule, original: fx.GraphModule, input
             node.meta[KEY] = ModuleBuffer(given)
         node._rename(source.name)
         node.target = node.name
-        for key in ("grapharg", "tensor_dict", ROW_SYMBOL, OTHER_SIZES, ROWS_READ):
+        for key in ("grapharg", "tensor_dict", OWN):
             if key in source.meta:
                 node.meta[key] = source.meta[key]
+    ends = [next(iter(graph.find_nodes(op="output"))) for graph in (original.graph, captured.graph)]
+    ends[1].meta |= {key: ends[0].meta[key] for key in (OWN,) if key in ends[0].meta}
 
 
 def graph_break_of(gm: fx.GraphModule) -> Any:

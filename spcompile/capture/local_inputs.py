@@ -24,8 +24,6 @@ _OWN_FRAMES = re.compile(
     rf'  File "{re.escape(PACKAGE_FOLDER)}[/\\](?!models[/\\])[^"]*", line \d+, in .*\n(?:    .*\n?)*'
 )
 
-_PART_OF = "_spx_part_of"
-
 
 def over_local_parts(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[Any]]:
     """A Dynamo graph and its inputs, with the local part of every DTensor in its place; as they are without DTensors.
@@ -55,15 +53,9 @@ def on_local_parts(run: Callable[..., Any], inputs: Sequence[Any]) -> Callable[.
         local = list(args)
         for i in places:
             local[i] = local[i].to_local()
-            setattr(local[i], _PART_OF, args[i])
         return run(*local)
 
     return call
-
-
-def given(value: Any) -> Any:
-    """What a caller passed, of an argument that `on_local_parts` passes on: the DTensor of a part."""
-    return getattr(value, _PART_OF, value)
 
 
 def _part(value: Any) -> Any:

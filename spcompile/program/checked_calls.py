@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from spcompile.capture.local_inputs import given
 from spcompile.diagnostics import SpcompileError
 from spcompile.options import Options
 from spcompile.program.agreement import Agreement
@@ -83,7 +82,6 @@ class CheckedCalls:
 
     def _compare_call(self, doing: str, args: Sequence[Any]) -> None:
         agreement, inputs = self._agreement, self._inputs
-        args = [given(value) for value in args]
         own = [i for i in inputs.state if isinstance(args[i], torch.Tensor)]
         tensors, names = [args[i] for i in own], [inputs.names[i] for i in own]
         self._last, is_new = _sets_of(agreement).of(tensors, self._last)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -23,6 +24,9 @@ from torch._dynamo.exc import RestartAnalysis, TensorifyScalarRestartAnalysis
 
 # torch 2.13: torch/_dynamo/symbolic_convert.py. What traces a frame, and which floats are to be numbers in it.
 from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
+
+# torch 2.13: torch/_dynamo/variables/torch_function.py. Where Dynamo keeps function modes while it compiles a frame.
+from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 
 # torch 2.13: torch/_functorch/_aot_autograd/autograd_cache.py, schemas.py. Its key of a graph, and its results.
 from torch._functorch._aot_autograd import autograd_cache
@@ -120,6 +124,7 @@ __all__ = [
     "resolve_process_group",
     "trace_again",
     "traced_function",
+    "under_function_modes",
     "unset_fake_temporarily",
     "write_atomic",
 ]
@@ -137,6 +142,20 @@ def traced_function() -> str:
     except AttributeError:  # nothing is traced
         return "a graph"
     return str(getattr(code, "co_qualname", code.co_name)).removesuffix(".forward")
+
+
+@contextlib.contextmanager
+def under_function_modes() -> Iterator[None]:
+    """What runs while Dynamo compiles a frame runs under the torch-function modes of the frame, as a default device.
+
+    Dynamo takes them away meanwhile and keeps them in one place, which a compile inside of a compile overwrites.
+    """
+    kept = torch_function_mode_stack_state_mgr.stack
+    try:
+        with torch_function_mode_stack_state_mgr.temp_restore_stack():
+            yield
+    finally:
+        torch_function_mode_stack_state_mgr.stack = kept
 
 
 def trace_again(reason: str) -> NoReturn:

@@ -19,7 +19,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from spcompile.graph.edit import copy_graph
-from spcompile.torch_private import InstructionTranslator, TracingContext
+from spcompile.torch_private import InstructionTranslator, TracingContext, under_function_modes
 
 _NUMBERED = re.compile(r"(__builtins_dict__|'_\d+_c)_?\d+")  # names that Dynamo makes anew for each trace
 
@@ -82,7 +82,7 @@ def traced_again(instead: Mapping[Tensor, Tensor], arguments: set[str], numbers:
     again = torch.compile(function, backend=keep, fullgraph=True, dynamic=False)
     symbols = ",".join(map(re.escape, numbers))
     compiler_config: Any = torch.compiler.config
-    with compiler_config.patch(dynamic_sources=symbols), contextlib.suppress(_Stop):
+    with compiler_config.patch(dynamic_sources=symbols), under_function_modes(), contextlib.suppress(_Stop):
         again(*_positional(frame.f_code, given), **_named(frame.f_code, given))
     return found[0]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from spcompile.broadcast import broadcast
 from spcompile.diagnostics import (
     BatchNotSplit,
     CaptureFailed,
     ChangedBuffer,
+    ForkedChild,
     GraphBreak,
     IllegalMesh,
     IllegalModel,
@@ -14,8 +16,10 @@ from spcompile.diagnostics import (
     NoProcessGroup,
     NotComputed,
     RanksDisagree,
+    RanksMissing,
     SpcompileError,
     StrictRemark,
+    TwoThreads,
     UnknownFlexAttention,
     UnknownOption,
 )
@@ -28,6 +32,7 @@ __all__ = [
     "BatchNotSplit",
     "CaptureFailed",
     "ChangedBuffer",
+    "ForkedChild",
     "GraphBreak",
     "IllegalMesh",
     "IllegalModel",
@@ -37,11 +42,14 @@ __all__ = [
     "NotComputed",
     "Options",
     "RanksDisagree",
+    "RanksMissing",
     "SpcompileError",
     "StrictRemark",
+    "TwoThreads",
     "UnknownFlexAttention",
     "UnknownOption",
     "__version__",
+    "broadcast",
     "explain",
     "parallelize",
     "verify",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.fx as fx
 
 from spcompile.capture.autocast import autocast_off
@@ -27,11 +27,14 @@ from spcompile.passes import PIPELINE
 from spcompile.program import program_cache
 from spcompile.program.agreement import Agreement
 from spcompile.program.build import LocalProgram, Output, build
+from spcompile.program.checked_calls import CheckedCalls, Inputs
 from spcompile.program.emit import Emission, callable_of, emit
+from spcompile.program.facts import Fact, Record
 from spcompile.program.one_device import recognise
 from spcompile.program.outputs import restore_outputs
 from spcompile.program.pipeline import History
 from spcompile.program.program_cache import Finished
+from spcompile.program.same_inputs import shape_of
 from spcompile.program.shared_dump import SharedDump, shared_dump
 from spcompile.program.whole_batch import over_whole_batch
 from spcompile.torch_private import aot_autograd, compile_fx
@@ -60,9 +63,11 @@ def spcompile(
         chosen = Options.parse(options)
         log.info("SPR401 world size 1: compiled without sharding")
         return _alone(gm, example_inputs, chosen)
-    agreement = _agreement(mesh.key, mesh)
+    agreement = _agreement(dist.group.WORLD, mesh)
     whole = functools.partial(_over, mesh, options, agreement)
-    with agreement.shared_errors():
+    with agreement.caller.inside("compiles") as refused, agreement.shared_errors():
+        if refused is not None:
+            raise refused
         return over_whole_batch(whole, mesh.shape.size("dp"))(gm, example_inputs)
 
 
@@ -74,8 +79,8 @@ def _over(
     inputs: Sequence[Any],
 ) -> Callable[..., Any]:
     chosen = Options.parse(options)
-    agreement.require(_signature(inputs, chosen))
     refuse_graph_break(gm)
+    agreement.require(_signature(gm, inputs, chosen))
     return _compile(gm, inputs, chosen, mesh, agreement, shared_dump(chosen.dump, mesh, agreement))
 
 
@@ -108,6 +113,7 @@ def _compile(
     dump: SharedDump | None,
 ) -> Callable[..., Any]:
     given = inputs
+    named = Inputs.of(gm)
     gm, inputs = over_local_parts(gm, given)
     key = program_cache.key_of(gm, inputs, options, _machine(mesh), PIPELINE)
     if not agreement.everywhere("may store its program:", key is not None):
@@ -118,8 +124,9 @@ def _compile(
         log.info("%s", remark)
     whole = restore_outputs(compiled, finished.outputs, mesh, as_dtensors=options.outputs == "sharded")
     run = watched(on_local_parts(whole, given), finished.relied, inputs)
-    is_random = finished.draws_random_numbers
-    return _checked(run, f"{number}{' of random numbers' if is_random else ''}", agreement, is_random)
+    if options.compare == "compile":
+        return run
+    return CheckedCalls(run, named, number, agreement, options, finished.draws_random_numbers).__call__
 
 
 def _machine(mesh: RuntimeMesh) -> dict[str, str]:
@@ -134,7 +141,7 @@ def _cached(key: str | None, mesh: RuntimeMesh, agreement: Agreement) -> tuple[F
         return None
     assert found is not None
     finished = found[0]
-    agreement.require(finished.text)
+    agreement.require(_compiled(finished.text))
     groups = {axis: mesh.group_name(axis) for axis in finished.groups}  # those of parts of axes are made here
     return found if agreement.everywhere("its process groups exist:", groups == finished.groups) else None
 
@@ -176,7 +183,7 @@ def _made(
             dump.require_written()
         text = format_graph(final)
         finished.text += text
-        agreement.require(text)
+        agreement.require(_compiled(text))
 
     emission = Emission(program, bind=bind, finished=agree, keep=key is not None)
     with autocast_off():
@@ -191,39 +198,22 @@ def _made(
 PROGRAMS: list[tuple[LocalProgram, Emission]] = []  # compiled in this process, to look into
 
 
-def _checked(run: Callable[..., Any], key: str, agreement: Agreement, is_random: bool) -> Callable[..., Any]:
-    """Before every call all ranks must be about to run the same graph on the same shapes.
-
-    Random numbers are drawn for whole tensors on every rank: their state must be the same as well, but over dp, whose
-    ranks have other rows.
-    """
-    if not agreement.checks_calls:
-        return run
-
-    @functools.wraps(run)
-    def call(*args: Any) -> Any:
-        shapes = " ".join(str(tuple(a.shape)) if isinstance(a, torch.Tensor) else str(a) for a in args)
-        agreement.require(f"runs graph {key} on {shapes}")
-        if is_random:
-            state = f"with random state {_random_state()} (seed {torch.initial_seed()})"
-            agreement.require(f"runs graph {key} {state}", but_over="dp")
-        return run(*args)
-
-    return call
-
-
-def _random_state() -> str:
-    return hashlib.sha256(bytes(torch.get_rng_state().tolist())).hexdigest()[:8]
-
-
 @functools.cache
-def _agreement(key: str, mesh: RuntimeMesh) -> Agreement:
+def _agreement(world: Any, mesh: RuntimeMesh) -> Agreement:
     return Agreement(mesh)
 
 
-def _signature(inputs: Sequence[Any], options: Options) -> str:
-    tensors = [f"{x.dtype}{tuple(x.shape)}".replace("torch.", "") for x in inputs if isinstance(x, torch.Tensor)]
-    return f"compiles for inputs {' '.join(tensors)} with options {options.fingerprint()}"
+def _signature(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Record:
+    """What a rank compiles: what callers pass, then what modules own, then the options."""
+    named = Inputs.of(gm)
+    facts = [Fact(f"input {named.names[i]}", shape_of(inputs[i])) for i in named.passed]
+    facts += [Fact(f"parameter {named.names[i]}", shape_of(inputs[i])) for i in named.state]
+    facts += [Fact(f"option {name}", f"{name}={value}") for name, value in options.compared().items()]
+    return Record(f"compiles {named.graph}", tuple(facts))
+
+
+def _compiled(text: str) -> Record:
+    return Record("has compiled", (Fact("the compiled graphs", text),))
 
 
 def _device_type(inputs: Sequence[Any]) -> str:

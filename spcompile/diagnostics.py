@@ -119,9 +119,27 @@ class IllegalModel(SpcompileError, ValueError):
 
 
 class RanksDisagree(SpcompileError, RuntimeError):
-    """Ranks called the compiled model with different shapes, dtypes, options or graphs."""
+    """Ranks do not do the same: other options, graphs, inputs, parameters or versions, or another order of calls."""
 
     code, title = "SP201", "ranks disagree"
+
+
+class RanksMissing(SpcompileError, RuntimeError):
+    """Ranks did not come to a call, or the backward of one, that others waited in until the timeout."""
+
+    code, title = "SP202", "ranks are missing"
+
+
+class TwoThreads(SpcompileError, RuntimeError):
+    """Two threads of a rank called compiled models at the same time: their collectives would meet each other's."""
+
+    code, title = "SP203", "called from two threads"
+
+
+class ForkedChild(SpcompileError, RuntimeError):
+    """A compiled model was called in a child that was forked from a rank: it has none of the rank's connections."""
+
+    code, title = "SP204", "called in a forked process"
 
 
 class GraphBreak(SpcompileError, RuntimeError):

@@ -40,6 +40,8 @@ def test_a_key_like_none_lists_all() -> None:
         ({"outputs": "shard"}, "did you mean 'sharded'"),
         ({"compiler": "gcc"}, "legal: 'inductor', 'eager'"),
         ({"strict": 1}, "legal: True, False"),
+        ({"compare": "calls"}, "did you mean 'call'"),
+        ({"compare_inputs": "no"}, "legal: True, False"),
         ({"dump": 3}, "a folder's path"),
         ({"dump": ""}, "a folder's path"),
         ({"links": "nvlink"}, "a dict from mesh axes"),

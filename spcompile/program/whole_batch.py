@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensor
 
 from spcompile.capture.capture import OWN, fake_inputs, graph_break_of
 from spcompile.capture.frames import Frame, local_of, name_of, this_frame, traced_again
-from spcompile.diagnostics import BatchNotSplit, RanksDisagree
+from spcompile.diagnostics import BatchNotSplit, RanksDisagree, RanksMissing
 from spcompile.graph.sizes import expression, hint
 from spcompile.sharding.rows import NotTheBatch
 from spcompile.torch_private import RestartAnalysis, TracingContext
@@ -92,7 +92,7 @@ def _batches(degree: int) -> list[_Batch]:
 def _with_symbols(backend: Backend, gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> Any:
     try:
         return _on_whole(backend, gm, inputs, batch)
-    except (NotTheBatch, RanksDisagree, RestartAnalysis):
+    except (NotTheBatch, RanksDisagree, RanksMissing, RestartAnalysis):
         raise
     except Exception as error:
         if not _is_symbol(batch.rows):

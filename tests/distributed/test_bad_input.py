@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import default_dtype
-from refusals import refusal, same_text
+from refusals import compiled, ids, refusal, same_text
 from torch import Tensor, nn
 from worker_pool import WorkerPool
 
@@ -21,15 +21,6 @@ from spcompile import models
 
 PoolOf = Callable[[int], WorkerPool]
 SECONDS = 30.0
-
-
-def compiled(model: nn.Module, **options: Any) -> nn.Module:
-    model.compile(backend="spcompile", options={"compiler": "eager", **options})
-    return model
-
-
-def ids(length: int = 16) -> Tensor:
-    return torch.arange(2 * length).reshape(2, length) % 40
 
 
 def other_lengths() -> str:

@@ -1,9 +1,12 @@
-"""What ranks are told where something is refused."""
+"""Calls that end in an error of spcompile: what it says, on which model and inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from spcompile.diagnostics import SpcompileError
 
@@ -20,6 +23,15 @@ def refusal(call: Callable[[], Any]) -> str:
             raise
         return str(found)
     raise AssertionError("nothing was refused")
+
+
+def compiled(model: nn.Module, **options: Any) -> nn.Module:
+    model.compile(backend="spcompile", options={"compiler": "eager", **options})
+    return model
+
+
+def ids(length: int = 16) -> Tensor:
+    return torch.arange(2 * length).reshape(2, length) % 40
 
 
 def same_text(texts: list[str]) -> str:

@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from spcompile.capture.autocast import autocast_in, make_explicit
+from spcompile.capture.autocast import ENTER, EXIT, Regions, make_explicit, without_cache
 from spcompile.capture.custom_functions import with_own_gradient
 from spcompile.capture.flex_attention import without_block_sizes, written_out
 from spcompile.capture.module_buffer import KEY, ModuleBuffer, may_be_read
@@ -41,12 +41,19 @@ _NO_MEANING = (aten._assert_tensor_metadata.default, aten.alias.default)
 class _KeepOrigin(fx.Interpreter):
     """Runs a Dynamo graph so that traced nodes inherit stack_trace and nn_module_stack.
 
-    Opens checkpointed regions and custom autograd functions, and writes FlexAttention out.
+    Opens checkpointed regions and custom autograd functions, writes FlexAttention out, and switches autocast.
     """
 
     def __init__(self, gm: fx.GraphModule, counter: list[int]) -> None:
         super().__init__(gm)
         self._regions = counter
+        self._autocast = Regions()
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            self._autocast.close()
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is torch.ops.higher_order.tag_activation_checkpoint:
@@ -57,6 +64,10 @@ class _KeepOrigin(fx.Interpreter):
             return with_own_gradient(operands, outputs, saved, backward)
         if target is torch.ops.higher_order.flex_attention:
             return written_out(*args, **kwargs)
+        if target is ENTER:
+            return self._autocast.enter(*args)
+        if target is EXIT:
+            return self._autocast.exit(*args)
         return super().call_function(target, args, kwargs)
 
     def _checkpointed(self, args: tuple[Any, ...]) -> Any:
@@ -97,11 +108,10 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
 
     fake_mode, fakes = fake_inputs(inputs)
     gm = without_vmaps(gm, fake_mode)
-    with fake_mode, fx.traceback.preserve_node_meta():
+    with fake_mode, without_cache(), fx.traceback.preserve_node_meta():
         captured = make_fx(run, pre_dispatch=True)(*fakes)
     _name_placeholders(captured, gm, inputs)
-    if autocast_in(captured):
-        make_explicit(captured)
+    make_explicit(captured)
     normalise(captured)
     _read_before_writing(captured.graph)
     for node in captured.graph.nodes:

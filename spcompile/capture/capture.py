@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from spcompile.capture.autocast import ENTER, EXIT, Regions, make_explicit, without_cache
+from spcompile.capture.bool_writes import write_out_bool_writes
 from spcompile.capture.custom_functions import with_own_gradient
 from spcompile.capture.flex_attention import without_block_sizes, written_out
 from spcompile.capture.module_buffer import KEY, ModuleBuffer, may_be_read
@@ -68,6 +69,8 @@ class _KeepOrigin(fx.Interpreter):
             return self._autocast.enter(*args)
         if target is EXIT:
             return self._autocast.exit(*args)
+        if target is torch.nn.functional.dropout:
+            return _dropout(*args, **kwargs)
         return super().call_function(target, args, kwargs)
 
     def _checkpointed(self, args: tuple[Any, ...]) -> Any:
@@ -78,6 +81,17 @@ class _KeepOrigin(fx.Interpreter):
             node.meta["recompute"] = torch.utils.checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
             node.meta["ac_graph_id"] = self._regions[0]
         return _KeepOrigin(child, self._regions).run(*operands)
+
+
+def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """Dropout whose result may be written to, as the plain one's: it is its operand where nothing is dropped.
+
+    Functionalisation for export refuses writes to results of dropout, since it does not know whether that is so.
+    """
+    if not training or p == 0:
+        return x
+    dropped = torch.nn.functional.dropout(x, p, training, inplace)
+    return dropped if inplace else dropped.clone()
 
 
 def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
@@ -112,6 +126,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         captured = make_fx(run, pre_dispatch=True)(*fakes)
     _name_placeholders(captured, gm, inputs)
     make_explicit(captured)
+    write_out_bool_writes(captured)
     normalise(captured)
     _read_before_writing(captured.graph)
     for node in captured.graph.nodes:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+OWN_PART = "spx_own_part"
+
 META: Mapping[str, str] = {
     "val": "torch's: the example value, a fake tensor or a symbolic number; of several results a tuple",
     "example_value": "Dynamo's: the same, in the graph that Dynamo gives",
@@ -43,6 +45,7 @@ CUSTOM: Mapping[str, str] = {
     "spx_averages_rows_of_one_number": "an attention whose rows without keys are dealt with",
     "spx_attention": "the strategy that choose-attention chose",
     "spx_bias_rows": "whether the bias of an attention has query rows",
+    OWN_PART: "LOCAL graphs: axes on which each rank makes its own part of a value from what all ranks hold",
     "spx_counts": "dp: which arguments of a call count rows",
     "spx_row_dims": "dp: the symbols of a reshape's sizes",
 }

@@ -19,7 +19,7 @@ TOKENS = 1001  # bfloat16 has 1000 and 1004
 
 
 def attended(h: Tensor) -> Tensor:
-    """h itself [1, 1, TOKENS, 8], beside an attention, from which ranks get their rows."""
+    """Its operand [1, 1, TOKENS, 8], beside an attention, from which ranks get their rows."""
     return h + 0 * F.scaled_dot_product_attention(h, h, h)
 
 

@@ -6,7 +6,7 @@ each call, under the state that it has at that place: around the graph, switched
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from spcompile.capture.autocast_calls import Explicit
 DEVICES = ("cpu", "cuda")
 ENTER = torch.amp.autocast_mode._enter_autocast
 EXIT = torch.amp.autocast_mode._exit_autocast
+_CAST = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_on() -> bool:
@@ -51,6 +52,15 @@ def without_cache() -> Iterator[None]:
         torch.set_autocast_cache_enabled(before)
 
 
+def cast(x: torch.Tensor) -> torch.Tensor:
+    """What autocast makes of an operand of a product here."""
+    device = x.device.type
+    if device not in DEVICES or not torch.is_autocast_enabled(device) or x.dtype not in _CAST:
+        return x
+    dtype = torch.get_autocast_dtype(device)
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 class Regions:
     """The autocast contexts that a graph's switches have entered and not left yet."""
 
@@ -75,25 +85,37 @@ class Regions:
             self._open.pop().__exit__(None, None, None)
 
 
+@contextmanager
+def running_switches() -> Iterator[Callable[[fx.Node], None]]:
+    """A function that obeys the switches among the nodes it is given, in their order; autocast is put back."""
+    regions = Regions()
+    contexts: dict[Any, torch.autocast] = {}
+
+    def run(node: fx.Node) -> None:
+        if node.target is ENTER:
+            contexts[node] = regions.enter(*node.args)  # type: ignore[arg-type]
+        elif node.target is EXIT:
+            regions.exit(contexts.pop(node.args[0]))
+
+    try:
+        with without_cache():
+            yield run
+    finally:
+        regions.close()
+
+
 def make_explicit(gm: fx.GraphModule) -> int:
     """Insert the casts, remove the switches; returns how many calls changed."""
     switches = [n for n in gm.graph.nodes if n.target in (ENTER, EXIT)]
     if not switches and not is_on():
         return 0
     changed = 0
-    explicit, regions = Explicit(), Regions()
-    contexts: dict[Any, torch.autocast] = {}
-    try:
-        with without_cache():
-            for node in list(gm.graph.nodes):
-                if node.target is ENTER:
-                    contexts[node] = regions.enter(*node.args)
-                elif node.target is EXIT:
-                    regions.exit(contexts.pop(node.args[0]))
-                elif is_on():
-                    changed += explicit(node, state())
-    finally:
-        regions.close()
+    explicit = Explicit()
+    with running_switches() as run_switch:
+        for node in list(gm.graph.nodes):
+            run_switch(node)
+            if is_on():
+                changed += explicit(node, state())
     for node in reversed(switches):
         gm.graph.erase_node(node)
     gm.recompile()

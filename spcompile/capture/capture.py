@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from spcompile.capture.autocast import ENTER, EXIT, Regions, make_explicit, without_cache
+from spcompile.capture.autocast import ENTER, EXIT, Regions, autocast_off, cast, make_explicit, without_cache
 from spcompile.capture.bool_writes import write_out_bool_writes
 from spcompile.capture.custom_functions import with_own_gradient
 from spcompile.capture.flex_attention import without_block_sizes, written_out
@@ -64,7 +64,10 @@ class _KeepOrigin(fx.Interpreter):
             outputs, saved = _KeepOrigin(forward, self._regions).run(*operands)
             return with_own_gradient(operands, outputs, saved, backward)
         if target is torch.ops.higher_order.flex_attention:
-            return written_out(*args, **kwargs)
+            q, k, v, *rest = args
+            q, k, v = cast(q), cast(k), cast(v)  # as autocast does, and then leaves the inside of the call alone
+            with autocast_off():
+                return written_out(q, k, v, *rest, **kwargs)
         if target is ENTER:
             return self._autocast.enter(*args)
         if target is EXIT:

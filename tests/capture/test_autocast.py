@@ -15,6 +15,7 @@ from example_numerics import as_list, copies, cotangents, leaves_of
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -249,6 +250,11 @@ def own_gradient(h: Tensor, w: Tensor) -> Tensor:
         return Doubled.apply(F.linear(h, w).float())
 
 
+def vmapped(h: Tensor, w: Tensor) -> Tensor:
+    with torch.autocast("cpu", HALF, cache_enabled=False):
+        return torch.vmap(lambda row: F.mse_loss(torch.mv(w, row), row))(h)
+
+
 FORMS: dict[Callable[..., Any], dict[torch.dtype, int]] = {
     context: {HALF: 2},
     decorated: {HALF: 2},
@@ -260,6 +266,7 @@ FORMS: dict[Callable[..., Any], dict[torch.dtype, int]] = {
     checkpointed: {HALF: 4},
     without_gradient: {HALF: 2},
     own_gradient: {HALF: 2},
+    vmapped: {},
 }
 
 
@@ -273,6 +280,25 @@ def test_autocast_around_the_call() -> None:
     assert products(check(block, (x(3, 4), x(4, 4)), around=True)) == {HALF: 2}
     assert products(check(off_inside, (x(3, 4), x(4, 4)), around=True)) == {HALF: 2, torch.float32: 1}
     assert products(check(off_from_the_start, (x(3, 4), x(4, 4)), around=True)) == {torch.float32: 2}
+
+
+def test_flex_attention_casts_its_operands() -> None:
+    """And nothing inside: scores stay in the precision that the call itself has."""
+
+    def model(h: Tensor) -> Tensor:
+        with torch.autocast("cpu", HALF):
+            return flex_attention(h, h, h)
+
+    def work(gm: fx.GraphModule, given: Sequence[Any]) -> Tensor:
+        found = capture(gm, given)
+        assert products(found) == {HALF: 2}
+        return as_list(found(*given))[0]
+
+    h = x(1, 2, 16, 4).detach()
+    found = with_dynamo_graph(model, (h,), work)
+    wanted = F.scaled_dot_product_attention(h.to(HALF), h.to(HALF), h.to(HALF))
+    assert found.dtype == HALF
+    torch.testing.assert_close(found, wanted, rtol=2**-6, atol=2**-6)
 
 
 def test_a_capture_leaves_autocast_as_it_was() -> None:

@@ -65,9 +65,6 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # torch 2
 # torch 2.13: torch/fx/_lazy_graph_module.py
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 
-# torch 2.13: torch/fx/experimental/_config.py. With `backed_size_oblivious` sizes of 1 have symbols, too.
-from torch.fx.experimental import _config as symbol_config
-
 # torch 2.13: torch/nn/modules/transformer.py. What nn.TransformerEncoder asks of its mask.
 from torch.nn.modules.transformer import _detect_is_causal_mask as detect_is_causal_mask
 from torch.utils._ordered_set import OrderedSet  # torch 2.13
@@ -112,7 +109,6 @@ __all__ = [
     "no_python_dispatcher",
     "preserve_node_ordering",
     "resolve_process_group",
-    "symbol_config",
     "trace_again",
     "unset_fake_temporarily",
     "write_atomic",

@@ -7,7 +7,7 @@ argument `dtype` that does, it is set; else the call is opened into the kernels 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,6 +126,7 @@ def _kernels(run: Callable[[], Any], values: list[Any]) -> _Kernels | None:
     """What `run` does to the operands `values`; None where a kernel refuses them."""
     noted = _Note([id(x) for x in values])
     fake_mode = detect_fake_mode(values)
+    assert fake_mode is not None
     try:
         with torch.no_grad(), fake_mode, noted:
             run()
@@ -159,6 +160,6 @@ def _dtype(x: Any) -> torch.dtype | None:
 
 
 @contextmanager
-def _off() -> Any:
+def _off() -> Iterator[None]:
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield

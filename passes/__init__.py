@@ -8,6 +8,7 @@ from spcompile.passes.meaning.recognize_loss import RecognizeLoss
 from spcompile.passes.meaning.recognize_mask import RecognizeMask
 from spcompile.passes.meaning.recognize_softmax import RecognizeSoftmax
 from spcompile.passes.meaning.split_dropout import SplitDropout
+from spcompile.passes.meaning.widen_sums import WidenSums
 from spcompile.passes.placement.annotate_sharding import AnnotateSharding
 from spcompile.passes.placement.cancel_collectives import CancelCollectives
 from spcompile.passes.placement.choose_attention import ChooseAttention
@@ -33,6 +34,7 @@ PIPELINE: tuple[Pass, ...] = (
     RecognizeMask(),  # reads the dense masks that recognize-attention left as biases
     RecognizeLikelihood(),  # makes cross entropies for recognize-loss
     RecognizeLoss(),  # means over tokens must be sums and counts before tokens are split
+    WidenSums(),  # what recognize-loss left, and sums that were written by hand
     SplitDropout(),  # behind recognize-attention, which looks for the dropout of eager attention
     # Axis dp: whole rows, of which each rank has its own.
     AnnotateSharding("dp"),  # reads what the losses sum over

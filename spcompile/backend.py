@@ -19,6 +19,7 @@ from spcompile.capture.local_inputs import on_local_parts, over_local_parts
 from spcompile.capture.module_buffer import relied_on, watched
 from spcompile.capture.python_floats import without_symbolic_floats
 from spcompile.collectives import gathers_on_gloo
+from spcompile.diagnostics import IllegalOption
 from spcompile.graph.axes import axes_of, bind_axes
 from spcompile.graph.printer import format_graph
 from spcompile.machine.mesh import RuntimeMesh, runtime_mesh
@@ -48,10 +49,12 @@ def spcompile(
     example_inputs: Sequence[Any],
     *,
     options: Mapping[str, Any] | None = None,
-    mode: str | None = None,
-    **unused: Any,
+    **others: Any,
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph for this rank. Called by torch.compile; see Options for `options`.
+
+    others: what torch.compile hands to backends besides, as `mode`: refused by name. `dynamic`, `fullgraph` and
+        `disable` are Dynamo's, which obeys them before a backend is called.
 
     Raises:
         SpcompileError: before any collective of the model runs, with the same text on every rank.
@@ -60,25 +63,34 @@ def spcompile(
     # Over dp the frame is traced once more, where a float of the caller's is a number.
     without_symbolic_floats(gm, all_are_numbers=mesh is not None and mesh.shape.size("dp") > 1)
     if mesh is None:
-        chosen = Options.parse(options)
+        chosen = _options_of(options, others)
         log.info("SPR401 world size 1: compiled without sharding")
         return _alone(gm, example_inputs, chosen)
     agreement = _agreement(dist.group.WORLD, mesh)
-    whole = functools.partial(_over, mesh, options, agreement)
+    whole = functools.partial(_over, mesh, options, others, agreement)
     with agreement.caller.inside("compiles") as refused, agreement.shared_errors():
         if refused is not None:
             raise refused
         return over_whole_batch(whole, mesh.shape.size("dp"))(gm, example_inputs)
 
 
+def _options_of(options: Mapping[str, Any] | None, others: Mapping[str, Any]) -> Options:
+    for name, value in others.items():
+        if value is not None:
+            legal = 'options={"compiler": "inductor" or "eager", ...}; settings of Inductor in torch._inductor.config'
+            raise IllegalOption(f"{name}={value!r}: not supported by this backend", legal=legal)
+    return Options.parse(options)
+
+
 def _over(
     mesh: RuntimeMesh,
     options: Mapping[str, Any] | None,
+    others: Mapping[str, Any],
     agreement: Agreement,
     gm: fx.GraphModule,
     inputs: Sequence[Any],
 ) -> Callable[..., Any]:
-    chosen = Options.parse(options)
+    chosen = _options_of(options, others)
     refuse_graph_break(gm)
     agreement.require(_signature(gm, inputs, chosen))
     return _compile(gm, inputs, chosen, mesh, agreement, shared_dump(chosen.dump, mesh, agreement))

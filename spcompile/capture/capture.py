@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from spcompile.capture.autocast import autocast_in, make_explicit
+from spcompile.capture.autocast import ENTER, EXIT, Regions, autocast_off, cast, make_explicit, without_cache
 from spcompile.capture.bool_writes import write_out_bool_writes
 from spcompile.capture.custom_functions import with_own_gradient
 from spcompile.capture.flex_attention import without_block_sizes, written_out
@@ -38,12 +38,19 @@ _NO_MEANING = (aten._assert_tensor_metadata.default, aten.alias.default)
 class _KeepOrigin(fx.Interpreter):
     """Runs a Dynamo graph so that traced nodes inherit stack_trace and nn_module_stack.
 
-    Opens checkpointed regions and custom autograd functions, and writes FlexAttention out.
+    Opens checkpointed regions and custom autograd functions, writes FlexAttention out, and switches autocast.
     """
 
     def __init__(self, gm: fx.GraphModule, counter: list[int]) -> None:
         super().__init__(gm)
         self._regions = counter
+        self._autocast = Regions()
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            self._autocast.close()
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is torch.ops.higher_order.tag_activation_checkpoint:
@@ -53,7 +60,14 @@ class _KeepOrigin(fx.Interpreter):
             outputs, saved = _KeepOrigin(forward, self._regions).run(*operands)
             return with_own_gradient(operands, outputs, saved, backward)
         if target is torch.ops.higher_order.flex_attention:
-            return written_out(*args, **kwargs)
+            q, k, v, *rest = args
+            q, k, v = cast(q), cast(k), cast(v)  # as autocast does, and then leaves the inside of the call alone
+            with autocast_off():
+                return written_out(q, k, v, *rest, **kwargs)
+        if target is ENTER:
+            return self._autocast.enter(*args)
+        if target is EXIT:
+            return self._autocast.exit(*args)
         if target is torch.nn.functional.dropout:
             return _dropout(*args, **kwargs)
         return super().call_function(target, args, kwargs)
@@ -107,11 +121,10 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
 
     fake_mode, fakes = fake_inputs(inputs)
     gm = without_vmaps(gm, fake_mode)
-    with fake_mode, fx.traceback.preserve_node_meta():
+    with fake_mode, without_cache(), fx.traceback.preserve_node_meta():
         captured = make_fx(run, pre_dispatch=True)(*fakes)
     _name_placeholders(captured, gm, inputs)
-    if autocast_in(captured):
-        make_explicit(captured)
+    make_explicit(captured)
     write_out_bool_writes(captured)
     normalise(captured)
     _read_before_writing(captured.graph)

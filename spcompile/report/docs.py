@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -126,8 +125,9 @@ def errors_markdown() -> str:
 def with_drawings(page: str) -> str:
     """A page with its drawings made anew: each stands between `<!-- drawing: NAME -->` and `<!-- end -->`."""
     for name, drawing in (("pipeline", pipeline_drawing(PIPELINE)), ("folders", folders_drawing())):
-        block = f"<!-- drawing: {name} -->\n```\n{drawing}\n```\n<!-- end -->"
-        page = re.sub(rf"<!-- drawing: {name} -->.*?<!-- end -->", lambda _, block=block: block, page, flags=re.DOTALL)
+        start, end = f"<!-- drawing: {name} -->\n", "<!-- end -->"
+        before, _, rest = page.partition(start)
+        page = f"{before}{start}```\n{drawing}\n```\n{end}{rest.partition(end)[2]}" if rest else page
     return page
 
 

@@ -197,3 +197,15 @@ def test_no_process_group() -> None:
     assert ended.returncode != 0
     assert "SP104 no process group: WORLD_SIZE is 2" in ended.stderr
     assert "init_process_group()" in ended.stderr
+
+
+def a_mode_on_one_rank() -> str:
+    mode = "max-autotune" if dist.get_rank() == 1 else None
+    model = torch.compile(models.build("gpt-tiny"), backend="spcompile", mode=mode)
+    return refusal(lambda: model(ids(), ids()))
+
+
+def test_a_mode_is_refused_by_name_on_every_rank(worker_pool: PoolOf) -> None:
+    text = same_text(worker_pool(2).run(a_mode_on_one_rank, timeout=SECONDS))
+    assert "SP102" in text
+    assert "mode='max-autotune': not supported" in text

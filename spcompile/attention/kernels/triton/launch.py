@@ -156,6 +156,21 @@ class RowTensors(NamedTuple):
         return tiled(self.grad_out, config.block_m, config.tma), self.lse, self.delta
 
 
+_WITHIN_INT32 = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32)
+
+
+def numbered(q_documents: Tensor, k_documents: Tensor) -> tuple[Tensor, Tensor]:
+    """int32 numbers that are equal, or greater, where the ids are: those that int32 does not hold are counted."""
+    if all(x.dtype in _WITHIN_INT32 for x in (q_documents, k_documents)):
+        return q_documents.to(torch.int32), k_documents.to(torch.int32)
+    ordered, order = torch.cat([q_documents.flatten(), k_documents.flatten()]).sort()
+    begins = torch.cat([ordered.new_zeros(1, dtype=torch.bool), ordered[1:] != ordered[:-1]])
+    ranks = begins.cumsum(0, dtype=torch.int32)  # no size depends on the ids: nothing waits for the GPU
+    numbers = torch.empty_like(ranks).scatter_(0, order, ranks)
+    q_numbers, k_numbers = numbers.split([q_documents.numel(), k_documents.numel()])
+    return q_numbers.view(q_documents.shape), k_numbers.view(k_documents.shape)
+
+
 @dataclass(frozen=True, eq=False)
 class Hop:
     """Rows of q against the keys of one hop. The strides of q, k, v are free, but for a dense last dim."""
@@ -181,8 +196,10 @@ class Hop:
         if scores.key_valid is not None:
             valid = _at(scores.key_valid, self.columns)
             k_positions = torch.where(valid, k_positions, -1)
-        q_documents = None if scores.q_documents is None else _at(scores.q_documents, q_positions[0]).to(torch.int32)
-        k_documents = None if scores.k_documents is None else _at(scores.k_documents, self.columns).to(torch.int32)
+        if scores.q_documents is None or scores.k_documents is None:
+            return Places(q_positions, None), Places(k_positions, None)
+        ids = _at(scores.q_documents, q_positions[0]), _at(scores.k_documents, self.columns)
+        q_documents, k_documents = numbered(*ids)
         return Places(q_positions, q_documents), Places(k_positions, k_documents)
 
     def kinds(self, config: Config) -> tuple[Tensor, Tensor]:

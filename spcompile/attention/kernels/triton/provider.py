@@ -72,10 +72,7 @@ class Triton:
     choose_configs: Choose = default_configs
 
     def supports_hops(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> bool:
-        """Halves and float32 on an NVIDIA GPU of a data centre, head sizes up to 256, a positive scale.
-
-        Document ids are compared as int32.
-        """
+        """Halves and float32 on an NVIDIA GPU of a data centre, head sizes up to 256, a positive scale."""
         if not (_has_kernels(q.device) if q.device.type == "cuda" else triton.knobs.runtime.interpret):
             return False
         added = [x for x in (scores.bias, scores.alibi_slopes, scores.sinks) if x is not None]

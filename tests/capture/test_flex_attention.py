@@ -50,7 +50,7 @@ MASKS: dict[str, Mod] = {
 }
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("expected", MASKS)
 def test_masks(expected: str) -> None:
     found = rewrite(attend(MASKS[expected]), qkv(4, 2))
@@ -83,7 +83,7 @@ def test_a_block_mask_from_outside() -> None:
     assert str(found.mask) == "causal window=4"
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 def test_on_all_ranks(attention: str) -> None:
     model = attend(MASKS["causal window=4"], lambda s, b, h, q, k: 2 * torch.tanh(s / 2))

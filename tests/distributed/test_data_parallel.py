@@ -49,11 +49,12 @@ def against_the_whole_batch(
         return compare_tensors({"loss": want}, {"loss": have}) | compare_parameters(plain, compiled)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("model", "axes", "compiler"),
     [
         ("llama-tiny", {"dp": 2}, "eager"),
-        pytest.param("llama-tiny", {"dp": 2}, "inductor", marks=pytest.mark.long),
+        pytest.param("llama-tiny", {"dp": 2}, "inductor", marks=pytest.mark.slow),
         pytest.param("gpt-tiny", {"dp": 2, "cp": 2}, "eager", marks=pytest.mark.slow),
         pytest.param("bert-tiny", {"tp": 2, "dp": 2}, "eager", marks=pytest.mark.slow),
     ],
@@ -66,6 +67,7 @@ def test_own_rows(worker_pool: PoolOf, model: str, axes: dict[str, int], compile
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("model", "axes", "compiler"),
     [
@@ -97,6 +99,7 @@ def logits_of_own_rows(axes: Mapping[str, int], outputs: str, rows: int) -> tupl
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("outputs", "kind", "rows"), [("full", "Tensor", 2), ("sharded", "DTensor", 1), ("sharded", "DTensor", 2)]
 )

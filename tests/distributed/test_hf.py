@@ -25,19 +25,19 @@ def tolerance_of(model: str, kind: str) -> float:
     return FLOAT32_INSIDE if model in LOSS_IN_FLOAT32 and kind != "no labels" else EXACT
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize(
     ("model", "kind", "attention"),
     [
-        pytest.param("llama", "plain", "ring", marks=pytest.mark.slow),
-        pytest.param("llama", "cache", "ulysses", marks=pytest.mark.slow),
+        ("llama", "plain", "ring"),
+        ("llama", "cache", "ulysses"),
         ("llama", "packed", "ring"),
         ("llama", "no labels", "auto"),
-        pytest.param("mistral", "right padding", "ring", marks=pytest.mark.slow),
+        ("mistral", "right padding", "ring"),
         ("mistral", "packed", "ulysses"),
         ("gpt2", "cache", "ring"),
         ("gpt2", "left padding", "ulysses"),
-        pytest.param("bert", "plain", "ulysses", marks=pytest.mark.slow),
+        ("bert", "plain", "ulysses"),
         ("bert", "right padding", "ring"),
     ],
 )
@@ -52,7 +52,8 @@ def test_two_layers_on_four_ranks(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(4), case)
 
 
-@pytest.mark.parametrize("model", [pytest.param("llama", marks=pytest.mark.slow), "gpt2"])
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
 def test_gradient_checkpointing(worker_pool: PoolOf, model: str) -> None:
     arguments = partial(inputs, model=model, kind="plain")
     case = Case(partial(build, model, layers=2, checkpointing=True), arguments)

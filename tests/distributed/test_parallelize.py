@@ -104,15 +104,13 @@ MESHES = {
     "tp and cp at rest": ({"tp": 2, "cp": 2}, ("cp", "tp")),
     "dp": ({"dp": 2}, "dp"),  # all ranks pass the same rows: the mean over them is that of one
 }
-FAST = [("gpt-tiny", "dp"), ("gpt-tiny", "tp at rest"), ("llama-tiny", "tp x cp")]
-SLOW = [("llama-tiny", "tp"), ("llama-tiny", "cp"), ("llama-tiny", "dp"), ("gpt-tiny", "tp x cp"), ("gpt-tiny", "tp")]
-SLOW += [("gpt-tiny", "tp and cp at rest"), ("gpt-tiny", "cp")]
 MODELS_ON_MESHES = pytest.mark.parametrize(
-    ("model", "mesh"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+    ("model", "mesh"),
+    [*(("gpt-tiny", mesh) for mesh in MESHES), *(("llama-tiny", mesh) for mesh in ("tp", "cp", "tp x cp", "dp"))],
 )
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(10)
 @MODELS_ON_MESHES
 def test_three_steps_give_the_parameters_of_the_plain_model(worker_pool: PoolOf, model: str, mesh: str) -> None:
     degrees, axis = MESHES[mesh]
@@ -208,7 +206,7 @@ def check_filled(pool: WorkerPool, case: OnMeta, loss: float = EXACT) -> list[di
     return [sizes for _, sizes in outcomes]
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(10)
 @MODELS_ON_MESHES
 def test_a_model_on_meta_is_made_as_the_plain_model_is(worker_pool: PoolOf, model: str, mesh: str) -> None:
     degrees, axis = MESHES[mesh]

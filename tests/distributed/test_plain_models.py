@@ -22,7 +22,7 @@ MODELS = {
 }
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 @pytest.mark.parametrize(
     "case", [Case(pm.Scored, pm.sequence_first), Case(pm.Translator, pm.translated)], ids=["scores", "cross"]
@@ -38,7 +38,7 @@ def test_attention_that_cannot_be_read_is_split_by_rows(worker_pool: PoolOf) -> 
     assert "SPR101" not in outcomes[0].remarks
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", MODELS)
 def test_model(worker_pool: PoolOf, name: str) -> None:
     assert_same(worker_pool(2), MODELS[name])
@@ -56,7 +56,7 @@ LABELS = {
 }
 
 
-@pytest.mark.sample(8)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("labels", LABELS)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_labels(worker_pool: PoolOf, reduction: str, labels: str) -> None:

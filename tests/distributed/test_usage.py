@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -48,12 +49,6 @@ def test_loss_outside_the_model(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), Case(GPT, partial(tokens, labels=False), outer_loss))
 
 
-@pytest.mark.long
-def test_inductor_gathers_logits_in_zigzag_order(worker_pool: PoolOf) -> None:
-    options = {"attention": "ring", "compiler": "inductor"}
-    assert_same(worker_pool(2), Case(LLAMA, partial(tokens, length=33, labels=False), outer_loss, options))
-
-
 def test_two_micro_batches_accumulate(worker_pool: PoolOf) -> None:
     outcomes = assert_same(worker_pool(2), Case(GPT, tokens, micro_batches=(0, 1)))
     assert len(outcomes[0].graphs) == 2, "one forward and one backward for both"
@@ -67,9 +62,20 @@ def test_float32(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), Case(GPT, tokens, dtype=torch.float32), FLOAT32)
 
 
-def test_inductor(worker_pool: PoolOf) -> None:
-    case = Case(LLAMA, partial(tokens, length=45), options={"compiler": "inductor"})
-    assert_same(worker_pool(2), case, EXACT)
+INDUCTOR = {
+    "loss inside": Case(LLAMA, partial(tokens, length=45)),
+    "logits in zigzag order": Case(
+        LLAMA, partial(tokens, length=33, labels=False), outer_loss, options={"attention": "ring"}
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("name", INDUCTOR)
+def test_inductor(worker_pool: PoolOf, name: str) -> None:
+    case = INDUCTOR[name]
+    assert_same(worker_pool(2), replace(case, options={"compiler": "inductor", **case.options}), EXACT)
 
 
 @pytest.mark.slow

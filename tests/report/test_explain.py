@@ -36,7 +36,7 @@ def total(plan: Plan, **wanted: str) -> sympy.Expr:
     return sum((row.bytes for row in rows), sympy.Integer(0))
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("degree", [2, 4])
 def test_bytes_of_a_causal_ring(degree: int) -> None:
     """Keys and values go once round the ring forward; backward they go again, and float32 gradients once more."""
@@ -52,7 +52,7 @@ def test_bytes_of_a_causal_ring(degree: int) -> None:
     assert "scaled_dot_product_attention" in ring.source.text
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("degree", [2, 4])
 def test_bytes_of_ulysses(degree: int) -> None:
     """q, k, v in one message and the result in another, of each of which 1/degree stays; backward the result again."""
@@ -82,7 +82,7 @@ def test_one_rank_sends_nothing_and_saves_what_one_device_saves() -> None:
     assert "not sharded" in str(plan)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 def test_saved_activations_are_divided_by_the_mesh(attention: str) -> None:
     memory = plan_of(4, 256, attention=attention).memory

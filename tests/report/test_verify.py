@@ -52,7 +52,7 @@ def batch(length: int = 10, rows: int = 2) -> dict[str, Tensor]:
     return {"ids_BS": torch.randint(11, (rows, length)), "labels_BS": labels}
 
 
-@pytest.mark.sample(8)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("degree", [1, 2, 3])
 @pytest.mark.parametrize("outputs", ["full", "loss", "sharded"])
 def test_every_tensor_of_a_right_program_agrees(degree: int, outputs: str) -> None:
@@ -78,7 +78,7 @@ def test_without_a_loss_all_outputs_are_differentiated() -> None:
         verify(Block(), inputs, mesh={"cp": 2}, outputs="loss")
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 @pytest.mark.parametrize("degree", [1, 2])
 def test_attention_dropout_is_that_of_one_device(degree: int, attention: str) -> None:
@@ -90,7 +90,7 @@ def test_attention_dropout_is_that_of_one_device(degree: int, attention: str) ->
     assert any("one device" in note for note in report.notes)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("mesh", [{"cp": 4}, {"cp": 4, "dp": 2}, {"tp": 2, "cp": 4}], ids=str)
 def test_a_hybrid_on_parts_of_an_axis(mesh: dict[str, int]) -> None:
     """The graphs before and behind autograd; a length that does not divide, and fewer heads than ranks."""
@@ -293,7 +293,7 @@ class Statistics(Block):
         return {"logits": self.head(x_BSD + y_BSD)}
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}], ids=str)
 def test_inputs_that_are_written_to_and_constants(mesh: dict[str, int]) -> None:
     """A running mean is saved for the backward and written at the end, a weight is clamped without a gradient."""

@@ -76,7 +76,8 @@ def test_rows_must_divide() -> None:
         spcompile.verify(Rows("mean"), inputs(), mesh={"dp": 3})
 
 
-@pytest.mark.parametrize("model", ["llama-tiny", pytest.param("bert-tiny", marks=pytest.mark.slow)])
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("model", ["llama-tiny", "bert-tiny"])
 def test_ranks_with_other_numbers_of_valid_tokens(model: str) -> None:
     torch.manual_seed(0)
     ids_BS = torch.randint(0, 64, (4, 13))

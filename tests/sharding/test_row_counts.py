@@ -65,7 +65,7 @@ def verify(loss: Callable[..., Tensor], rows: int) -> Any:
     return spcompile.verify(Scored(loss), {"x_BSD": x_BSD, "y_BS": y_BS}, mesh={"dp": 2})
 
 
-@pytest.mark.sample(10)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("name", COUNTED)
 def test_what_counts_rows_counts_those_of_all_ranks(name: str, rows: int) -> None:
@@ -85,7 +85,7 @@ COUNTED_ANYWHERE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.sample(10)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("name", COUNTED_ANYWHERE)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_counts_anywhere(name: str, rows: int) -> None:
@@ -107,7 +107,7 @@ DECIDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", DECIDED)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_program_that_is_another_one_for_all_rows_is_refused(name: str, rows: int) -> None:
@@ -139,7 +139,7 @@ GROUPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", GROUPS)
 def test_groups_of_rows(name: str) -> None:
     report = verify(GROUPS[name], 4)
@@ -158,7 +158,7 @@ def test_a_rank_has_no_half_of_each_part_of_the_batch(rows: int) -> None:
         verify(lambda z, y: z.mean((1, 2)).view(2, -1).mean(1).square().sum(), rows)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", RIGHT)
 def test_what_counts_all_rows_is_right(name: str) -> None:
     report = verify(RIGHT[name], 2)

@@ -55,7 +55,7 @@ ATTENTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_split_by_query_rows(name: str) -> None:
     model, x = Written(ATTENTIONS[name]), torch.randn(2, S, N * H, dtype=torch.float64)

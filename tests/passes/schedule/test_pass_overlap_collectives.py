@@ -37,7 +37,7 @@ CASES = {
 }
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("case", CASES)
 def test_whole_models_in_both_modes_of_the_simulator(case: str) -> None:
     """A start reads its operand at once or at its wait, its buffer is NaN until then: loss and gradients stay."""

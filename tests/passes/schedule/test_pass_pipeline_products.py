@@ -97,7 +97,7 @@ def calls_of(graph: Any) -> list[Any]:
     return [node for node in graph.nodes if node.target in PIPELINED]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(("degree", "length"), [(2, 15), (4, 14)])
 def test_whole_models_in_both_modes_of_the_simulator(degree: int, length: int) -> None:
     """Every gather and scatter beside a product, forward and backward: loss and gradients stay."""
@@ -165,7 +165,7 @@ def overwrites_in_flight(*args: Any) -> Any:
             request.message.mul_(2)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("race", [reads_too_early, overwrites_in_flight])
 def test_a_planted_race_is_caught(mode: Mode, race: Any, monkeypatch: pytest.MonkeyPatch) -> None:

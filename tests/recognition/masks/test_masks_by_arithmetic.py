@@ -114,7 +114,7 @@ MODELS: dict[Callable[..., Tensor], list[str]] = {
 }
 
 
-@pytest.mark.sample(10)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("model", MODELS, ids=lambda f: f.__name__)
 def test_every_number(model: Callable[..., Tensor], number: float) -> None:
@@ -136,11 +136,11 @@ SPLIT = [
     (behind_the_same_number, {"cp": 2}),
     (with_slopes, {"tp": 2}),
     (under_a_cap, {"dp": 3}),
-    pytest.param(in_front_of_the_same_number, {"cp": 2, "tp": 2}, marks=pytest.mark.slow),
+    (in_front_of_the_same_number, {"cp": 2, "tp": 2}),
 ]
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(("model", "mesh"), SPLIT)
 def test_every_gradient_on_all_ranks(model: Callable[..., Any], mesh: dict[str, int]) -> None:
     torch.manual_seed(1)

@@ -30,12 +30,12 @@ def test_interpreted() -> None:
     run_interpreted("not slow and not long")
 
 
-@pytest.mark.long
+@pytest.mark.manual
 def test_interpreted_widely() -> None:
     run_interpreted("slow")
 
 
-@pytest.mark.long
+@pytest.mark.manual
 @pytest.mark.timeout(3000)
 def test_interpreted_at_length() -> None:
     run_interpreted("long")

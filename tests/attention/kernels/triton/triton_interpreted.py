@@ -62,7 +62,7 @@ MASKS = [
 ]
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("order", [pytest.param("natural", marks=pytest.mark.slow), "shuffled"])
 @pytest.mark.parametrize("text", MASKS)
 def test_masks(text: str, order: str) -> None:
@@ -70,7 +70,7 @@ def test_masks(text: str, order: str) -> None:
     check(replace(PLAIN, mask=AttentionMask.parse(text), order=order, hops=2, B=B, seed=len(text)))
 
 
-@pytest.mark.sample(10)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("dtype", ROUNDINGS, ids=str)
 @pytest.mark.parametrize(
     "shape",
@@ -109,7 +109,7 @@ FEATURES = {
 }
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", FEATURES)
 def test_features(name: str) -> None:
     case = {"mask": AttentionMask(causal=True), "order": "padded", "B": 2 if "bias" in name else 1, **FEATURES[name]}
@@ -161,7 +161,7 @@ def test_the_backward_is_deterministic() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.long
+@pytest.mark.manual
 def test_error_does_not_grow_with_hops() -> None:
     """Root mean square error of bfloat16 against float64, for the same attention in more and more hops."""
     B, N, G, S, H = 1, 2, 1, 128, 32
@@ -250,14 +250,14 @@ def test_drawn(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.long
+@pytest.mark.manual
 @settings(quiet, max_examples=400)
 @given(case=cases)
 def test_drawn_at_length(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.long
+@pytest.mark.manual
 @pytest.mark.parametrize("dtype", ROUNDINGS, ids=str)
 @pytest.mark.parametrize("text", ["causal", "causal window=130 documents", "full"])
 def test_long(text: str, dtype: torch.dtype) -> None:

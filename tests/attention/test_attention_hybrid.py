@@ -38,6 +38,7 @@ def axes_of_exchanges(program: LocalProgram) -> set[Any]:
 UNEVEN_HEADS = [(3, 3), (12, 3), (6, 2), (5, 1), (1, 1), (6, 6)]
 
 
+@pytest.mark.thinned(6, covers=["degree"])
 @pytest.mark.parametrize(("n", "g"), UNEVEN_HEADS)
 @pytest.mark.parametrize(("degree", "length"), [(2, 7), (4, 6)])
 def test_ulysses_with_heads_that_do_not_divide(n: int, g: int, degree: int, length: int) -> None:

@@ -76,6 +76,11 @@ def growing(number: int) -> dict[str, Tensor]:
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("attention", [HYBRID, "ulysses"], ids=str)
 def test_a_dynamic_length(worker_pool: PoolOf, attention: object) -> None:
-    case = Case(partial(models.build, "llama-tiny"), growing, options={"attention": attention}, micro_batches=(0, 1, 2))
+    case = Case(
+        partial(models.build, "llama-tiny", layers=1),
+        growing,
+        options={"attention": attention},
+        micro_batches=(0, 1, 2),
+    )
     outcomes = assert_same(worker_pool(4), case)
     assert len(outcomes[0].graphs) == 2

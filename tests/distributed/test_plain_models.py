@@ -70,6 +70,7 @@ def test_one_position_a_rank(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), Case(partial(pm.Reduced, "mean"), arguments))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("length", [63, 65, 1000])
 def test_uneven_lengths(worker_pool: PoolOf, length: int) -> None:
     places = tuple((row, s) for row in (0, 1) for s in range(0, length, 2))

@@ -41,8 +41,8 @@ def outer_loss(logits_BSV: Tensor, batch: dict[str, Any]) -> Tensor:
     return F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), batch["ids_BS"][:, 1:].flatten())
 
 
-GPT = partial(models.build, "gpt-tiny")
-LLAMA = partial(models.build, "llama-tiny")
+GPT = partial(models.build, "gpt-tiny", layers=1)
+LLAMA = partial(models.build, "llama-tiny", layers=1)
 
 
 def test_loss_outside_the_model(worker_pool: PoolOf) -> None:
@@ -100,8 +100,8 @@ def test_mark_dynamic_compiles_once(worker_pool: PoolOf) -> None:
 def evaluate() -> dict[str, float]:
     """Train for a step, then evaluate: eval() with dropout in the model, and no_grad."""
     with default_dtype(torch.float64):
-        plain = models.build("gpt-tiny", dropout=0.5).eval()
-        compiled = models.build("gpt-tiny", dropout=0.5).eval()
+        plain = models.build("gpt-tiny", layers=1, dropout=0.5).eval()
+        compiled = models.build("gpt-tiny", layers=1, dropout=0.5).eval()
         compiled.load_state_dict(plain.state_dict())
         compiled.compile(backend="spcompile", options={"compiler": "eager"})
         batch = tokens(0)
@@ -145,6 +145,7 @@ def sharded_outputs(length: int) -> dict[str, float]:
     return errors
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("length", [32, 33])
 def test_sharded_outputs(worker_pool: PoolOf, length: int) -> None:
     for errors in worker_pool(2).run(sharded_outputs, length):
@@ -156,7 +157,7 @@ class LossAndLogits(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = models.build("llama-tiny")
+        self.model = LLAMA()
 
     def forward(self, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
         logits_BSV = self.model(ids_BS)

@@ -45,6 +45,7 @@ def inputs() -> dict[str, Tensor]:
     return {"x_BSD": x_BSD, "weight_B": torch.rand(4, dtype=torch.float64, generator=generator)}
 
 
+@pytest.mark.thinned(4, covers=["mesh"])
 @pytest.mark.parametrize("end", ["mean", "mean of rows", "weighted", "weights alone"])
 @pytest.mark.parametrize("mesh", [{"dp": 2}, {"cp": 3, "dp": 2}])
 def test_sums_over_rows_are_sums_over_ranks(end: str, mesh: dict[str, int]) -> None:

@@ -96,6 +96,7 @@ BUILT: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", BUILT)
 def test_decisions(name: str) -> None:
     build, expected = BUILT[name]

@@ -109,6 +109,7 @@ def learned_keys(q: Tensor, k: Tensor, v: Tensor, learned: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], enable_gqa=True)
 
 
+@pytest.mark.thinned(3, covers=["strategy"])
 @pytest.mark.parametrize("strategy", ["ring", "ulysses"])
 @pytest.mark.parametrize("function", [capped_with_sinks, alibi, learned_keys])
 @pytest.mark.parametrize(("degree", "length"), [(2, 7), (4, 8), (4, 3)])
@@ -127,6 +128,7 @@ def dropped(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
     return F.dropout(F.scaled_dot_product_attention(y, k, v, dropout_p=0.2, enable_gqa=True), 0.5)
 
 
+@pytest.mark.thinned(3, covers=["strategy"])
 @pytest.mark.parametrize("strategy", ["ring", "ulysses"])
 @pytest.mark.parametrize(("degree", "length"), [(2, 7), (4, 8), (4, 3)])
 def test_dropout_is_the_same_on_any_number_of_ranks(strategy: str, degree: int, length: int) -> None:

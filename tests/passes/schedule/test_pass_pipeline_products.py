@@ -187,7 +187,7 @@ def test_the_bytes_stay_what_they_were() -> None:
     """Counted for each phase and origin; only the names of the rows are others."""
     sent: list[dict[tuple[str, str], Any]] = []
     for passes in ({"pipeline-products": False}, EVERYWHERE):
-        graphs, _, _ = final_graphs(llama(), tokens(), {"tp": 2}, passes=passes)
+        graphs, _, _ = final_graphs(llama(1), tokens(), {"tp": 2}, passes=passes)
         found: dict[tuple[str, str], Any] = {}
         for phase, gm in graphs.items():
             for row in communication(phase, gm, MeshShape.of({"tp": 2}), ()):

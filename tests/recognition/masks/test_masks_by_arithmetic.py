@@ -159,6 +159,7 @@ def of_floats_times_a_triangle(q: Tensor, k: Tensor, v: Tensor, m: Tensor, numbe
     return (q @ k.mT + (1.0 - m[:, None, None, :] * causal(q, k)) * number).softmax(-1) @ v
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("number", [-1e4, -1e30, LOWEST])
 @pytest.mark.parametrize("model", [of_floats, of_floats_times_a_triangle], ids=lambda f: f.__name__)
 def test_numbers_that_only_run_time_tells(model: Callable[..., Tensor], number: float) -> None:

@@ -1,4 +1,4 @@
-"""Thinning out: every case within n seeds, every value where that is promised, and marks that cannot work are errors."""
+"""Thinning out: every case within n seeds, every value where promised, and marks that cannot work are errors."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from spcompile.capture.capture import refuse_graph_break
 from spcompile.capture.dynamo_settings import ignore_library_logging
 from spcompile.capture.local_inputs import on_local_parts, over_local_parts
 from spcompile.capture.module_buffer import relied_on, watched
+from spcompile.capture.python_floats import without_symbolic_floats
 from spcompile.collectives import gathers_on_gloo
 from spcompile.graph.axes import axes_of, bind_axes
 from spcompile.graph.printer import format_graph
@@ -52,6 +53,7 @@ def spcompile(
     Raises:
         SpcompileError: before any collective of the model runs, with the same text on every rank.
     """
+    without_symbolic_floats(gm)
     mesh = runtime_mesh((options or {}).get("mesh"), _device_type(example_inputs))
     if mesh is None:
         chosen = Options.parse(options)

@@ -18,8 +18,8 @@ from torch._dynamo.backends.common import aot_autograd
 # torch 2.13: torch/_dynamo/exc.py. Asks Dynamo to trace again, as with numbers in place of symbolic floats.
 from torch._dynamo.exc import RestartAnalysis, TensorifyScalarRestartAnalysis
 
-# torch 2.13: torch/_dynamo/symbolic_convert.py. What traces a frame.
-from torch._dynamo.symbolic_convert import InstructionTranslator
+# torch 2.13: torch/_dynamo/symbolic_convert.py. What traces a frame, and which floats are to be numbers in it.
+from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
 
 # torch 2.13: torch/_functorch/_aot_autograd/autograd_cache.py, schemas.py. Its key of a graph, and its results.
 from torch._functorch._aot_autograd import autograd_cache
@@ -90,6 +90,7 @@ __all__ = [
     "LazyGraphModule",
     "OrderedSet",
     "RestartAnalysis",
+    "TensorifyState",
     "TracingContext",
     "aot_autograd",
     "autograd_cache_key",

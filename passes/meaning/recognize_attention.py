@@ -85,9 +85,9 @@ class RecognizeAttention(Pass):
                     refuse(node, stop.reason)
                     ctx.remarks.add("SPR202", f"attention at {node.name}: {stop.reason}", stop.node)
                 if node.target in SOFTMAX:
-                    rows, key = rows_of_scores(node), UNREAD_ATTENTION if isinstance(stop, Refused) else SCORES
-                    rows = rows or (-2 if isinstance(stop, Refused) else None)
-                    node.meta["custom"] = {**node.meta.get("custom", {}), key: rows}
+                    rows = rows_of_scores(node)
+                    mark = {UNREAD_ATTENTION: rows or -2} if isinstance(stop, Refused) else {SCORES: rows}
+                    node.meta["custom"] = {**node.meta.get("custom", {}), **mark}
             else:
                 rewrites += 1
         if rewrites:

@@ -1,1 +1,1 @@
-"""Where everything goes: axis by axis values are split, reshards placed, shapes lowered, attention spread."""
+"""Where everything goes: axis by axis values are split, reshards inserted, shapes lowered."""

@@ -10,6 +10,7 @@ order of their uses. What fills a bucket alone travels alone, uncopied.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -113,9 +114,11 @@ def _fuse(bucket: list[fx.Node]) -> None:
     is_gather = kind is spx.all_gather.default
     place = bucket[0] if is_gather else bucket[-1]
     if is_gather:  # its readers stand between the members: what the others read comes to the first
-        for member in bucket[1:]:
-            for node in reversed(_chain(member)[1:]):
+        above = set(itertools.takewhile(lambda node: node is not place, place.graph.nodes))
+        for node in (node for member in bucket[1:] for node in reversed(_chain(member)[1:])):
+            if node not in above:
                 place.prepend(node)
+                above.add(node)
     calls = [call_arguments(kind, node.args, node.kwargs)[1] for node in bucket]
     function: Callable[..., Any] = {
         spx.all_reduce.default: _reduced,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from spcompile.collectives import COLLECTIVES, Collective, call_arguments, erase_identities
-from spcompile.graph.axes import bind_axes
 from spcompile.graph.splice import is_static, signature_of
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.torch_private import detect_fake_mode, inductor_decompositions
@@ -33,16 +32,11 @@ _KEPT_META = ("stack_trace", "nn_module_stack", "seq_nr", "partitioner_tag", "re
 
 @dataclass(frozen=True)
 class LowerCollectives(Pass):
-    """Replace each collective that can be written without its rank by starts, waits and plain ATen.
-
-    groups: axis -> c10d group name, where the graph is to be bound at once; by default axes stay.
-    """
+    """Replace each collective that can be written without its rank by starts, waits and plain ATen."""
 
     name: ClassVar[str] = "lower-collectives"
     stage: ClassVar[Stage] = Stage.SCHEDULE
     summary: ClassVar[str] = "spx collectives become functional c10d starts and waits"
-
-    groups: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         """Inline every collective that has a lowered form; returns how many, with the `vary` nodes that were left."""
@@ -54,8 +48,6 @@ class LowerCollectives(Pass):
             if collective is not None and collective.lowered is not None:
                 _inline(node, collective, decompositions, traced)
                 rewrites += 1
-        if self.groups:
-            bind_axes(gm.graph, self.groups)
         return rewrites
 
 

@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from spcompile.capture.autocast import autocast_in, make_explicit
+from spcompile.capture.bool_writes import write_out_bool_writes
 from spcompile.capture.custom_functions import with_own_gradient
 from spcompile.capture.flex_attention import without_block_sizes, written_out
 from spcompile.capture.module_buffer import KEY, ModuleBuffer, may_be_read
@@ -30,7 +31,9 @@ aten = torch.ops.aten
 
 # In a placeholder's meta, by row_symbols: the symbol that its first dim had; whether sizes of other tensors were read;
 # what its number of rows decided.
-ROW_SYMBOL, OTHER_SIZES, ROWS_READ = "row_symbol", "other_sizes", "rows_read"
+ROW_SYMBOL = "row_symbol"
+OTHER_SIZES = "other_sizes"
+ROWS_READ = "rows_read"
 # Views that ask for strides become reshapes: later passes may change strides, never meaning.
 _RESHAPES = (aten.view.default, aten._unsafe_view.default)
 _NO_MEANING = (aten._assert_tensor_metadata.default, aten.alias.default)
@@ -55,6 +58,8 @@ class _KeepOrigin(fx.Interpreter):
             return with_own_gradient(operands, outputs, saved, backward)
         if target is torch.ops.higher_order.flex_attention:
             return written_out(*args, **kwargs)
+        if target is torch.nn.functional.dropout:
+            return _dropout(*args, **kwargs)
         return super().call_function(target, args, kwargs)
 
     def _checkpointed(self, args: tuple[Any, ...]) -> Any:
@@ -65,6 +70,17 @@ class _KeepOrigin(fx.Interpreter):
             node.meta["recompute"] = torch.utils.checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
             node.meta["ac_graph_id"] = self._regions[0]
         return _KeepOrigin(child, self._regions).run(*operands)
+
+
+def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """Dropout whose result may be written to, as the plain one's: it is its operand where nothing is dropped.
+
+    Functionalisation for export refuses writes to results of dropout, since it does not know whether that is so.
+    """
+    if not training or p == 0:
+        return x
+    dropped = torch.nn.functional.dropout(x, p, training, inplace)
+    return dropped if inplace else dropped.clone()
 
 
 def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
@@ -100,6 +116,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     _name_placeholders(captured, gm, inputs)
     if autocast_in(captured):
         make_explicit(captured)
+    write_out_bool_writes(captured)
     normalise(captured)
     _read_before_writing(captured.graph)
     for node in captured.graph.nodes:

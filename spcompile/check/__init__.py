@@ -1,1 +1,1 @@
-"""What must hold of a graph: its laws, the states of its values, and all ranks run in one process."""
+"""What must hold of a graph: its laws, its states, and a run of all ranks."""

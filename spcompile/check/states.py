@@ -15,6 +15,7 @@ import torch.fx as fx
 
 from spcompile.collectives import COLLECTIVES, Collective, call_arguments
 from spcompile.diagnostics import InvalidGraph, source_of
+from spcompile.graph.node_meta import OWN_PART
 from spcompile.machine.mesh import MeshShape, whole_axis
 
 _FITS = {"I": "I", "S": "S", "P": "PS"}
@@ -150,9 +151,10 @@ def _is_constant(node: fx.Node) -> bool:
 
 
 def _op_state(node: fx.Node, found: Mapping[fx.Node, str], gradient: set[fx.Node], axis: str) -> str:
-    """I if all operands are; else S if one is (P if a pass says so); else R."""
+    """I if all operands are; else S if one is (P if a pass says so); else R. S if lowering made it one rank's part."""
     operands = [] if node.target in _SHAPE_ONLY else node.all_input_nodes
     varying = [n for n in operands if found[n] != "I"]
+    is_part = whole_axis(axis) in node.meta.get("custom", {}).get(OWN_PART, ())
     communicates = _axis_of(node) in (axis, whole_axis(axis))
     if communicates and not any(isinstance(n.meta.get("val"), torch.Tensor) for n in operands):
         return "S"  # made from the rank alone, as positions are
@@ -161,7 +163,7 @@ def _op_state(node: fx.Node, found: Mapping[fx.Node, str], gradient: set[fx.Node
     if communicates and all(found[n] != "S" for n in operands):
         raise invalid(node, f"communicates on {axis}, but none of its operands is S")
     if not varying:
-        return "I"
+        return "S" if is_part else "I"
     missing = next((n for n in operands if found[n] == "I" and n in gradient), None)
     if missing is not None and node in gradient:
         raise invalid(
@@ -176,7 +178,7 @@ def _op_state(node: fx.Node, found: Mapping[fx.Node, str], gradient: set[fx.Node
     partial = next((n for n in varying if found[n] == "P"), None)
     if partial is not None:
         raise invalid(node, f"reads {partial.name}, which is partial on {axis}, as if it were complete")
-    return "S" if any(found[n] == "S" for n in varying) else "R"
+    return "S" if is_part or any(found[n] == "S" for n in varying) else "R"
 
 
 def _check_outputs(output: fx.Node, found: Mapping[fx.Node, str], axis: str, legal: str) -> None:

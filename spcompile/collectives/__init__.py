@@ -1,4 +1,4 @@
-"""The collectives of the namespace `spx`: one file each, all in COLLECTIVES."""
+"""Ops that communicate, with dual, bytes and meaning for all ranks: one file each, all in COLLECTIVES."""
 
 from __future__ import annotations
 

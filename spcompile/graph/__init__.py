@@ -1,1 +1,1 @@
-"""Graphs as such: edited, printed, spliced, and the nodes in them that say where a value is split."""
+"""Graphs as such: edited, printed, spliced; reshards, and where they split a value."""

@@ -9,7 +9,6 @@ Nothing in it depends on the rank or the run: no process group names, device ind
 from __future__ import annotations
 
 import difflib
-import hashlib
 import operator
 import os
 from typing import Any
@@ -84,11 +83,6 @@ def format_graph(gm: fx.GraphModule, mesh: MeshShape | None = None, title: str |
 def unified_diff(a: str, b: str, a_name: str = "before", b_name: str = "after") -> str:
     """The difference of two texts; empty if they are equal."""
     return "".join(difflib.unified_diff(a.splitlines(True), b.splitlines(True), a_name, b_name))
-
-
-def graph_hash(text: str) -> str:
-    """sha256 of a graph's text, in hex."""
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _line(gm: fx.GraphModule, node: fx.Node) -> str:

@@ -1,1 +1,1 @@
-"""What a program runs on: named mesh axes, how a dim is laid out over one, how fast ranks talk and compute."""
+"""What a program runs on: mesh axes, layouts of a dim over one, speeds of ranks and links."""

@@ -21,12 +21,6 @@ from spcompile.sharding.global_view import Part, global_view
 Parts = tuple[Part, ...]
 
 _WHOLE = "_spx_whole"  # set on a module while its own forward runs uncompiled
-_MARK = "_spx_parts"  # class attribute of the subclasses: name -> parts
-
-
-def is_parallelized(module: nn.Module) -> bool:
-    """Whether `parallelize` has been here."""
-    return any(hasattr(type(m), _MARK) for m in module.modules())
 
 
 def placements_of(parts: Parts, mesh: DeviceMesh) -> list[Placement]:
@@ -85,7 +79,7 @@ def _subclass(base: Any, parts: tuple[tuple[str, Parts], ...]) -> type[nn.Module
 
     properties = {name: _property(name, of_name) for name, of_name in parts}
     kept = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (base,), {**properties, **kept, "forward": forward, _MARK: dict(parts)})
+    return type(base.__name__, (base,), {**properties, **kept, "forward": forward})
 
 
 def _property(name: str, parts: Parts) -> property:

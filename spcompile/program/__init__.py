@@ -1,1 +1,1 @@
-"""The compiler at work: passes run over a captured graph, and what comes out becomes a callable."""
+"""The compiler at work: passes run over a graph, and the result becomes a callable."""

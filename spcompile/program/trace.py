@@ -16,6 +16,7 @@ from torch import nn
 from spcompile.capture.capture import refuse_graph_break
 from spcompile.capture.dynamo_settings import ignore_library_logging
 from spcompile.capture.local_inputs import over_local_parts
+from spcompile.capture.python_floats import without_symbolic_floats
 from spcompile.diagnostics import CaptureFailed, GraphBreak, IllegalMesh
 from spcompile.graph.edit import copy_graph
 from spcompile.machine.mesh import MeshShape
@@ -82,6 +83,7 @@ def through_dynamo(model: nn.Module, example_inputs: Inputs, backend: Backend) -
     def once(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         run = None
         try:
+            without_symbolic_floats(gm)
             refuse_graph_break(gm)
             if graphs:
                 raise GraphBreak("Dynamo made a second graph of it", legal="a model that traces with fullgraph=True")

@@ -1,1 +1,1 @@
-"""What people read: plans, comparisons with the plain model, generated documentation."""
+"""What people read: plans, comparisons with the plain model, generated pages."""

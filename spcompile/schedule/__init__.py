@@ -1,1 +1,1 @@
-"""What ops take in time and memory, and the order in which communication hides behind compute."""
+"""What ops cost in time and memory, and an order in which communication hides."""

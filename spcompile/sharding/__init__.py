@@ -1,1 +1,1 @@
-"""Where the values of a graph are split: found from factors, made explicit by reshards, lowered to one rank."""
+"""Where values are split: found from factors, made explicit, lowered to one rank."""

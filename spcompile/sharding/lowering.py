@@ -15,6 +15,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from spcompile.graph.edit import operand
+from spcompile.graph.node_meta import OWN_PART
 from spcompile.graph.reshard import Place, is_reshard, parse_place
 from spcompile.graph.sizes import Size, divides, same
 from spcompile.machine.sequence import chunks_per_rank, local_length, pad
@@ -154,7 +155,12 @@ class Lower(fx.Interpreter):
         global_size: Size = 1
         for part, space in enumerate(call.leaves_of(choice.factor)):
             global_size = global_size * (split.whole(space) if part == choice.part else space.find().size)
-        return call.rule.local(LocalCall(args, kwargs, shapes, choice.factor, global_size, split.degree, _Ranks(split)))
+        local = LocalCall(args, kwargs, shapes, choice.factor, global_size, split.degree, _Ranks(split))
+        if not call.rule.operands or any(place_of(dims, call, choice) for dims in call.rule.operands):
+            return call.rule.local(local)
+        # No operand shows that the result is a part: a repeat of what all ranks hold, for as many heads as a rank has.
+        with fx.traceback.annotate({OWN_PART: (*n.meta.get("custom", {}).get(OWN_PART, ()), split.axis)}):
+            return call.rule.local(local)
 
     def local_size(self, dim: list[Space], place: Place | None, index: int) -> Size:
         """Local size of tensor dim number `index`, a product of spaces."""

@@ -150,6 +150,8 @@ class _Search:
             operands = tensor_operands(node)
             if node in self.calls or not call.rule.reductions or len(operands) != 2 or operands[0] not in self.weights:
                 continue
+            if operands[0].meta["val"].ndim < 2:
+                continue  # numbers for the user's integers, or mixed with activations, are no table
             rows, columns = (hint(size) for size in operands[0].meta["val"].shape[:2])
             if operands[1] in from_user and rows > columns:
                 for factor in call.rule.reductions:

@@ -278,3 +278,27 @@ def test_an_input_that_is_written_to_is_read_from_a_copy() -> None:
     found = captures(model, x(3), torch.rand(3, dtype=torch.float64))
     (scale,) = [n for n in found.graph.find_nodes(op="placeholder") if not n.meta["trainable"]]
     assert sorted(op_name(user) for user in scale.users) == ["aten.clone", "aten.copy_"]
+
+
+def test_writes_by_a_mask_of_bools_have_no_index_put() -> None:
+    def model(h: Tensor, marked: Tensor, rows: Tensor) -> Tensor:
+        h = h.sin()
+        h[marked] = rows
+        h[~marked] = 2.0
+        return h.index_put((marked,), rows, accumulate=True)
+
+    marked = torch.tensor([True, False, True, True])
+    gm = captures(model, x(4, 3), marked, x(3, 3))
+    assert "aten.index_put" not in ops(gm)
+    counts_of_others = gm(x(4, 3), torch.tensor([True, False, False, True]), x(3, 3))
+    assert bool(torch.stack(list(counts_of_others)).isnan().any()), "the plain model fails: numbers would be made up"
+
+
+def test_what_dropout_gives_may_be_written_to() -> None:
+    def model(h: Tensor, r: Tensor, training: bool) -> Tensor:
+        h = F.dropout(h.sin(), 0.5, training)
+        h += r
+        return h
+
+    assert ops(captured(lambda h, r: model(h, r, True), x(3), x(3))) == ["aten.sin", "aten.dropout", "aten.add"]
+    assert ops(captures(lambda h, r: model(h, r, False), x(3), x(3))) == ["aten.sin", "aten.add"]

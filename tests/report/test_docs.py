@@ -8,23 +8,29 @@ from pathlib import Path
 import pytest
 
 from spcompile.diagnostics import REMARKS
+from spcompile.graph.node_meta import CUSTOM, META
 from spcompile.passes import PIPELINE
 from spcompile.report import docs
+from spcompile.report.node_meta_page import users_of_keys
 
 FOLDER = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("passes.md", marks=pytest.mark.slow), "ops.md", "errors.md", "collectives.md"]
+    "name", [pytest.param("passes.md", marks=pytest.mark.slow), *sorted(set(docs.PAGES) - {"passes.md"})]
 )
 def test_generated_pages_are_up_to_date(name: str) -> None:
-    writers = {
-        "passes.md": docs.passes_markdown,
-        "ops.md": docs.ops_markdown,
-        "errors.md": docs.errors_markdown,
-        "collectives.md": docs.collectives_markdown,
-    }
-    assert (FOLDER / name).read_text() == writers[name](), "run python -m spcompile.report.docs"
+    assert (FOLDER / name).read_text() == docs.PAGES[name](), "run python -m spcompile.report.docs"
+
+
+def test_the_drawings_show_the_code() -> None:
+    page = (FOLDER / "design.md").read_text()
+    assert page.count("<!-- drawing: ") == 2
+    assert docs.with_drawings(page) == page, "run python -m spcompile.report.docs"
+
+
+def test_every_key_of_node_meta_is_described_and_used() -> None:
+    assert set(users_of_keys()) == {*META, *CUSTOM}
 
 
 def test_every_pass_and_code_has_a_section() -> None:

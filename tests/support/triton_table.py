@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from spcompile.attention.kernels.triton.configs import ARCHITECTURES, HEAD_SIZES, TABLE, VARIANTS
+from spcompile.attention.kernels.triton.configs import ARCHITECTURES, HEAD_SIZES, TABLE
 from spcompile.attention.kernels.triton.launch import ForwardTensors, Hop, Launch, RowTensors
 from spcompile.attention.scores.dropout import Dropout
 from spcompile.attention.scores.mask import AttentionMask
@@ -22,6 +22,8 @@ from spcompile.attention.scores.runs import natural_runs
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 B, N, G, S = 2, 8, 2, 256
+VARIANTS = ("plain", "rich", "bias")
+SPILLED = {2: 128, 4: 64}  # bytes that a thread of a kernel that is no default may spill, by bytes of a number
 HOPS = {"alone": (True, True), "first": (True, False), "middle": (False, False), "last": (False, True)}
 POSITIONS = "causal prefix=64 window=100 window_right=90 chunk=128"
 HEAVY_SCORES = {"plain": ("sinks",), "rich": ("packed", "dropout"), "bias": ("added",)}

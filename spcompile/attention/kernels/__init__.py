@@ -1,1 +1,1 @@
-"""Kernels that compute attention exactly, and the state that rows carry from one hop to the next."""
+"""Kernels that compute attention exactly, and the state carried between hops."""

@@ -1,1 +1,1 @@
-"""What decides which scores count: masks, dropout, positions; and what a kernel must offer."""
+"""Which scores count: masks, dropout, positions; and what a kernel must offer."""

@@ -1,1 +1,1 @@
-"""Ulysses: rows are exchanged for heads before attention, and back behind it."""
+"""Ulysses: all-to-alls give each rank whole rows of some heads, and take them back."""

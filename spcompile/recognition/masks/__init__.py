@@ -1,4 +1,4 @@
-"""Reads a dense attention mask, built by index arithmetic in the graph, back as a formula over its indices.
+"""Dense masks, built by index arithmetic, read back as formulas over their indices.
 
 values.py    what one element can be: an integer expression, a condition, a number, or a choice between such
 views.py     ops that only move elements, as maps from result indices to operand indices
@@ -8,9 +8,6 @@ vectors.py   a condition or id over (b, k) written back into the graph as a [B, 
 parts.py     an attention bias taken apart into terms that can be read one by one
 fills.py     rows that see no key, where masked scores are finite
 alibi.py     a bias that grows with the distance of positions, as slopes
-heads.py     repeated or folded heads, traced back to the tensor before
-eager.py     attention written out with a softmax
-build.py     the nodes of what was recognised
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Sharding rules of ATen and spx ops, one file per family. Importing the package registers all of them."""
+"""Sharding rules of ATen and spx ops, one file per family.
+
+Importing the package registers all of them.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Nothing is timed at run time. Entries were chosen for compiling without spilled registers, within the architecture's
 shared memory (`tests/attention/kernels/triton/test_triton_compile.py`), and among those for large tiles. What is no
-default (other hops, other scores) may spill up to SPILLED bytes a thread. None has been timed on a GPU yet.
+default (other hops, other scores) may spill a few bytes a thread. None has been timed on a GPU yet.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 HEAD_SIZES = (64, 128, 256)  # a head, padded to a power of two, takes the first that it fits
-SPILLED = {2: 128, 4: 64}  # by bytes of a number
-VARIANTS = ("plain", "rich", "bias")  # positions alone; data, softcap, ALiBi or dropout too; a dense bias
 
 
 class Config(NamedTuple):
@@ -36,6 +34,7 @@ class Configs(NamedTuple):
     bias: Config = Config(16, 32, 4, 1)
 
 
+# Variants: "plain", positions alone; "rich", data, softcap, ALiBi or dropout too; "bias", a dense bias.
 # bfloat16 and float16: (architecture, head size, variant)
 _HALVES = {
     ("sm80", 64, "plain"): Configs(Config(128, 32, 8, 3), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),

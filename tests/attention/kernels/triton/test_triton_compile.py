@@ -7,14 +7,12 @@ import pytest
 pytest.importorskip("triton")
 
 from triton_resources import TENSOR_MEMORY, Resources, resources
-from triton_table import DTYPES, Compilation, compilations, scores_of
+from triton_table import DTYPES, SPILLED, VARIANTS, Compilation, compilations, scores_of
 
 from spcompile.attention.kernels.triton.configs import (
     ARCHITECTURES,
     HEAD_SIZES,
-    SPILLED,
     TABLE,
-    VARIANTS,
     Config,
     architecture,
 )

@@ -1,0 +1,135 @@
+"""Spellings that once broke the compile: every gradient of every rank against the plain model, in one process.
+
+B batch, S sequence, T keys of another sequence, D width, N heads, H head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spcompile import verify
+
+WIDTH, HEADS = 16, 2
+
+
+def heads(x_BSD: Tensor) -> Tensor:
+    return x_BSD.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Self-attention, and attention to `other` where it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x_BSD: Tensor, mask: Tensor | None = None, other: Tensor | None = None) -> Tensor:
+        other = x_BSD if other is None else other
+        q, k, v = heads(self.query(x_BSD)), heads(self.key(other)), heads(self.value(other))
+        y_BNSH = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y_BNSH.transpose(1, 2).flatten(2))
+
+
+class WritesToDropout(nn.Module):
+    """The residual is added in place to what dropout gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.drop, self.norm = Attention(), nn.Dropout(0.1), nn.LayerNorm(WIDTH)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        h = self.drop(self.attention(x_BSD))
+        h += x_BSD
+        return self.norm(h).square().mean()
+
+
+class WritesByMask(nn.Module):
+    """Rows of a weight are written where a buffer of bools is true."""
+
+    def __init__(self, accumulate: bool) -> None:
+        super().__init__()
+        self.attention, self.update, self.accumulate = Attention(), nn.Parameter(torch.randn(10, WIDTH)), accumulate
+        self.register_buffer("marked", torch.arange(WIDTH) % 8 < 5)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        full = self.update.new_ones(WIDTH, WIDTH)
+        if self.accumulate:
+            full = full.index_put((self.marked,), self.update, accumulate=True)
+        else:
+            full[self.marked] = self.update
+            full[~self.marked] = 0.5
+        return self.attention(x_BSD @ full).square().mean()
+
+
+class MaskOfEachHead(nn.Module):
+    """A key mask in numbers, repeated for each head and viewed as [B, N, 1, T]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x_BSD: Tensor, other_BTD: Tensor, valid_BT: Tensor) -> Tensor:
+        mask = ((1 - valid_BT) * -10000.0).unsqueeze(1).repeat_interleave(HEADS, dim=0)
+        mask = mask.view(len(x_BSD), HEADS, -1, valid_BT.shape[1])
+        return self.attention(x_BSD, mask, other_BTD).square().mean()
+
+
+class MixedByNumbers(nn.Module):
+    """A parameter of one dim is contracted with what it mixes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mix = Attention(), nn.Parameter(torch.randn(2))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return torch.einsum("n,nbsd->bsd", self.mix, torch.stack([x_BSD, self.attention(x_BSD)])).square().mean()
+
+
+class TwoSequences(nn.Module):
+    """Two sequences of other lengths through one encoder, each reduced over its valid tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.norm = Attention(), nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def encode(self, x_BSD: Tensor, valid_BS: Tensor) -> Tensor:
+        h = x_BSD + self.attention(x_BSD, valid_BS[:, None, None].bool().expand(-1, 1, x_BSD.shape[1], -1))
+        h = self.norm(h + self.down(F.gelu(self.up(h))))
+        return (h * valid_BS[..., None]).sum(1) / valid_BS.sum(1, keepdim=True)
+
+    def forward(self, x_BSD: Tensor, y_BTD: Tensor, x_valid_BS: Tensor, y_valid_BT: Tensor) -> Tensor:
+        return (self.encode(x_BSD, x_valid_BS) - self.encode(y_BTD, y_valid_BT)).square().mean()
+
+
+def tokens(length: int) -> Tensor:
+    return torch.randn(2, length, WIDTH, dtype=torch.float64)
+
+
+def valid(length: int) -> Tensor:
+    return (torch.arange(length) < torch.tensor([[length], [length - 3]])).double()
+
+
+CASES: dict[str, tuple[Any, list[Tensor]]] = {
+    "writes to dropout": (WritesToDropout, [tokens(9)]),
+    "writes to dropout, eval": (lambda: WritesToDropout().eval(), [tokens(9)]),
+    "writes by mask": (lambda: WritesByMask(False), [tokens(9)]),
+    "adds by mask": (lambda: WritesByMask(True), [tokens(9)]),
+    "mask of each head": (MaskOfEachHead, [tokens(9), tokens(7), valid(7)]),
+    "mixed by numbers": (MixedByNumbers, [tokens(9)]),
+    "two sequences": (TwoSequences, [tokens(9), tokens(14), valid(9), valid(14)]),
+}
+MESHES = ({"cp": 2}, {"tp": 2}, {"tp": 2, "cp": 2})
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_every_gradient(case: str, mesh: dict[str, int]) -> None:
+    build, inputs = CASES[case]
+    report = verify(build().double(), inputs, mesh)
+    assert report.ok, report

@@ -87,12 +87,14 @@ def test_every_kind_with_any_heads(name: str, degree: int) -> None:
         check(name, n, g, 9, {"cp": degree}, "ulysses")
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("order", ["tp first", "cp first"])
 def test_a_hybrid_beside_tensor_parallelism(order: str) -> None:
     mesh = {"tp": 2, "cp": 4} if order == "tp first" else {"cp": 4, "tp": 2}
     check("softcap and sinks", 4, 2, 9, mesh, {"ulysses": 2, "ring": 2})
 
 
+@pytest.mark.thinned(2)
 def test_keys_of_another_length() -> None:
     hybrid = {"ulysses": 2, "ring": 2}
     for attention in ("ulysses", hybrid):

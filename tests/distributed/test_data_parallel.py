@@ -49,14 +49,16 @@ def against_the_whole_batch(
         return compare_tensors({"loss": want}, {"loss": have}) | compare_parameters(plain, compiled)
 
 
-@pytest.mark.thinned(3)
+SLOW = (pytest.mark.slow, pytest.mark.thinned(3))
+
+
 @pytest.mark.parametrize(
     ("model", "axes", "compiler"),
     [
         ("llama-tiny", {"dp": 2}, "eager"),
-        pytest.param("llama-tiny", {"dp": 2}, "inductor", marks=pytest.mark.slow),
-        pytest.param("gpt-tiny", {"dp": 2, "cp": 2}, "eager", marks=pytest.mark.slow),
-        pytest.param("bert-tiny", {"tp": 2, "dp": 2}, "eager", marks=pytest.mark.slow),
+        pytest.param("llama-tiny", {"dp": 2}, "inductor", marks=SLOW),
+        pytest.param("gpt-tiny", {"dp": 2, "cp": 2}, "eager", marks=SLOW),
+        pytest.param("bert-tiny", {"tp": 2, "dp": 2}, "eager", marks=SLOW),
     ],
 )
 def test_own_rows(worker_pool: PoolOf, model: str, axes: dict[str, int], compiler: str) -> None:
@@ -143,6 +145,7 @@ def over_batches_that_change() -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(2)
 def test_counts_of_rows_in_batches_that_change(worker_pool: PoolOf) -> None:
     for errors in worker_pool(2).run(over_batches_that_change):
         assert max(errors) <= EXACT, errors
@@ -169,6 +172,7 @@ def wrapped_in_ddp() -> dict[str, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(2)
 def test_ddp_over_dp(worker_pool: PoolOf) -> None:
     for errors in worker_pool(4).run(wrapped_in_ddp):
         assert max(errors.values()) <= EXACT, errors

@@ -130,12 +130,14 @@ def hf_case(name: str, mesh: str) -> Training:
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 def test_a_transformers_llama_trains_as_the_plain_one(worker_pool: PoolOf) -> None:
     shapes = assert_trains(worker_pool(4), hf_case("llama", "tp x cp"), FLOAT32_INSIDE)
     assert shapes["model.layers.0.self_attn.q_proj.weight"] == (16, 16)
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 def test_gathered_by_inductor_too(worker_pool: PoolOf) -> None:
     case = Training(
         partial(models.build, "llama-tiny", layers=1), tokens, *MESHES["cp"], {"compiler": "inductor"}, steps=2
@@ -218,6 +220,7 @@ def test_a_model_on_meta_is_made_as_the_plain_model_is(worker_pool: PoolOf, mode
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
 def test_a_transformers_model_says_itself_how_it_is_made(worker_pool: PoolOf, model: str) -> None:
     inputs = partial(tokens, names=("input_ids", "labels"))
@@ -232,6 +235,8 @@ def wide_llama() -> nn.Module:
     return build_llama(LlamaConfig(vocab=64, layers=16, heads=4, kv_heads=2, dim=128, hidden=256))
 
 
+@pytest.mark.slow
+@pytest.mark.thinned(3)
 def test_no_rank_ever_holds_all_parameters(worker_pool: PoolOf) -> None:
     """Alive at once: slices of what is not cut yet, the parts, and the few parameters that are worked on."""
     case = OnMeta(wide_llama, tokens, {"cp": 4}, "cp", runs=False)

@@ -94,7 +94,7 @@ def awkward(sizes: dict[str, int], axis: str | None, options: dict[str, Any]) ->
         return {"loss": error(want.detach(), have.detach()), **gradients(plain, sharded)}
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("balance", ["zigzag", "contiguous"])
 @pytest.mark.parametrize(
     ("sizes", "axis"), [({"tp": 2, "cp": 2}, "cp"), ({"tp": 2}, None), ({"cp": 2}, "cp"), ({"cp": 2, "tp": 2}, None)]
@@ -179,6 +179,7 @@ def refused() -> list[str]:
     return texts
 
 
+@pytest.mark.thinned(2)
 def test_errors_say_what_is_legal(worker_pool: PoolOf) -> None:
     (texts,) = worker_pool(1).run(refused)
     wanted = [

@@ -75,15 +75,17 @@ def against_plain(compiler: str, lengths: tuple[int, ...], batch: int) -> tuple[
     return max(float((a - b).abs().max()) for a, b in pairs), sorted(ops)
 
 
-@pytest.mark.thinned(4)
+SLOW = (pytest.mark.slow, pytest.mark.thinned(4))
+
+
 @pytest.mark.parametrize(
     ("ranks", "compiler", "lengths", "batch"),
     [
         (2, "eager", (7,), 2),
-        pytest.param(2, "inductor", (8, 7, 13), 2, marks=pytest.mark.slow),
-        pytest.param(2, "inductor", (8,), 1, marks=pytest.mark.slow),
-        pytest.param(4, "eager", (7, 8, 13), 1, marks=pytest.mark.slow),
-        pytest.param(4, "inductor", (7,), 2, marks=pytest.mark.slow),
+        pytest.param(2, "inductor", (8, 7, 13), 2, marks=SLOW),
+        pytest.param(2, "inductor", (8,), 1, marks=SLOW),
+        pytest.param(4, "eager", (7, 8, 13), 1, marks=SLOW),
+        pytest.param(4, "inductor", (7,), 2, marks=SLOW),
     ],
 )
 def test_loss_and_gradients(

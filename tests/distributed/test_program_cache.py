@@ -99,6 +99,7 @@ def dumping(folder: str) -> tuple[bool, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 def test_one_rank_dumps_and_none_stores(worker_pool: PoolOf, tmp_path: Path) -> None:
     for compiled, largest in worker_pool(2).run(dumping, str(tmp_path)):
         assert compiled
@@ -107,6 +108,7 @@ def test_one_rank_dumps_and_none_stores(worker_pool: PoolOf, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 def test_only_a_program_that_all_ranks_have_is_not_compiled(worker_pool: PoolOf, tmp_path: Path) -> None:
     for found in worker_pool(2).run(again, str(tmp_path)):
         assert {name for name, (one, _) in found.items() if one} == {"cold", "one rank has it"}
@@ -114,6 +116,7 @@ def test_only_a_program_that_all_ranks_have_is_not_compiled(worker_pool: PoolOf,
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 def test_other_options_and_other_ranks(worker_pool: PoolOf, tmp_path: Path) -> None:
     for found in worker_pool(2).run(changed, str(tmp_path)):
         compiled = {name for name, (one, _) in found.items() if one}

@@ -63,6 +63,7 @@ def test_two_ranks(worker_pool: PoolOf, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(2)
 def test_gpt2(worker_pool: PoolOf) -> None:
     agrees(worker_pool(2), hugging_face("gpt2"), {"tp": 2}, FLOAT32_INSIDE)
 
@@ -91,6 +92,7 @@ def test_hugging_face_on_four_ranks(worker_pool: PoolOf, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(2)
 def test_hugging_face_llama(worker_pool: PoolOf) -> None:
     agrees(worker_pool(2), hugging_face("llama"), {"tp": 2}, FLOAT32_INSIDE)
 

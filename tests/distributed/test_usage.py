@@ -47,19 +47,23 @@ GPT = partial(models.build, "gpt-tiny", layers=1)
 LLAMA = partial(models.build, "llama-tiny", layers=1)
 
 
+@pytest.mark.thinned(3)
 def test_loss_outside_the_model(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), Case(GPT, partial(tokens, labels=False), outer_loss))
 
 
+@pytest.mark.thinned(3)
 def test_two_micro_batches_accumulate(worker_pool: PoolOf) -> None:
     outcomes = assert_same(worker_pool(2), Case(GPT, tokens, micro_batches=(0, 1)))
     assert len(outcomes[0].graphs) == 2, "one forward and one backward for both"
 
 
+@pytest.mark.thinned(3)
 def test_torch_compile(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), Case(LLAMA, tokens, wrap=True))
 
 
+@pytest.mark.thinned(3)
 def test_float32(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), Case(GPT, tokens, dtype=torch.float32), FLOAT32)
 
@@ -88,6 +92,7 @@ def test_inductor(worker_pool: PoolOf, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(2)
 def test_lengths_that_change_compile_once_more(worker_pool: PoolOf) -> None:
     outcomes = assert_same(worker_pool(2), Case(GPT, partial(tokens, grows=15), micro_batches=(0, 1, 2, 3)))
     assert len(outcomes[0].graphs) <= 4, "the second length is the last to compile"
@@ -101,6 +106,7 @@ def marked(number: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(2)
 def test_mark_dynamic_compiles_once(worker_pool: PoolOf) -> None:
     outcomes = assert_same(worker_pool(2), Case(LLAMA, marked, micro_batches=(0, 1, 2)))
     assert len(outcomes[0].graphs) == 2
@@ -126,6 +132,7 @@ def evaluate() -> dict[str, float]:
     return errors
 
 
+@pytest.mark.thinned(3)
 def test_eval_and_no_grad(worker_pool: PoolOf) -> None:
     for errors in worker_pool(2).run(evaluate):
         assert all(found <= EXACT for found in errors.values()), errors
@@ -189,6 +196,7 @@ def loss_only() -> tuple[dict[str, float], str, int]:
     return errors, text, len(record.graphs)
 
 
+@pytest.mark.thinned(3)
 def test_loss_only(worker_pool: PoolOf) -> None:
     for errors, text, graphs in worker_pool(2).run(loss_only):
         assert all(found <= EXACT for found in errors.values()), errors

@@ -173,6 +173,7 @@ def test_dropout_follows_the_seed_forward_and_backward() -> None:
     torch.testing.assert_close(loss(0.0), slope.detach(), rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.thinned(2)
 def test_a_hugging_face_model_with_padding() -> None:
     import transformers as T
 

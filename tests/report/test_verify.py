@@ -106,6 +106,7 @@ def test_dropout_draws_what_the_plain_model_draws() -> None:
     assert report.ok, str(report)
 
 
+@pytest.mark.thinned(3)
 def test_dropout_over_dp_differs_and_a_note_says_why() -> None:
     report = verify(Block(dropout=0.5), batch(rows=4), mesh={"dp": 2})
     assert not report.ok
@@ -202,6 +203,7 @@ def test_a_wrong_value_is_traced_to_pass_and_line(monkeypatch: pytest.MonkeyPatc
     assert report.to_dict()["culprit"]["pass"] == "sabotage"
 
 
+@pytest.mark.thinned(3)
 def test_a_wrong_value_in_one_ranks_graph_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     broken_pipeline(monkeypatch, "parallelize-attention", LocalSabotage(aten.layer_norm.default, scale_eps))
     report = verify(Block(), batch(), mesh={"cp": 2})
@@ -219,6 +221,7 @@ def overwrite_in_flight(node: fx.Node) -> None:
         node.graph.call_function(aten.mul_.Tensor, (node.args[0], 2)).meta = dict(node.meta)
 
 
+@pytest.mark.thinned(3)
 def test_an_operand_that_is_overwritten_in_flight_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Right if the collective has read it by then, and so in real runs now and then."""
     start = torch.ops._c10d_functional.all_reduce.default
@@ -268,6 +271,7 @@ def test_a_right_loss_with_wrong_gradients_is_found(monkeypatch: pytest.MonkeyPa
     assert (report.culprit.pass_name, report.culprit.what) == ("lower", "gradient")
 
 
+@pytest.mark.thinned(3)
 def test_a_pass_behind_autograd_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     broken_pipeline(monkeypatch, "lower-collectives", ScheduleSabotage(aten.embedding_dense_backward.default, double))
     report = verify(Block(), batch(), mesh={"cp": 2})
@@ -328,6 +332,7 @@ def test_outputs_without_a_gradient_and_inputs_that_are_put_back() -> None:
     assert all(torch.equal(x, before[name]) for name, x in inputs.items())
 
 
+@pytest.mark.thinned(2)
 def test_final_graphs_are_run_beside_outputs_without_a_gradient() -> None:
     class Logged(Block):
         def forward(self, ids_BS: Tensor, labels_BS: Tensor | None = None) -> dict[str, Tensor]:

@@ -210,6 +210,7 @@ class SequenceFirst(Attention):
         return super().forward(x_SBD.transpose(0, 1))
 
 
+@pytest.mark.thinned(2)
 def test_verify_cuts_the_first_dim_only() -> None:
     with pytest.raises(BatchNotSplit, match=r"x_sbd_ has the batch in dim 1"):
         spcompile.verify(SequenceFirst(False), {"x_SBD": random(2 * S, 3, D)}, mesh={"dp": 2})
@@ -250,7 +251,7 @@ def test_dims_that_may_hold_the_batch_or_not(end: Callable[..., Tensor]) -> None
         verify(end)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("model", ["gpt-tiny", "llama-tiny", "bert-tiny"])
 def test_models_with_other_numbers_of_valid_tokens(model: str) -> None:
     ids_BS = torch.randint(0, 64, (2, 13), generator=torch.Generator().manual_seed(0))
@@ -262,6 +263,7 @@ def test_models_with_other_numbers_of_valid_tokens(model: str) -> None:
     assert report.ok, str(report)
 
 
+@pytest.mark.thinned(2)
 def test_outputs_are_each_ranks_own_row() -> None:
     ids_BS = torch.randint(0, 64, (2, 13), generator=torch.Generator().manual_seed(0))
     report = spcompile.verify(models.build("gpt-tiny").double(), {"ids_BS": ids_BS}, mesh={"dp": 2, "cp": 2})
@@ -288,7 +290,7 @@ def test_hugging_face_llama(others: str) -> None:
     assert report.ok, str(report)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("model", ["gpt-tiny", "llama-tiny"])
 def test_a_symbolic_length(model: str) -> None:
     """The rows are followed beside a length that is a symbol, and that stays one."""

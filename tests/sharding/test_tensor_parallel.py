@@ -105,7 +105,7 @@ def test_decisions(name: str) -> None:
     assert ("SPR502" in decisions.codes) == ("whole" in expected.values())
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("name", BUILT)
 def test_exact(name: str) -> None:
     checked(BUILT[name][0](), {"tp": 2})
@@ -137,7 +137,7 @@ def test_with_context_parallelism(attention: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(5, covers=["name", "mesh", "attention"])
+@pytest.mark.thinned(6, covers=["name", "mesh", "attention"])
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 @pytest.mark.parametrize(
     "mesh", [{"tp": 4, "cp": 2}, {"cp": 4, "tp": 2}, {"tp": 2, "cp": 3}, {"tp": 3, "cp": 2}], ids=str

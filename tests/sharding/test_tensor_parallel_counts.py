@@ -67,7 +67,7 @@ def rows(plan: Plan, origin: str = "activation") -> Counter[tuple[str, str]]:
     return found
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(10)
 @MODELS
 @REGATHER
 @pytest.mark.parametrize("degree", [2, 4])
@@ -159,9 +159,10 @@ def started(name: str, layers: int, regather: bool, compiler: str) -> Counter[tu
     return found
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
+@pytest.mark.thinned(4)
 @REGATHER
-@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_a_layer_starts_what_megatron_starts(
     worker_pool: Callable[[int], WorkerPool], regather: bool, compiler: str
 ) -> None:

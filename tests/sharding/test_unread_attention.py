@@ -81,6 +81,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q.exp()[..., None, :] @ states)[..., 0, :]
 
 
+@pytest.mark.thinned(2)
 def test_rows_of_a_model_without_softmax() -> None:
     model = Written(linear_attention)
     report = verify(model, {"x": torch.randn(4, S, N * H, dtype=torch.float64)}, mesh={"dp": 2})

@@ -1,8 +1,12 @@
-"""Which cases of a test run this time: one in n of a test that is marked `thinned(n)`, others with every seed."""
+"""Which cases run this time: one in n of a test that is marked `thinned(n)`, others with every seed.
+
+A test with fewer cases than n, or with none of its own, does not run with every seed.
+"""
 
 from __future__ import annotations
 
 import subprocess
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +27,7 @@ def commits() -> int:
 
 
 def classes(places: Sequence[Sequence[int]], n: int) -> list[int]:
-    """For each case, from its places in the lists of parameters, the class of n that it is in; no class is empty.
+    """For each case, from its places in the lists of parameters, its class of n; with n cases none is empty.
 
     It is the place in the longest list plus the number of the combination of the others: a value of the longest list is
     in every class where the others have n combinations, one of the others where the longest list has n values. Where
@@ -42,12 +46,13 @@ def classes(places: Sequence[Sequence[int]], n: int) -> list[int]:
 
 def runs(places: Sequence[Sequence[int]], n: int, seed: int) -> list[bool]:
     """For each case, whether it runs with this seed."""
-    n = min(n, len(places))
     return [number == seed % n for number in classes(places, n)]
 
 
 def places_of(items: Sequence[pytest.Item]) -> list[tuple[int, ...]]:
     """For each case of a test, the places of its values in the lists of every `parametrize`."""
+    if not hasattr(items[0], "callspec"):
+        return [(0,)]
     found: list[list[int]] = [[] for _ in items]
     for mark in items[0].iter_markers("parametrize"):
         names = mark.args[0].replace(" ", "").split(",") if isinstance(mark.args[0], str) else mark.args[0]
@@ -74,7 +79,10 @@ def check(test: str, items: Sequence[pytest.Item], n: int, covers: Sequence[str]
 
 
 def left_out(items: Sequence[pytest.Item], seed: int) -> set[pytest.Item]:
-    """The cases that do not run with this seed. Slow cases of a test are thinned apart from its others."""
+    """The cases that do not run with this seed. Slow cases of a test are thinned apart from its others.
+
+    Each test begins with another class, so that those with few cases take turns.
+    """
     groups: dict[tuple[str, bool], list[pytest.Item]] = defaultdict(list)
     for item in items:
         if item.get_closest_marker("thinned") and not item.get_closest_marker("manual"):
@@ -87,6 +95,6 @@ def left_out(items: Sequence[pytest.Item], seed: int) -> set[pytest.Item]:
         if not 2 <= n <= MOST:
             raise pytest.UsageError(f"{test}: thinned({n}), but n is from 2 to {MOST}")
         check(test, cases, n, mark.kwargs.get("covers", ()))
-        chosen = runs(places_of(cases), n, seed)
+        chosen = runs(places_of(cases), n, seed + zlib.crc32(test.encode()))
         found |= {item for item, run in zip(cases, chosen, strict=True) if not run}
     return found

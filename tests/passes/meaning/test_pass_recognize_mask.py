@@ -308,6 +308,7 @@ DYNAMIC: dict[str, tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_symbolic_lengths(name: str) -> None:
     expected, build, data = DYNAMIC[name]

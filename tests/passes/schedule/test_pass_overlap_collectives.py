@@ -94,6 +94,7 @@ def seconds_between(gm: fx.GraphModule, cost: CostModel) -> list[tuple[fx.Node, 
     return found
 
 
+@pytest.mark.thinned(2)
 def test_products_for_weights_hide_the_scatters_of_the_backward() -> None:
     mesh = MeshShape.of({"tp": 2})
     graphs, _, _ = final_graphs(llama(), tokens(), {"tp": 2})

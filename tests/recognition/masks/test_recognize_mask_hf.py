@@ -76,6 +76,7 @@ def transformers_calls() -> list[tuple[str, str, bool]]:
     return [case for case in cases if case[0] != "bert" or case[1] not in ("no cache", "packed")]
 
 
+@pytest.mark.slow
 @pytest.mark.thinned(10)
 @pytest.mark.parametrize(("name", "call", "dynamic"), transformers_calls())
 def test_transformers(name: str, call: str, dynamic: bool) -> None:

@@ -53,7 +53,7 @@ def test_what_belongs_to_heads_goes_with_them(name: str) -> None:
     check(name, 3, 3, 7, {"cp": 2}, "ulysses")
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(6, covers=["balance"])
 @pytest.mark.parametrize("name", DATA)
 @pytest.mark.parametrize("balance", ["zigzag", "contiguous"])
 def test_every_kind_of_attention_in_a_hybrid(name: str, balance: str) -> None:

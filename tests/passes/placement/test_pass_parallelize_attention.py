@@ -35,7 +35,7 @@ def windowed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=(distance >= 0) & (distance < 3), enable_gqa=True)
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(9, covers=["strategy"])
 @pytest.mark.parametrize("strategy", ["ring", "ulysses"])
 @pytest.mark.parametrize(("query_heads", "key_heads"), [(4, 4), (4, 2), (8, 1)])
 @pytest.mark.parametrize("function", [causal, full, windowed])

@@ -8,18 +8,12 @@ from spcompile.passes.meaning.recognize_loss import RecognizeLoss
 from spcompile.passes.meaning.recognize_mask import RecognizeMask
 from spcompile.passes.meaning.recognize_softmax import RecognizeSoftmax
 from spcompile.passes.meaning.split_dropout import SplitDropout
-from spcompile.passes.placement.annotate_data_parallel import AnnotateDataParallel
 from spcompile.passes.placement.annotate_sharding import AnnotateSharding
-from spcompile.passes.placement.annotate_tensor_parallel import AnnotateTensorParallel
 from spcompile.passes.placement.cancel_collectives import CancelCollectives
 from spcompile.passes.placement.choose_attention import ChooseAttention
 from spcompile.passes.placement.hoist_shard import HoistShard
-from spcompile.passes.placement.insert_data_reshards import InsertDataReshards
 from spcompile.passes.placement.insert_reshards import InsertReshards
-from spcompile.passes.placement.insert_tensor_reshards import InsertTensorReshards
 from spcompile.passes.placement.lower import LowerToLocal
-from spcompile.passes.placement.lower_data_parallel import LowerDataParallel
-from spcompile.passes.placement.lower_tensor_parallel import LowerTensorParallel
 from spcompile.passes.placement.parallelize_attention import ParallelizeAttention
 from spcompile.passes.placement.sink_all_gather import SinkAllGather
 from spcompile.passes.placement.sink_all_reduce import SinkAllReduce
@@ -41,24 +35,24 @@ PIPELINE: tuple[Pass, ...] = (
     RecognizeLoss(),  # means over tokens must be sums and counts before tokens are split
     SplitDropout(),  # behind recognize-attention, which looks for the dropout of eager attention
     # Axis dp: whole rows, of which each rank has its own.
-    AnnotateDataParallel(),  # reads what the losses sum over
-    InsertDataReshards(),  # losses and gradients of weights are summed
-    LowerDataParallel(),  # no shape changes
+    AnnotateSharding("dp"),  # reads what the losses sum over
+    InsertReshards("dp"),  # losses and gradients of weights are summed
+    LowerToLocal("dp"),  # shapes change: one rank's rows
     # Axis cp: the sequence.
     ChooseAttention(),  # reads masks and head counts; the order of the sequence follows from it
-    AnnotateSharding(),  # on the final global ops, since it holds their factors
-    InsertReshards(),  # decides with the whole graph annotated
-    LowerToLocal(),  # shapes change: one rank of cp, the whole of tp
+    AnnotateSharding("cp"),  # on the final global ops, since it holds their factors
+    InsertReshards("cp"),  # decides with the whole graph annotated
+    LowerToLocal("cp"),  # shapes change: one rank of cp, the whole of tp
     # The same once more for tp, on what cp left.
     SplitProjections(),  # a fused projection has one factor where its parts have heads
-    AnnotateTensorParallel(),  # on the final products
-    InsertTensorReshards(),  # Megatron without sequence parallelism: AllReduces
+    AnnotateSharding("tp"),  # on the final products
+    InsertReshards("tp"),  # Megatron without sequence parallelism: AllReduces
     SinkAllReduce(),  # while a sum's completion is one node
     SplitAllReduce(),  # makes AllGathers that can move
     SinkAllGather(),  # down, as far as the sequence passes
     HoistShard(),  # up, from where sunk gathers met whole operands
     CancelCollectives(),  # when all have moved
-    LowerTensorParallel(),  # shapes change: one rank
+    LowerToLocal("tp"),  # shapes change: one rank
     # LOCAL stage: one rank's graph.
     SplitExchanges(),  # needs to see what leads to q, to k and to v, and what they are to become
     ParallelizeAttention(),  # the rest, while gathers of keys and values still stand beside their attention

@@ -33,7 +33,7 @@ from spcompile.program.one_device import recognise
 from spcompile.program.outputs import restore_outputs
 from spcompile.program.pipeline import History
 from spcompile.program.program_cache import Finished
-from spcompile.program.row_symbols import over_known_rows
+from spcompile.program.whole_batch import over_whole_batch
 from spcompile.torch_private import aot_autograd, compile_fx
 
 log = logging.getLogger(__name__)
@@ -53,25 +53,30 @@ def spcompile(
     Raises:
         SpcompileError: before any collective of the model runs, with the same text on every rank.
     """
-    without_symbolic_floats(gm)
     mesh = runtime_mesh((options or {}).get("mesh"), _device_type(example_inputs))
+    # Over dp the frame is traced once more, where a float of the caller's is a number.
+    without_symbolic_floats(gm, all_are_numbers=mesh is not None and mesh.shape.size("dp") > 1)
     if mesh is None:
         chosen = Options.parse(options)
         log.info("SPR401 world size 1: compiled without sharding")
         return _alone(gm, example_inputs, chosen)
-    whole = functools.partial(_over, mesh, options)
-    return over_known_rows(whole, mesh.shape.size("dp"))(gm, example_inputs)
+    agreement = _agreement(mesh.key, mesh)
+    whole = functools.partial(_over, mesh, options, agreement)
+    with agreement.shared_errors():
+        return over_whole_batch(whole, mesh.shape.size("dp"))(gm, example_inputs)
 
 
 def _over(
-    mesh: RuntimeMesh, options: Mapping[str, Any] | None, gm: fx.GraphModule, inputs: Sequence[Any]
+    mesh: RuntimeMesh,
+    options: Mapping[str, Any] | None,
+    agreement: Agreement,
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
 ) -> Callable[..., Any]:
-    agreement = _agreement(mesh.key, mesh)
-    with agreement.shared_errors():
-        chosen = Options.parse(options)
-        agreement.require(_signature(inputs, chosen))
-        refuse_graph_break(gm)
-        return _compile(gm, inputs, chosen, mesh, agreement)
+    chosen = Options.parse(options)
+    agreement.require(_signature(inputs, chosen))
+    refuse_graph_break(gm)
+    return _compile(gm, inputs, chosen, mesh, agreement)
 
 
 def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:

@@ -153,7 +153,7 @@ REMARKS: dict[str, str] = {
     "SPR101": "no attention was found, so there is no sequence to shard: the graph runs replicated",
     "SPR102": "an op has no sharding rule: it is computed replicated on every rank",
     "SPR103": "an op cannot be computed on a shard of the sequence: its input is gathered",
-    "SPR104": "numbers that count rows of the batch cannot be told from others: each is taken as this rank has it",
+    "SPR104": "a symbol for the number of rows does not go through the compiler: each number is another program",
     "SPR201": "a mask could not be read: it stays dense, sharded by query rows",
     "SPR202": "an attention could not be recognised: its keys and values are gathered",
     "SPR203": "attention strategy chosen",

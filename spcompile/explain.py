@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
+    from spcompile.attention.scores.call import AttentionCall
     from spcompile.options import Options
     from spcompile.program.build import LocalProgram
     from spcompile.program.pipeline import Snapshot
@@ -39,8 +40,8 @@ def explain(
     from spcompile.capture.meta_device import off_meta
     from spcompile.options import Options
     from spcompile.passes import PIPELINE
-    from spcompile.program.row_symbols import over_known_rows
     from spcompile.program.trace import compile_for, mesh_shape, through_dynamo
+    from spcompile.program.whole_batch import over_whole_batch
 
     shape, chosen = mesh_shape(mesh), Options.parse(options)
     plans: list[Plan] = []
@@ -51,7 +52,7 @@ def explain(
         _remark_weight_memory(model, traced.program, inputs)
         plans.append(_plan(model, traced, chosen, [id(value) in own for value in inputs]))
 
-    through_dynamo(model, example_inputs, over_known_rows(describe, shape.size("dp")))
+    through_dynamo(model, example_inputs, over_whole_batch(describe, shape.size("dp")))
     return plans[0]
 
 
@@ -137,8 +138,7 @@ def _history(program: LocalProgram) -> tuple[dict[str, str], list[PassRow]]:
 
 def _sharding(program: LocalProgram) -> Sharding:
     """An op runs on shards if it chose a factor, of cp or, on a mesh without cp, of tp."""
-    import torch
-
+    from spcompile.attention.scores.call import AttentionCall
     from spcompile.graph.reshard import is_reshard
     from spcompile.graph.sizes import expression
     from spcompile.machine.sequence import local_length
@@ -150,7 +150,7 @@ def _sharding(program: LocalProgram) -> Sharding:
     graph = _whole(program) if parallel else _last_global(program)
     calls = [n for n in graph.nodes if n.op == "call_function" and not is_reshard(n)]
     on_shards = [n for n in calls if (layout := layout_of(n)) is not None and layout.choice]
-    lengths = [n.args[0].meta["val"].shape[2] for n in on_shards if n.target is torch.ops.spx.attention.default]
+    lengths = [AttentionCall.of(n).sizes.q_rows for n in on_shards if AttentionCall.is_call(n)]
     custom = [(n, n.meta.get("custom", {})) for n in on_shards]
     rows = [(n, found.get(UNREAD_ATTENTION) or found.get(SCORES)) for n, found in custom]
     lengths += [n.meta["val"].shape[dim] for n, dim in rows if dim]
@@ -180,31 +180,27 @@ def _whole(program: LocalProgram) -> fx.Graph:
 
 
 def _attention(program: LocalProgram) -> list[AttentionRow]:
-    import torch
-
-    from spcompile.graph.sizes import hint
+    from spcompile.attention.scores.call import AttentionCall
     from spcompile.report.plan import AttentionRow
 
     parallel = program.ctx.mesh.world_size > 1
     kinds: Counter[tuple[str, int, int, str, str]] = Counter()
-    for node in _whole(program).find_nodes(op="call_function", target=torch.ops.spx.attention.default):
-        q, k = node.args[0].meta["val"], node.args[1].meta["val"]
+    for node in AttentionCall.all_in(_whole(program)):
+        call = AttentionCall.of(node)
+        sizes = call.sizes.hints()
         strategy = node.meta.get("custom", {}).get("spx_attention", "ring") if parallel else "one device"
-        kinds[(strategy, hint(q.shape[1]), hint(k.shape[1]), str(node.args[9]), _scores(node))] += 1
+        kinds[(strategy, sizes.heads, sizes.kv_heads, call.mask, _scores(call))] += 1
     return [AttentionRow(strategy, n, heads, kv, *rest) for (strategy, heads, kv, *rest), n in kinds.items()]
 
 
-def _scores(node: fx.Node) -> str:
+def _scores(call: AttentionCall) -> str:
     """What an attention does to scores beside its mask."""
-    from spcompile.collectives import call_arguments
-
-    named = call_arguments(node.target, node.args, node.kwargs)[1]  # type: ignore[arg-type]
     found = {
-        f"softcap {named['softcap']:g}": named["softcap"] != 0,
-        "ALiBi": named["alibi_slopes"] is not None,
-        "sinks": named["sinks"] is not None,
-        f"dropout {named['dropout_p']:g}": named["dropout_p"] != 0,
-        "dense bias": named["bias"] is not None,
+        f"softcap {call.softcap:g}": call.has_softcap,
+        "ALiBi": call.alibi_slopes is not None,
+        "sinks": call.sinks is not None,
+        f"dropout {call.dropout_p:g}": call.has_dropout,
+        "dense bias": call.bias is not None,
     }
     return ", ".join(name for name, is_there in found.items() if is_there)
 

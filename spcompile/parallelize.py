@@ -129,8 +129,8 @@ def _split_over_tp(
     from spcompile.parameters.weight_plan import PLANNED, split_over_tp
     from spcompile.passes import PIPELINE
     from spcompile.program.build import build
-    from spcompile.program.row_symbols import over_known_rows
     from spcompile.program.trace import through_dynamo
+    from spcompile.program.whole_batch import over_whole_batch
 
     passes = PIPELINE[: [p.name for p in PIPELINE].index(PLANNED) + 1]
     known = {p.name for p in passes}
@@ -147,7 +147,7 @@ def _split_over_tp(
                 found[names[id(value)]] = split
 
     with torch.enable_grad():
-        through_dynamo(model, example_inputs, over_known_rows(backend, shape.size("dp")))
+        through_dynamo(model, example_inputs, over_whole_batch(backend, shape.size("dp")))
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
     import torch.fx as fx
@@ -33,7 +33,6 @@ class Context:
     options: Options
     remarks: Remarks
     order: str = "contiguous"  # of the sequence over cp; set by choose-attention
-    rows: int | None = None  # what stands for one row a rank between annotate- and lower-data-parallel, which set it
 
 
 @dataclass
@@ -68,7 +67,7 @@ class Pass:
 
     run() changes the graph in place. Every single rewrite preserves meaning. It must be idempotent.
     leaves: the stage of the graph behind the pass, where it is not `stage`.
-    axis: the pass runs only on meshes with more than one rank along it.
+    axis: the one that the pass is about, if it is about one.
     """
 
     name: ClassVar[str]
@@ -78,9 +77,39 @@ class Pass:
     axis: ClassVar[str | None] = None
     leaves: ClassVar[Stage | None] = None
 
+    def runs_on(self, mesh: MeshShape) -> bool:
+        """Whether there is something to do: more than one rank along the axis of the pass."""
+        return self.axis is None or mesh.size(self.axis) > 1
+
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         """Rewrite `gm.graph`; returns the number of rewrites. Who runs passes writes the module's code behind them."""
         raise NotImplementedError
+
+
+class OnAxis(NamedTuple):
+    """What a pass is called on one axis, the passes it stands behind there, and what it does, in words."""
+
+    name: str
+    after: frozenset[str]
+    summary: str
+
+
+@dataclass(frozen=True)
+class AxisPass(Pass):
+    """A pass that the pipeline holds once for each axis. On `cp` it always runs: a graph is LOCAL behind it."""
+
+    axis: str  # type: ignore[misc]  # of this pass a field, which is no option of the user's
+
+    on: ClassVar[Mapping[str, OnAxis]]
+
+    def __post_init__(self) -> None:
+        """Set what a pass of one axis has in its class."""
+        for name, value in self.on[self.axis]._asdict().items():
+            object.__setattr__(self, name, value)
+
+    def runs_on(self, mesh: MeshShape) -> bool:
+        """On every mesh for `cp`."""
+        return self.axis == "cp" or super().runs_on(mesh)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
@@ -20,6 +21,9 @@ from torch._dynamo.exc import RestartAnalysis, TensorifyScalarRestartAnalysis
 
 # torch 2.13: torch/_dynamo/symbolic_convert.py. What traces a frame, and which floats are to be numbers in it.
 from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
+
+# torch 2.13: torch/_dynamo/variables/torch_function.py. Where Dynamo keeps function modes while it compiles a frame.
+from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 
 # torch 2.13: torch/_functorch/_aot_autograd/autograd_cache.py, schemas.py. Its key of a graph, and its results.
 from torch._functorch._aot_autograd import autograd_cache
@@ -65,9 +69,6 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # torch 2
 # torch 2.13: torch/fx/_lazy_graph_module.py
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 
-# torch 2.13: torch/fx/experimental/_config.py. With `backed_size_oblivious` sizes of 1 have symbols, too.
-from torch.fx.experimental import _config as symbol_config
-
 # torch 2.13: torch/nn/modules/transformer.py. What nn.TransformerEncoder asks of its mask.
 from torch.nn.modules.transformer import _detect_is_causal_mask as detect_is_causal_mask
 from torch.utils._ordered_set import OrderedSet  # torch 2.13
@@ -112,8 +113,8 @@ __all__ = [
     "no_python_dispatcher",
     "preserve_node_ordering",
     "resolve_process_group",
-    "symbol_config",
     "trace_again",
+    "under_function_modes",
     "unset_fake_temporarily",
     "write_atomic",
 ]
@@ -122,6 +123,20 @@ __all__ = [
 def resolve_process_group(name: str) -> ProcessGroup:
     """The process group with this c10d name."""
     return _resolve_process_group(cast("GroupName", name))
+
+
+@contextlib.contextmanager
+def under_function_modes() -> Iterator[None]:
+    """What runs while Dynamo compiles a frame runs under the torch-function modes of the frame, as a default device.
+
+    Dynamo takes them away meanwhile and keeps them in one place, which a compile inside of a compile overwrites.
+    """
+    kept = torch_function_mode_stack_state_mgr.stack
+    try:
+        with torch_function_mode_stack_state_mgr.temp_restore_stack():
+            yield
+    finally:
+        torch_function_mode_stack_state_mgr.stack = kept
 
 
 def trace_again(reason: str) -> NoReturn:

@@ -27,6 +27,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.attention.scores.call import AttentionCall
 from spcompile.attention.scores.mask import EXCLUDES, AttentionMask
 from spcompile.capture.flex_attention import refuse
 from spcompile.graph.edit import argument, erase_dead, operand, replace, shape_of
@@ -97,7 +98,7 @@ class RecognizeAttention(Pass):
 
 def _remark_dropout(made: list[fx.Node], ctx: Context) -> None:
     for node in made:
-        if node.target is torch.ops.spx.attention.default and argument(node, 15, "dropout_p", 0.0):
+        if AttentionCall.is_call(node) and AttentionCall.of(node).has_dropout:
             text = "dropout of attention weights follows from seeds and positions; the plain model draws other numbers"
             ctx.remarks.add("SPR303", text, node, strict_error=False)
 
@@ -195,8 +196,10 @@ def _rewrite_eager(found: EagerAttention, new: Builder, ctx: Context) -> None:
 def _averaged(out: fx.Node, found: EagerAttention, new: Builder) -> fx.Node:
     """The output with the mean of all values in rows without keys: their scores were replaced by a finite number."""
     both = operand(out, 0)
+    call = AttentionCall.of(both)
     lse = new(operator.getitem, both, 1)
-    return splice(with_uniform_rows, (out, lse, *both.args[:3], found.scale, False), like=found.result.node)
+    args = (out, lse, call.q, call.k, call.v, found.scale, False)
+    return splice(with_uniform_rows, args, like=found.result.node)
 
 
 def _operands(found: EagerAttention, new: Builder) -> tuple[fx.Node, fx.Node, fx.Node, int]:

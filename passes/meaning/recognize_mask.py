@@ -27,9 +27,10 @@ import torch.fx as fx
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
+from spcompile.attention.scores.call import AttentionCall
 from spcompile.attention.scores.mask import AttentionMask
 from spcompile.capture.flex_attention import refuse
-from spcompile.graph.edit import argument, call, erase_dead, replace, shape_of
+from spcompile.graph.edit import call, erase_dead, replace, shape_of
 from spcompile.graph.splice import splice
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.recognition.build import AVERAGED, OF_ROWS_WITHOUT_KEYS
@@ -53,10 +54,7 @@ from spcompile.recognition.masks.views import IndexSpace, Indices, sizes_of
 
 aten = torch.ops.aten
 
-# Arguments of spx.attention by place.
-Q_, K_, Q_DOCUMENTS, K_DOCUMENTS, KEY_VALID, BIAS, MASK, SLOPES, SINKS, SOFTCAP = 0, 1, 5, 6, 7, 8, 9, 11, 12, 14
 _ABSORBED = str(AttentionMask(documents=True, rounded_by=LOWEST))
-MORE = (None, None, None, 0.0, 0.0)  # the arguments from SLOPES on where they are left out
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,17 @@ class _Operands:
     slopes: fx.Node | None
     is_uniform: bool
 
+    def put_into(self, attention: AttentionCall) -> AttentionCall:
+        """The attention with these arguments."""
+        return attention.but(
+            mask=self.mask,
+            q_documents=self.q_documents,
+            k_documents=self.k_documents,
+            key_valid=self.key_valid,
+            bias=self.bias,
+            alibi_slopes=self.slopes if self.slopes is not None else attention.alibi_slopes,
+        )
+
 
 @dataclass(frozen=True)
 class RecognizeMask(Pass):
@@ -96,23 +105,17 @@ class RecognizeMask(Pass):
         """Rewrite every attention whose bias holds a mask."""
         done: dict[tuple[Any, ...], _Operands | None] = {}
         rewrites = 0
-        for node in list(gm.graph.find_nodes(op="call_function", target=torch.ops.spx.attention.default)):
-            bias = node.args[BIAS]
-            if bias is None or not (node.args[MASK] == "full" or _is_of_rows_without_keys(node)):
+        for node in AttentionCall.all_in(gm.graph):
+            attention = AttentionCall.of(node)
+            if attention.bias is None or not (attention.mask == "full" or _is_of_rows_without_keys(node)):
                 continue
-            traits = _traits(node)
-            key = (
-                bias,
-                node.args[MASK],
-                node.args[Q_DOCUMENTS],
-                *traits,
-                *(sizes_of(node.args[i])[d] for i in (Q_, K_) for d in (0, 2)),
-            )
+            lengths = [sizes_of(x)[d] for x in (attention.q, attention.k) for d in (0, 2)]
+            key = (attention.bias, attention.mask, attention.q_documents, *_traits(attention), *lengths)
             if key not in done:
-                done[key] = _recognize(node, bias, ctx)
+                done[key] = _recognize(node, ctx)
             new = done[key]
             if new is not None:
-                node.args = _with(new, node.args)
+                new.put_into(attention).write(node)
                 if new.is_uniform:
                     _average_rows_without_keys(node)
                 rewrites += 1
@@ -122,40 +125,41 @@ class RecognizeMask(Pass):
         return rewrites
 
 
-def _with(new: _Operands, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of an attention with new ones in their places."""
-    head, scale, more = args[:Q_DOCUMENTS], args[MASK + 1], args[SLOPES:]
-    if new.slopes is not None:
-        more = (new.slopes, *(more or MORE)[1:])
-    return (*head, new.q_documents, new.k_documents, new.key_valid, new.bias, new.mask, scale, *more)
-
-
-def _traits(node: fx.Node) -> tuple[bool, bool]:
+def _traits(attention: AttentionCall) -> tuple[bool, bool]:
     """Whether the attention has sinks, and a softcap."""
-    return argument(node, SINKS, "sinks") is not None, argument(node, SOFTCAP, "softcap", 0.0) != 0
+    return attention.sinks is not None, attention.has_softcap
 
 
 def _average_rows_without_keys(node: fx.Node, marks: fx.Node | None = None) -> None:
     """marks: -inf in these rows, [B, N, S]; by default the log-sum-exp."""
-    if argument(node, SOFTCAP, "softcap", 0.0) != 0:
+    attention = AttentionCall.of(node)
+    if attention.has_softcap:
         return _add_rows_without_keys(node, marks)
     (out,) = (user for user in node.users if user.target is operator.getitem and user.args[1] == 0)
     before = call(node.graph, operator.getitem, (node, 0), like=out)
     marks = marks or call(node.graph, operator.getitem, (node, 1), like=out)
-    q, k, v, scale = *node.args[:3], node.args[MASK + 1]
-    replace(out, splice(with_uniform_rows, (before, marks, q, k, v, scale, True), like=out))
+    args = (before, marks, attention.q, attention.k, attention.v, attention.scale, True)
+    replace(out, splice(with_uniform_rows, args, like=out))
 
 
 def _add_rows_without_keys(node: fx.Node, marks: fx.Node | None) -> None:
     """Under a softcap: by a second attention, of these rows alone."""
     (out,) = (user for user in node.users if user.target is operator.getitem and user.args[1] == 0)
-    q, k, v, mask, scale, more = *node.args[:3], node.args[MASK], node.args[MASK + 1], node.args[SLOPES:]
+    first = AttentionCall.of(node)
     if marks is None:
-        documents = splice(as_documents, (mask, node.args[KEY_VALID], q, k), like=out)
+        documents = splice(as_documents, (first.mask, first.key_valid, first.q, first.k), like=out)
     else:
-        documents = splice(marked_as_documents, (marks, q, k), like=out)
-    args = (q, k, v, None, None, *documents, None, None, _ABSORBED, scale, None, None, *more[2:])
-    second = call(node.graph, torch.ops.spx.attention.default, args, like=node, before=out)
+        documents = splice(marked_as_documents, (marks, first.q, first.k), like=out)
+    of_rows = first.but(
+        q_documents=documents[0],
+        k_documents=documents[1],
+        key_valid=None,
+        bias=None,
+        mask=_ABSORBED,
+        alibi_slopes=None,
+        sinks=None,
+    )
+    second = of_rows.insert(like=node, before=out)
     of_these = call(node.graph, operator.getitem, (second, 0), like=out)
     before = call(node.graph, operator.getitem, (node, 0), like=out)
     replace(out, call(node.graph, aten.add.Tensor, (before, of_these), like=out))
@@ -169,10 +173,10 @@ def _average_rows_of_one_number(graph: fx.Graph) -> int:
     """
     found: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     rewrites = 0
-    for node in graph.find_nodes(op="call_function", target=torch.ops.spx.attention.default):
-        bias, custom = node.args[BIAS], node.meta.get("custom", {})
-        has_sinks, has_softcap = _traits(node)
-        if bias is None or node.args[MASK] != "full" or has_sinks or AVERAGED in custom:
+    for node in AttentionCall.all_in(graph):
+        attention, custom = AttentionCall.of(node), node.meta.get("custom", {})
+        bias, (has_sinks, has_softcap) = attention.bias, _traits(attention)
+        if bias is None or attention.mask != "full" or has_sinks or AVERAGED in custom:
             continue
         if has_softcap and sizes_of(bias)[1] != 1:
             continue
@@ -180,7 +184,7 @@ def _average_rows_of_one_number(graph: fx.Graph) -> int:
             continue
         if bias not in found:
             found[bias] = splice(rows_of_one_number, (bias,), like=node)
-        node.args = (*node.args[:BIAS], found[bias][0], *node.args[BIAS + 1 :])
+        attention.but(bias=found[bias][0]).write(node)
         node.meta["custom"] = {**custom, AVERAGED: True}
         _average_rows_without_keys(node, found[bias][1])
         rewrites += 1
@@ -193,9 +197,9 @@ def _has_no_fill(bias: fx.Node) -> bool:
     return all(part.role is not Role.ADD or is_finite(part.node) for part in parts)
 
 
-def _recognize(node: fx.Node, bias: fx.Node, ctx: Context) -> _Operands | None:
-    q: Any = node.args[Q_]
-    k: Any = node.args[K_]
+def _recognize(node: fx.Node, ctx: Context) -> _Operands | None:
+    attention = AttentionCall.of(node)
+    q, k, bias = attention.q, attention.k, attention.bias
     if _is_mutated(bias):
         ctx.remarks.add("SPR201", "the mask is written to in place", bias)
         return None
@@ -203,8 +207,8 @@ def _recognize(node: fx.Node, bias: fx.Node, ctx: Context) -> _Operands | None:
     sizes = (sizes_of(q)[0], sizes_of(q)[1], sizes_of(q)[2], sizes_of(k)[2])
     indices = tuple(space.add(symbol.name, size) for symbol, size in zip((B, H, Q, K), sizes, strict=True))
     reader = Reader(space)
-    split = _split(parts_of(bias), reader, indices, sizes, _traits(node))
-    new = _write(split, reader, node, bias) if split.taken else None
+    split = _split(parts_of(bias), reader, indices, sizes, _traits(attention))
+    new = _write(split, reader, node) if split.taken else None
     for part, why, where in split.dense if new is not None or not split.taken else ():
         _remark(ctx, part, why, where)
     if split.taken and new is None:
@@ -286,9 +290,9 @@ def _remark(ctx: Context, part: Part, why: str, where: fx.Node) -> None:
     ctx.remarks.add("SPR201", f"{what} {part.node.name}: {why}", at, strict_error=is_square)
 
 
-def _write(split: _Split, reader: Reader, node: fx.Node, bias: fx.Node) -> _Operands | None:
-    q: Any = node.args[Q_]
-    k: Any = node.args[K_]
+def _write(split: _Split, reader: Reader, node: fx.Node) -> _Operands | None:
+    attention = AttentionCall.of(node)
+    q, k, bias = attention.q, attention.k, attention.bias
     made: list[fx.Node] = []
 
     def new(target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
@@ -308,13 +312,12 @@ def _write(split: _Split, reader: Reader, node: fx.Node, bias: fx.Node) -> _Oper
     bias_left = full_bias(rest, q, k, new)
     mask = split.structure.mask
     if _is_of_rows_without_keys(node):
-        of_rows: Any = node.args[Q_DOCUMENTS:KEY_VALID]
+        of_rows = attention.q_documents, attention.k_documents
         if q_documents is None or k_documents is None:
             q_documents, k_documents = of_rows
         else:
             q_documents, k_documents = splice(both_documents, (q_documents, k_documents, *of_rows), like=node)
-        of_node = AttentionMask.parse(str(node.args[MASK]))
-        mask = dataclasses.replace(mask, documents=True, rounded_by=of_node.rounded_by)
+        mask = dataclasses.replace(mask, documents=True, rounded_by=attention.attention_mask.rounded_by)
     return _Operands(str(mask), q_documents, k_documents, key_valid, bias_left, slopes, split.is_uniform)
 
 

@@ -1,11 +1,17 @@
-"""annotate-sharding: find the sequence and place every value.
+"""annotate-sharding: find what an axis splits, and place every value.
 
-Before: a graph that knows what it computes but not where. After: every node carries its index spaces and, where the
-attention's query rows reach it, the factor over which it can run sharded. Nothing is rewritten.
+Before: a graph that knows what it computes but not where. After: every node carries its index spaces and, where what
+the axis splits reaches it, the factor over which it can run sharded.
+
+    dp   the rows of the batch, from the inputs of which every rank passes its own
+    cp   the sequence, from the query rows of every attention
+    tp   heads, hidden features and the vocabulary, from the weights; the activations between blocks are not split yet
+         (split-all-reduce and its neighbours see to that)
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,34 +19,67 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.sharding.index_spaces import find_index_spaces
+from spcompile.graph.sizes import hint
+from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
+from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces
 from spcompile.sharding.layout import annotate
-from spcompile.sharding.propagate import SCORES, propagate, sequence_seeds
+from spcompile.sharding.propagate import SCORES, Placements, propagate, sequence_seeds
+from spcompile.sharding.row_blocks import write_blocks
+from spcompile.sharding.rows import inputs_with_rows, require_rows
+from spcompile.sharding.tensor_parallel import tensor_seeds
 
 
 @dataclass(frozen=True)
-class AnnotateSharding(Pass):
-    """Attach a NodeLayout to every node; axis `cp` spreads from the query rows of every attention."""
+class AnnotateSharding(AxisPass):
+    """Attach a NodeLayout to every node."""
 
-    name: ClassVar[str] = "annotate-sharding"
     stage: ClassVar[Stage] = Stage.GLOBAL
-    after: ClassVar[frozenset[str]] = frozenset({"recognize-attention", "recognize-mask"})
-    summary: ClassVar[str] = "finds the sequence and places every value, from the factor rules"
+    on: ClassVar[Mapping[str, OnAxis]] = {
+        "dp": OnAxis(
+            "annotate-data-parallel",
+            frozenset({"recognize-attention", "recognize-mask", "recognize-loss"}),
+            "places the rows of the batch, of which each rank of dp has its own",
+        ),
+        "cp": OnAxis(
+            "annotate-sharding",
+            frozenset({"recognize-attention", "recognize-mask"}),
+            "finds the sequence and places every value, from the factor rules",
+        ),
+        "tp": OnAxis(
+            "annotate-tensor-parallel",
+            frozenset({"lower", "split-projections"}),
+            "decides from the graph which weights are column-, row- and vocabulary-parallel",
+        ),
+    }
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        """Annotate; rewrites nothing."""
-        spaces = find_index_spaces(gm.graph)
-        seeds = sequence_seeds(spaces)
-        if not seeds:
-            _remark_no_sequence(gm.graph, ctx)
-        for node in (n for n in seeds if SCORES in n.meta.get("custom", {})):
-            text = f"attention at {node.name}: what reads the weights is no product with values; split by query rows"
-            ctx.remarks.add("SPR202", text, node)
-        if ctx.mesh.size("cp") == 1:
-            seeds = {}
-        annotate(gm.graph, "cp", spaces, propagate(gm.graph, spaces, seeds))
-        return 0
+        """Annotate. Returns how many joins and cuts of rows were rewritten, on `dp`; nothing else is.
+
+        Raises:
+            BatchNotSplit: rows that cannot be told from something else.
+        """
+        rewrites = write_blocks(gm.graph, inputs_with_rows(gm.graph)) if self.axis == "dp" else 0
+        spaces = find_index_spaces(gm.graph, drawn_apart=self.axis == "dp")
+        place = {"dp": _place_rows, "cp": _place_sequence, "tp": _place_weights}[self.axis]
+        annotate(gm.graph, self.axis, spaces, place(gm.graph, spaces, ctx))
+        return rewrites
+
+
+def _place_rows(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placements:
+    found = propagate(graph, spaces, {}, inputs_with_rows(graph))
+    if ctx.mesh.size("dp") > 1:
+        require_rows(graph, spaces, found)
+    return found
+
+
+def _place_sequence(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placements:
+    seeds = sequence_seeds(spaces)
+    if not seeds:
+        _remark_no_sequence(graph, ctx)
+    for node in (n for n in seeds if SCORES in n.meta.get("custom", {})):
+        text = f"attention at {node.name}: what reads the weights is no product with values; split by query rows"
+        ctx.remarks.add("SPR202", text, node)
+    return propagate(graph, spaces, seeds if ctx.mesh.size("cp") > 1 else {})
 
 
 def _remark_no_sequence(graph: fx.Graph, ctx: Context) -> None:
@@ -51,6 +90,21 @@ def _remark_no_sequence(graph: fx.Graph, ctx: Context) -> None:
         ctx.remarks.add("SPR301", "every query has length 1; the graph runs replicated", attention, strict_error=False)
 
 
+def _place_weights(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placements:
+    degree = ctx.mesh.size("tp")
+    found = tensor_seeds(graph, spaces, degree)
+    placements = propagate(graph, spaces, found.seeds)
+    for node, call in spaces.calls.items():
+        groups = hint(call.rule.sizes.get("g", 1)) if call.rule.paired else degree
+        if groups % degree:
+            heads = groups * hint(call.rule.sizes.get("r", 1))
+            text = f"{heads} heads in {groups} groups over tp = {degree}"
+            ctx.remarks.add("SPR503", text, node, strict_error=False)
+    for node in found.kept:
+        ctx.remarks.add("SPR502", f"the weight of {node.target} is not split over tp", node, strict_error=False)
+    return placements
+
+
 def _attention_over_flat_rows(x_BSD: Tensor, w_DD: Tensor) -> Tensor:
     B, S, D = x_BSD.shape
     h_RD = x_BSD.reshape(B * S, D) @ w_DD
@@ -59,8 +113,31 @@ def _attention_over_flat_rows(x_BSD: Tensor, w_DD: Tensor) -> Tensor:
     return y_B1SD.squeeze(1) + x_BSD
 
 
-def _inputs() -> tuple[Tensor, ...]:
-    return tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 7, 4), (4, 4)))
+def _loss_of_rows(x_BSD: Tensor, w_DD: Tensor, labels_BS: Tensor) -> Tensor:
+    h_B1SD = (x_BSD @ w_DD).unsqueeze(1)
+    y_BSD = torch.nn.functional.scaled_dot_product_attention(h_B1SD, h_B1SD, h_B1SD, is_causal=True).squeeze(1)
+    return torch.nn.functional.cross_entropy(y_BSD[:, :-1].flatten(0, 1), labels_BS[:, 1:].flatten())
 
 
-EXAMPLE = Example(_attention_over_flat_rows, _inputs)
+def _mlp(x_BSD: Tensor, up_DF: Tensor, down_FD: Tensor) -> Tensor:
+    h_B1SD = x_BSD.unsqueeze(1)
+    y_BSD = torch.nn.functional.scaled_dot_product_attention(h_B1SD, h_B1SD, h_B1SD).squeeze(1)
+    n_BSD = torch.nn.functional.layer_norm(y_BSD, (y_BSD.shape[-1],))
+    return x_BSD + torch.nn.functional.gelu(n_BSD @ up_DF) @ down_FD
+
+
+def _of_shapes(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+
+
+def _rows() -> tuple[Tensor, ...]:
+    return torch.randn(28, 7, 4, dtype=torch.float64), *_of_shapes((4, 4)), torch.randint(0, 4, (28, 7))
+
+
+LOSS_OF_ROWS = Example(_loss_of_rows, _rows, mesh=(("dp", 2),))
+MLP = Example(_mlp, lambda: _of_shapes((2, 7, 4), (4, 6), (6, 4)), mesh=(("tp", 2),))
+EXAMPLE = {
+    "dp": LOSS_OF_ROWS,
+    "cp": Example(_attention_over_flat_rows, lambda: _of_shapes((2, 7, 4), (4, 4))),
+    "tp": MLP,
+}

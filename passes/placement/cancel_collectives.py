@@ -13,14 +13,13 @@ from typing import ClassVar
 
 import torch.fx as fx
 
-from spcompile.graph.edit import operand
-from spcompile.graph.reshard import is_reshard
-from spcompile.passes.placement.annotate_tensor_parallel import EXAMPLE as _MLP
+from spcompile.graph.reshard import Reshard, is_reshard
+from spcompile.passes.placement.annotate_sharding import MLP
 from spcompile.passes_api import Context, RewritePass, Stage
 from spcompile.sharding.global_view import is_view
 from spcompile.sharding.resharding import reshard_to
 
-EXAMPLE = _MLP
+EXAMPLE = MLP
 
 
 @dataclass(frozen=True)
@@ -36,23 +35,24 @@ class CancelCollectives(RewritePass):
     def rewrites(self, gm: fx.GraphModule, ctx: Context) -> Iterator[fx.Node]:
         """Join one pair after the other."""
         for node in list(gm.graph.nodes):
-            first = operand(node, 0) if is_reshard(node) else None
-            if first is None or not is_reshard(first) or node.args[1] != "tp" or first.args[1] != "tp":
+            if not is_reshard(node, "tp") or not is_reshard(Reshard.of(node).x, "tp"):
                 continue
-            if is_view(operand(first, 0), "tp"):
+            second = Reshard.of(node)
+            first = Reshard.of(second.x)
+            if is_view(first.x, "tp"):
                 continue  # a part of it may be another part than the same state means elsewhere
-            joined = _joined(operand(first, 0), str(first.args[2]), str(node.args[2]), str(node.args[3]), self.name)
+            joined = _joined(first.x, first.src, second.src, second.dst, self.name)
             if joined is not None:
                 node.replace_all_uses_with(joined)
                 gm.graph.erase_node(node)
-                _erase_unread(first)
+                _erase_unread(second.x)
                 yield joined
 
 
 def _erase_unread(node: fx.Node) -> None:
     """A change of state that nobody reads any more, and those in front of it."""
     while is_reshard(node) and not node.users:
-        before = operand(node, 0)
+        before = Reshard.of(node).x
         node.graph.erase_node(node)
         node = before
 

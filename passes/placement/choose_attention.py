@@ -14,22 +14,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.fx as fx
 from torch import Tensor
 
 from spcompile.attention.cost import Cost, Problem, cost
-from spcompile.attention.scores.mask import AttentionMask
+from spcompile.attention.scores.call import AttentionCall
 from spcompile.attention.strategy import Strategy
-from spcompile.graph.sizes import hint, same
+from spcompile.graph.sizes import hint
+from spcompile.graph.typed_call import value_of
 from spcompile.machine.accelerators import ACCELERATORS
 from spcompile.machine.links import link_of
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.sharding.tensor_parallel import heads_on_a_rank
-
-spx = torch.ops.spx
 
 CLEARLY = 0.95  # of the time of zigzag: with less to gain, equal work is worth more than the prediction
 
@@ -47,12 +46,12 @@ class ChooseAttention(Pass):
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         """Decide; rewrites nothing."""
         degree = ctx.mesh.size("cp")
-        attentions = [n for n in gm.graph.nodes if n.target is spx.attention.default]
+        attentions = AttentionCall.all_in(gm.graph)
         hybrid = _hybrid(attentions, degree, ctx)
         on_rings: list[tuple[fx.Node, Strategy]] = []
         for node in attentions:
             strategy, why = choose(node, degree, hybrid, ctx)
-            custom = {"spx_attention": str(strategy), "spx_bias_rows": _bias_has_rows(node)}
+            custom = {"spx_attention": str(strategy), "spx_bias_rows": AttentionCall.of(node).bias_has_rows}
             node.meta["custom"] = {**node.meta.get("custom", {}), **custom}
             if _is_asked_for(strategy, ctx.options.attention):
                 ctx.remarks.add("SPR203", f"attention runs as {strategy}: {why}", strict_error=False)
@@ -61,7 +60,7 @@ class ChooseAttention(Pass):
                 ctx.remarks.add("SPR204", f"attention={asked!r} was asked for, {strategy} is used: {why}", node)
             on_rings += [(node, strategy)] if strategy.outer > 1 else []
         ctx.order = _order(on_rings, ctx)
-        if any(AttentionMask.parse(str(node.args[9])).documents for node, _ in on_rings):
+        if any(AttentionCall.of(node).attention_mask.documents for node, _ in on_rings):
             why = "documents are data, and are taken as one; hops that they leave empty are skipped when it runs"
             ctx.remarks.add("SPR203", f"rings have the sequence in {ctx.order} order: {why}", strict_error=False)
         return 0
@@ -71,7 +70,8 @@ def choose(node: fx.Node, degree: int, hybrid: Strategy | None, ctx: Context) ->
     """(strategy, reason) for one attention. hybrid: the one that this program may use."""
     asked = ctx.options.attention
     ring, ulysses = Strategy(1, degree), Strategy(degree, 1)
-    if _bias_has_rows(node) and hint(_bias(node).shape[1]) == 1:
+    call = AttentionCall.of(node)
+    if call.bias_has_rows and hint(value_of(call.bias).shape[1]) == 1:
         return ring, "its dense mask is split by query rows, and all heads share it"
     candidates = [ulysses, ring, *([hybrid] if hybrid is not None else [])]
     wish = [s for s in candidates if _is_asked_for(s, asked)]
@@ -79,7 +79,7 @@ def choose(node: fx.Node, degree: int, hybrid: Strategy | None, ctx: Context) ->
         return wish[0], "asked for"
     costs = {s: _best_cost(node, s, ctx) for s in (ulysses, ring, *Strategy.hybrids(degree))}
     best = min(candidates, key=lambda s: costs[s].seconds)
-    heads, kv_heads = _heads(node, ctx)
+    heads, kv_heads = _heads(call, ctx)
     numbers = "; ".join(map(str, costs.values()))
     why = f"{heads} heads, {kv_heads} key/value heads, predicted for a rank: {numbers}"
     return best, why if wish else f"cp = {degree} is not a product; {why}"
@@ -108,7 +108,7 @@ def _order(rings: Sequence[tuple[fx.Node, Strategy]], ctx: Context) -> str:
 
     Zigzag gives all ranks of a causal ring equal work; contiguous spares a window the hops that it does not reach.
     """
-    causal = any(AttentionMask.parse(str(node.args[9])).causal for node, _ in rings)
+    causal = any(AttentionCall.of(node).attention_mask.causal for node, _ in rings)
     if not causal or ctx.options.balance != "zigzag" or ctx.options.outputs == "sharded":
         return "contiguous"
     zigzag, contiguous = (sum(_cost(*ring, order, ctx).seconds for ring in rings) for order in ("zigzag", "contiguous"))
@@ -122,46 +122,38 @@ def _best_cost(node: fx.Node, strategy: Strategy, ctx: Context) -> Cost:
 
 
 def _cost(node: fx.Node, strategy: Strategy, order: str, ctx: Context) -> Cost:
-    q_BNSH, v_BGTV = (node.args[i].meta["val"] for i in (0, 2))  # type: ignore[union-attr]
-    heads, kv_heads = _heads(node, ctx)
+    call = AttentionCall.of(node)
+    sizes = call.sizes.hints()
+    heads, kv_heads = _heads(call, ctx)
     problem = Problem(
-        batch=hint(q_BNSH.shape[0]),
+        batch=sizes.batch,
         heads=heads,
         kv_heads=kv_heads,
-        q_length=hint(q_BNSH.shape[2]),
-        k_length=hint(v_BGTV.shape[2]),
-        qk_size=hint(q_BNSH.shape[3]),
-        v_size=hint(v_BGTV.shape[3]),
-        itemsize=q_BNSH.element_size(),
-        mask=AttentionMask.parse(str(node.args[9])),
-        bias_row=_bytes_of_bias_row(node),
+        q_length=sizes.q_rows,
+        k_length=sizes.k_rows,
+        qk_size=sizes.qk_size,
+        v_size=sizes.v_size,
+        itemsize=value_of(call.q).element_size(),
+        mask=call.attention_mask,
+        bias_row=_bytes_of_bias_row(call),
     )
     inner, outer = (link_of(ctx.mesh, "cp", ctx.options.links, degree) for degree in (strategy.inner, None))
     flops = ACCELERATORS[ctx.options.accelerator].attention_flops(problem.itemsize)
     return cost(problem, strategy, order, inner, outer, flops)
 
 
-def _bytes_of_bias_row(node: fx.Node) -> int:
+def _bytes_of_bias_row(call: AttentionCall) -> int:
     """Of one query row of one head, over the batch, of a bias whose rows differ."""
-    if not _bias_has_rows(node):
+    if not call.bias_has_rows:
         return 0
-    bias = _bias(node)
+    bias = value_of(call.bias)
     return hint(bias.shape[0]) * hint(bias.shape[3]) * bias.element_size()
 
 
-def _heads(node: fx.Node, ctx: Context) -> tuple[int, int]:
+def _heads(call: AttentionCall, ctx: Context) -> tuple[int, int]:
     """(query heads, key/value heads) that tp leaves on a rank."""
-    q_BNSH, k_BGTH = (node.args[i].meta["val"] for i in (0, 1))  # type: ignore[union-attr]
-    return heads_on_a_rank(hint(q_BNSH.shape[1]), hint(k_BGTH.shape[1]), ctx.mesh.size("tp"))
-
-
-def _bias(node: fx.Node) -> Tensor:
-    bias: Any = node.args[8]
-    return bias.meta["val"]
-
-
-def _bias_has_rows(node: fx.Node) -> bool:
-    return isinstance(node.args[8], fx.Node) and not same(_bias(node).shape[2], 1)
+    sizes = call.sizes.hints()
+    return heads_on_a_rank(sizes.heads, sizes.kv_heads, ctx.mesh.size("tp"))
 
 
 def _grouped_attention(q_BNSH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.graph.edit import is_getitem, operand
-from spcompile.graph.reshard import is_reshard, parse_place
+from spcompile.graph.edit import is_getitem
+from spcompile.graph.reshard import Reshard, is_reshard, parse_place
 from spcompile.passes_api import Context, Example, RewritePass, Stage
 from spcompile.sharding.layout import layout_of, show
 from spcompile.sharding.propagate import Choice, choice_at
@@ -41,23 +41,24 @@ class HoistShard(RewritePass):
             shard = waiting.popleft()
             if shard in passed:
                 continue  # it waited twice: from the start, and as an operand of what another one passed
-            value = operand(shard, 0)
+            change = Reshard.of(shard)
+            value = change.x
             choice = _passes(value, shard)
             if choice is None:
                 continue
             run_sharded(value, "tp", choice, origin=self.name)
-            show(value, "tp", str(shard.args[3]))
+            show(value, "tp", change.dst)
             shard.replace_all_uses_with(value)
             gm.graph.erase_node(shard)
             passed.add(shard)
-            waiting.extend(n for n in value.all_input_nodes if is_reshard(n) and str(n.args[3]).startswith("S"))
+            waiting.extend(n for n in value.all_input_nodes if is_reshard(n) and parse_place(Reshard.of(n).dst))
             yield value
 
 
 def _passes(value: fx.Node, shard: fx.Node) -> Choice | None:
     """The choice under which the maker of `value` gives the part that `shard` takes."""
     layout = layout_of(value)
-    place = parse_place(str(shard.args[3]))
+    place = parse_place(Reshard.of(shard).dst)
     if value.op != "call_function" or is_reshard(value) or is_getitem(value) or len(value.users) > 1:
         return None
     if layout is None or layout.call is None or place is None or "tp" in layout.choice or layout.call.rule.paired:

@@ -2,11 +2,15 @@
 
 Before: calls that want a value in different states read the same node. After: every call reads its operands in the
 state it wants, through `reshard(x, axis, src, dst)`; which calls run sharded is a minimum cut over bytes.
+
+On `dp` and `tp` every call runs sharded that can. On `tp` this is Megatron without sequence parallelism. What would
+need the rows of other ranks of `dp` is an error: nobody has them.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,38 +18,93 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.capture.capture import OWN
+from spcompile.diagnostics import BatchNotSplit, source_of
+from spcompile.graph.edit import operand
 from spcompile.graph.reshard import Place, is_reshard, parse_place
-from spcompile.passes_api import Context, Example, Pass, Stage
+from spcompile.passes.placement.annotate_sharding import LOSS_OF_ROWS, MLP
+from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
 from spcompile.sharding.cut import sharded_calls, uses_of
 from spcompile.sharding.global_view import is_view
 from spcompile.sharding.layout import layout_of, show
+from spcompile.sharding.lowering import READ_SIZES
 from spcompile.sharding.propagate import leaves_sums
-from spcompile.sharding.resharding import change_state, hand_over, reads_directly, reshard_to, state_of, target_of
+from spcompile.sharding.resharding import (
+    change_state,
+    hand_over,
+    reads_directly,
+    reshard_to,
+    reshards_of,
+    state_of,
+    target_of,
+)
 from spcompile.sharding.spaces import leaves
-
-_READ_SIZES = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, torch.ops.aten.sym_stride.int)
 
 
 @dataclass(frozen=True)
-class InsertReshards(Pass):
+class InsertReshards(AxisPass):
     """Decide which calls run sharded, then insert one reshard per value and state wanted."""
 
-    name: ClassVar[str] = "insert-reshards"
     stage: ClassVar[Stage] = Stage.GLOBAL
-    after: ClassVar[frozenset[str]] = frozenset({"annotate-sharding"})
-    summary: ClassVar[str] = "decides by a minimum cut which calls run sharded, and makes every reshard a node"
-
-    split_axis: ClassVar[str] = "cp"
+    on: ClassVar[Mapping[str, OnAxis]] = {
+        "dp": OnAxis(
+            "insert-data-reshards",
+            frozenset({"annotate-data-parallel"}),
+            "sums losses and the gradients of weights over dp",
+        ),
+        "cp": OnAxis(
+            "insert-reshards",
+            frozenset({"annotate-sharding"}),
+            "decides by a minimum cut which calls run sharded, and makes every reshard a node",
+        ),
+        "tp": OnAxis(
+            "insert-tensor-reshards",
+            frozenset({"annotate-tensor-parallel"}),
+            "makes every reshard of axis tp a node; sums are completed by AllReduces",
+        ),
+    }
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        """Insert the reshards of the axis; returns how many."""
-        axis = self.split_axis
-        if any(is_reshard(n) and n.args[1] == axis for n in gm.graph.nodes):
+        """Insert the reshards of the axis; returns how many.
+
+        Raises:
+            BatchNotSplit: an op reads the rows of other ranks.
+        """
+        axis = self.axis
+        if any(is_reshard(n, axis) for n in gm.graph.nodes):
             return 0
         gathered = _settle(gm.graph, axis, sharded_calls(gm.graph, axis))
         before = len(gm.graph.nodes)
         _insert(gm.graph, axis, gathered, ctx)
+        if axis == "dp":
+            _refuse_gathers(gm.graph)
+            _refuse_draws_together(gm.graph)
         return len(gm.graph.nodes) - before
+
+
+def _refuse_gathers(graph: fx.Graph) -> None:
+    gathers = (*reshards_of(graph, "dp", "S", "I"), *reshards_of(graph, "dp", "S", "R"))
+    for gather in (n for n in gathers if not is_view(operand(n, 0), "dp")):
+        user = next(iter(gather.users))
+        while is_reshard(user):
+            user = next(iter(user.users))
+        shape = tuple(operand(gather, 0).meta["val"].shape)
+        layout = layout_of(user)
+        why = "mixes rows of the batch" if layout is None or layout.call is not None else "has no sharding rule"
+        found = f"{user.target} {why}: it reads {shape}, of which every rank of dp has its own rows"
+        raise BatchNotSplit(found, where=source_of(user), legal="ops on each row alone, or DDP over dp")
+
+
+def _refuse_draws_together(graph: fx.Graph) -> None:
+    """Ranks of dp may have other random states: parts of what each has drawn for all rows are no parts of one value."""
+    drawn: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_draw = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if state_of(node, "dp") == "I" and (is_draw or not drawn.isdisjoint(node.all_input_nodes)):
+            drawn.add(node)
+    for split in (n for n in reshards_of(graph, "dp", "I", "S") if operand(n, 0) in drawn):
+        found = f"{operand(split, 0).name} is drawn for the rows of all ranks together, and each rank draws its own"
+        raise BatchNotSplit(found, where=source_of(split), legal="random numbers for each row, or DDP over dp")
 
 
 def _settle(graph: fx.Graph, axis: str, sharded: set[fx.Node]) -> set[fx.Node]:
@@ -59,7 +118,7 @@ def _settle(graph: fx.Graph, axis: str, sharded: set[fx.Node]) -> set[fx.Node]:
         if layout is None or is_view(node, axis):
             continue
         source = node.args[0] if node.target is operator.getitem else node
-        if source in sharded or (axis == "dp" and node.op == "placeholder"):
+        if source in sharded or (axis == "dp" and OWN in node.meta):
             for number, place in layout.places.get(axis, {}).items():
                 show(node, axis, str(place) if number == 0 else node.meta["sharding"][axis])
             continue
@@ -74,8 +133,8 @@ def _insert(graph: fx.Graph, axis: str, could: set[fx.Node], ctx: Context) -> No
     for node in list(graph.nodes):
         if node.op == "output":
             _reshard_outputs(node, axis, ctx)
-        elif axis == "dp" and node.target in _READ_SIZES:
-            continue  # what a rank asks for is the size of its own rows
+        elif axis == "dp" and node.target in READ_SIZES:
+            continue  # nobody has all rows, but lowering knows how many there are
         elif node.op == "call_function" and node.target is not operator.getitem:
             _reshard_operands(node, axis, could, ctx)
             _complete_sums(node, axis)
@@ -183,4 +242,4 @@ def _inputs() -> tuple[Tensor, ...]:
     return tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 7, 4), (4, 4)))
 
 
-EXAMPLE = Example(_attention_with_running_sum, _inputs)
+EXAMPLE = {"dp": LOSS_OF_ROWS, "cp": Example(_attention_with_running_sum, _inputs), "tp": MLP}

@@ -5,6 +5,7 @@ Before: the user's shapes, reshards that mean the identity. After: the program o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,38 +14,50 @@ import torch.fx as fx
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from spcompile.capture.capture import fake_inputs
+from spcompile.capture.capture import OWN, fake_inputs
 from spcompile.graph.reshard import is_reshard
-from spcompile.passes_api import Context, Example, Pass, Stage
+from spcompile.passes.placement.annotate_sharding import LOSS_OF_ROWS, MLP
+from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
 from spcompile.sharding.global_view import views
 from spcompile.sharding.layout import layout_of
 from spcompile.sharding.lowering import Lower, SplitDims
-from spcompile.sharding.one_row import OWN
 from spcompile.sharding.resharding import state_of
 
 
 @dataclass(frozen=True)
-class LowerToLocal(Pass):
+class LowerToLocal(AxisPass):
     """Trace the global graph on one rank's shapes."""
 
-    name: ClassVar[str] = "lower"
     stage: ClassVar[Stage] = Stage.GLOBAL
     leaves: ClassVar[Stage | None] = Stage.LOCAL
-    after: ClassVar[frozenset[str]] = frozenset({"insert-reshards"})
-    summary: ClassVar[str] = "turns global shapes into per-rank shapes and reshards into spx collectives"
-
-    split_axis: ClassVar[str] = "cp"
+    on: ClassVar[Mapping[str, OnAxis]] = {
+        "dp": OnAxis(
+            "lower-data-parallel",
+            frozenset({"insert-data-reshards"}),
+            "turns the shapes of the whole batch into those of a rank's rows, and reshards into spx collectives",
+        ),
+        "cp": OnAxis(
+            "lower",
+            frozenset({"insert-reshards"}),
+            "turns global shapes into per-rank shapes and reshards into spx collectives",
+        ),
+        "tp": OnAxis(
+            "lower-tensor-parallel",
+            frozenset({"cancel-collectives"}),
+            "turns the reshards of axis tp into spx collectives",
+        ),
+    }
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         """Replace the graph by its local form; returns the number of reshards and global views lowered."""
-        annotated = [n for n in views(gm.graph, self.split_axis) if layout_of(n) is not None]
+        annotated = [n for n in views(gm.graph, self.axis) if layout_of(n) is not None]
         count = sum(is_reshard(n) for n in gm.graph.nodes) + len(annotated)
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         own = [n.meta.get(OWN, n.meta["val"]) for n in placeholders]
         if not count and all(n.meta["val"] is value for n, value in zip(placeholders, own, strict=True)):
             return 0
         mode, fakes = fake_inputs(own)
-        split = self.split(ctx)
+        split = SplitDims(self.axis, ctx.mesh.size(self.axis), ctx.order if self.axis == "cp" else "contiguous")
         with mode, fx.traceback.preserve_node_meta():
             local = make_fx(Lower(gm, split).run, pre_dispatch=True)(*fakes)
         for new, old in zip((n for n in local.graph.nodes if n.op == "placeholder"), placeholders, strict=True):
@@ -65,11 +78,6 @@ class LowerToLocal(Pass):
         gm.graph = local.graph
         return count or len(placeholders)
 
-    def split(self, ctx: Context) -> SplitDims:
-        """How dims are laid out over the axis."""
-        axis = self.split_axis
-        return SplitDims(axis, ctx.mesh.size(axis), ctx.order if axis == "cp" else "contiguous")
-
 
 def _attention_and_loss(x_BSD: Tensor, w_DD: Tensor, labels_BS: Tensor) -> Tensor:
     h_B1SD = (x_BSD @ w_DD).unsqueeze(1)
@@ -82,4 +90,4 @@ def _inputs() -> tuple[Tensor, ...]:
     return x_BSD, w_DD, torch.randint(0, 4, (2, 7))
 
 
-EXAMPLE = Example(_attention_and_loss, _inputs)
+EXAMPLE = {"dp": LOSS_OF_ROWS, "cp": Example(_attention_and_loss, _inputs), "tp": MLP}

@@ -24,15 +24,14 @@ from torch import Tensor
 
 import spcompile.attention.ring.hops  # noqa: F401  (defines spx::ring_hops)
 from spcompile.attention.gathered import before_gathers, exchange_heads, is_gathered, strategy_of
-from spcompile.attention.op import DEFAULTS
-from spcompile.attention.scores.mask import AttentionMask
+from spcompile.attention.ring.call import AgreeOnHopsCall, RingCall, RingHopsCall
+from spcompile.attention.scores.call import AttentionCall
+from spcompile.collectives.calls import AllGatherCall, VaryCall
 from spcompile.diagnostics import IllegalOption
-from spcompile.graph.edit import argument, call, operand
-from spcompile.graph.sizes import hint
+from spcompile.graph.edit import replace
+from spcompile.graph.typed_call import value_of
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.schedule.cost import cost_model
-
-spx = torch.ops.spx
 
 SKIP_HOPS = ("auto", "always", "never")
 WORTH = 10  # a hop that might be empty is asked for where all of them take so many times the asking
@@ -61,16 +60,16 @@ class ParallelizeAttention(Pass):
         count = 0
         traced: dict[Any, fx.Graph] = {}
         for node in list(gm.graph.nodes):
-            if node.target is not spx.attention.default or node.args[3] is None:
+            if not AttentionCall.is_call(node) or AttentionCall.of(node).q_positions is None:
                 continue
-            for place in (1, 2):
-                _gather_last(node, place)
+            for name in ("k", "v"):
+                _gather_last(node, name)
             if not is_gathered(node):
                 _remark_kept(node, ctx)
                 continue
             strategy = strategy_of(node)
             if strategy.inner == 1:
-                _ring(node)
+                replace(node, before_gathers(node).insert(like=node))
             else:
                 exchange_heads(node, strategy.inner, traced=traced)
             count += 1
@@ -80,57 +79,48 @@ class ParallelizeAttention(Pass):
         return count
 
 
-def _gather_last(node: fx.Node, place: int) -> None:
+def _gather_last(node: fx.Node, name: str) -> None:
     """vary(all_gather(k)) = all_gather(vary(k)), where they are of two axes: key heads that all ranks of tp share."""
+    attention = AttentionCall.of(node)
     varies = []
-    value = operand(node, place)
-    while value.target is spx.vary.default:
+    value = getattr(attention, name)
+    while VaryCall.is_call(value):
         varies.append(value)
-        value = operand(value, 0)
-    axes = [vary.args[1] for vary in varies]
-    if not varies or value.target is not spx.all_gather.default or value.args[3] in axes:
+        value = VaryCall.of(value).x
+    axes = [VaryCall.of(vary).axis for vary in varies]
+    if not varies or not AllGatherCall.is_call(value) or AllGatherCall.of(value).axis in axes:
         return
-    local = operand(value, 0)
+    gather = AllGatherCall.of(value)
+    local = gather.x
     for vary in reversed(varies):
-        local = call(node.graph, spx.vary.default, (local, *vary.args[1:]), like=vary, before=node)
-    node.update_arg(place, call(node.graph, spx.all_gather.default, (local, *value.args[1:]), like=value, before=node))
+        local = VaryCall.of(vary).but(x=local).insert(like=vary, before=node)
+    gathered = gather.but(x=local).insert(like=value, before=node)
+    attention.but(**{name: gathered}).write(node)
 
 
 def _remark_kept(node: fx.Node, ctx: Context) -> None:
     """The rows of an image are split by its first dim, a beginning by the layout of the whole: no ring's layout."""
-    k: Any = node.args[1]
-    if hint(k.meta["val"].shape[2]) > 1:
+    if AttentionCall.of(node).sizes.hints().k_rows > 1:
         why = "its rows are a product of dims, or the beginning of a longer one"
         ctx.remarks.add("SPR202", f"keys and values of an attention are gathered: {why}", node)
 
 
-def _ring(node: fx.Node) -> None:
-    q, _, _, _, _, q_documents, k_documents, key_valid, bias, mask, scale, *more = node.args
-    k, v, layout = before_gathers(node)
-    args = (q, k, v, q_documents, k_documents, key_valid, bias, mask, scale)
-    new = call(node.graph, spx.ring_attention.default, (*args, *layout, *more), like=node)
-    node.replace_all_uses_with(new)
-    node.graph.erase_node(node)
-
-
 def _ask_for_hops(graph: fx.Graph, always: bool, ctx: Context) -> None:
     """Give every ring with documents the hops that they leave: one spx.ring_hops for all rings of one mask."""
-    alike: defaultdict[tuple[Any, ...], list[fx.Node]] = defaultdict(list)
-    for ring in graph.find_nodes(op="call_function", target=spx.ring_attention.default):
-        axis, q_documents, k_documents, mask, degree, order = (ring.args[i] for i in (11, 3, 4, 7, 12, 13))
-        inner, hops = argument(ring, _INNER, "inner", 1), argument(ring, _INNER + 1, "hops")
-        if hops is None and AttentionMask.parse(str(mask)).documents:
-            alike[axis, q_documents, k_documents, mask, degree, order, inner].append(ring)
-    for (axis, *key, inner), rings in alike.items():
+    alike: defaultdict[tuple[str, RingHopsCall], list[fx.Node]] = defaultdict(list)
+    for node in RingCall.all_in(graph):
+        ring = RingCall.of(node)
+        if ring.hops is None and ring.attention_mask.documents:
+            alike[ring.axis, ring.into(RingHopsCall)].append(node)
+    for (axis, hops), rings in alike.items():
         if always or _is_worth_asking(rings, ctx):
-            asked = call(graph, spx.ring_hops.default, (*key, inner), like=rings[0])
-            agreed = call(graph, spx.agree_on_hops.default, (asked, axis), like=rings[0])
+            asked = hops.insert(like=rings[0])
+            agreed = AgreeOnHopsCall(hops=asked, axis=axis).insert(like=rings[0])
             for mark in ("recompute", "ac_graph_id"):  # one answer for forward and backward, of all layers
                 asked.meta.pop(mark, None)
                 agreed.meta.pop(mark, None)
-            for ring in rings:
-                missing = DEFAULTS[len(ring.args) - _MORE :] if len(ring.args) < _INNER else ()
-                ring.args = (*ring.args[:_INNER], *missing, inner, agreed)
+            for node in rings:
+                RingCall.of(node).but(hops=agreed).write(node)
 
 
 def _is_worth_asking(rings: list[fx.Node], ctx: Context) -> bool:
@@ -138,13 +128,10 @@ def _is_worth_asking(rings: list[fx.Node], ctx: Context) -> bool:
 
     On a CPU the documents are at hand.
     """
-    if operand(rings[0], 3).meta["val"].device.type == "cpu":
+    if value_of(RingCall.of(rings[0]).q_documents).device.type == "cpu":
         return True
     cost = cost_model(ctx.mesh, ctx.options)
     return sum(map(cost.communication, rings)) > WORTH * cost.accelerator.seconds_per_sync
-
-
-_MORE, _INNER = 14, 19  # places of the optional arguments, and of `inner` and `hops`, in spx.ring_attention
 
 
 def _attention(q_BNSH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor) -> Tensor:

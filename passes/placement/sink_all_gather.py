@@ -14,16 +14,16 @@ from typing import ClassVar
 
 import torch.fx as fx
 
-from spcompile.graph.edit import is_getitem, operand, result_number
-from spcompile.graph.reshard import is_reshard, parse_place
-from spcompile.passes.placement.annotate_tensor_parallel import EXAMPLE as _MLP
+from spcompile.graph.edit import is_getitem, result_number
+from spcompile.graph.reshard import Reshard, is_reshard, parse_place
+from spcompile.passes.placement.annotate_sharding import MLP
 from spcompile.passes_api import Context, RewritePass, Stage
 from spcompile.sharding.global_view import is_view
 from spcompile.sharding.layout import layout_of, show
 from spcompile.sharding.propagate import Choice, choice_as_operand, leaves_sums
 from spcompile.sharding.resharding import hand_over, reshards_of, run_sharded
 
-EXAMPLE = _MLP
+EXAMPLE = MLP
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class SinkAllGather(RewritePass):
 def passes(user: fx.Node, gather: fx.Node) -> Choice | None:
     """The choice under which `user` runs on the parts that `gather` joins; None if it cannot, or runs split already."""
     layout = layout_of(user)
-    place = parse_place(str(gather.args[2]))
-    if user.op != "call_function" or is_reshard(user) or is_getitem(user) or is_view(operand(gather, 0), "tp"):
+    place = parse_place(Reshard.of(gather).src)
+    if user.op != "call_function" or is_reshard(user) or is_getitem(user) or is_view(Reshard.of(gather).x, "tp"):
         return None
     if layout is None or layout.call is None or place is None or layout.call.rule.paired:
         return None

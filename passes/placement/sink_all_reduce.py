@@ -15,8 +15,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.graph.edit import operand
-from spcompile.graph.reshard import is_reshard
+from spcompile.graph.reshard import Reshard, is_reshard
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.sharding.cut import bytes_of, needs_gradient
 from spcompile.sharding.global_view import is_view
@@ -38,7 +37,7 @@ class SinkAllReduce(Pass):
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         """Returns how many ops were passed."""
-        sums = {node: operand(node, 0) for node in reshards_of(gm.graph, "tp", "P", "I")}
+        sums = {node: Reshard.of(node).x for node in reshards_of(gm.graph, "tp", "P", "I")}
         groups = _linear_ops(gm.graph, sums)
         passed = _worth_passing(gm.graph, sums, groups)
         for node in (n for n in gm.graph.nodes if n in passed):

@@ -12,12 +12,12 @@ from typing import ClassVar
 
 import torch.fx as fx
 
-from spcompile.graph.edit import operand
-from spcompile.passes.placement.annotate_tensor_parallel import EXAMPLE as _MLP
+from spcompile.graph.reshard import Reshard
+from spcompile.passes.placement.annotate_sharding import MLP
 from spcompile.passes_api import Context, RewritePass, Stage
 from spcompile.sharding.resharding import families_of_sequences, reshard_to, reshards_of, sequence_place
 
-EXAMPLE = _MLP
+EXAMPLE = MLP
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class SplitAllReduce(RewritePass):
         """Split one after the other; those of values without a sequence stay."""
         sequences = families_of_sequences(gm.graph)
         for node in reshards_of(gm.graph, "tp", "P", "I"):
-            value = operand(node, 0)
+            value = Reshard.of(node).x
             place = sequence_place(value, sequences)
             if place is None:
                 continue

@@ -29,13 +29,13 @@ import torch.fx as fx
 from torch import Tensor
 
 from spcompile.attention.gathered import before_gathers, exchange_heads, is_gathered, strategy_of
+from spcompile.attention.scores.call import AttentionCall
 from spcompile.attention.ulysses.exchanges import WAYS, Exchanges, Times, candidates, together
 from spcompile.attention.ulysses.head_groups import HeadGroups
 from spcompile.attention.ulysses.head_parallel import keys_travel_apart
 from spcompile.attention.ulysses.heads import HeadSplit
 from spcompile.diagnostics import IllegalOption
-from spcompile.graph.edit import operand, shape_of
-from spcompile.graph.sizes import hint
+from spcompile.graph.typed_call import value_of
 from spcompile.machine.links import link_of
 from spcompile.machine.mesh import inner_part
 from spcompile.passes_api import Context, Example, Pass, Stage
@@ -79,9 +79,10 @@ class SplitExchanges(Pass):
             inner = strategy_of(node).inner
             if inner == 1:
                 continue
-            q, (k, _, layout) = operand(node, 0), before_gathers(node)
-            heads = HeadSplit(hint(shape_of(q)[1]), hint(shape_of(k)[1]), inner)
-            keys_apart = keys_travel_apart(heads, *(x.meta["val"] if isinstance(x, fx.Node) else x for x in layout[:2]))
+            ring = before_gathers(node)
+            sizes = ring.sizes.hints()
+            heads = HeadSplit(sizes.heads, sizes.kv_heads, inner)
+            keys_apart = keys_travel_apart(heads, value_of(ring.q_length), value_of(ring.k_length))
             whole = together(heads, keys_apart=keys_apart)
             times = _times(node, heads, since, cost)
             best = self._choose(node, heads, times, keys_apart)
@@ -116,14 +117,14 @@ def _attentions(graph: fx.Graph) -> Iterator[tuple[fx.Node, set[fx.Node]]]:
     for node in graph.nodes:
         if is_gathered(node):
             yield node, since
-        if node.target is torch.ops.spx.attention.default:
+        if AttentionCall.is_call(node):
             since = set()
         since.add(node)
 
 
 def _times(node: fx.Node, heads: HeadSplit, since: set[fx.Node], cost: CostModel) -> Times:
-    k, v, (_, _, axis, degree, _) = before_gathers(node)
-    operands = {"q": operand(node, 0), "k": k, "v": v}
+    ring = before_gathers(node)
+    operands = {"q": ring.q, "k": ring.k, "v": ring.v}
     ready: dict[str, float] = {}
     made: set[fx.Node] = set()
     now = 0.0
@@ -132,17 +133,20 @@ def _times(node: fx.Node, heads: HeadSplit, since: set[fx.Node], cost: CostModel
         now += sum(cost.work(n).seconds for n in own) if ready else 0.0
         made |= own
         ready[name] = now
-    width = {name: hint(shape_of(value)[3]) for name, value in (*operands.items(), ("out", v))}
+    sizes = ring.sizes.hints()
+    width = {"q": sizes.qk_size, "k": sizes.qk_size, "v": sizes.v_size, "out": sizes.v_size}
     shape = {name: heads.local_heads if name in ("q", "out") else heads.local_kv_heads for name in width}
-    rows = {name: hint(shape_of(operands["q" if name == "out" else name])[2]) for name in width}
-    number = hint(shape_of(k)[0]) * (heads.degree - 1) * operands["q"].meta["val"].element_size()
+    rows = {name: sizes.q_rows if name in ("q", "out") else sizes.k_rows for name in width}
+    number = sizes.batch * (heads.degree - 1) * value_of(ring.q).element_size()
     padded = heads.local_heads * heads.degree / heads.heads
     return Times(
         ready=ready,
         sent={name: number * shape[name] * rows[name] * width[name] for name in width},
         attention=cost.work(node).compute * padded,
         kernel=cost.accelerator.seconds_per_kernel,
-        link=link_of(cost.mesh, axis if heads.degree == degree else inner_part(axis, heads.degree), cost.links),
+        link=link_of(
+            cost.mesh, ring.axis if heads.degree == ring.degree else inner_part(ring.axis, heads.degree), cost.links
+        ),
     )
 
 

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from spcompile.collectives import call_arguments
 from spcompile.collectives.base import packed
+from spcompile.collectives.calls import AllGatherCall
 from spcompile.graph.sizes import numel_hint
 from spcompile.graph.splice import splice
+from spcompile.graph.typed_call import value_of
 from spcompile.machine import sequence
 from spcompile.machine.links import link_of
 from spcompile.passes_api import Context, Example, Pass, Stage
@@ -66,8 +68,8 @@ class BucketCollectives(Pass):
         for node in graph.nodes:
             if not (_leaves_graph(node) or _gathers_parameter(node)):
                 continue
-            operand: Tensor = node.args[0].meta["val"]
-            _, named = call_arguments(node.target, node.args, node.kwargs)
+            x, named = call_arguments(node.target, node.args, node.kwargs)
+            operand = value_of(x)
             limit = self._limit(named["axis"], ctx)
             if _bytes(node) >= limit:
                 continue
@@ -81,9 +83,13 @@ class BucketCollectives(Pass):
         yield from (bucket for bucket in open_buckets.values() if len(bucket) > 1)
 
 
+def _operand(node: fx.Node) -> Any:
+    return call_arguments(node.target, node.args, node.kwargs)[0]  # type: ignore[arg-type]
+
+
 def _bytes(node: fx.Node) -> int:
     """Of the larger of what a collective reads and what it gives."""
-    values = [node.meta["val"], node.args[0].meta["val"]]  # type: ignore[union-attr]
+    values = [node.meta["val"], value_of(_operand(node))]
     return max(numel_hint(value) * value.element_size() for value in values)
 
 
@@ -95,7 +101,7 @@ def _leaves_graph(node: fx.Node) -> bool:
 
 def _gathers_parameter(node: fx.Node) -> bool:
     """A gather of an input of the whole program, or of a view of it."""
-    if node.target is not spx.all_gather.default or not isinstance(node.args[2], int):
+    if not AllGatherCall.is_call(node) or not isinstance(AllGatherCall.of(node).length, int):
         return False
     source = _chain(node)[-1].args[0]
     return isinstance(source, fx.Node) and source.op == "placeholder" and source.name.startswith(("primals", "arg"))
@@ -125,7 +131,7 @@ def _fuse(bucket: list[fx.Node]) -> None:
         spx.reduce_scatter.default: _scattered,
         spx.all_gather.default: _gathered,
     }[kind]
-    operands = [node.args[0] for node in bucket]
+    operands = [_operand(node) for node in bucket]
     results = splice(lambda *parts: function(calls, parts), operands, like=place, pre_dispatch=False)
     for node, result in zip(bucket, results, strict=True):
         node.replace_all_uses_with(result)

@@ -5,45 +5,38 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 import torch.fx as fx
 
-from spcompile.attention.op import DEFAULTS
+import spcompile.attention.op  # noqa: F401  (defines the ops)
+from spcompile.attention.ring.call import RingCall
+from spcompile.attention.scores.call import AttentionCall
 from spcompile.attention.strategy import Strategy
 from spcompile.attention.ulysses.exchanges import Exchanges
 from spcompile.attention.ulysses.head_parallel import head_parallel_attention
-from spcompile.graph.edit import operand
+from spcompile.collectives.calls import AllGatherCall, PositionsCall
 from spcompile.graph.splice import splice
-
-spx = torch.ops.spx
-_REQUIRED = 6  # arguments of spx.attention between the positions and the optional ones
 
 
 def is_gathered(node: fx.Node) -> bool:
     """Whether a node is an attention of local rows over all keys and values, gathered along their rows."""
-    if node.target is not spx.attention.default:
+    if not AttentionCall.is_call(node):
         return False
-    k, v, positions = node.args[1], node.args[2], node.args[3]
-    return (
-        all(isinstance(x, fx.Node) and x.target is spx.all_gather.default and x.args[1] == 2 for x in (k, v))
-        and isinstance(positions, fx.Node)
-        and positions.target is spx.positions.default
-    )
+    call = AttentionCall.of(node)
+    gathers = [AllGatherCall.of(x) for x in (call.k, call.v) if AllGatherCall.is_call(x)]
+    return [gather.dim for gather in gathers] == [2, 2] and PositionsCall.is_call(call.q_positions)
 
 
 def strategy_of(node: fx.Node) -> Strategy:
     """What choose-attention wrote on a gathered attention; a ring without its word."""
-    degree = operand(node, 1).args[4]
-    assert isinstance(degree, int)
-    return Strategy.parse(node.meta.get("custom", {}).get("spx_attention", "ring"), degree)
+    return Strategy.parse(node.meta.get("custom", {}).get("spx_attention", "ring"), before_gathers(node).degree)
 
 
-def before_gathers(node: fx.Node) -> tuple[fx.Node, fx.Node, tuple[Any, ...]]:
-    """The local keys and values behind the gathers, and (query length, key length, axis, degree, order)."""
-    gather = operand(node, 1)
-    _, _, k_length, axis, degree, order, _ = gather.args
-    q_length = operand(node, 3).args[0]
-    return operand(gather, 0), operand(operand(node, 2), 0), (q_length, k_length, axis, degree, order)
+def before_gathers(node: fx.Node) -> RingCall:
+    """A gathered attention as a ring of the parts: of the local keys and values behind the gathers."""
+    call = AttentionCall.of(node)
+    k, v, rows = AllGatherCall.of(call.k), AllGatherCall.of(call.v), PositionsCall.of(call.q_positions)
+    layout = {"axis": k.axis, "degree": k.degree, "order": k.order}
+    return call.into(RingCall, k=k.x, v=v.x, q_length=rows.length, k_length=k.length, **layout)
 
 
 def exchange_heads(
@@ -53,15 +46,15 @@ def exchange_heads(
 
     exchanges: as in `head_parallel_attention`. traced: as in `splice`.
     """
-    q, _, _, _, _, *data = node.args
-    k, v, layout = before_gathers(node)
-    data += DEFAULTS[len(data) - _REQUIRED :]
     has_rows = bool(node.meta.get("custom", {}).get("spx_bias_rows", False))
-    results = splice(
-        head_parallel_attention, (q, k, v, *data, *layout, inner, has_rows, exchanges), like=node, traced=traced
-    )
+    args = (inner, has_rows, exchanges, *before_gathers(node).named().values())
+    results = splice(_head_parallel, args, like=node, traced=traced)
     for user in list(node.users):
         assert user.target is operator.getitem
         user.replace_all_uses_with(results[user.args[1]])
         node.graph.erase_node(user)
     node.graph.erase_node(node)
+
+
+def _head_parallel(inner: int, has_rows: bool, exchanges: Exchanges | None, *values: Any) -> Any:
+    return head_parallel_attention(RingCall.bind(*values), inner, has_rows, exchanges)

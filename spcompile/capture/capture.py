@@ -29,11 +29,7 @@ from spcompile.torch_private import FunctionalTensor, FunctionalTensorMode, Trac
 
 aten = torch.ops.aten
 
-# In a placeholder's meta, by row_symbols: the symbol that its first dim had; whether sizes of other tensors were read;
-# what its number of rows decided.
-ROW_SYMBOL = "row_symbol"
-OTHER_SIZES = "other_sizes"
-ROWS_READ = "rows_read"
+OWN = "own"  # meta of an input with rows of the batch: its example value on one rank; of the output: the shapes there
 # Views that ask for strides become reshapes: later passes may change strides, never meaning.
 _RESHAPES = (aten.view.default, aten._unsafe_view.default)
 _NO_MEANING = (aten._assert_tensor_metadata.default, aten.alias.default)
@@ -163,9 +159,11 @@ def _name_placeholders(captured: fx.GraphModule, original: fx.GraphModule, input
             node.meta[KEY] = ModuleBuffer(given)
         node._rename(source.name)
         node.target = node.name
-        for key in ("grapharg", "tensor_dict", ROW_SYMBOL, OTHER_SIZES, ROWS_READ):
+        for key in ("grapharg", "tensor_dict", OWN):
             if key in source.meta:
                 node.meta[key] = source.meta[key]
+    ends = [next(iter(graph.find_nodes(op="output"))) for graph in (original.graph, captured.graph)]
+    ends[1].meta |= {key: ends[0].meta[key] for key in (OWN,) if key in ends[0].meta}
 
 
 def graph_break_of(gm: fx.GraphModule) -> Any:
@@ -208,7 +206,7 @@ def normalise(gm: fx.GraphModule) -> None:
             _broadcast_one_by_one(node)
         elif node.target is aten.type_as.default:
             node.target, node.args = aten.to.dtype, (node.args[0], node.meta["val"].dtype)
-        elif node.target in _NO_MEANING or (node.target is aten.clone.default and not _is_output(node)):
+        elif node.target in _NO_MEANING or (node.target is aten.clone.default and not _is_needed(node)):
             if node.args and node.users:
                 node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
@@ -289,6 +287,12 @@ def _read_before_writing(graph: fx.Graph) -> None:
             copy.meta = {**readers[0].meta, "val": value.meta["val"]}
             for reader in readers:
                 reader.replace_input_with(value, copy)
+
+
+def _is_needed(clone: fx.Node) -> bool:
+    """Whether a copy keeps an output from being another value's memory; what dropout gives is nobody else's."""
+    source = clone.args[0]
+    return _is_output(clone) and not (isinstance(source, fx.Node) and source.target is aten.dropout.default)
 
 
 def _is_output(node: fx.Node) -> bool:

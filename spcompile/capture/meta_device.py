@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from spcompile.capture.capture import fake_inputs
+from spcompile.capture.capture import OWN, fake_inputs
 from spcompile.graph.edit import copy_graph
 
 CPU = torch.device("cpu")
@@ -39,6 +39,8 @@ def _moved(gm: fx.GraphModule) -> fx.GraphModule:
     for node in result.graph.nodes:
         node.args = _replaced(node.args)
         node.kwargs = _replaced(node.kwargs)
+        if node.op == "placeholder" and OWN in node.meta:
+            node.meta[OWN] = _on_cpu(node.meta[OWN])
         if node.op == "get_attr" and isinstance(child := getattr(gm, str(node.target), None), fx.GraphModule):
             setattr(result, str(node.target), _moved(child))
     result.recompile()

@@ -18,14 +18,15 @@ from spcompile.torch_private import TensorifyState, trace_again
 _ARITHMETIC = {operator.mul, operator.add, operator.sub, operator.truediv, torch.mul, torch.add, torch.sub, torch.div}
 
 
-def without_symbolic_floats(gm: fx.GraphModule) -> None:
-    """Let tensors or numbers stand where a graph of Dynamo's reads a float.
+def without_symbolic_floats(gm: fx.GraphModule, *, all_are_numbers: bool = False) -> None:
+    """Let tensors or numbers stand where a graph of Dynamo's reads a float; `all_are_numbers`: only numbers.
 
     Raises:
         RestartAnalysis: a float is to be a number; Dynamo is to see it.
     """
     reads = [n for n in gm.graph.find_nodes(op="call_method", target="item") if _is_symbolic(n)]
-    asked = [n for n in reads if is_state(n.args[0]) or not all(_is_arithmetic(n, user) for user in n.users)]
+    may_stay = [not is_state(n.args[0]) and all(_is_arithmetic(n, user) for user in n.users) for n in reads]
+    asked = [n for n, stays in zip(reads, may_stay, strict=True) if all_are_numbers or not stays]
     if asked:
         for node in asked:
             TensorifyState.specialize(str(node.meta["example_value"].node._expr))

@@ -15,9 +15,9 @@ import torch.fx as fx
 
 from spcompile.collectives import COLLECTIVES, Collective, call_arguments
 from spcompile.diagnostics import InvalidGraph, source_of
-from spcompile.graph.node_meta import OWN_PART
 from spcompile.machine.mesh import MeshShape, whole_axis
 
+OWN_PART = "spx_own_part"  # in meta["custom"]: axes on which ranks make their parts from what all of them hold
 _FITS = {"I": "I", "S": "S", "P": "PS"}
 _aten = torch.ops.aten
 _SHAPE_ONLY = {

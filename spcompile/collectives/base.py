@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from spcompile import torch_private
+from spcompile.graph.typed_call import named_arguments
 
 Size = Any  # int or SymInt
 State = str  # "I", "R", "S" or "P"
@@ -120,14 +121,8 @@ def call_arguments(
     op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
 ) -> tuple[Any, dict[str, Any]]:
     """The first argument of a call, and all others by name, defaults included."""
-    values = dict(kwargs or {})
-    names = [argument.name for argument in op._schema.arguments]
-    values.update(zip(names, args, strict=False))
-    for argument in op._schema.arguments:
-        if argument.name not in values:
-            values[argument.name] = argument.default_value
-    first, *rest = names
-    return values[first], {name: values[name] for name in rest}
+    named = named_arguments(op, args, kwargs)
+    return named.pop(next(iter(named))), named
 
 
 def is_start(target: Any) -> bool:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-OWN_PART = "spx_own_part"
-
 META: Mapping[str, str] = {
     "val": "torch's: the example value, a fake tensor or a symbolic number; of several results a tuple",
     "example_value": "Dynamo's: the same, in the graph that Dynamo gives",
@@ -31,10 +29,7 @@ META: Mapping[str, str] = {
     "axis": "of a bound collective: the mesh axis in whose place a process group's name stands",
     "verified": "the call that the verifier checked last, so that it is not checked again unchanged",
     "spx_place": "SCHEDULE graphs: a node's place in autograd's order",
-    "own": "of a placeholder, one row a rank: its example value on one rank",
-    "rows_read": "of a placeholder, dp: the number that the program read of its rows, and where",
-    "other_sizes": "of a placeholder, dp: whether the program reads its other sizes",
-    "row_symbol": "of a placeholder, dp: the symbol of its number of rows",
+    "own": "dp, of an input with rows of the batch: its example value on one rank; of the output: the shapes there",
 }
 
 CUSTOM: Mapping[str, str] = {
@@ -45,7 +40,5 @@ CUSTOM: Mapping[str, str] = {
     "spx_averages_rows_of_one_number": "an attention whose rows without keys are dealt with",
     "spx_attention": "the strategy that choose-attention chose",
     "spx_bias_rows": "whether the bias of an attention has query rows",
-    OWN_PART: "LOCAL graphs: axes on which each rank makes its own part of a value from what all ranks hold",
-    "spx_counts": "dp: which arguments of a call count rows",
-    "spx_row_dims": "dp: the symbols of a reshape's sizes",
+    "spx_own_part": "LOCAL graphs: axes on which each rank makes its own part of a value from what all ranks hold",
 }

@@ -18,7 +18,7 @@ import torch.fx as fx
 
 from spcompile.diagnostics import source_of
 from spcompile.graph.axes import axis_argument
-from spcompile.graph.reshard import is_reshard, reshard
+from spcompile.graph.reshard import Reshard, is_reshard, reshard
 from spcompile.machine.mesh import MeshShape
 
 _DTYPES = {
@@ -101,7 +101,7 @@ def _collective(node: fx.Node) -> str:
     """A comment: the collective that a `reshard` of a GLOBAL graph will be."""
     if not is_reshard(node):
         return ""
-    src, dst = str(node.args[2])[0], str(node.args[3])[0]
+    src, dst = Reshard.of(node).kinds
     return f"  # {_RESHARDS.get((src, dst), f'{src} to {dst}')}"
 
 

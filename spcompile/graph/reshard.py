@@ -38,6 +38,28 @@ def parse_place(state: str) -> Place | None:
     return Place(int(match[1]), int(match[2] or 0)) if match else None
 
 
-def is_reshard(node: fx.Node) -> bool:
-    """Whether a node is a reshard."""
-    return node.op == "call_function" and node.target is reshard
+@dataclass(frozen=True)
+class Reshard:
+    """What a reshard node says: its arguments by their names."""
+
+    x: fx.Node
+    axis: str
+    src: str
+    dst: str
+
+    @staticmethod
+    def of(node: fx.Node) -> Reshard:
+        """Of a node for which `is_reshard` holds."""
+        assert is_reshard(node)
+        return Reshard(*node.args)  # type: ignore[arg-type]
+
+    @property
+    def kinds(self) -> tuple[str, str]:
+        """The letters of both states, without where a value is split."""
+        return self.src[0], self.dst[0]
+
+
+def is_reshard(node: fx.Node, axis: str | None = None) -> bool:
+    """Whether a node is a reshard, on this axis if one is given."""
+    is_one = node.op == "call_function" and node.target is reshard
+    return is_one and (axis is None or Reshard.of(node).axis == axis)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch.fx as fx
 from torch import nn
 
-from spcompile.graph.reshard import is_reshard, parse_place
+from spcompile.graph.reshard import Reshard, is_reshard, parse_place
 from spcompile.graph.sizes import divides, same
 from spcompile.sharding.global_view import Part, nested
 from spcompile.sharding.layout import layout_of
@@ -76,7 +76,7 @@ def split_over_tp(graph: fx.Graph, degree: int) -> list[int | str]:
 
 
 def _split(node: fx.Node, degree: int) -> int | str:
-    states = {str(user.args[3]) if is_reshard(user) and user.args[1] == "tp" else "I" for user in node.users}
+    states = {Reshard.of(user).dst if is_reshard(user, "tp") else "I" for user in node.users}
     layout = layout_of(node)
     if len(states) != 1 or layout is None:
         return "it is read in several ways: " + ", ".join(sorted(states)) if states else "nothing reads it"

@@ -10,16 +10,18 @@ import torch
 import torch.fx as fx
 
 from spcompile.capture.autocast import autocast_off
-from spcompile.capture.capture import capture
-from spcompile.diagnostics import Remarks
+from spcompile.capture.capture import OWN, capture
+from spcompile.diagnostics import BatchNotSplit, Remarks, source_of
 from spcompile.graph.edit import copy_module
-from spcompile.graph.reshard import parse_place
+from spcompile.graph.reshard import Place, parse_place
+from spcompile.graph.sizes import hint
 from spcompile.machine.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.passes_api import Context, Pass, PassReport, Stage
 from spcompile.program.pipeline import History, check_order, configure, run_passes
 from spcompile.sharding.global_view import mark_parts
 from spcompile.sharding.resharding import state_of
+from spcompile.sharding.rows import mark_rows
 
 
 @dataclass
@@ -38,10 +40,11 @@ class Output:
 
 @dataclass
 class LocalProgram:
-    """One rank's graph, before autograd, and everything learnt on the way."""
+    """One rank's graph, before autograd, and everything learnt on the way. all_inputs: of the captured graph."""
 
     gm: fx.GraphModule
     inputs: list[Any]
+    all_inputs: list[Any]
     outputs: list[Output]
     ctx: Context
     history: History
@@ -79,12 +82,13 @@ def build(
         SpcompileError: the graph cannot be captured, or a remark came under strict.
     """
     options.require_factors(mesh.size("cp"))
-    passes = [p for p in configure(pipeline, options.passes) if p.axis is None or mesh.size(p.axis) > 1]
+    passes = [p for p in configure(pipeline, options.passes) if p.runs_on(mesh)]
     check_order(passes)
     ctx = Context(mesh, options, Remarks(strict=options.strict))
     history = history or History()
     captured = capture(gm, inputs)
     mark_parts(captured.graph)
+    mark_rows(captured.graph, mesh.size("dp"))
     with autocast_off():
         return _build(captured, inputs, ctx, passes, history)
 
@@ -105,7 +109,9 @@ def _build(
             done = index
     run_passes(work, before_autograd[done:], ctx, history)
     schedule = [p for p in passes if p.stage is Stage.SCHEDULE]
-    return LocalProgram(work, list(inputs), outputs, ctx, history, captured, schedule)
+    given = zip(captured.graph.find_nodes(op="placeholder"), inputs, strict=True)
+    own = [node.meta.get(OWN, x) for node, x in given]
+    return LocalProgram(work, own, list(inputs), outputs, ctx, history, captured, schedule)
 
 
 def _output_node(graph: fx.Graph) -> fx.Node:
@@ -137,8 +143,9 @@ def _select_outputs(gm: fx.GraphModule, options: Options) -> list[Output]:
 
 
 def _note_split_outputs(gm: fx.GraphModule, outputs: list[Output], axis: str, ctx: Context, captured: fx.Graph) -> None:
-    """Remember over which dim the axis leaves each output split. Rows on this rank are those of the captured graph."""
+    """Remember over which dim the axis leaves each output split."""
     values = _output_node(gm.graph).args[0]
+    own = _output_node(captured).meta.get(OWN)
     assert isinstance(values, (tuple, list))
     for number, output in enumerate(outputs):
         value = values[output.index] if output.index is not None else None
@@ -147,7 +154,17 @@ def _note_split_outputs(gm: fx.GraphModule, outputs: list[Output], axis: str, ct
             output.dims[axis] = place.dim
             if output.shape is None:
                 output.shape = tuple(value.meta["val"].shape)
-            if axis == "dp":
-                output.shape = tuple(_flat_outputs(captured)[number].meta["val"].shape)
-                rows = output.shape[place.dim] * ctx.mesh.size(axis)
-                output.shape = (*output.shape[: place.dim], rows, *output.shape[place.dim + 1 :])
+        if own is not None and axis == "dp":
+            _require_own_rows(value, place, own[number], ctx.mesh.size(axis))
+
+
+def _require_own_rows(value: Any, place: Place | None, own: Sequence[Any] | None, degree: int) -> None:
+    """A caller gets of each output what the model makes of its rows: the shape is that of Dynamo's own graph."""
+    if own is None or not isinstance(value, fx.Node):
+        return
+    shape = [hint(size) for size in value.meta["val"].shape]
+    if place is not None:
+        shape[place.dim] //= degree
+    if shape != [hint(size) for size in own]:
+        found = f"the output {value.name} would be {shape} on a rank, but its own rows give {list(own)}"
+        raise BatchNotSplit(found, where=source_of(value), legal="outputs with rows of inputs, or DDP over dp")

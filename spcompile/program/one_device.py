@@ -11,7 +11,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from spcompile.attention.scores.call import AttentionCall
 from spcompile.graph.edit import argument, call
+from spcompile.graph.typed_call import value_of
 from spcompile.machine.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.passes_api import Pass
@@ -20,7 +22,7 @@ from spcompile.program.pipeline import History
 from spcompile.recognition.eager import SOFTMAX
 
 log = logging.getLogger(__name__)
-aten, spx = torch.ops.aten, torch.ops.spx
+aten = torch.ops.aten
 
 RECOGNITION = ("recognize-softmax", "recognize-attention", "recognize-mask")
 
@@ -53,20 +55,21 @@ def _dense(gm: fx.GraphModule) -> int:
     for node in gm.graph.nodes:
         if node.target is aten.scaled_dot_product_attention.default:
             count += argument(node, 3, "attn_mask") is not None
-        elif node.target is spx.attention.default:
-            count += node.args[8] is not None
+        elif AttentionCall.is_call(node):
+            count += AttentionCall.of(node).bias is not None
         else:
             count += node.target in (*SOFTMAX, aten.exp.default)  # of a softmax by hand
     return count
 
 
 def _use_plain_kernels(gm: fx.GraphModule) -> None:
-    for node in list(gm.graph.find_nodes(op="call_function", target=spx.attention.default)):
+    for node in AttentionCall.all_in(gm.graph):
         if not _is_plain(node):
             continue
-        q, k, v = node.args[:3]
-        options = {"is_causal": node.args[9] == "causal", "scale": node.args[10], "enable_gqa": True}
-        new = call(gm.graph, aten.scaled_dot_product_attention.default, (q, k, v), options, like=node)
+        attention = AttentionCall.of(node)
+        qkv = (attention.q, attention.k, attention.v)
+        options = {"is_causal": attention.mask == "causal", "scale": attention.scale, "enable_gqa": True}
+        new = call(gm.graph, aten.scaled_dot_product_attention.default, qkv, options, like=node)
         for user in list(node.users):
             user.replace_all_uses_with(new)
             gm.graph.erase_node(user)
@@ -76,8 +79,9 @@ def _use_plain_kernels(gm: fx.GraphModule) -> None:
 
 def _is_plain(node: fx.Node) -> bool:
     """Whether scaled_dot_product_attention computes it in one kernel without a mask; on CPUs not with shared keys."""
-    q, k = (node.args[i].meta["val"] for i in (0, 1))  # type: ignore[union-attr]
-    heads_fit = q.shape[1] == k.shape[1] or q.device.type != "cpu"
-    has_more = any(x is not None for x in (*node.args[3:9], *node.args[11:14])) or any(node.args[14:])
+    attention = AttentionCall.of(node)
+    sizes = attention.sizes
+    heads_fit = sizes.heads == sizes.kv_heads or value_of(attention.q).device.type != "cpu"
+    plain = AttentionCall(q=attention.q, k=attention.k, v=attention.v, mask=attention.mask, scale=attention.scale)
     reads_lse = any(user.target is not operator.getitem or user.args[1] != 0 for user in node.users)
-    return node.args[9] in ("full", "causal") and heads_fit and not has_more and not reads_lse
+    return attention == plain and plain.mask in ("full", "causal") and heads_fit and not reads_lse

@@ -75,7 +75,7 @@ def configure(passes: Sequence[Pass], chosen: Mapping[str, Any]) -> list[Pass]:
         if wish is False:
             continue
         if isinstance(wish, Mapping):
-            legal = [f.name for f in dataclasses.fields(p)]
+            legal = [f.name for f in dataclasses.fields(p) if f.name != "axis"]
             unknown = sorted(set(wish) - set(legal))
             if unknown:
                 raise IllegalOption(f"passes: {p.name} has no option {unknown[0]!r}", legal=", ".join(legal) or "none")

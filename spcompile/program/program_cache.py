@@ -27,14 +27,13 @@ import torch
 import torch.fx as fx
 
 from spcompile.capture.autocast import autocast_off
-from spcompile.capture.capture import OTHER_SIZES, ROW_SYMBOL, ROWS_READ, is_state
+from spcompile.capture.capture import OWN, is_state
 from spcompile.capture.module_buffer import Relied, contents_of
 from spcompile.graph.printer import format_graph
 from spcompile.machine.mesh import axis_part
 from spcompile.options import Options
 from spcompile.passes_api import Pass
 from spcompile.program.build import Output
-from spcompile.sharding.row_counts import COUNTS, ROW_DIMS
 from spcompile.torch_private import autograd_cache_key, disable_modes, load_autograd_result, write_atomic
 from spcompile.torch_private import inductor_cache_dir as cache_dir
 
@@ -83,7 +82,6 @@ def key_of(
     facts = [
         theirs,
         format_graph(gm),
-        *_row_facts(gm.graph),
         options.fingerprint(),
         *(f"{k}={v}" for k, v in sorted(machine.items())),
     ]
@@ -135,18 +133,12 @@ def _path(key: str) -> Path:
     return Path(cache_dir()) / "spcompile" / key
 
 
-def _row_facts(graph: fx.Graph) -> list[str]:
-    """Which numbers of a graph count rows: two graphs with equal texts may differ in that."""
-    customs = [(node.name, node.meta.get("custom", {})) for node in graph.nodes]
-    return [f"{name} {known[key]}" for name, known in customs for key in (COUNTS, ROW_DIMS) if key in known]
-
-
 def _input_facts(placeholder: fx.Node, value: Any) -> str:
-    """What the compiler reads of an input besides what torch's key holds: of its rows, and which mask it is."""
+    """What the compiler reads of an input besides what torch's key holds: one rank's rows, and which mask it is."""
     state = is_state(placeholder)
     trainable = isinstance(value, torch.Tensor) and value.requires_grad
-    rows = [placeholder.meta.get(key) for key in (ROW_SYMBOL, OTHER_SIZES, ROWS_READ)]
-    return f"{placeholder.name} {state} {trainable} {rows} {contents_of(value) if state else None}"
+    own = tuple(placeholder.meta[OWN].shape) if OWN in placeholder.meta else None
+    return f"{placeholder.name} {state} {trainable} {own} {contents_of(value) if state else None}"
 
 
 @functools.cache

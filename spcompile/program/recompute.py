@@ -15,7 +15,8 @@ import torch.fx as fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 import spcompile.collectives  # noqa: F401  (defines the ops)
-from spcompile.graph.edit import argument, operand
+from spcompile.collectives.calls import AllToAllCall, ShardCall
+from spcompile.graph.edit import operand
 from spcompile.graph.sizes import numel_hint
 
 aten = torch.ops.aten
@@ -69,9 +70,9 @@ def _is_recomputed(node: fx.Node, regather: bool) -> bool:
         return regather
     if node.target is spx.mask_padding.default:
         return True
-    if node.target is spx.shard.default:
-        return _is_input(operand(node, 0))
-    return node.target is spx.all_to_all.default and bool(argument(node, 3, "recompute", False))
+    if ShardCall.is_call(node):
+        return _is_input(ShardCall.of(node).x)
+    return AllToAllCall.is_call(node) and AllToAllCall.of(node).recompute
 
 
 def _is_input(node: fx.Node) -> bool:

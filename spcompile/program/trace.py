@@ -150,7 +150,9 @@ def on_one_device(traced: Traced) -> Emission:
     assert before is not None
     gm = fx.GraphModule(before, copy_graph(before.graph))
     ctx = replace(program.ctx, mesh=MeshShape(()))
-    return emitted(replace(program, gm=gm, ctx=ctx, history=History(keep_texts=False), schedule=[]))
+    return emitted(
+        replace(program, gm=gm, inputs=program.all_inputs, ctx=ctx, history=History(keep_texts=False), schedule=[])
+    )
 
 
 def emitted(program: LocalProgram) -> Emission:

@@ -11,6 +11,7 @@ import torch
 import torch.fx as fx
 
 import spcompile.attention.op  # noqa: F401  (defines spx::attention)
+from spcompile.attention.scores.call import AttentionCall
 from spcompile.attention.scores.mask import AttentionMask
 from spcompile.graph.edit import call, operand, shape_of
 from spcompile.graph.splice import splice
@@ -82,11 +83,20 @@ class Builder:
         """The output of one spx.attention on [B, N, S, H], [B, G, T, H], [B, G, T, V]."""
         k, v = before_repeat(k), before_repeat(v)
         k, v = (self._same_heads(x, y) for x, y in ((k, v), (v, k)))
-        args: tuple[Any, ...] = (q, k, v, *(None,) * 5, full_bias(bias, q, k, self), str(mask), scale)
-        if more != More():
-            seed = self._seed(q) if more.dropout else None
-            args = (*args, None, more.sinks, seed, more.softcap, more.dropout)
-        both = self(torch.ops.spx.attention.default, *args)
+        both = self._insert(
+            AttentionCall(
+                q=q,
+                k=k,
+                v=v,
+                bias=full_bias(bias, q, k, self),
+                mask=str(mask),
+                scale=scale,
+                sinks=more.sinks,
+                dropout_seed=self._seed(q) if more.dropout else None,
+                softcap=more.softcap,
+                dropout_p=more.dropout,
+            )
+        )
         return self(operator.getitem, both, 0)
 
     def bias(
@@ -107,16 +117,23 @@ class Builder:
         """The output of an attention with the rows that see no key in it."""
         both = operand(out, 0)
         both.meta["custom"] = {**both.meta.get("custom", {}), AVERAGED: True}
-        (q, k, v), scale, more = (operand(both, i) for i in range(3)), both.args[10], both.args[11:]
+        first = AttentionCall.of(both)
         if any(each.documents is None for each in rest):
             lse = self(operator.getitem, both, 1)
-            marked = splice(marked_as_documents, (lse, q, k), like=self.at)
+            marked = splice(marked_as_documents, (lse, first.q, first.k), like=self.at)
         results: list[fx.Node] = []
         for each in rest:
-            mask = str(AttentionMask(documents=True, rounded_by=each.rounded_by))
-            bias, of_scores = each.bias, scale if each.are_scores else 0.0
-            args = (q, k, v, None, None, *(each.documents or marked), None, bias, mask, of_scores)
-            rows = self(torch.ops.spx.attention.default, *args, *((None, None, *more[2:]) if more else ()))
+            q_documents, k_documents = each.documents or marked
+            rows = self._insert(
+                first.but(
+                    q_documents=q_documents,
+                    k_documents=k_documents,
+                    bias=each.bias,
+                    mask=str(AttentionMask(documents=True, rounded_by=each.rounded_by)),
+                    scale=first.scale if each.are_scores else 0.0,
+                    sinks=None,
+                )
+            )
             rows.meta["custom"] = {**rows.meta.get("custom", {}), OF_ROWS_WITHOUT_KEYS: True}
             results += (self(operator.getitem, rows, place) for place in (0, 1))
         total = splice(of_both, tuple(results), like=self.at) if len(results) == 4 else results[0]
@@ -153,6 +170,10 @@ class Builder:
     def _kept(self, part: Part, fill: float) -> Part:
         """The condition that is behind an added mask: a number and 0 lie on two sides of half the number."""
         return Part(self(aten.gt.Scalar, part.node, fill / 2), Role.KEEP)
+
+    def _insert(self, attention: AttentionCall) -> fx.Node:
+        self.made.append(attention.insert(like=self.at))
+        return self.made[-1]
 
     def _seed(self, q: fx.Node) -> fx.Node:
         """Random numbers [B, N], drawn once: never in a backward that computes this region again."""

@@ -45,8 +45,6 @@ def culprit_of(trial: Trial) -> Culprit:
     for snapshot in trial.program.history.snapshots:
         if snapshot.stage is Stage.SCHEDULE:
             break
-        if not trial.is_complete(snapshot):
-            continue
         if not all(row.ok for row in trial.errors("", trial.run(snapshot))):
             return _first_difference(trial, right, snapshot) if right is not None else Culprit(snapshot.name)
         right = snapshot

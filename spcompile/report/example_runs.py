@@ -60,8 +60,9 @@ class ExampleRun:
 
 
 def example_of(p: Pass) -> Example | None:
-    """The EXAMPLE in the file of a pass."""
-    return getattr(sys.modules[type(p).__module__], "EXAMPLE", None)
+    """The EXAMPLE in the file of a pass; one of several, by axis."""
+    found = getattr(sys.modules[type(p).__module__], "EXAMPLE", None)
+    return found[p.axis] if isinstance(found, Mapping) else found
 
 
 def run_example(
@@ -76,11 +77,11 @@ def run_example(
     p = dataclasses.replace(p, **example.fields)
 
     def work(gm: fx.GraphModule, inputs: Sequence[Any]) -> ExampleRun:
-        earlier = pipeline[: [type(q) for q in pipeline].index(type(p))]
+        earlier = pipeline[: [q.name for q in pipeline].index(p.name)]
         if p.stage is Stage.SCHEDULE:
             return _after_autograd(p, earlier, gm, inputs, shape, options)
         program = build(gm, inputs, shape, options, earlier)
-        lowers = [q.leaves is Stage.LOCAL for q in (*earlier, p) if q.axis is None or shape.size(q.axis) > 1]
+        lowers = [q.leaves is Stage.LOCAL for q in (*earlier, p) if q.runs_on(shape)]
         step = _step(p, "", program.gm, program.ctx, is_local=(any(lowers[:-1]), any(lowers)))
         return ExampleRun(gm.forward, list(inputs), program.ctx, [step])
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import spcompile.check.attention_specs  # noqa: F401  (the simulator must know attention)
+from spcompile.attention.scores.call import AttentionCall
+from spcompile.capture.capture import OWN
 from spcompile.check.simulate import InFlight, Simulator
 from spcompile.check.states import needs_gradient, trainable_names
-from spcompile.diagnostics import IllegalOption
+from spcompile.diagnostics import BatchNotSplit, IllegalOption
 from spcompile.graph.axes import axis_argument
-from spcompile.graph.edit import argument
 from spcompile.machine.mesh import MeshShape
 from spcompile.machine.rank_parts import coordinates, part_of, split_batch, whole_of
 from spcompile.options import Options
@@ -24,11 +25,11 @@ from spcompile.passes_api import Pass, Stage
 from spcompile.program.build import LocalProgram
 from spcompile.program.outputs import NotComputedTensor
 from spcompile.program.pipeline import Snapshot
-from spcompile.program.row_symbols import over_known_rows
 from spcompile.program.trace import Inputs, Traced, compile_for, through_dynamo
+from spcompile.program.whole_batch import over_whole_batch
 from spcompile.report.verify_report import TensorError, difference, is_exact, largest
 from spcompile.schedule.memory import saved_values
-from spcompile.sharding.row_evidence import require_rows_first
+from spcompile.sharding.rows import inputs_with_rows
 
 Observer = Callable[[fx.Node, list[Any]], None]
 
@@ -78,15 +79,16 @@ class Trial:
         """The mesh of the program."""
         return self.program.ctx.mesh
 
-    def is_complete(self, snapshot: Snapshot) -> bool:
-        """Whether a graph computes what the plain model does: before dp is lowered it has one rank's rows only."""
-        assert snapshot.gm is not None
-        return self.mesh.size("dp") == 1 or _communicates(snapshot.gm.graph)
-
     def inputs(self, rank: int, mesh: MeshShape) -> list[Any]:
         """The arguments of one rank, as new leaves."""
-        row = coordinates(mesh, rank).get("dp", 0)
-        values = [self.rows[i][row] if i in self.rows else x for i, x in enumerate(self.arguments)]
+        degree, row = self.mesh.size("dp"), coordinates(mesh, rank).get("dp", 0)
+        values = list(self.arguments)
+        for i, node in enumerate(self.program.captured.graph.find_nodes(op="placeholder")):
+            parts = self.rows.get(i, [values[i]] * degree)
+            if mesh.size("dp") == degree:
+                values[i] = parts[row]
+            elif OWN in node.meta:  # on one device
+                values[i] = torch.cat(parts) if isinstance(values[i], Tensor) else values[i] * degree
         return [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in values]
 
     def run(self, snapshot: Snapshot, observe: Observer | None = None) -> Outcome:
@@ -202,8 +204,7 @@ class Trial:
 
 
 def _has_attention_dropout(gm: fx.GraphModule) -> bool:
-    calls = gm.graph.find_nodes(op="call_function", target=torch.ops.spx.attention.default)
-    return any(argument(call, 15, "dropout_p", 0.0) for call in calls)
+    return any(AttentionCall.of(node).has_dropout for node in AttentionCall.all_in(gm.graph))
 
 
 def run_eager(model: nn.Module, example_inputs: Inputs, options: Options) -> Eager:
@@ -265,11 +266,11 @@ def trial_of(
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         traced = compile_for(gm, inputs, mesh, options, pipeline, keep_texts=False)
-        snapshots = traced.program.history.snapshots
-        captured = snapshots[0]
-        annotated = next((s.gm for s in snapshots if s.name == "annotate-data-parallel"), None)
-        if annotated is not None:
-            require_rows_first(annotated.graph)
+        captured = traced.program.history.snapshots[0]
+        for node, batch in inputs_with_rows(traced.program.captured.graph).items():
+            if batch.dim != 0:
+                found = f"{node.name} has the batch in dim {batch.dim}; the rows of dp's ranks were cut from dim 0"
+                raise BatchNotSplit(found, legal="a mesh without dp here; compiled, each rank passes its own rows")
 
         def run(*arguments: Any) -> list[Tensor]:
             own = {i: list(rows[id(x)]) for i, x in enumerate(arguments) if id(x) in rows}
@@ -282,7 +283,7 @@ def trial_of(
 
         return run
 
-    known = over_known_rows(backend, mesh.size("dp"))
+    known = over_whole_batch(backend, mesh.size("dp"))
     result = named_leaves(through_dynamo(model, per_rank[0], known))
     trial = trials[0]
     place = {id(x): i for i, x in enumerate(returned)}

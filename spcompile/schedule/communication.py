@@ -7,7 +7,7 @@ the axis. The formulas are those of ring algorithms, which send the least (Thaku
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +17,16 @@ import torch.fx as fx
 from torch.utils import _pytree as pytree
 
 import spcompile.attention.op  # noqa: F401  (defines the ops)
-from spcompile.attention.ring.ring import Ring, backward_bytes, forward_bytes, message_numbers
-from spcompile.attention.scores.mask import AttentionMask
+from spcompile.attention.ring.call import RingCall, ring_of
+from spcompile.attention.ring.ring import backward_bytes, forward_bytes, message_numbers
+from spcompile.attention.scores.call import Gradients
 from spcompile.collectives import COLLECTIVES, call_arguments
 from spcompile.collectives.pipelined_products import PIPELINED, all_gather_matmul
 from spcompile.diagnostics import SourceLine, source_of
 from spcompile.graph.axes import axis_argument
-from spcompile.graph.sizes import Size, expression, hint
+from spcompile.graph.sizes import expression
+from spcompile.graph.typed_call import value_of
 from spcompile.machine.mesh import MeshShape
-
-_spx, _c10d = torch.ops.spx, torch.ops._c10d_functional
-_RINGS = (_spx.ring_attention.default, _spx.ring_attention_backward.default)
 
 # What knows its rank and sends nothing, and what compares a few bytes once a step, as ranks do when they compile.
 _COUNT_NOTHING = ("positions", "agree_on_hops")
@@ -91,7 +90,7 @@ def communication(phase: str, gm: fx.GraphModule, mesh: MeshShape, trained: Sequ
 
 
 def _origin(node: fx.Node, phase: str, trained: Sequence[bool], of_gradient: bool) -> str:
-    if node.target in _RINGS:
+    if ring_of(node) is not None:
         return "attention"
     if _moves_a_parameter(node, trained):
         return "parameter"
@@ -146,8 +145,8 @@ def sent_by(node: fx.Node, mesh: MeshShape) -> tuple[str, str, sympy.Expr] | Non
     if axis_argument(target) is None:
         return None
     operand, named = call_arguments(target, node.args, node.kwargs)
-    if target in _RINGS:
-        return target._opname, named["axis"], _ring(node, named)
+    if (ring := ring_of(node)) is not None:
+        return target._opname, ring.axis, _ring(ring)
     if target in PIPELINED:
         part = operand if target is all_gather_matmul else node
         return target._opname, named["axis"], (named["degree"] - 1) * _bytes(part)
@@ -168,27 +167,18 @@ def _bytes(operand: Any) -> sympy.Expr:
     return sum((expression(v.numel()) * v.element_size() for v in vals), sympy.Integer(0))
 
 
-def _ring(node: fx.Node, named: Mapping[str, Any]) -> sympy.Expr:
+def _ring(ring: RingCall) -> sympy.Expr:
     """Bytes of a ring. How far keys travel is computed for the traced length."""
-    is_forward = node.target is _spx.ring_attention.default
-    arguments: dict[str, Any] = dict(named)
-    k, v = (arguments[name].meta["val"] for name in ("k", "v"))
-    q_length, k_length = (hint(_value(arguments[name])) for name in ("q_length", "k_length"))
-    ring = Ring(q_length, k_length, arguments["degree"], arguments["order"], arguments["inner"])
-    hops = len(ring.distances(AttentionMask.parse(arguments["mask"])))
+    k, v = value_of(ring.k), value_of(ring.v)
     B, G, T, H = (expression(size) for size in k.shape)
     numbers = message_numbers(B, G, T, H, expression(v.shape[3]))
-    formula = forward_bytes if is_forward else backward_bytes
-    return sympy.sympify(formula(numbers, hops, k.element_size()))
+    formula = backward_bytes if isinstance(ring, Gradients) else forward_bytes
+    return sympy.sympify(formula(numbers, ring.most_hops, k.element_size()))
 
 
 def _asks_for_hops(node: fx.Node) -> bool:
-    target: Any = node.target
-    return target in _RINGS and call_arguments(target, node.args, node.kwargs)[1]["hops"] is not None
-
-
-def _value(size: Any) -> Size:
-    return size.meta["val"] if isinstance(size, fx.Node) else size
+    ring = ring_of(node)
+    return ring is not None and ring.hops is not None
 
 
 def _gradients_of_parameters(graph: fx.Graph, trained: Sequence[bool]) -> set[fx.Node]:

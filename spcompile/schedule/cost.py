@@ -25,12 +25,14 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
 import spcompile.attention.op  # noqa: F401  (defines the ops)
-from spcompile.attention.ring.ring import Ring
+from spcompile.attention.ring.call import RingCall, attention_of, is_attention, ring_of
+from spcompile.attention.scores.call import Gradients
 from spcompile.attention.scores.mask import AttentionMask
-from spcompile.collectives import call_arguments
-from spcompile.collectives.pipelined_products import PIPELINED, all_gather_matmul
+from spcompile.collectives.calls import AllGatherMatmulCall, MatmulReduceScatterCall
+from spcompile.collectives.pipelined_products import PIPELINED
 from spcompile.graph.edit import is_getitem
 from spcompile.graph.sizes import hint, numel_hint
+from spcompile.graph.typed_call import value_of
 from spcompile.machine.accelerators import ACCELERATORS, Accelerator
 from spcompile.machine.links import link_of
 from spcompile.machine.mesh import MeshShape
@@ -38,10 +40,6 @@ from spcompile.options import Options
 from spcompile.schedule.communication import sent_by
 from spcompile.schedule.memory import root_of
 
-_spx, _c10d = torch.ops.spx, torch.ops._c10d_functional
-_RINGS = (_spx.ring_attention.default, _spx.ring_attention_backward.default)
-_FORWARDS = (_spx.attention.default, _spx.ring_attention.default)
-_BACKWARDS = (_spx.attention_backward.default, _spx.ring_attention_backward.default)
 _BEFORE_AUTOGRAD = (torch.ops.aten.linear.default, torch.ops.aten.matmul.default)
 _SAMPLES = 64  # query rows at which a mask is looked at
 _TILE = 128  # rows and columns of the tiles in which products are computed
@@ -115,10 +113,11 @@ class CostModel:
             return Work(compute)
         if node.target in PIPELINED:
             return self.pipelined(_chunks_of(node))
-        if node.target not in _RINGS:  # one op that communicates and returns when it is done
+        ring = ring_of(node)
+        if ring is None:  # one op that communicates and returns when it is done
             seconds = self.communication(node)
             return Work(compute, seconds, seconds)
-        hops = max(1, hops_of(node))
+        hops = max(1, ring.most_hops)
         one = self._link(sent[1]).seconds(_number(sent[2], node) / hops)
         return Work(compute, hops * one, hops * max(0.0, one - compute / (hops + 1)))
 
@@ -161,7 +160,7 @@ class CostModel:
 
     def _compute(self, node: fx.Node) -> float:
         moved = self._traffic(node)
-        if node.target in (*_FORWARDS, *_BACKWARDS):
+        if is_attention(node):
             return max(self._arithmetic(node, attention_flops(node), self.accelerator.attention_reached), moved)
         flops = matmul_flops(node)
         if flops:
@@ -191,7 +190,7 @@ def cost_model(mesh: MeshShape, options: Options) -> CostModel:
 def is_product(node: fx.Node) -> bool:
     """Whether a node is a matrix product, a convolution or an attention."""
     is_counted = getattr(node.target, "overloadpacket", None) in flop_registry
-    return is_counted or node.target in (*_FORWARDS, *_BACKWARDS, *PIPELINED)
+    return is_counted or is_attention(node) or node.target in PIPELINED
 
 
 def gathering_chunks(
@@ -218,13 +217,13 @@ def scattering_chunks(
 
 
 def _chunks_of(node: fx.Node) -> Chunks:
-    assert isinstance(node.target, torch._ops.OpOverload)
-    first, named = call_arguments(node.target, node.args, node.kwargs)
-    weights = [weight.meta["val"] for weight in named["weights"]]
-    if node.target is all_gather_matmul:
-        layout = named["dim"], named["axis"], named["degree"], named["gathered"]
-        return gathering_chunks(first.meta["val"], weights, *layout)
-    return scattering_chunks(node.meta["val"], weights, named["dim"], named["axis"], named["degree"])
+    if AllGatherMatmulCall.is_call(node):
+        gather = AllGatherMatmulCall.of(node)
+        layout = gather.dim, gather.axis, gather.degree, gather.gathered
+        return gathering_chunks(value_of(gather.x), [value_of(weight) for weight in gather.weights], *layout)
+    scatter = MatmulReduceScatterCall.of(node)
+    weights = [value_of(weight) for weight in scatter.weights]
+    return scattering_chunks(value_of(node), weights, scatter.dim, scatter.axis, scatter.degree)
 
 
 def matmul_flops(node: fx.Node) -> int:
@@ -241,15 +240,13 @@ def matmul_flops(node: fx.Node) -> int:
 
 def attention_flops(node: fx.Node) -> float:
     """Two products forward, five backward (Dao 2023, arXiv 2307.08691, section 4.1), of the scores the mask leaves."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    _, named = call_arguments(node.target, node.args, node.kwargs)
-    named["q"] = node.args[0] if node.target in _FORWARDS else named["q"]
-    q_BNSH, v_BGTV = (named[name].meta["val"] for name in ("q", "v"))
-    B, N, S, H = map(hint, q_BNSH.shape)
-    T = hint(_value(named["k_length"]) if node.target in _RINGS else v_BGTV.shape[2])
-    V = hint(v_BGTV.shape[3])
-    widths = H + V if node.target in _FORWARDS else 3 * H + 2 * V
-    return 2.0 * B * N * S * T * widths * visible(AttentionMask.parse(named["mask"]), T)
+    call = attention_of(node)
+    assert call is not None
+    B, N, _, S, T, H, V = call.sizes.hints()
+    if isinstance(call, RingCall):
+        T = call.ring.k_length
+    widths = 3 * H + 2 * V if isinstance(call, Gradients) else H + V
+    return 2.0 * B * N * S * T * widths * visible(call.attention_mask, T)
 
 
 @functools.lru_cache(maxsize=256)
@@ -261,15 +258,6 @@ def visible(mask: AttentionMask, length: int) -> float:
         first, last = mask.reach(query, query)
         seen += max(0, min(length - 1, length if last is None else last) - first + 1)
     return seen / (_SAMPLES * max(1, length))
-
-
-def hops_of(ring: fx.Node) -> int:
-    """How often keys and values move on in a ring attention."""
-    assert isinstance(ring.target, torch._ops.OpOverload)
-    _, named = call_arguments(ring.target, ring.args, ring.kwargs)
-    lengths = [hint(_value(named[name])) for name in ("q_length", "k_length")]
-    layout = Ring(lengths[0], lengths[1], named["degree"], named["order"], named["inner"])
-    return len(layout.distances(AttentionMask.parse(named["mask"])))
 
 
 def bytes_of(node: fx.Node) -> int:
@@ -290,10 +278,6 @@ def _fuses(node: fx.Node) -> bool:
 
 def _as_hinted(value: Any) -> Any:
     return torch.empty([hint(s) for s in value.shape], device="meta") if isinstance(value, torch.Tensor) else value
-
-
-def _value(size: Any) -> Any:
-    return size.meta["val"] if isinstance(size, fx.Node) else size
 
 
 def _number(size: sympy.Expr, node: fx.Node) -> float:

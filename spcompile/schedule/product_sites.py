@@ -18,11 +18,17 @@ import sympy
 import torch
 import torch.fx as fx
 
-from spcompile.collectives import call_arguments
-from spcompile.collectives.pipelined_products import all_gather_matmul, matmul_reduce_scatter
+import spcompile.collectives.pipelined_products  # noqa: F401  (defines the ops)
+from spcompile.collectives.calls import (
+    AllGatherCall,
+    AllGatherMatmulCall,
+    MatmulReduceScatterCall,
+    ReduceScatterCall,
+)
 from spcompile.graph.edit import call, replace
 from spcompile.graph.edit import operand as operand_of
 from spcompile.graph.sizes import divides, expression, same
+from spcompile.graph.typed_call import value_of
 from spcompile.schedule.cost import Chunks, gathering_chunks, scattering_chunks
 
 aten, spx = torch.ops.aten, torch.ops.spx
@@ -44,15 +50,15 @@ class Site:
 
     @property
     def is_gather(self) -> bool:
-        return self.collective.target is spx.all_gather.default
+        return AllGatherCall.is_call(self.collective)
 
     @property
     def fits_symmetric_memory(self) -> bool:
         """Whether torch's operators on symmetric memory do what this site does."""
-        x, named = _arguments(self.collective)
-        value = (self.collective if self.is_gather else x).meta["val"]
-        is_even = divides(named["degree"], value.shape[named["dim"]])
-        return is_even and value.device.type == "cuda" and (self.is_gather or len(self.products) == 1)
+        collective = _collective(self.collective)
+        whole = value_of(self.collective if self.is_gather else collective.x)
+        is_even = divides(collective.degree, whole.shape[collective.dim])
+        return is_even and whole.device.type == "cuda" and (self.is_gather or len(self.products) == 1)
 
 
 def sites_of(graph: fx.Graph) -> list[Site]:
@@ -66,27 +72,26 @@ def sites_of(graph: fx.Graph) -> list[Site]:
 
 def rewrite(site: Site, symmetric: bool = False) -> None:
     """Put one op in place of a collective and its products. symmetric: on symmetric memory, where that fits."""
-    more = (True,) if symmetric and site.fits_symmetric_memory else ()
-    (_rewrite_gather if site.is_gather else _rewrite_scatter)(site, more)
+    (_rewrite_gather if site.is_gather else _rewrite_scatter)(site, symmetric and site.fits_symmetric_memory)
 
 
 def _site(node: fx.Node, place: dict[fx.Node, int], first: dict[sympy.Expr, fx.Node]) -> Site | None:
     """first: the first node of each size that is a symbol."""
-    if node.target not in (spx.all_gather.default, spx.reduce_scatter.default):
+    if not AllGatherCall.is_call(node) and not ReduceScatterCall.is_call(node):
         return None
-    x, named = _arguments(node)
-    value = x.meta["val"]
-    is_cut_by_rows = named["dim"] < value.dim() - 1 and named["order"] == "contiguous" and named["degree"] > 1
+    collective = _collective(node)
+    value = value_of(collective.x)
+    is_cut_by_rows = collective.dim < value.dim() - 1 and collective.order == "contiguous" and collective.degree > 1
     if not is_cut_by_rows or not value.is_floating_point():
         return None
-    layout = named["dim"], named["axis"], named["degree"]
-    if node.target is spx.all_gather.default:
+    layout = collective.dim, collective.axis, collective.degree
+    if isinstance(collective, AllGatherCall):
         rows = list(_row_views(node))
         products = tuple(n for view in rows for n in view.users if _multiplies(n, view) and _movable(n, node, place))
         others = any(n not in products and n not in rows for view in rows for n in view.users)
         weights = [operand_of(n, 1).meta["val"] for n in products]
         return Site(node, products, gathering_chunks(value, weights, *layout, others), others) if products else None
-    found = _summed_products(x)
+    found = _summed_products(collective.x)
     shape = tuple(size if isinstance(size, int) else first.get(expression(size)) for size in value.shape)
     if not found or any(size is None or (size in place and place[size] > place[node]) for size in shape):
         return None
@@ -94,9 +99,8 @@ def _site(node: fx.Node, place: dict[fx.Node, int], first: dict[sympy.Expr, fx.N
     return Site(node, tuple(found), scattering_chunks(node.meta["val"], weights, *layout), shape=shape)
 
 
-def _arguments(node: fx.Node) -> tuple[fx.Node, dict[str, Any]]:
-    assert isinstance(node.target, torch._ops.OpOverload)
-    return call_arguments(node.target, node.args, node.kwargs)
+def _collective(node: fx.Node) -> AllGatherCall | ReduceScatterCall:
+    return AllGatherCall.of(node) if AllGatherCall.is_call(node) else ReduceScatterCall.of(node)
 
 
 def _row_views(node: fx.Node) -> Iterator[fx.Node]:
@@ -177,18 +181,20 @@ def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dim() == b.dim() and all(map(same, a.shape, b.shape))
 
 
-def _rewrite_gather(site: Site, more: tuple[bool, ...]) -> None:
+def _rewrite_gather(site: Site, symmetric: bool) -> None:
     gather = site.collective
-    x, named = _arguments(gather)
     place = {node: at for at, node in enumerate(gather.graph.nodes)}
     for product in site.products:
         for node in _behind(operand_of(product, 1), gather, place) or ():
             gather.prepend(node)
-    layout = named["dim"], named["length"], named["axis"], named["degree"], site.gathered
     weights = [operand_of(product, 1) for product in site.products]
-    fused = _call(gather, all_gather_matmul, (x, weights, *layout, *more))
+    of_both = AllGatherCall.of(gather).into(
+        AllGatherMatmulCall, weights=weights, gathered=site.gathered, symmetric=symmetric
+    )
+    fused = _named_after(gather, of_both.insert(like=gather))
     results = [
-        _call(gather, operator.getitem, (fused, number)) for number in range(len(site.products) + int(site.gathered))
+        _named_after(gather, call(gather.graph, operator.getitem, (fused, number), like=gather))
+        for number in range(len(site.products) + int(site.gathered))
     ]
     for product, result in zip(site.products, results[int(site.gathered) :], strict=True):
         replace(product, result)
@@ -197,18 +203,17 @@ def _rewrite_gather(site: Site, more: tuple[bool, ...]) -> None:
     _erase_unread(gather)
 
 
-def _rewrite_scatter(site: Site, more: tuple[bool, ...]) -> None:
+def _rewrite_scatter(site: Site, symmetric: bool) -> None:
     scatter = site.collective
-    x, named = _arguments(scatter)
+    of_sum = ReduceScatterCall.of(scatter)
     xs, weights = ([operand_of(product, i) for product in site.products] for i in (0, 1))
-    layout = list(site.shape), named["dim"], named["axis"], named["degree"]
-    replace(scatter, _call(scatter, matmul_reduce_scatter, (xs, weights, *layout, *more)))
-    _erase_unread(x)
+    of_both = of_sum.into(MatmulReduceScatterCall, xs=xs, weights=weights, shape=list(site.shape), symmetric=symmetric)
+    replace(scatter, _named_after(scatter, of_both.insert(like=scatter)))
+    _erase_unread(of_sum.x)
 
 
-def _call(at: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
-    """A new node in front of `at`, which names its origin."""
-    node = call(at.graph, target, args, like=at)
+def _named_after(at: fx.Node, node: fx.Node) -> fx.Node:
+    """A new node with the origin of `at`."""
     node.meta.update({key: at.meta[key] for key in ("seq_nr", "spx_origin", "fwd_nn_module_stack") if key in at.meta})
     return node
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spcompile.graph.edit import argument, operand
+from spcompile.collectives.calls import AllGatherCall
 from spcompile.graph.reshard import Place
 
 if TYPE_CHECKING:
@@ -54,14 +54,13 @@ def global_view(part: Tensor, parts: Sequence[Part]) -> Tensor:
 
 def is_view(node: fx.Node, axis: str) -> bool:
     """Whether a node is a view on `axis`, in a graph where collectives of that axis are not yet made."""
-    import torch
-
-    return node.target is torch.ops.spx.all_gather.default and argument(node, 3, "axis") == axis
+    return AllGatherCall.is_call(node) and AllGatherCall.of(node).axis == axis
 
 
 def part_of_view(node: fx.Node) -> Part:
     """How the operand of a view is split."""
-    return Part(int(argument(node, 1, "dim")), str(argument(node, 3, "axis")), int(argument(node, 4, "degree")))
+    view = AllGatherCall.of(node)
+    return Part(view.dim, view.axis, view.degree)
 
 
 def place_of_view(node: fx.Node) -> Place:
@@ -79,11 +78,12 @@ def mark_parts(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op != "call_function" or not any(is_view(node, axis) for axis in LOWERED):
             continue
-        source = operand(node, 0)
-        while source.op == "call_function" and any(is_view(source, axis) for axis in LOWERED):
-            source = operand(source, 0)
+        view = AllGatherCall.of(node)
+        source = view.x
+        while any(is_view(source, axis) for axis in LOWERED):
+            source = AllGatherCall.of(source).x
         if source.op == "placeholder":
-            source.meta.setdefault("parts", {})[str(argument(node, 3, "axis"))] = "S"
+            source.meta.setdefault("parts", {})[view.axis] = "S"
 
 
 def states_of_inputs(graph: fx.Graph) -> dict[str, dict[str, str]]:

@@ -40,8 +40,11 @@ class IndexSpaces:
         return [leaves(dim) for dim in self.values[node][0]]
 
 
-def find_index_spaces(graph: fx.Graph) -> IndexSpaces:
-    """One pass in topological order. Calls without a rule get new spaces for their results."""
+def find_index_spaces(graph: fx.Graph, *, drawn_apart: bool = False) -> IndexSpaces:
+    """One pass in topological order. Calls without a rule get new spaces for their results.
+
+    drawn_apart: ranks draw random numbers for their own parts, where others draw them for the whole.
+    """
     spaces = IndexSpaces()
     for node in graph.nodes:
         examples = tensor_results(node)
@@ -51,6 +54,8 @@ def find_index_spaces(graph: fx.Graph) -> IndexSpaces:
             spaces.values[node] = [spaces.values[operand(node, 0)][result_number(node)]]
             continue
         rule = rule_of(node) if node.op == "call_function" else None
+        if rule is not None and rule.drawn and drawn_apart:
+            rule = replace(rule, replicated=frozenset())
         call = _bind(node, rule, spaces) if rule is not None else None
         if call is not None:
             spaces.calls[node] = call

@@ -14,9 +14,11 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.attention.scores.call import AttentionCall
+from spcompile.capture.capture import OWN
+from spcompile.check.states import OWN_PART
 from spcompile.graph.edit import operand
-from spcompile.graph.node_meta import OWN_PART
-from spcompile.graph.reshard import Place, is_reshard, parse_place
+from spcompile.graph.reshard import Place, Reshard, is_reshard, parse_place
 from spcompile.graph.sizes import Size, divides, same
 from spcompile.machine.sequence import chunks_per_rank, local_length, pad
 from spcompile.sharding.global_view import is_view, part_of_view
@@ -25,7 +27,9 @@ from spcompile.sharding.propagate import Choice, is_prefix, place_of, space_at
 from spcompile.sharding.rules.base import LocalCall, tensor_operands, tensor_results
 from spcompile.sharding.spaces import Space, leaves
 
-spx = torch.ops.spx
+aten, spx = torch.ops.aten, torch.ops.spx
+
+READ_SIZES = (aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int)
 
 # What padding holds behind attention and a reduce-scatter. Nobody reads what becomes of it, but with 0 an op like
 # x / x.norm() would make
@@ -58,35 +62,6 @@ class SplitDims:
         return not (same(self.capacity(space), space.find().size) and divides(chunks, space.find().size))
 
 
-class OwnParts(SplitDims):
-    """An axis whose ranks were given their parts from outside: sizes in the graph are those of one part.
-
-    rows: where every rank has one row, the size that stands for it in the graph (`spcompile.sharding.one_row`).
-    """
-
-    def __init__(self, axis: str, degree: int, order: str, rows: int | None = None) -> None:
-        super().__init__(axis, degree, order)
-        self.rows = rows
-
-    def local(self, space: Space) -> Size:
-        """The size itself; one row where another size stands for it."""
-        size = space.find().size
-        assert self.rows is None or same(size, self.rows), "only the batch is split over dp"
-        return size if self.rows is None else 1
-
-    def whole(self, space: Space) -> Size:
-        """All ranks have equally many."""
-        return self.local(space) * self.degree
-
-    def own(self, x: Tensor, dim: int, space: Space) -> Tensor:
-        """A rank's rows of what every rank made for its own."""
-        return x if self.rows is None else x.narrow(dim, 0, 1)
-
-    def padded(self, space: Space) -> bool:
-        """A part has no padding."""
-        return False
-
-
 @dataclass(frozen=True)
 class _Ranks:
     """`rules.base.Ranks` as ops of the graph being traced."""
@@ -111,20 +86,19 @@ class Lower(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """One node on local values, with its origin kept for the nodes it traces."""
+        if OWN in n.meta and n.op == "placeholder":
+            value = super().run_node(n)
+            return value if isinstance(value, Tensor) else value * self.split.degree  # a number of rows: of all
+        if n.target in READ_SIZES:
+            return super().run_node(n) * self.times_as_large(n)
         if n.op != "call_function" or not isinstance(layout := layout_of(n), NodeLayout):
             return super().run_node(n)
         with self._set_current_node(n):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             if is_view(n, self.split.axis):
                 return args[0]
-            if is_reshard(n) and is_view(operand(n, 0), self.split.axis):
-                return self.gather_view(args[0], operand(n, 0), str(n.args[3]))
             if is_reshard(n):
-                source = layout_of(operand(n, 0))
-                assert source is not None
-                is_constant = operand(n, 0).op == "get_attr"  # a tensor with data, where all else is traced
-                value = torch.ops.aten.lift_fresh_copy.default(args[0]) if is_constant else args[0]
-                return self.reshard(value, str(n.args[2]), str(n.args[3]), [leaves(dim) for dim in source.dims[0]])
+                return self.run_reshard(Reshard.of(n), args[0])
             if layout.call is None:
                 return self.call_function(n.target, args, kwargs)
             if (choice := layout.choice.get(self.split.axis)) is not None:
@@ -134,6 +108,26 @@ class Lower(fx.Interpreter):
                 shapes = tuple(tuple(v.shape) for v in tensor_results(n))
                 return layout.call.rule.local(LocalCall(args, kwargs, shapes, "", 1, self.split.degree))
             return self.call_function(n.target, args, kwargs)
+
+    def times_as_large(self, n: fx.Node) -> int:
+        """How much larger a size of a value is than that of the part which this rank has."""
+        layout = layout_of(operand(n, 0))
+        place = layout.place(self.split.axis) if layout is not None else None
+        if place is None:
+            return 1
+        dim: Any = n.args[1] if len(n.args) > 1 else place.dim  # all numbers are more as well
+        is_more = dim < place.dim if n.target is aten.sym_stride.int else dim == place.dim
+        return self.split.degree if is_more else 1
+
+    def run_reshard(self, change: Reshard, value: Tensor) -> Tensor:
+        """A change of state of a value."""
+        if is_view(change.x, self.split.axis):
+            return self.gather_view(value, change.x, change.dst)
+        source = layout_of(change.x)
+        assert source is not None
+        if change.x.op == "get_attr":  # a tensor with data, where all else is traced
+            value = torch.ops.aten.lift_fresh_copy.default(value)
+        return self.reshard(value, change.src, change.dst, [leaves(dim) for dim in source.dims[0]])
 
     def sharded(
         self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -229,10 +223,6 @@ class Lower(fx.Interpreter):
         assert source is None or target is None, f"no collective from {src} to {dst}"
         if source is not None:
             return self.on_split_dim(x, dims, source, True, lambda x, dim, space: self.gather(x, dim, space, dst))
-        if target is not None and isinstance(split, OwnParts):
-            assert src == "I", (src, dst)
-            x = self.on_split_dim(x, dims, target, False, split.own)
-            return spx.vary(x, axis, degree) if x.is_floating_point() else x  # made by every rank for its own part
         if target is not None:
             assert src in "IP", (src, dst)
             return self.on_split_dim(x, dims, target, False, self.take if src == "I" else self.scatter)
@@ -272,12 +262,13 @@ class Lower(fx.Interpreter):
 
     def attention(self, n: fx.Node, args: tuple[Any, ...]) -> Any:
         """Query rows local, keys and values gathered: right as it stands; `parallelize-attention` improves it."""
-        q, k, v, q_positions, k_positions, *rest = args
-        assert q_positions is k_positions is None, "positions before lowering"
-        q_dims, k_dims = (_dims_of(operand(n, index)) for index in (0, 1))
+        whole, call = AttentionCall.of(n), AttentionCall.bind(*args)
+        assert call.q_positions is call.k_positions is None, "positions before lowering"
+        q_dims, k_dims = _dims_of(whole.q), _dims_of(whole.k)
         if k_dims[2]:  # a single key is whole on every rank
-            k, v = (self.on_split_dim(x, k_dims, Place(2), True, self.gather_rows) for x in (k, v))
-        out, lse = spx.attention(q, k, v, self.positions(q_dims[2], q.device), None, *rest)
+            k, v = (self.on_split_dim(x, k_dims, Place(2), True, self.gather_rows) for x in (call.k, call.v))
+            call = call.but(k=k, v=v)
+        out, lse = call.but(q_positions=self.positions(q_dims[2], call.q.device)).run()
         if self.split.padded(q_dims[2][0]):
             out = self.on_split_dim(out, _dims_of(n), Place(2), True, self.mask_benignly)
         return out, lse

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 import torch
 import torch.fx as fx
 
-from spcompile.graph.edit import operand
-from spcompile.graph.reshard import is_reshard, parse_place, reshard
+from spcompile.graph.reshard import Reshard, is_reshard, parse_place, reshard
 from spcompile.graph.sizes import divides, same
 from spcompile.sharding.cut import Use, uses_of
 from spcompile.sharding.global_view import part_of_view
@@ -19,8 +18,8 @@ from spcompile.sharding.spaces import Space, leaves
 
 def state_of(value: fx.Node, axis: str) -> str:
     """The state of a value on one axis: "S(d.k)" or "I"; for a reshard the one it leads to."""
-    if is_reshard(value) and value.args[1] == axis:
-        return str(value.args[3])
+    if is_reshard(value, axis):
+        return Reshard.of(value).dst
     layout = layout_of(value)
     place = layout.place(axis) if layout is not None else None
     return str(place) if place is not None else "I"
@@ -28,14 +27,13 @@ def state_of(value: fx.Node, axis: str) -> str:
 
 def reshards_of(graph: fx.Graph, axis: str, src: str, dst: str) -> list[fx.Node]:
     """All reshards on `axis` between two states; "S" stands for any split."""
-    found = [n for n in graph.nodes if is_reshard(n) and n.args[1] == axis]
-    return [n for n in found if str(n.args[2])[0] == src and str(n.args[3])[0] == dst]
+    return [n for n in graph.nodes if is_reshard(n, axis) and Reshard.of(n).kinds == (src, dst)]
 
 
 def reshard_to(value: fx.Node, axis: str, src: str, dst: str, *, origin: str) -> fx.Node:
     """The reshard of a value to a state: the one there is, or a new one right behind the value's producer."""
     for user in value.users:
-        if is_reshard(user) and user.args[1:] == (axis, src, dst):
+        if is_reshard(user) and Reshard.of(user) == Reshard(value, axis, src, dst):
             return user
     graph = value.graph
     with graph.inserting_before(_first(graph)) if value.op == "placeholder" else graph.inserting_after(value):
@@ -60,7 +58,7 @@ def change_state(value: fx.Node, axis: str, src: str, dst: str, *, origin: str) 
 def _first(graph: fx.Graph) -> fx.Node:
     """The first node behind the placeholders and the reshards of them."""
     inputs = (n for n in graph.nodes if n.op != "placeholder")
-    return next(n for n in inputs if not is_reshard(n) or operand(n, 0).op != "placeholder")
+    return next(n for n in inputs if not is_reshard(n) or Reshard.of(n).x.op != "placeholder")
 
 
 def target_of(use: Use, axis: str, *, runs_sharded: bool) -> str:

@@ -8,7 +8,7 @@ Written so, the batch is one factor of a dim, of which each rank has its rows of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 import torch.fx as fx
 
 from spcompile.graph.edit import argument, call, is_tensor, operand, replace, shape_of
+from spcompile.graph.reshard import Place
 from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces
 from spcompile.sharding.rules.base import tensor_results
 from spcompile.sharding.rules.calls import overloads
@@ -28,8 +29,8 @@ _SPLITS = frozenset(
 )
 
 
-def write_blocks(graph: fx.Graph, inputs: Sequence[fx.Node]) -> int:
-    """Rewrite joins of equally many rows of `inputs`, which have them in their first dim, and cuts between such blocks.
+def write_blocks(graph: fx.Graph, inputs: Mapping[fx.Node, Place]) -> int:
+    """Rewrite joins of equally many rows of `inputs`, which have them at these places, and cuts between such blocks.
 
     Returns how many. Rows whose number is a symbol stay as they are.
     """
@@ -53,24 +54,8 @@ def write_blocks(graph: fx.Graph, inputs: Sequence[fx.Node]) -> int:
     return count
 
 
-def write_blocks_of_one_row(graph: fx.Graph) -> int:
-    """The same where every rank has one row: joins of values with one row, in their first dim, and cuts behind them."""
-    joins = [n for n in graph.nodes if n.target in _CATS and _dim(n, 1) == 0 and _joins_single_rows(n)]
-    joined = {_join(node) for node in joins}
-    lengths = {shape_of(node)[0] for node in joined}
-    cuts = []
-    for node in graph.nodes:
-        if not joined.isdisjoint(node.all_input_nodes):
-            joined.add(node)
-            if (dim := _cut_dim(node)) == 0 and shape_of(operand(node, 0))[0] in lengths:
-                cuts.append((node, dim))
-                lengths |= {value.shape[0] for value in tensor_results(node)}
-    return len(joins) + sum(_cut(node, dim, 1) for node, dim in cuts)
-
-
-def _rows(spaces: IndexSpaces, inputs: Sequence[fx.Node]) -> set[Space]:
-    first = [spaces.values[n][0][0] for n in inputs if n in spaces.values and shape_of(n)]
-    return {leaf for dim in first for leaf in leaves(dim)}
+def _rows(spaces: IndexSpaces, inputs: Mapping[fx.Node, Place]) -> set[Space]:
+    return {leaf for n, place in inputs.items() for leaf in leaves(spaces.values[n][0][place.dim])}
 
 
 def _dim(node: fx.Node, place: int) -> int:
@@ -89,13 +74,6 @@ def _joins_rows(node: fx.Node, spaces: IndexSpaces, rows: set[Space]) -> bool:
         len(sizes) == 1
         and all(isinstance(size, int) for size in sizes)
         and all(len(f) == 1 and f[0] in rows for f in found)
-    )
-
-
-def _joins_single_rows(node: fx.Node) -> bool:
-    parts: Any = node.args[0]
-    return len(parts) > 1 and all(
-        len(shape_of(part)) == len(shape_of(node)) and shape_of(part)[0] == 1 for part in parts
     )
 
 

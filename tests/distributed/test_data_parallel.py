@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from worker_pool import WorkerPool
 
 from spcompile import models
+from spcompile.program.observed import observed
 
 PoolOf = Callable[[int], WorkerPool]
 IGNORED = -100
@@ -125,8 +126,8 @@ class PerToken(nn.Module):
         return losses_N.sum() / (ids_BS.numel() - (ids_BS == 0).sum())
 
 
-def over_batches_that_change() -> list[float]:
-    """The largest error of a gradient for each batch."""
+def over_batches_that_change(batches: Sequence[tuple[int, int]]) -> tuple[list[float], int]:
+    """(the largest error of a gradient for each batch of so many rows and tokens, how many programs were compiled)."""
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
     torch._dynamo.reset()
     with default_dtype(torch.float64):
@@ -134,21 +135,30 @@ def over_batches_that_change() -> list[float]:
         compiled: Any = copy.deepcopy(plain)
         compiled.compile(backend="spcompile", options={"mesh": mesh, "compiler": "eager"})
         found = []
-        for rows, length in ((8, 9), (8, 12), (8, 10), (4, 10), (12, 9)):
-            ids_BS = torch.randint(0, 50, (rows, length), generator=torch.Generator().manual_seed(length))
-            plain.zero_grad()
-            compiled.zero_grad()
-            plain(ids_BS).backward()
-            compiled(ids_BS.tensor_split(2)[mesh.get_local_rank("dp")]).backward()
-            found.append(max(compare_parameters(plain, compiled).values()))
-        return found
+        with observed() as programs:
+            for rows, length in batches:
+                ids_BS = torch.randint(0, 50, (rows, length), generator=torch.Generator().manual_seed(length))
+                plain.zero_grad()
+                compiled.zero_grad()
+                plain(ids_BS).backward()
+                compiled(ids_BS.tensor_split(2)[mesh.get_local_rank("dp")]).backward()
+                found.append(max(compare_parameters(plain, compiled).values()))
+        return found, len(programs)
 
 
 @pytest.mark.slow
 @pytest.mark.thinned(2)
 def test_counts_of_rows_in_batches_that_change(worker_pool: PoolOf) -> None:
-    for errors in worker_pool(2).run(over_batches_that_change):
+    batches = ((8, 9), (8, 12), (8, 10), (4, 10), (12, 9))
+    for errors, _ in worker_pool(2).run(over_batches_that_change, batches):
         assert max(errors) <= EXACT, errors
+
+
+def test_one_program_serves_every_number_of_rows(worker_pool: PoolOf) -> None:
+    """A ninth batch size is no recompilation, of which Dynamo makes eight. A single row a rank is another program."""
+    for errors, programs in worker_pool(2).run(over_batches_that_change, [(2 * rows, 9) for rows in range(1, 12)]):
+        assert max(errors) <= EXACT, errors
+        assert programs <= 3
 
 
 def wrapped_in_ddp() -> dict[str, float]:

@@ -99,7 +99,21 @@ def test_outputs_are_each_ranks_own_rows() -> None:
 
 
 def test_verify_sees_a_missing_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    from spcompile.passes.placement.insert_data_reshards import InsertDataReshards
-
-    monkeypatch.setattr(InsertDataReshards, "run", lambda self, gm, ctx: 0)
+    monkeypatch.setattr("spcompile.passes.placement.insert_reshards._complete_sums", lambda node, axis: None)
     assert not spcompile.verify(Rows("mean"), inputs(), mesh={"dp": 2}).ok
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_one_device_has_the_rows_of_all_ranks(device: str) -> None:
+    with torch.device(device):
+        model, ids_BS = models.build("gpt-tiny"), torch.zeros(1, 16, dtype=torch.long)
+    plan = spcompile.explain(model, {"ids_BS": ids_BS, "labels_BS": ids_BS}, mesh={"dp": 2})
+    assert plan.memory.saved_activation_bytes < plan.memory.saved_activation_bytes_one_device
+
+
+def test_under_a_default_device() -> None:
+    """The frame is traced again under the modes of the call: what it makes lies on the same device."""
+    model, ids_BS = models.build("llama", layers=1).double(), torch.randint(0, 50, (2, 12))
+    with torch.device("cpu"):
+        assert spcompile.verify(model, (ids_BS, ids_BS), {"dp": 2}).ok
+        assert len(torch.overrides._get_current_function_mode_stack()) == 1

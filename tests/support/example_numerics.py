@@ -15,6 +15,7 @@ from spcompile.check.simulate import Simulator
 from spcompile.diagnostics import Remark
 from spcompile.graph.printer import op_name
 from spcompile.machine.mesh import MeshShape
+from spcompile.machine.rank_parts import part_of
 from spcompile.options import Options
 from spcompile.passes import PIPELINE
 from spcompile.program.build import LocalProgram, build
@@ -50,9 +51,13 @@ def on_one_device(function: Callable[..., Any], inputs: Sequence[Any]) -> Number
 
 
 def on_all_ranks(gm: fx.GraphModule, inputs: Sequence[Any], mesh: Mapping[str, int]) -> list[Numbers]:
-    """Every rank gets the whole inputs and must return the whole outputs and gradients."""
+    """Every rank gets the whole inputs, or its rows, and must return the whole outputs and gradients."""
     shape = MeshShape.of(mesh)
-    given = [copies(inputs) for _ in range(shape.world_size)]
+    parts = [dict.fromkeys(n.meta.get("parts", {}), 0) for n in gm.graph.find_nodes(op="placeholder")]
+    given = [
+        [part_of(x, dims, shape, rank) if dims else x for x, dims in zip(copies(inputs), parts, strict=True)]
+        for rank in range(shape.world_size)
+    ]
     torch.manual_seed(3)
     results = [as_list(outputs) for outputs in Simulator(shape).run(gm, given)]
     flat = [x for outputs in results for x in outputs]

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 import spcompile.collectives  # noqa: F401  (defines the ops)
+from spcompile.attention.ring.call import RingCall
+from spcompile.attention.scores.call import AttentionCall
 from spcompile.attention.ulysses.exchanges import Exchanges, Message, together
 from spcompile.attention.ulysses.head_groups import HeadGroups
 from spcompile.attention.ulysses.heads import HeadSplit
@@ -34,59 +36,39 @@ spx = torch.ops.spx
 
 
 def head_parallel_attention(
-    q_BNsH: Tensor,
-    k_BGsH: Tensor,
-    v_BGsV: Tensor,
-    q_documents: Tensor | None,
-    k_documents: Tensor | None,
-    key_valid: Tensor | None,
-    bias: Tensor | None,
-    mask: str,
-    scale: float,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    dropout_seed: Tensor | None,
-    softcap: float,
-    dropout_p: float,
-    q_length: Any,
-    k_length: Any,
-    axis: str,
-    degree: int,
-    order: str,
-    inner: int,
-    bias_has_rows: bool,
-    exchanges: Exchanges | None = None,
+    call: RingCall, inner: int, bias_has_rows: bool, exchanges: Exchanges | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention with heads split over `inner` neighbours and rows over the others; inner = degree is Ulysses.
+    """The attention of a ring with heads split over `inner` neighbours and rows over the others.
 
-    Returns [B, N, s, V] and the log-sum-exp [B, N, s], whose exchange is dropped where nobody reads it.
+    inner = degree is Ulysses. Returns [B, N, s, V] and the log-sum-exp [B, N, s], whose exchange is dropped where
+    nobody reads it.
 
     slopes [N], sinks [N], seeds [B, N] and a bias [B|1, N|1, 1, T] are whole on every rank, which takes those of its
     heads. bias_has_rows: it is [B|1, N, s, T], local rows, which are exchanged like those of q. exchanges: which
     messages there are; None is as few as possible.
     """
-    heads = HeadSplit(q_BNsH.shape[1], k_BGsH.shape[1], inner)
+    sizes, outer = call.sizes, call.degree // inner
+    heads = HeadSplit(sizes.heads, sizes.kv_heads, inner)
     if exchanges is None:
-        exchanges = together(heads, keys_apart=keys_travel_apart(heads, q_length, k_length))
-    alone = inner == degree
-    lengths = (q_length, k_length) if alone else (None, None)
-    exchange = _Exchange(axis if alone else inner_part(axis, inner), order, HeadGroups(heads, exchanges.groups))
+        exchanges = together(heads, keys_apart=keys_travel_apart(heads, call.q_length, call.k_length))
+    alone = outer == 1
+    lengths = (call.q_length, call.k_length) if alone else (None, None)
+    axis = call.axis if alone else inner_part(call.axis, inner)
+    exchange = _Exchange(axis, call.order, HeadGroups(heads, exchanges.groups))
 
-    whole = exchange.qkv(exchanges.messages, q_BNsH, k_BGsH, v_BGsV, *lengths)
-    rows = bias if bias_has_rows else None
-    biases = exchange.of_heads(bias, 1) if rows is None else exchange.bias_rows(rows, lengths[0])
-    vectors = [exchange.of_heads(x, dim) for x, dim in ((alibi_slopes, 0), (sinks, 0), (dropout_seed, 1))]
-    chunk = None if alone else q_BNsH.shape[2] // sequence.chunks_per_rank(order)
+    qkv = exchange.qkv(exchanges.messages, call.q, call.k, call.v, *lengths)
+    rows = call.bias if bias_has_rows else None
+    biases = exchange.of_heads(call.bias, 1) if rows is None else exchange.bias_rows(rows, lengths[0])
+    vectors = [exchange.of_heads(x, d) for x, d in ((call.alibi_slopes, 0), (call.sinks, 0), (call.dropout_seed, 1))]
+    chunk = None if alone else sizes.q_rows // sequence.chunks_per_rank(call.order)
     outs_RBsmV, lses_RBsm1 = [], []
-    for q_BmSH, k_BgSH, v_BgSV, own_bias, *own in zip(*whole, biases, *vectors, strict=True):
-        data = (q_documents, k_documents, key_valid, own_bias, mask, scale)
-        more = (*own, softcap, dropout_p)
+    for q, k, v, bias, slopes, sinks, seed in zip(*qkv, biases, *vectors, strict=True):
+        of_group = call.but(q=q, k=k, v=v, bias=bias, alibi_slopes=slopes, sinks=sinks, dropout_seed=seed)
         if alone:
-            out_BmSV, lse_BmS = spx.attention(q_BmSH, k_BgSH, v_BgSV, None, None, *data, *more)
+            out_BmSV, lse_BmS = of_group.into(AttentionCall).run()
         else:
-            outer = degree // inner
-            layout = (q_length, k_length, outer_part(axis, outer), outer, order)
-            out_BmSV, lse_BmS = spx.ring_attention(q_BmSH, k_BgSH, v_BgSV, *data, *layout, *more, inner)
+            part = outer_part(call.axis, outer)
+            out_BmSV, lse_BmS = of_group.but(axis=part, degree=outer, inner=inner).run()
         outs_RBsmV.append(exchange.rows(out_BmSV, chunk))
         lses_RBsm1.append(exchange.rows(lse_BmS.unsqueeze(3), chunk))
     return exchange.joined(outs_RBsmV), exchange.joined(lses_RBsm1).squeeze(3)

@@ -6,6 +6,7 @@ import torch
 import torch.fx as fx
 
 import spcompile.attention.op  # noqa: F401  (defines the op)
+from spcompile.attention.scores.call import AttentionCall
 from spcompile.graph.sizes import Size, quotient, same
 from spcompile.sharding.rules.base import Dims, OpRule, register
 
@@ -17,10 +18,9 @@ def attention(node: fx.Node) -> OpRule:
     Query head i reads key head i // r. The mask's vectors and the columns of a dense bias are read whole: their
     factors are replicated.
     """
-    roles = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    read = {role: arg for role, arg in zip(roles, node.args, strict=False) if isinstance(arg, fx.Node)}
-    q, k, v = (read[role].meta["val"] for role in "qkv")
-    sizes: dict[str, Size] = dict(zip("bnshgtv", (*q.shape, *k.shape[1:3], v.shape[3]), strict=True))
+    call = AttentionCall.of(node)
+    read = {role: arg for role, arg in call.named().items() if isinstance(arg, fx.Node)}
+    sizes: dict[str, Size] = dict(zip("bngsthv", call.sizes, strict=True))
     sizes["r"] = quotient(sizes.pop("n"), sizes["g"])
     batch, heads, rows = (_present(sizes, *names) for names in ("b", "gr", "s"))
     layouts: dict[str, Dims] = {

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from spcompile.graph.typed_call import named_arguments
 from spcompile.sharding.rules.base import Size
 
 
@@ -21,21 +21,10 @@ def overloads(names: str) -> list[Any]:
     return found
 
 
-def bind(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Every argument of a call by its schema name, defaults filled in."""
-    bound = {}
-    for position, argument in enumerate(op._schema.arguments):
-        if position < len(args):
-            bound[argument.name] = args[position]
-        else:
-            bound[argument.name] = kwargs.get(argument.name, argument.default_value)
-    return bound
-
-
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """`bind` for a graph's call, with example values (fake tensors, SymInts) in place of nodes."""
+    """`named_arguments` of a graph's call, with example values (fake tensors, SymInts) in place of nodes."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
-    return bind(node.target, args, kwargs)
+    return named_arguments(node.target, args, kwargs)
 
 
 def same(a: Size, b: Size) -> bool:

@@ -12,8 +12,9 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.graph.typed_call import named_arguments
 from spcompile.sharding.rules.base import LocalCall, OpRule, register, tensor_results
-from spcompile.sharding.rules.calls import arguments, bind, overloads, same
+from spcompile.sharding.rules.calls import arguments, overloads, same
 from spcompile.sharding.rules.factors import Dim, Factor, broadcast, build, factors
 
 aten = torch.ops.aten
@@ -38,7 +39,7 @@ def embedding(node: fx.Node) -> OpRule:
 
 def _own_rows(call: LocalCall) -> Tensor:
     """The rows that this rank's part of the table holds; zeros for all others."""
-    args = bind(aten.embedding.default, call.args, call.kwargs)
+    args = named_arguments(aten.embedding.default, call.args, call.kwargs)
     table, indices = args["weight"], args["indices"]
     assert call.ranks is not None
     place = indices - call.ranks.first(call.global_size, table.device)

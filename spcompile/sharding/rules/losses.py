@@ -13,8 +13,9 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.graph.typed_call import named_arguments
 from spcompile.sharding.rules.base import LocalCall, OpRule, register
-from spcompile.sharding.rules.calls import arguments, bind, overloads
+from spcompile.sharding.rules.calls import arguments, overloads
 from spcompile.sharding.rules.factors import broadcast, build, factors
 from spcompile.sharding.rules.reductions import global_count, partial_mean
 from spcompile.sharding.rules.vocabulary import vocabulary_parallel
@@ -86,7 +87,7 @@ def _mean(node: fx.Node, rule: Callable[[], OpRule]) -> Callable[[LocalCall], An
     """The sum of the local losses over the global number of elements."""
 
     def local(call: LocalCall) -> Any:
-        losses = node.target(**{**bind(node.target, call.args, call.kwargs), "reduction": NONE})  # type: ignore[operator]
+        losses = node.target(**{**named_arguments(node.target, call.args, call.kwargs), "reduction": NONE})  # type: ignore[operator]
         every_dim = list(range(losses.ndim))
         count = global_count(call, losses.shape, rule().operands[0], rule(), every_dim)
         return partial_mean(losses, every_dim, count)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from spcompile.graph.typed_call import named_arguments
 from spcompile.sharding.rules.base import LocalCall, OpRule, register, tensor_results
-from spcompile.sharding.rules.calls import arguments, bind, overloads, same
+from spcompile.sharding.rules.calls import arguments, overloads, same
 from spcompile.sharding.rules.factors import Dim, Factor, Layout, broadcast, build, factors
 
 SOFTMAXES = """
@@ -52,7 +53,7 @@ def group_norm(node: fx.Node) -> OpRule:
     affine = [(groups, members)]
 
     def local(call: LocalCall) -> Any:
-        shard = bind(node.target, call.args, call.kwargs)
+        shard = named_arguments(node.target, call.args, call.kwargs)
         count = shard["input"].shape[1] // members.size
         return torch.group_norm(shard["input"], count, shard["weight"], shard["bias"], shard["eps"])
 

@@ -1,11 +1,17 @@
-"""Ops that draw random numbers. Every factor is replicated: all ranks draw the whole tensor, as one device would."""
+"""Ops that draw random numbers. Every factor is replicated: all ranks draw the whole tensor, as one device would.
+
+Where ranks may draw for their own parts, as over dp, `drawn` says which ops draw each number by itself.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.sharding.rules.base import OpRule, register, tensor_results
+from spcompile.sharding.rules.base import LocalCall, OpRule, register, tensor_results
 from spcompile.sharding.rules.calls import arguments, overloads
 from spcompile.sharding.rules.elementwise import pointwise
 from spcompile.sharding.rules.factors import build, factors
@@ -14,8 +20,14 @@ SAME_SHAPE = """
     bernoulli bernoulli.p native_dropout rand_like randint_like randn_like
 """
 NEW_SHAPE = """
-    multinomial rand randint randint.low randn randperm
+    rand randint randint.low randn
 """
+TOGETHER = """
+    multinomial randperm
+"""
+
+
+_FOR_SEVERAL = frozenset(overloads("feature_dropout"))  # one number decides over a whole channel
 
 
 @register(*overloads("dropout feature_dropout alpha_dropout"))
@@ -34,11 +46,24 @@ def random_like(node: fx.Node) -> OpRule:
 def _whole(node: fx.Node) -> OpRule:
     (operand, value) = next((name, v) for name, v in arguments(node).items() if isinstance(v, Tensor))
     dims = factors(value.shape, replicated=True)
-    return build(node, {operand: dims}, [dims for _ in tensor_results(node)])
+    rule = build(node, {operand: dims}, [dims for _ in tensor_results(node)])
+    return replace(rule, drawn=node.target not in _FOR_SEVERAL)
 
 
 @register(*overloads(NEW_SHAPE))
 def random(node: fx.Node) -> OpRule:
     """`-> [a] [b]`."""
+    (at,) = (place for place, arg in enumerate(node.args) if isinstance(arg, (list, tuple)))
+
+    def local(call: LocalCall) -> Any:
+        return node.target(*call.args[:at], list(call.shapes[0]), *call.args[at + 1 :], **call.kwargs)  # type: ignore[operator]
+
+    rule = build(node, {}, [factors(tensor_results(node)[0].shape, replicated=True)], local=local)
+    return replace(rule, drawn=True)
+
+
+@register(*overloads(TOGETHER))
+def drawn_together(node: fx.Node) -> OpRule:
+    """`[a] -> [b]`."""
     operands = {name: factors(v.shape, True) for name, v in arguments(node).items() if isinstance(v, Tensor)}
     return build(node, operands, [factors(tensor_results(node)[0].shape, replicated=True)])

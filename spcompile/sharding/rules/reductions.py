@@ -9,8 +9,9 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.graph.typed_call import named_arguments
 from spcompile.sharding.rules.base import Dims, LocalCall, OpRule, Size, register, tensor_results
-from spcompile.sharding.rules.calls import arguments, bind, overloads, same
+from spcompile.sharding.rules.calls import arguments, overloads, same
 from spcompile.sharding.rules.factors import Dim, Factor, build, factors
 
 SUMS = """
@@ -67,7 +68,7 @@ def mean(node: fx.Node) -> OpRule | None:
 
     def local(call: LocalCall) -> Any:
         assert rule is not None
-        args = bind(node.target, call.args, call.kwargs)
+        args = named_arguments(node.target, call.args, call.kwargs)
         count = global_count(call, args["self"].shape, rule.operands[0], rule, over)
         return partial_mean(args["self"], over, count, bool(args.get("keepdim")), args["dtype"])
 

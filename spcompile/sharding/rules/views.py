@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from spcompile.graph.typed_call import named_arguments
 from spcompile.sharding.rules.base import LocalCall, OpRule, Size, register, tensor_results
-from spcompile.sharding.rules.calls import arguments, bind, divides, overloads, same
+from spcompile.sharding.rules.calls import arguments, divides, overloads, same
 from spcompile.sharding.rules.factors import Dim, Factor, build, factors
 
 RESHAPES = """
@@ -157,7 +158,7 @@ def repeat_interleave(node: fx.Node) -> OpRule:
 
 
 def _repeat_interleave(call: LocalCall) -> Any:
-    args = bind(torch.ops.aten.repeat_interleave.self_int, call.args, call.kwargs)
+    args = named_arguments(torch.ops.aten.repeat_interleave.self_int, call.args, call.kwargs)
     x, dim = (args["self"].reshape(-1), 0) if args["dim"] is None else (args["self"], args["dim"])
     return torch.repeat_interleave(x, call.shapes[0][dim] // x.shape[dim], dim)
 

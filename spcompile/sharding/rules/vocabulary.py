@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spcompile.graph.typed_call import named_arguments
 from spcompile.sharding.rules.base import LocalCall
-from spcompile.sharding.rules.calls import bind, divides
+from spcompile.sharding.rules.calls import divides
 
 aten = torch.ops.aten
 SUM = 2  # at::Reduction
@@ -23,7 +24,7 @@ def vocabulary_parallel(call: LocalCall) -> Tensor:
 
     Complete on every rank, computed in float32.
     """
-    args = bind(aten.cross_entropy_loss.default, call.args, call.kwargs)
+    args = named_arguments(aten.cross_entropy_loss.default, call.args, call.kwargs)
     logits, target, ignored = args["self"], args["target"], args["ignore_index"]
     target_N = target.flatten()
     smoothing, classes = args["label_smoothing"], call.global_size

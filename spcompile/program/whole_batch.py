@@ -1,0 +1,279 @@
+"""Over dp a rank passes its own rows, and the program is that of the rows of all ranks.
+
+Dynamo traces the model on one rank's rows. So its frame is traced once more, with `degree` times as many rows in the
+inputs that have them: that graph is about the whole batch, as the graphs of other axes are about the whole sequence.
+Numbers that the model computes from `x.shape[0]` count all rows, its branches are those of the plain model, and one row
+a rank is a dim like any other. On the placeholders stands what one rank passes; lowering starts from that.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from spcompile.capture.capture import OWN, fake_inputs, graph_break_of
+from spcompile.capture.frames import Frame, local_of, name_of, this_frame, traced_again
+from spcompile.diagnostics import BatchNotSplit, RanksDisagree
+from spcompile.graph.sizes import expression, hint
+from spcompile.sharding.rows import NotTheBatch
+from spcompile.torch_private import TracingContext
+
+log = logging.getLogger(__name__)
+Backend = Callable[[fx.GraphModule, Sequence[Any]], Any]
+_MOST_TRACES = 32  # that look for the inputs with rows
+
+
+def over_whole_batch(backend: Backend, degree: int) -> Backend:
+    """A Dynamo backend on graphs of the rows of all `degree` ranks of dp.
+
+    A number of rows for which Dynamo has a symbol keeps it, where all of the compiler can do with one.
+    """
+    if degree == 1:
+        return backend
+
+    def compile_whole(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        if graph_break_of(gm) is not None:
+            return backend(gm, inputs)  # which refuses it
+        refused: list[NotTheBatch] = []
+        for batch in _batches(degree):
+            try:
+                return _with_symbols(backend, gm, inputs, batch)
+            except NotTheBatch as error:
+                refused.append(error)
+        raise refused[0]
+
+    return compile_whole
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The dim that the rows are in, how many of them a rank has, a number or a symbol, and how many ranks there are."""
+
+    dim: int
+    rows: Any
+    degree: int
+
+    def is_in(self, x: Tensor) -> bool:
+        """Whether a tensor may have these rows."""
+        return not x.requires_grad and x.ndim > self.dim and x.shape[self.dim] == hint(self.rows)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """An empty tensor as `x` but with all ranks' rows, its dims in the same order in memory."""
+        shape, strides, step = list(x.shape), [0] * x.ndim, 1
+        shape[self.dim] = shape[self.dim] * self.degree
+        for dim in sorted(range(x.ndim), key=lambda dim: (hint(x.stride(dim)), -dim)):
+            strides[dim] = step
+            step = step * shape[dim]
+        return x.new_empty_strided(shape, strides)
+
+
+def _batches(degree: int) -> list[_Batch]:
+    """What may be the batch: lengths of the user's tensors in their first dim, then in their second.
+
+    A length of 1 comes last, since it is also broadcast: to tensors with rows it may be added in any number.
+    """
+    found: dict[tuple[int, int], _Batch] = {}
+    for dim in (0, 1):
+        for x in (x for x in _users_tensors() if x.ndim > dim and x.shape[dim] and not x.requires_grad):
+            found.setdefault((dim, x.shape[dim]), _Batch(dim, _own(x).shape[dim], degree))
+    if not found:
+        raise BatchNotSplit("no input of the model is a tensor with rows", legal="DDP over dp")
+    return [found[key] for key in sorted(found, key=lambda key: (key[0], key[1] == 1))]
+
+
+def _with_symbols(backend: Backend, gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> Any:
+    try:
+        return _on_whole(backend, gm, inputs, batch)
+    except (NotTheBatch, RanksDisagree):
+        raise
+    except Exception as error:
+        if not _is_symbol(batch.rows):
+            raise
+        log.info("SPR104 compiled for %d rows, since not for a symbol: %s", hint(batch.rows), error)
+    int(batch.rows)  # a guard: another number of rows is another program
+    return _on_whole(backend, gm, inputs, batch)
+
+
+def _on_whole(backend: Backend, gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> Any:
+    whole = _whole(gm, inputs, batch)
+    run = backend(whole.gm, whole.inputs)
+    return run and (lambda *args: run(*[args[i] for i in whole.places]))
+
+
+def _is_symbol(size: Any) -> bool:
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
+
+
+@dataclass
+class _Whole:
+    """A graph of the rows of all ranks. inputs: of that graph; places: of these among those of Dynamo's own graph."""
+
+    gm: fx.GraphModule
+    inputs: list[Any]
+    places: list[int]
+
+
+def _users_tensors() -> dict[Tensor, Any]:
+    """The tensors with dims among the arguments that Dynamo has met, with their sources; no state of modules."""
+    found: dict[Tensor, Any] = {}
+    for x, symbolic in TracingContext.get().tensor_to_context.items():
+        source = symbolic.tensor_source
+        kind = source.guard_source
+        of_module = kind.is_unspecialized_nn_module() or kind.is_specialized_nn_module()
+        is_base = name_of(source).endswith("._base")  # of a view, which is what the model reads
+        is_tensor = type(x) in (Tensor, FakeTensor) and x.ndim
+        if is_tensor and not is_base and not of_module and local_of(source) is not None:
+            found[x] = source
+    return found
+
+
+def _own(x: Tensor) -> Tensor:
+    """As a fake with Dynamo's symbols."""
+    return fake_inputs([x])[1][0]
+
+
+def _whole(gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> _Whole:
+    """The graph with all ranks' rows in all inputs that have as many as the batch, but those that cannot have more.
+
+    Raises:
+        NotTheBatch: there is none.
+    """
+    tensors, own = _users_tensors(), this_frame(gm)
+    numbers = _numbers(own, inputs)
+    candidates = [x for x in tensors if batch.is_in(x)]
+    failures: list[Exception] = []
+    for chosen in itertools.islice(_most_first(candidates), _MOST_TRACES):
+        try:
+            frame = traced_again(*_instead(tensors, chosen, batch), numbers)
+        except Exception as failure:
+            failures.append(failure)
+        else:
+            found = _bound(own, frame, inputs, {name_of(tensors[x]) for x in chosen}, batch)
+            _keep_guards(frame, _sizes(tensors, chosen, batch) | numbers)
+            return found
+    names = ", ".join(name_of(tensors[x]) for x in candidates)
+    more = hint(batch.rows) * batch.degree
+    why = str(failures[0]).strip().splitlines()[0]
+    text = f"the model does not run with {more} for {hint(batch.rows)} in dim {batch.dim} of {names}: {why}"
+    raise NotTheBatch(text, legal="inputs with rows of the batch in their first dim, or DDP over dp") from failures[0]
+
+
+def _numbers(own: Frame, inputs: Sequence[Any]) -> dict[str, Any]:
+    """The arguments that are whole numbers and that Dynamo has symbols for, since they change from call to call."""
+    placeholders = own.gm.graph.find_nodes(op="placeholder")
+    found = zip(placeholders, own.sources(), inputs, strict=True)
+    is_size = {source: hasattr(node.meta["grapharg"].source, "prop") for node, source, _ in found}
+    return {s: x for s, x in zip(is_size, inputs, strict=True) if isinstance(x, torch.SymInt) and not is_size[s]}
+
+
+def _sizes(tensors: dict[Tensor, Any], chosen: Sequence[Tensor], batch: _Batch) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for x, source in tensors.items():
+        own = _own(x)
+        shape = batch.whole(own).shape if any(x is y for y in chosen) else own.shape
+        found |= {f"{name_of(source)}.size()[{dim}]": size for dim, size in enumerate(shape)}
+    return found
+
+
+def _most_first(candidates: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """All of them, then all but one, and so on: an input as long as the batch by chance cannot have more rows."""
+    for number in range(len(candidates), 0, -1):
+        yield from itertools.combinations(candidates, number)
+
+
+def _instead(
+    tensors: dict[Tensor, Any], chosen: Sequence[Tensor], batch: _Batch
+) -> tuple[dict[Tensor, Tensor], set[str]]:
+    """What stands for tensors with rows, and for those with symbols, which Dynamo would not find by itself again."""
+    found, arguments = {}, set()
+    for x, source in tensors.items():
+        symbols = [dim for dim, size in enumerate(_own(x).shape) if _is_symbol(size)]
+        has_rows = any(x is y for y in chosen)
+        if has_rows or symbols:
+            found[x] = (batch if has_rows else replace(batch, dim=0, degree=1)).whole(x).requires_grad_(x.requires_grad)
+            for dim in symbols:
+                torch._dynamo.maybe_mark_dynamic(found[x], dim)
+            arguments.add(str(local_of(source)))
+    return found, arguments
+
+
+def _bound(own: Frame, whole: Frame, inputs: Sequence[Any], with_rows: set[str], batch: _Batch) -> _Whole:
+    """The graph over all rows on the inputs of the graph over one rank's.
+
+    Raises:
+        BatchNotSplit: the model reads something else with all rows than with one rank's, or returns it otherwise.
+    """
+    places = {source: place for place, source in enumerate(own.sources())}
+    placeholders = dict(zip(places, own.gm.graph.find_nodes(op="placeholder"), strict=True))
+    found = _Whole(whole.gm, [], [])
+    outputs = [_shapes_of_outputs(frame.gm) for frame in (own, whole)]
+    changing = {s for s, n in placeholders.items() if n.meta["grapharg"].pass_arg_as_tensor}  # floats
+    lost = (changing | _numbers(own, inputs).keys()) - set(whole.sources())
+    if lost or not whole.guards <= own.guards or len(outputs[0]) != len(outputs[1]):
+        raise _another_program(sorted(lost | (whole.guards - own.guards)))
+    for node, source in zip(whole.gm.graph.find_nodes(op="placeholder"), whole.sources(), strict=True):
+        if source not in places:
+            raise _another_program([source])
+        given, example = inputs[places[source]], placeholders[source].meta["example_value"]
+        node.meta["grapharg"] = placeholders[source].meta["grapharg"]  # what the caller passed, where that is read
+        if source in with_rows:
+            node.meta[OWN] = own_value = _fixed(example)
+            given = batch.whole(own_value)
+        elif source in {f"{name}.size()[{batch.dim}]" for name in with_rows}:
+            node.meta[OWN], given = given, given * batch.degree
+        found.inputs.append(given)
+        found.places.append(places[source])
+    (output,) = whole.gm.graph.find_nodes(op="output")
+    output.meta[OWN] = outputs[0]
+    return found
+
+
+def _another_program(reads: list[str]) -> BatchNotSplit:
+    found = f"with the rows of all ranks the model is another program, which reads {', '.join(reads)} otherwise"
+    return BatchNotSplit(found, legal="a model that reads the same for every number of rows, or DDP over dp")
+
+
+def _shapes_of_outputs(gm: fx.GraphModule) -> list[Any]:
+    (output,) = gm.graph.find_nodes(op="output")
+    values = [n.meta.get("example_value") if isinstance(n, fx.Node) else n for n in output.args[0]]
+    return [tuple(x.shape) if isinstance(x, Tensor) else None for x in values]
+
+
+def _fixed(example: Tensor) -> Tensor:
+    """A fake of the same sizes, in which those that are known by now are numbers."""
+    mode: Any = example.fake_mode  # type: ignore[attr-defined]
+
+    def known(size: Any) -> Any:
+        number = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
+        return size if number is None else number
+
+    with mode:
+        shape, strides = ([known(n) for n in sizes] for sizes in (example.shape, example.stride()))
+        return torch.empty_strided(shape, strides, dtype=example.dtype, device=example.device)
+
+
+def _keep_guards(whole: Frame, sizes: Mapping[str, Any]) -> None:
+    """Let Dynamo check, of the sizes that it has symbols for, what the graph over all rows was traced for.
+
+    sizes: of the user's tensors with all rows, by source.
+    """
+    fakes = [n.meta["example_value"] for n in whole.gm.graph.find_nodes(op="placeholder")]
+    symbolic = next((x for x in fakes if isinstance(x, torch.SymInt)), None)
+    mode = TracingContext.get().fake_mode
+    if symbolic is None or mode is None or mode.shape_env is None:
+        return
+    environment = symbolic.node.shape_env
+    names = {symbol: map(name_of, sources) for symbol, sources in environment.var_to_sources.items()}
+    values = {s: next((expression(sizes[n]) for n in given if n in sizes), None) for s, given in names.items()}
+    for expr in {guard.expr for guard in environment.guards}:
+        if any(values.get(symbol) is None for symbol in expr.free_symbols):
+            raise _another_program([str(expr)])
+        mode.shape_env.evaluate_expr(expr.xreplace(values))

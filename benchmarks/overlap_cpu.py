@@ -30,11 +30,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
 import spcompile
-from spcompile.backend import PROGRAMS
 from spcompile.collectives.point_to_point import WAIT
 from spcompile.command.train import cores, join_processes, on_processes
 from spcompile.command.train_report import relative
 from spcompile.models import build
+from spcompile.program.observed import observed
 from spcompile.schedule.cost import cost_model
 from spcompile.schedule.timeline import Prediction, predict
 
@@ -99,19 +99,20 @@ def measure(case: str, compiler: str, overlaps: bool, options: argparse.Namespac
     else:
         model = spcompile.parallelize(model, mesh, batch, shard_parameters=shard, **chosen)
     seconds, waited, rank_waited = [], [], []
-    for _ in range(options.steps + 1):
-        model.zero_grad()
-        dist.barrier()
-        start = time.perf_counter()
-        with profile(activities=[ProfilerActivity.CPU]) as prof:
-            loss = model(**batch)
-            loss.backward()
-        dist.barrier()
-        seconds.append(time.perf_counter() - start)
-        waits = waits_of(prof)
-        waited.append(sum(least_of_ranks(waits)))
-        rank_waited.append(sum(waits))
-    program, emission = PROGRAMS[-1]
+    with observed() as programs:
+        for _ in range(options.steps + 1):
+            model.zero_grad()
+            dist.barrier()
+            start = time.perf_counter()
+            with profile(activities=[ProfilerActivity.CPU]) as prof:
+                loss = model(**batch)
+                loss.backward()
+            dist.barrier()
+            seconds.append(time.perf_counter() - start)
+            waits = waits_of(prof)
+            waited.append(sum(least_of_ranks(waits)))
+            rank_waited.append(sum(waits))
+    program, emission = programs[-1]
     found = predict(emission.graphs, cost_model(program.ctx.mesh, program.ctx.options))
     rest = min(waited[1:]), min(rank_waited[1:]), min(seconds[1:]), seconds[0]
     predicted = found.total("exposed"), found.total("communication")

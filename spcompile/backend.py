@@ -25,9 +25,9 @@ from spcompile.graph.printer import format_graph
 from spcompile.machine.mesh import RuntimeMesh, runtime_mesh
 from spcompile.options import Options
 from spcompile.passes import PIPELINE
-from spcompile.program import program_cache
+from spcompile.program import observed, program_cache
 from spcompile.program.agreement import Agreement
-from spcompile.program.build import LocalProgram, Output, build
+from spcompile.program.build import Output, build
 from spcompile.program.checked_calls import CheckedCalls, Inputs
 from spcompile.program.emit import Emission, callable_of, emit
 from spcompile.program.facts import Fact, Record
@@ -105,7 +105,7 @@ def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Calla
     emission = Emission(program, bind=lambda graph: None)
     with autocast_off():
         compiled = emit(emission, options.compiler)
-    PROGRAMS.append((program, emission))
+    observed.show(program, emission)
     return watched(compiled, relied_on(program.captured.graph), inputs)
 
 
@@ -200,14 +200,11 @@ def _made(
     emission = Emission(program, bind=bind, finished=agree, keep=key is not None)
     with autocast_off():
         compiled = emit(emission, options.compiler)
-    PROGRAMS.append((program, emission))
+    observed.show(program, emission)
     finished.result = emission.result
     if key is not None:
         program_cache.store(key, mesh.coordinate, finished)
     return finished, compiled
-
-
-PROGRAMS: list[tuple[LocalProgram, Emission]] = []  # compiled in this process, to look into
 
 
 @functools.cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -14,33 +13,40 @@ os.environ.pop(AUTOGRAD_CACHE, None)  # inherited from pytest's first process, i
 
 import torch  # noqa: E402
 import torch._functorch.config  # noqa: E402
+from thinning import commits, left_out  # noqa: E402
 from worker_pool import WorkerPool  # noqa: E402
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests that need processes run in one of pytest's own processes, so that a run spawns each pool once.
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("thinning")
+    group.addoption("--thinning-seed", type=int, help="which cases of thinned tests run (default: number of commits)")
+    group.addoption("--all-cases", action="store_true", help="run all cases of thinned tests")
 
-    Of the cases of a test that is marked sample(n), all but every n-th are slow. Of the slow cases of one test, all but
-    every ninth one are long as well: CI has no time for all of them.
-    First of all hooks: xdist reads the marks in its own.
+
+def pytest_report_header(config: pytest.Config) -> str:
+    seed = config.option.thinning_seed
+    if is_whole(config):
+        return "thinning: none, every case runs"
+    return f"thinning: seed {seed}; another one with --thinning-seed N, every case with --all-cases"
+
+
+def is_whole(config: pytest.Config) -> bool:
+    """Whether every case runs: where that is asked for, or where the command names tests of a file."""
+    return config.option.all_cases or any("::" in argument for argument in config.args)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Thin out; see docs/testing.md. First of all hooks: xdist reads the marks in its own.
+
+    All tests that need processes run in one of pytest's own processes, so that a run spawns each pool once.
     """
-    fast_cases: Counter[str] = Counter()
-    slow_cases: Counter[str] = Counter()
     for item in items:
         if "worker_pool" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("processes"))
-        test, sample = item.nodeid.partition("[")[0], item.get_closest_marker("sample")
-        if item.get_closest_marker("long"):
-            continue
-        if sample is not None and not item.get_closest_marker("slow"):
-            if fast_cases[test] % sample.args[0]:
-                item.add_marker(pytest.mark.slow)
-            fast_cases[test] += 1
-        if item.get_closest_marker("slow"):
-            if slow_cases[test] % 9:
-                item.add_marker(pytest.mark.long)
-            slow_cases[test] += 1
+    left = set() if is_whole(config) else left_out(items, config.option.thinning_seed)
+    config.hook.pytest_deselected(items=[item for item in items if item in left])
+    items[:] = [item for item in items if item not in left]
 
 
 def pytest_collection_finish() -> None:
@@ -51,6 +57,8 @@ def pytest_collection_finish() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Two of pytest's processes share two cores: one thread each. Tests look at compiles: none is left out."""
+    if config.option.thinning_seed is None:  # pytest's other processes get the first one's options
+        config.option.thinning_seed = commits()
     torch._functorch.config.enable_autograd_cache = False
     os.environ[AUTOGRAD_CACHE] = "0"  # of processes that tests start
     if hasattr(config, "workerinput"):

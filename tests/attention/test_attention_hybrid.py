@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from attention_functions import DATA, causal, dropped, full, qkv
 from example_numerics import after_pass, assert_equal, check_pipeline, compiled_locally, nodes_of, on_all_ranks
-from sampled import sampled
 
 from spcompile.machine.mesh import axis_part
 from spcompile.program.build import LocalProgram
@@ -39,13 +38,14 @@ def axes_of_exchanges(program: LocalProgram) -> set[Any]:
 UNEVEN_HEADS = [(3, 3), (12, 3), (6, 2), (5, 1), (1, 1), (6, 6)]
 
 
+@pytest.mark.thinned(6, covers=["degree"])
 @pytest.mark.parametrize(("n", "g"), UNEVEN_HEADS)
 @pytest.mark.parametrize(("degree", "length"), [(2, 7), (4, 6)])
 def test_ulysses_with_heads_that_do_not_divide(n: int, g: int, degree: int, length: int) -> None:
     check("causal", n, g, length, {"cp": degree}, "ulysses")
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", DATA)
 def test_what_belongs_to_heads_goes_with_them(name: str) -> None:
     """Three ranks share six heads of two key heads: the heads of a rank are not neighbours."""
@@ -53,14 +53,14 @@ def test_what_belongs_to_heads_goes_with_them(name: str) -> None:
     check(name, 3, 3, 7, {"cp": 2}, "ulysses")
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6, covers=["balance"])
 @pytest.mark.parametrize("name", DATA)
 @pytest.mark.parametrize("balance", ["zigzag", "contiguous"])
 def test_every_kind_of_attention_in_a_hybrid(name: str, balance: str) -> None:
     check(name, 4, 2, 13, {"cp": 4}, {"ulysses": 2, "ring": 2}, balance)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(("inner", "outer"), [(2, 3), (3, 2), (2, 4), (4, 2)])
 @pytest.mark.parametrize(("n", "g", "length"), [(4, 4, 24), (3, 1, 11), (4, 2, 5)])
 def test_every_factorisation(inner: int, outer: int, n: int, g: int, length: int) -> None:
@@ -68,10 +68,10 @@ def test_every_factorisation(inner: int, outer: int, n: int, g: int, length: int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "factors", "balance"),
-    sampled(3, list(DATA), [(2, 2), (2, 3), (3, 2), (2, 4), (4, 2), (3, 3)], ["zigzag", "contiguous"]),
-)
+@pytest.mark.thinned(10, covers=["name", "factors", "balance"])
+@pytest.mark.parametrize("balance", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("factors", [(2, 2), (2, 3), (3, 2), (2, 4), (4, 2), (3, 3)], ids=str)
+@pytest.mark.parametrize("name", DATA)
 def test_every_kind_on_every_factorisation(name: str, factors: tuple[int, int], balance: str) -> None:
     inner, outer = factors
     for (n, g), length in (((4, 2), 24), ((6, 3), 17), ((5, 5), 3)):
@@ -79,18 +79,22 @@ def test_every_kind_on_every_factorisation(name: str, factors: tuple[int, int], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "degree"), sampled(2, list(DATA), [2, 3, 4, 6, 8]))
+@pytest.mark.thinned(10, covers=["degree"])
+@pytest.mark.parametrize("degree", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("name", DATA)
 def test_every_kind_with_any_heads(name: str, degree: int) -> None:
     for n, g in ((3, 3), (12, 3), (6, 2), (5, 1), (6, 6)):
         check(name, n, g, 9, {"cp": degree}, "ulysses")
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("order", ["tp first", "cp first"])
 def test_a_hybrid_beside_tensor_parallelism(order: str) -> None:
     mesh = {"tp": 2, "cp": 4} if order == "tp first" else {"cp": 4, "tp": 2}
     check("softcap and sinks", 4, 2, 9, mesh, {"ulysses": 2, "ring": 2})
 
 
+@pytest.mark.thinned(2)
 def test_keys_of_another_length() -> None:
     hybrid = {"ulysses": 2, "ring": 2}
     for attention in ("ulysses", hybrid):

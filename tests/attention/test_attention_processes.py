@@ -1,18 +1,13 @@
-"""spx::ring_attention between real processes on gloo, with torch's own checks of collectives switched on.
-
-Run as a script it is one of the processes: test_attention_processes.py RANK WORLD STORE_FILE.
-"""
+"""spx::ring_attention between real processes on gloo, with torch's own checks of collectives switched on."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
+from worker_pool import WorkerPool
 
 from spcompile.attention.op import attention, ring_attention
 from spcompile.attention.ring import hops as _hops  # noqa: F401  (defines spx::ring_hops)
@@ -27,31 +22,6 @@ CASES = [
     ("full", "zigzag", 9, 20),
     ("causal documents key_padding", "zigzag", 33, 33),
 ]
-
-
-def test_two_processes(tmp_path: Path) -> None:
-    run(2, tmp_path)
-
-
-def run(world: int, folder: Path) -> None:
-    environment = {**os.environ, "TORCH_DISTRIBUTED_DEBUG": "DETAIL", "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, __file__]
-    processes = [
-        subprocess.Popen(
-            [*arguments, str(rank), str(world), str(folder / "store")],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        texts = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * world, "\n".join(texts)
 
 
 def check_case(group: dist.ProcessGroup, text: str, order: str, S: int, T: int, dtype: torch.dtype) -> None:
@@ -119,9 +89,8 @@ def check_disagreement(group: dist.ProcessGroup) -> None:
         torch.ops.spx.agree_on_hops(mine, str(group.group_name))
 
 
-def main(rank: int, world: int, store: str) -> None:
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
-    groups = [dist.group.WORLD, dist.new_group(list(range(world)))]
+def check_all() -> None:
+    groups = [dist.group.WORLD, dist.new_group(list(range(dist.get_world_size())))]
     for group in groups:
         assert group is not None
         for text, order, S, T in CASES:
@@ -130,8 +99,7 @@ def main(rank: int, world: int, store: str) -> None:
     for order in sequence.ORDERS:
         check_hops(dist.group.WORLD, order)
     check_disagreement(dist.group.WORLD)
-    dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+def test_two_processes(worker_pool: Callable[[int], WorkerPool]) -> None:
+    worker_pool(2).run(check_all)

@@ -50,7 +50,7 @@ MASKS: dict[str, Mod] = {
 }
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("expected", MASKS)
 def test_masks(expected: str) -> None:
     found = rewrite(attend(MASKS[expected]), qkv(4, 2))
@@ -62,17 +62,20 @@ def test_masks(expected: str) -> None:
 SLOPES = 2.0 ** -torch.arange(1.0, 5.0, dtype=torch.float64)
 
 
+@pytest.mark.thinned(2)
 def test_softcap() -> None:
     found = rewrite(attend(MASKS["causal"], lambda s, b, h, q, k: 3 * torch.tanh(s / 3)), qkv())
     assert found.masks == ["causal"]
     assert found.attentions[0].args[14] == 3
 
 
+@pytest.mark.thinned(2)
 def test_alibi() -> None:
     found = rewrite(attend(MASKS["causal"], lambda s, b, h, q, k: s + SLOPES[h] * (k - q)), qkv())
     assert found.masks == ["causal + alibi"]
 
 
+@pytest.mark.thinned(2)
 def test_without_mods() -> None:
     assert rewrite(attend(), qkv()).masks == ["full"]
 
@@ -83,7 +86,7 @@ def test_a_block_mask_from_outside() -> None:
     assert str(found.mask) == "causal window=4"
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 def test_on_all_ranks(attention: str) -> None:
     model = attend(MASKS["causal window=4"], lambda s, b, h, q, k: 2 * torch.tanh(s / 2))
@@ -98,6 +101,7 @@ UNKNOWN: dict[str, tuple[Mod | None, Mod | None]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_other_mods_are_refused(name: str) -> None:
     with pytest.raises(Exception, match="SP303") as caught:

@@ -1,21 +1,15 @@
-"""Every collective on two real processes (gloo) against its spec: results, gradients, strides, opcheck; one program.
-
-This file is also the program that the processes run: `python test_collective_gloo.py RANK FOLDER`.
-"""
+"""Every collective on two real processes (gloo) against its spec: results, gradients, strides, opcheck; one program."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from functorch.compile import aot_function, make_boxed_func
+from worker_pool import WorkerPool
 
 from spcompile.collectives import COLLECTIVES, GRADIENT, Call, Collective
 from spcompile.diagnostics import Remarks
@@ -26,8 +20,6 @@ from spcompile.passes.schedule.lower_collectives import LowerCollectives
 from spcompile.passes_api import Context
 
 spx = torch.ops.spx
-pytestmark = pytest.mark.xdist_group("processes")  # one run of the program below serves all tests
-
 DEGREE = 2
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 INT_DTYPES = (torch.int64, torch.bool)
@@ -93,10 +85,9 @@ def compiled(group: str, dynamic: bool) -> Callable[..., Any]:
     return aot_function(sharded, fw_compiler=finish, bw_compiler=finish, dynamic=dynamic)
 
 
-def run_rank(rank: int, folder: str) -> None:
-    """Write this rank's result and gradient of every case."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=DEGREE)
-    group = dist.group.WORLD.group_name
+def run_rank(checked: set[str]) -> dict[str, Any]:
+    """This rank's result and gradient of every case; those in `checked` with torch's opcheck."""
+    rank, group = dist.get_rank(), dist.group.WORLD.group_name  # type: ignore[union-attr]
     found: dict[str, Any] = {}
     for name, (collective, call) in cases().items():
         arguments = {**call.arguments, "axis": group}
@@ -113,33 +104,20 @@ def run_rank(rank: int, folder: str) -> None:
         strided = transposed(src, call)[rank]
         y = collective.op(strided, **arguments)
         found[f"{name}-strided"] = (y, y.stride())
-        if "-5-" in name:
+        if name in checked:
             x = denoting(src, call.shape, torch.float64, seed=1)[rank].requires_grad_()
             found[f"{name}-opcheck"] = torch.library.opcheck(collective.op, (x,), arguments, raise_exception=False)
     for dynamic in (False, True):
         for length in (5, 8):
             found[f"program-{dynamic}-{length}"] = loss_and_gradients(compiled(group, dynamic), length)
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("gloo")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(DEGREE)
-    ]
-    logs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * DEGREE, "\n".join(logs)
-    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(DEGREE)]
+def ranks(worker_pool: Callable[[int], WorkerPool], request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """One run of all cases, which serves all tests; what only `test_opcheck` needs is done for its cases of today."""
+    checks = [item for item in request.session.items if item.function is test_opcheck]  # type: ignore[attr-defined]
+    return worker_pool(DEGREE).run(run_rank, {item.callspec.params["name"] for item in checks})  # type: ignore[attr-defined]
 
 
 def contiguous_strides(x: torch.Tensor) -> tuple[int, ...]:
@@ -184,6 +162,7 @@ def test_operand_in_other_memory_order(ranks: list[dict[str, Any]], name: str) -
         assert stride == contiguous_strides(y)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", [name for name in cases() if "-5-" in name])
 def test_opcheck(ranks: list[dict[str, Any]], name: str) -> None:
     for rank in range(DEGREE):
@@ -199,7 +178,3 @@ def test_a_lowered_program_computes_what_one_device_computes(
     for rank in range(DEGREE):
         for ours, theirs in zip(ranks[rank][f"program-{dynamic}-{length}"], expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
-if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), sys.argv[2])

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from worker_pool import WorkerPool
 
 from spcompile import models
-from spcompile.backend import PROGRAMS
+from spcompile.program.observed import observed
 
 PoolOf = Callable[[int], WorkerPool]
 IGNORED = -100
@@ -50,13 +50,16 @@ def against_the_whole_batch(
         return compare_tensors({"loss": want}, {"loss": have}) | compare_parameters(plain, compiled)
 
 
+SLOW = (pytest.mark.slow, pytest.mark.thinned(3))
+
+
 @pytest.mark.parametrize(
     ("model", "axes", "compiler"),
     [
         ("llama-tiny", {"dp": 2}, "eager"),
-        pytest.param("llama-tiny", {"dp": 2}, "inductor", marks=pytest.mark.long),
-        pytest.param("gpt-tiny", {"dp": 2, "cp": 2}, "eager", marks=pytest.mark.slow),
-        pytest.param("bert-tiny", {"tp": 2, "dp": 2}, "eager", marks=pytest.mark.slow),
+        pytest.param("llama-tiny", {"dp": 2}, "inductor", marks=SLOW),
+        pytest.param("gpt-tiny", {"dp": 2, "cp": 2}, "eager", marks=SLOW),
+        pytest.param("bert-tiny", {"tp": 2, "dp": 2}, "eager", marks=SLOW),
     ],
 )
 def test_own_rows(worker_pool: PoolOf, model: str, axes: dict[str, int], compiler: str) -> None:
@@ -67,6 +70,7 @@ def test_own_rows(worker_pool: PoolOf, model: str, axes: dict[str, int], compile
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("model", "axes", "compiler"),
     [
@@ -98,6 +102,7 @@ def logits_of_own_rows(axes: Mapping[str, int], outputs: str, rows: int) -> tupl
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("outputs", "kind", "rows"), [("full", "Tensor", 2), ("sharded", "DTensor", 1), ("sharded", "DTensor", 2)]
 )
@@ -129,18 +134,20 @@ def over_batches_that_change(batches: Sequence[tuple[int, int]]) -> tuple[list[f
         plain = PerToken()
         compiled: Any = copy.deepcopy(plain)
         compiled.compile(backend="spcompile", options={"mesh": mesh, "compiler": "eager"})
-        found, before = [], len(PROGRAMS)
-        for rows, length in batches:
-            ids_BS = torch.randint(0, 50, (rows, length), generator=torch.Generator().manual_seed(length))
-            plain.zero_grad()
-            compiled.zero_grad()
-            plain(ids_BS).backward()
-            compiled(ids_BS.tensor_split(2)[mesh.get_local_rank("dp")]).backward()
-            found.append(max(compare_parameters(plain, compiled).values()))
-        return found, len(PROGRAMS) - before
+        found = []
+        with observed() as programs:
+            for rows, length in batches:
+                ids_BS = torch.randint(0, 50, (rows, length), generator=torch.Generator().manual_seed(length))
+                plain.zero_grad()
+                compiled.zero_grad()
+                plain(ids_BS).backward()
+                compiled(ids_BS.tensor_split(2)[mesh.get_local_rank("dp")]).backward()
+                found.append(max(compare_parameters(plain, compiled).values()))
+        return found, len(programs)
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(2)
 def test_counts_of_rows_in_batches_that_change(worker_pool: PoolOf) -> None:
     batches = ((8, 9), (8, 12), (8, 10), (4, 10), (12, 9))
     for errors, _ in worker_pool(2).run(over_batches_that_change, batches):
@@ -175,6 +182,7 @@ def wrapped_in_ddp() -> dict[str, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(2)
 def test_ddp_over_dp(worker_pool: PoolOf) -> None:
     for errors in worker_pool(4).run(wrapped_in_ddp):
         assert max(errors.values()) <= EXACT, errors

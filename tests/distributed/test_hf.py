@@ -25,19 +25,19 @@ def tolerance_of(model: str, kind: str) -> float:
     return FLOAT32_INSIDE if model in LOSS_IN_FLOAT32 and kind != "no labels" else EXACT
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize(
     ("model", "kind", "attention"),
     [
-        pytest.param("llama", "plain", "ring", marks=pytest.mark.slow),
-        pytest.param("llama", "cache", "ulysses", marks=pytest.mark.slow),
+        ("llama", "plain", "ring"),
+        ("llama", "cache", "ulysses"),
         ("llama", "packed", "ring"),
         ("llama", "no labels", "auto"),
-        pytest.param("mistral", "right padding", "ring", marks=pytest.mark.slow),
+        ("mistral", "right padding", "ring"),
         ("mistral", "packed", "ulysses"),
         ("gpt2", "cache", "ring"),
         ("gpt2", "left padding", "ulysses"),
-        pytest.param("bert", "plain", "ulysses", marks=pytest.mark.slow),
+        ("bert", "plain", "ulysses"),
         ("bert", "right padding", "ring"),
     ],
 )
@@ -52,7 +52,8 @@ def test_two_layers_on_four_ranks(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(4), case)
 
 
-@pytest.mark.parametrize("model", [pytest.param("llama", marks=pytest.mark.slow), "gpt2"])
+@pytest.mark.thinned(4)
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
 def test_gradient_checkpointing(worker_pool: PoolOf, model: str) -> None:
     arguments = partial(inputs, model=model, kind="plain")
     case = Case(partial(build, model, layers=2, checkpointing=True), arguments)
@@ -64,18 +65,13 @@ def counted(number: int) -> dict[str, Any]:
     return inputs(number, model="llama", kind="plain") | {"num_items_in_batch": torch.tensor(97)}
 
 
+@pytest.mark.thinned(2)
 def test_num_items_in_batch_over_two_micro_batches(worker_pool: PoolOf) -> None:
     case = Case(partial(build, "llama"), counted, micro_batches=(0, 1))
     assert_same(worker_pool(2), case, FLOAT32_INSIDE)
 
 
+@pytest.mark.thinned(2)
 def test_float32(worker_pool: PoolOf) -> None:
     case = Case(partial(build, "llama"), partial(inputs, model="llama", kind="plain"), dtype=torch.float32)
     assert_same(worker_pool(2), case, FLOAT32)
-
-
-@pytest.mark.slow
-def test_inductor(worker_pool: PoolOf) -> None:
-    """Inductor fuses what RMSNorm computes in float32 and rounds it in another order."""
-    case = case_of("llama", "no labels", compiler="inductor")
-    assert_same(worker_pool(2), case, FLOAT32_INSIDE)

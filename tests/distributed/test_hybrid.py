@@ -11,7 +11,6 @@ import plain_models as pm
 import pytest
 import torch
 from oracle import EXACT, FLOAT32_INSIDE, Case, assert_same
-from sampled import sampled
 from torch import Tensor
 from worker_pool import WorkerPool
 
@@ -33,15 +32,10 @@ def test_four_ranks_in_two_groups(worker_pool: PoolOf) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model", "length", "compiler"),
-    sampled(
-        2,
-        [("llama", "packed"), ("mistral", "left padding"), ("bert", "right padding")],
-        [32, 63],
-        ["eager", "inductor"],
-    ),
-)
+@pytest.mark.thinned(10)
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+@pytest.mark.parametrize("length", [32, 63])
+@pytest.mark.parametrize("model", [("llama", "packed"), ("mistral", "left padding"), ("bert", "right padding")])
 def test_hugging_face(worker_pool: PoolOf, model: tuple[str, str], length: int, compiler: str) -> None:
     name, kind = model
     case = hugging_face(name, kind, length, attention="hybrid", compiler=compiler)
@@ -50,6 +44,7 @@ def test_hugging_face(worker_pool: PoolOf, model: tuple[str, str], length: int, 
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_four_heads_on_three_ranks(worker_pool: PoolOf, compiler: str) -> None:
     options = {"attention": "ulysses", "compiler": compiler}
@@ -59,8 +54,9 @@ def test_four_heads_on_three_ranks(worker_pool: PoolOf, compiler: str) -> None:
     assert_same(worker_pool(3), case, FLOAT32_INSIDE)
 
 
-@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
-@pytest.mark.parametrize("way", ["first apart", pytest.param("apart", marks=pytest.mark.slow)])
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", ["first apart", "apart"])
 def test_heads_in_groups_on_two_ranks(worker_pool: PoolOf, way: str, compiler: str) -> None:
     passes = {"split-exchanges": {"groups": 2, "way": way}}
     options = {"attention": "ulysses", "passes": passes, "compiler": compiler}
@@ -77,8 +73,14 @@ def growing(number: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("attention", [HYBRID, "ulysses"], ids=str)
 def test_a_dynamic_length(worker_pool: PoolOf, attention: object) -> None:
-    case = Case(partial(models.build, "llama-tiny"), growing, options={"attention": attention}, micro_batches=(0, 1, 2))
+    case = Case(
+        partial(models.build, "llama-tiny", layers=1),
+        growing,
+        options={"attention": attention},
+        micro_batches=(0, 1, 2),
+    )
     outcomes = assert_same(worker_pool(4), case)
     assert len(outcomes[0].graphs) == 2

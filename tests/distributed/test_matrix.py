@@ -1,52 +1,69 @@
-"""All models times all inputs times both strategies on 2 real processes, and a part of that on 3 and 4. Slow."""
+"""All models times all inputs times both strategies: on 2 to 4 ranks in the simulator, a part on 4 real processes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
-from hf_models import INPUTS, LOSS_IN_FLOAT32, MODELS, build, inputs, outer_loss
-from oracle import EXACT, FLOAT32_INSIDE, Case, assert_same
-from sampled import sampled
+import torch
+from hf_models import INPUTS, LOSS_IN_FLOAT32, MODELS, build, inputs
+from oracle import EXACT, FLOAT32_INSIDE, Case, assert_same, default_dtype
 from worker_pool import WorkerPool
+
+from spcompile import verify
 
 PoolOf = Callable[[int], WorkerPool]
 pytestmark = pytest.mark.slow
 
-STRATEGIES = ["ring", "ulysses"]
-# BERT has no cache.
-COMBINATIONS = [case for case in sampled(2, MODELS, INPUTS, STRATEGIES) if case.values[:2] != ("bert", "cache")]
+EVERY_MODEL = pytest.mark.parametrize("model", MODELS)
+EVERY_STRATEGY = pytest.mark.parametrize("attention", ["ring", "ulysses"])
 
 
-def check(pool: WorkerPool, model: str, kind: str, length: int = 32, **options: Any) -> None:
-    outside = kind == "no labels"
-    arguments = partial(inputs, model=model, kind=kind, length=length)
-    case = Case(partial(build, model), arguments, outer_loss if outside else None, options)
-    assert_same(pool, case, FLOAT32_INSIDE if model in LOSS_IN_FLOAT32 and not outside else EXACT)
+def tolerance(model: str, kind: str) -> float:
+    return FLOAT32_INSIDE if model in LOSS_IN_FLOAT32 and kind != "no labels" else EXACT
 
 
-@pytest.mark.parametrize(("model", "kind", "attention"), COMBINATIONS)
-def test_two_ranks(worker_pool: PoolOf, model: str, kind: str, attention: str) -> None:
-    check(worker_pool(2), model, kind, attention=attention)
+def check(world: int, model: str, kind: str, attention: str, length: int = 32) -> None:
+    with default_dtype(torch.float64):
+        batch = inputs(0, model=model, kind=kind, length=length)
+        report = verify(build(model), batch, {"cp": world}, tolerance=tolerance(model, kind), attention=attention)
+    assert report.ok, str(report)
+    assert not any(remark.code == "SPR101" for remark in report.remarks), "nothing was sharded"
 
 
-@pytest.mark.parametrize(("model", "attention"), sampled(2, MODELS, STRATEGIES))
-def test_four_ranks(worker_pool: PoolOf, model: str, attention: str) -> None:
-    check(worker_pool(4), model, "right padding", attention=attention)
+@pytest.mark.thinned(6, covers=["model", "kind", "attention"])
+@EVERY_MODEL
+@pytest.mark.parametrize("kind", INPUTS)
+@EVERY_STRATEGY
+def test_two_ranks(model: str, kind: str, attention: str) -> None:
+    """BERT has no cache: what it returns is the same."""
+    check(2, model, kind, attention)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_auto(worker_pool: PoolOf, model: str) -> None:
+@pytest.mark.thinned(3)
+@EVERY_MODEL
+def test_auto(model: str) -> None:
     """Takes one of the two for each attention, so one kind of input each will do."""
-    check(worker_pool(2), model, "plain", attention="auto")
+    check(2, model, "plain", "auto")
 
 
-@pytest.mark.parametrize(
-    ("world", "length", "model"), sampled(2, [2, 3, 4], [63, 65, 1000], [("llama", "ring"), ("bert", "ulysses")])
-)
-def test_lengths(worker_pool: PoolOf, world: int, length: int, model: tuple[str, str]) -> None:
+@pytest.mark.thinned(3, covers=["world", "length", "model"])
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("length", [63, 65, 1000])
+@pytest.mark.parametrize("model", [("llama", "ring"), ("bert", "ulysses")])
+def test_lengths(world: int, length: int, model: tuple[str, str]) -> None:
     """Three ranks divide neither the heads nor most lengths."""
     name, attention = model
-    check(worker_pool(world), name, "right padding", length, attention=attention)
+    check(world, name, "right padding", attention, length)
+
+
+@pytest.mark.thinned(6, covers=["attention"])
+@EVERY_MODEL
+@EVERY_STRATEGY
+def test_four_processes(worker_pool: PoolOf, model: str, attention: str) -> None:
+    kind = "right padding"
+    case = Case(
+        partial(build, model), partial(inputs, model=model, kind=kind, length=32), options={"attention": attention}
+    )
+    assert_same(worker_pool(4), case, tolerance(model, kind))

@@ -34,20 +34,16 @@ def outer_loss(logits_BSV: Tensor, batch: dict[str, Any]) -> Tensor:
     return F.cross_entropy(logits_BSV.flatten(0, 1), batch["ids_BS"].flatten())
 
 
-FAST = [("gpt-tiny", "ring"), ("llama-tiny", "ring"), ("llama-tiny", "ulysses"), ("bert-tiny", "ulysses")]
-SLOW = [("gpt-tiny", "ulysses"), ("bert-tiny", "ring")]
-
-
-@pytest.mark.sample(6)
-@pytest.mark.parametrize(
-    ("model", "attention"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
-)
+@pytest.mark.thinned(3, covers=["attention"])
+@pytest.mark.parametrize("attention", ["ring", "ulysses"])
+@pytest.mark.parametrize("model", ["gpt-tiny", "llama-tiny", "bert-tiny"])
 def test_two_ranks(worker_pool: PoolOf, model: str, attention: str) -> None:
     case = Case(partial(models.build, model), partial(tokens, length=32), options={"attention": attention})
     assert_same(worker_pool(2), case)
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("model", "attention"), [("llama-tiny", "ulysses"), ("gpt-tiny", "ring"), ("bert-tiny", "auto")]
 )

@@ -104,15 +104,13 @@ MESHES = {
     "tp and cp at rest": ({"tp": 2, "cp": 2}, ("cp", "tp")),
     "dp": ({"dp": 2}, "dp"),  # all ranks pass the same rows: the mean over them is that of one
 }
-FAST = [("gpt-tiny", "dp"), ("gpt-tiny", "tp at rest"), ("llama-tiny", "tp x cp")]
-SLOW = [("llama-tiny", "tp"), ("llama-tiny", "cp"), ("llama-tiny", "dp"), ("gpt-tiny", "tp x cp"), ("gpt-tiny", "tp")]
-SLOW += [("gpt-tiny", "tp and cp at rest"), ("gpt-tiny", "cp")]
 MODELS_ON_MESHES = pytest.mark.parametrize(
-    ("model", "mesh"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+    ("model", "mesh"),
+    [*(("gpt-tiny", mesh) for mesh in MESHES), *(("llama-tiny", mesh) for mesh in ("tp", "cp", "tp x cp", "dp"))],
 )
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(10)
 @MODELS_ON_MESHES
 def test_three_steps_give_the_parameters_of_the_plain_model(worker_pool: PoolOf, model: str, mesh: str) -> None:
     degrees, axis = MESHES[mesh]
@@ -132,14 +130,18 @@ def hf_case(name: str, mesh: str) -> Training:
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 def test_a_transformers_llama_trains_as_the_plain_one(worker_pool: PoolOf) -> None:
     shapes = assert_trains(worker_pool(4), hf_case("llama", "tp x cp"), FLOAT32_INSIDE)
     assert shapes["model.layers.0.self_attn.q_proj.weight"] == (16, 16)
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 def test_gathered_by_inductor_too(worker_pool: PoolOf) -> None:
-    case = Training(partial(models.build, "llama-tiny"), tokens, *MESHES["cp"], {"compiler": "inductor"}, steps=2)
+    case = Training(
+        partial(models.build, "llama-tiny", layers=1), tokens, *MESHES["cp"], {"compiler": "inductor"}, steps=2
+    )
     assert_trains(worker_pool(2), case)
 
 
@@ -208,7 +210,7 @@ def check_filled(pool: WorkerPool, case: OnMeta, loss: float = EXACT) -> list[di
     return [sizes for _, sizes in outcomes]
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(10)
 @MODELS_ON_MESHES
 def test_a_model_on_meta_is_made_as_the_plain_model_is(worker_pool: PoolOf, model: str, mesh: str) -> None:
     degrees, axis = MESHES[mesh]
@@ -218,6 +220,7 @@ def test_a_model_on_meta_is_made_as_the_plain_model_is(worker_pool: PoolOf, mode
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
 def test_a_transformers_model_says_itself_how_it_is_made(worker_pool: PoolOf, model: str) -> None:
     inputs = partial(tokens, names=("input_ids", "labels"))
@@ -232,6 +235,8 @@ def wide_llama() -> nn.Module:
     return build_llama(LlamaConfig(vocab=64, layers=16, heads=4, kv_heads=2, dim=128, hidden=256))
 
 
+@pytest.mark.slow
+@pytest.mark.thinned(3)
 def test_no_rank_ever_holds_all_parameters(worker_pool: PoolOf) -> None:
     """Alive at once: slices of what is not cut yet, the parts, and the few parameters that are worked on."""
     case = OnMeta(wide_llama, tokens, {"cp": 4}, "cp", runs=False)

@@ -94,15 +94,10 @@ def awkward(sizes: dict[str, int], axis: str | None, options: dict[str, Any]) ->
         return {"loss": error(want.detach(), have.detach()), **gradients(plain, sharded)}
 
 
-@pytest.mark.parametrize("balance", ["zigzag", pytest.param("contiguous", marks=pytest.mark.slow)])
+@pytest.mark.thinned(10)
+@pytest.mark.parametrize("balance", ["zigzag", "contiguous"])
 @pytest.mark.parametrize(
-    ("sizes", "axis"),
-    [
-        pytest.param({"tp": 2, "cp": 2}, "cp", marks=pytest.mark.slow),
-        pytest.param({"tp": 2}, None, marks=pytest.mark.slow),
-        ({"cp": 2}, "cp"),
-        pytest.param({"cp": 2, "tp": 2}, None, marks=pytest.mark.slow),
-    ],
+    ("sizes", "axis"), [({"tp": 2, "cp": 2}, "cp"), ({"tp": 2}, None), ({"cp": 2}, "cp"), ({"cp": 2, "tp": 2}, None)]
 )
 def test_every_way_to_read_a_parameter(
     worker_pool: PoolOf, sizes: dict[str, int], axis: str | None, balance: str
@@ -134,6 +129,7 @@ def use(sizes: dict[str, int], axis: str | None) -> dict[str, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("sizes", "axis"), [({"cp": 2}, "cp"), ({"tp": 2}, None)])
 def test_evaluation_other_lengths_and_uncompiled_calls(
     worker_pool: PoolOf, sizes: dict[str, int], axis: str | None
@@ -183,6 +179,7 @@ def refused() -> list[str]:
     return texts
 
 
+@pytest.mark.thinned(2)
 def test_errors_say_what_is_legal(worker_pool: PoolOf) -> None:
     (texts,) = worker_pool(1).run(refused)
     wanted = [

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from worker_pool import WorkerPool
 
-from spcompile.backend import PROGRAMS
 from spcompile.collectives.pipelined_products import PIPELINED, all_gather_matmul, matmul_reduce_scatter
+from spcompile.program.observed import observed
 
 PoolOf = Callable[[int], WorkerPool]
 
@@ -59,31 +59,33 @@ def against_plain(compiler: str, lengths: tuple[int, ...], batch: int) -> tuple[
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     passes = {"pipeline-products": {"min_gain": -math.inf}}
     compiled.compile(backend="spcompile", options={"mesh": mesh, "compiler": compiler, "passes": passes})
-    before = len(PROGRAMS)
     pairs: list[tuple[Any, ...]] = []
-    for length in lengths:
-        x_BSD = torch.randn(batch, length, 8, dtype=torch.float64)
-        if len(lengths) > 1:
-            torch._dynamo.mark_dynamic(x_BSD, 1)
-        losses = [model(x_BSD) for model in (plain, compiled)]
-        for loss in losses:
-            loss.backward()
-        pairs.append(tuple(losses))
-    assert len(PROGRAMS) == before + 1
+    with observed() as programs:
+        for length in lengths:
+            x_BSD = torch.randn(batch, length, 8, dtype=torch.float64)
+            if len(lengths) > 1:
+                torch._dynamo.mark_dynamic(x_BSD, 1)
+            losses = [model(x_BSD) for model in (plain, compiled)]
+            for loss in losses:
+                loss.backward()
+            pairs.append(tuple(losses))
+    ((_, emission),) = programs
     pairs += [(a.grad, b.grad) for a, b in zip(plain.parameters(), compiled.parameters(), strict=True)]
-    graphs = PROGRAMS[-1][1].graphs.values()
-    ops = [str(n.target._opname) for gm in graphs for n in gm.graph.nodes if n.target in PIPELINED]
+    ops = [str(n.target._opname) for gm in emission.graphs.values() for n in gm.graph.nodes if n.target in PIPELINED]
     return max(float((a - b).abs().max()) for a, b in pairs), sorted(ops)
+
+
+SLOW = (pytest.mark.slow, pytest.mark.thinned(4))
 
 
 @pytest.mark.parametrize(
     ("ranks", "compiler", "lengths", "batch"),
     [
         (2, "eager", (7,), 2),
-        pytest.param(2, "inductor", (8, 7, 13), 2, marks=pytest.mark.long),
-        pytest.param(2, "inductor", (8,), 1, marks=pytest.mark.slow),
-        pytest.param(4, "eager", (7, 8, 13), 1, marks=pytest.mark.slow),
-        pytest.param(4, "inductor", (7,), 2, marks=pytest.mark.slow),
+        pytest.param(2, "inductor", (8, 7, 13), 2, marks=SLOW),
+        pytest.param(2, "inductor", (8,), 1, marks=SLOW),
+        pytest.param(4, "eager", (7, 8, 13), 1, marks=SLOW),
+        pytest.param(4, "inductor", (7,), 2, marks=SLOW),
     ],
 )
 def test_loss_and_gradients(

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 from worker_pool import WorkerPool
 
 import spcompile
-from spcompile.backend import PROGRAMS
 from spcompile.program import program_cache
+from spcompile.program.observed import observed
 
 PoolOf = Callable[[int], WorkerPool]
 
@@ -40,10 +40,10 @@ def step(shard: str | None = None, **options: Any) -> tuple[bool, float]:
         model.compile(backend="spcompile", options=options)
     else:
         spcompile.parallelize(model, options.pop("mesh"), (x_BSD,), shard_parameters=shard, **options)
-    before = len(PROGRAMS)
-    want, have = plain(x_BSD), model(x_BSD)
-    for y_BSD in (want, have):
-        y_BSD.square().mean().backward()
+    with observed() as programs:
+        want, have = plain(x_BSD), model(x_BSD)
+        for y_BSD in (want, have):
+            y_BSD.square().mean().backward()
     errors = [error(want.detach(), have.detach(), 1e-30)]
     parameters = dict(model.named_parameters())
     for name, p in plain.named_parameters():
@@ -52,7 +52,7 @@ def step(shard: str | None = None, **options: Any) -> tuple[bool, float]:
         assert q.grad is not None
         grad = q.grad.full_tensor() if isinstance(q.grad, DTensor) else q.grad
         errors.append(error(p.grad, grad, 1e-30))
-    return len(PROGRAMS) > before, max(errors)
+    return bool(programs), max(errors)
 
 
 @contextlib.contextmanager
@@ -99,6 +99,7 @@ def dumping(folder: str) -> tuple[bool, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 def test_one_rank_dumps_and_none_stores(worker_pool: PoolOf, tmp_path: Path) -> None:
     for compiled, largest in worker_pool(2).run(dumping, str(tmp_path)):
         assert compiled
@@ -107,6 +108,7 @@ def test_one_rank_dumps_and_none_stores(worker_pool: PoolOf, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 def test_only_a_program_that_all_ranks_have_is_not_compiled(worker_pool: PoolOf, tmp_path: Path) -> None:
     for found in worker_pool(2).run(again, str(tmp_path)):
         assert {name for name, (one, _) in found.items() if one} == {"cold", "one rank has it"}
@@ -114,6 +116,7 @@ def test_only_a_program_that_all_ranks_have_is_not_compiled(worker_pool: PoolOf,
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 def test_other_options_and_other_ranks(worker_pool: PoolOf, tmp_path: Path) -> None:
     for found in worker_pool(2).run(changed, str(tmp_path)):
         compiled = {name for name, (one, _) in found.items() if one}
@@ -122,7 +125,7 @@ def test_other_options_and_other_ranks(worker_pool: PoolOf, tmp_path: Path) -> N
         assert max(e for _, e in found.values()) < 1e-4, found
 
 
-@pytest.mark.long
+@pytest.mark.manual
 @pytest.mark.parametrize(
     ("sizes", "options"),
     [({"cp": 4}, {"attention": {"ulysses": 2, "ring": 2}}), ({"cp": 2}, {}), ({"tp": 2, "cp": 2}, {})],

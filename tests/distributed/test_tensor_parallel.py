@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import EXACT, FLOAT32, FLOAT32_INSIDE, Case, Outcome, compare
-from sampled import sampled
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from worker_pool import WorkerPool
@@ -57,44 +56,49 @@ def hugging_face(name: str, **options: Any) -> Case:
     return Case(build, partial(hf_models.inputs, model=name, kind="plain", length=16), options=options)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", ["llama-tiny", "gpt-tiny"])
 def test_two_ranks(worker_pool: PoolOf, name: str) -> None:
     agrees(worker_pool(2), plain(name), {"tp": 2}, EXACT)
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(2)
 def test_gpt2(worker_pool: PoolOf) -> None:
     agrees(worker_pool(2), hugging_face("gpt2"), {"tp": 2}, FLOAT32_INSIDE)
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("name", "attention"), [("llama-tiny", "ring"), ("gpt-tiny", "ulysses")])
 def test_with_context_parallelism(worker_pool: PoolOf, name: str, attention: str) -> None:
     agrees(worker_pool(4), plain(name, 30, attention=attention), {"tp": 2, "cp": 2}, EXACT)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "mesh", "attention"),
-    sampled(2, ["llama-tiny", "bert-tiny"], [{"tp": 2, "cp": 2}, {"cp": 2, "tp": 2}, {"tp": 4}], ["ring", "ulysses"]),
-    ids=str,
-)
+@pytest.mark.thinned(6)
+@pytest.mark.parametrize("attention", ["ring", "ulysses"])
+@pytest.mark.parametrize("mesh", [{"tp": 2, "cp": 2}, {"cp": 2, "tp": 2}, {"tp": 4}], ids=str)
+@pytest.mark.parametrize("name", ["llama-tiny", "bert-tiny"])
 def test_four_ranks(worker_pool: PoolOf, name: str, mesh: dict[str, int], attention: str) -> None:
     agrees(worker_pool(4), plain(name, 45, {"layers": 2}, attention=attention), mesh, EXACT)
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
 def test_hugging_face_on_four_ranks(worker_pool: PoolOf, name: str) -> None:
     agrees(worker_pool(4), hugging_face(name), {"tp": 2, "cp": 2}, FLOAT32_INSIDE)
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(2)
 def test_hugging_face_llama(worker_pool: PoolOf) -> None:
     agrees(worker_pool(2), hugging_face("llama"), {"tp": 2}, FLOAT32_INSIDE)
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", ["llama-tiny", "gpt-tiny"])
 def test_three_ranks_divide_nothing(worker_pool: PoolOf, name: str) -> None:
     """4 heads, 2 key/value heads, 65 classes, 50 hidden features, 32 positions."""
@@ -104,13 +108,16 @@ def test_three_ranks_divide_nothing(worker_pool: PoolOf, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "regather"), sampled(2, ["gpt-tiny", "llama-tiny"], [True, False]))
+@pytest.mark.thinned(4)
+@pytest.mark.parametrize("regather", [True, False])
+@pytest.mark.parametrize("name", ["gpt-tiny", "llama-tiny"])
 def test_inductor(worker_pool: PoolOf, name: str, regather: bool) -> None:
     case = plain(name, compiler="inductor", regather=regather)
     agrees(worker_pool(2), case, {"tp": 2}, EXACT)
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("mesh", [{"tp": 4}, {"tp": 2, "cp": 2}], ids=str)
 def test_float32_and_two_micro_batches(worker_pool: PoolOf, mesh: dict[str, int]) -> None:
     case = plain("llama-tiny")

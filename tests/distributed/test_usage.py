@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import hf_models
 import plain_models as pm
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from oracle import (
     EXACT,
     FLOAT32,
+    FLOAT32_INSIDE,
     Case,
     assert_same,
     compare_parameters,
@@ -40,39 +43,56 @@ def outer_loss(logits_BSV: Tensor, batch: dict[str, Any]) -> Tensor:
     return F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), batch["ids_BS"][:, 1:].flatten())
 
 
-GPT = partial(models.build, "gpt-tiny")
-LLAMA = partial(models.build, "llama-tiny")
+GPT = partial(models.build, "gpt-tiny", layers=1)
+LLAMA = partial(models.build, "llama-tiny", layers=1)
 
 
+@pytest.mark.thinned(3)
 def test_loss_outside_the_model(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), Case(GPT, partial(tokens, labels=False), outer_loss))
 
 
-@pytest.mark.long
-def test_inductor_gathers_logits_in_zigzag_order(worker_pool: PoolOf) -> None:
-    options = {"attention": "ring", "compiler": "inductor"}
-    assert_same(worker_pool(2), Case(LLAMA, partial(tokens, length=33, labels=False), outer_loss, options))
-
-
+@pytest.mark.thinned(3)
 def test_two_micro_batches_accumulate(worker_pool: PoolOf) -> None:
     outcomes = assert_same(worker_pool(2), Case(GPT, tokens, micro_batches=(0, 1)))
     assert len(outcomes[0].graphs) == 2, "one forward and one backward for both"
 
 
+@pytest.mark.thinned(3)
 def test_torch_compile(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), Case(LLAMA, tokens, wrap=True))
 
 
+@pytest.mark.thinned(3)
 def test_float32(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), Case(GPT, tokens, dtype=torch.float32), FLOAT32)
 
 
-def test_inductor(worker_pool: PoolOf) -> None:
-    case = Case(LLAMA, partial(tokens, length=45), options={"compiler": "inductor"})
-    assert_same(worker_pool(2), case, EXACT)
+INDUCTOR = {
+    "loss inside": Case(LLAMA, partial(tokens, length=45)),
+    "logits in zigzag order": Case(
+        LLAMA, partial(tokens, length=33, labels=False), outer_loss, options={"attention": "ring"}
+    ),
+    "transformers": Case(
+        partial(hf_models.build, "llama"),
+        partial(hf_models.inputs, model="llama", kind="no labels"),
+        hf_models.outer_loss,
+    ),
+}
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("name", INDUCTOR)
+def test_inductor(worker_pool: PoolOf, name: str) -> None:
+    """Inductor fuses what RMSNorm of transformers computes in float32 and rounds it in another order."""
+    case = INDUCTOR[name]
+    case = replace(case, options={"compiler": "inductor", **case.options})
+    assert_same(worker_pool(2), case, FLOAT32_INSIDE if name == "transformers" else EXACT)
+
+
+@pytest.mark.slow
+@pytest.mark.thinned(2)
 def test_lengths_that_change_compile_once_more(worker_pool: PoolOf) -> None:
     outcomes = assert_same(worker_pool(2), Case(GPT, partial(tokens, grows=15), micro_batches=(0, 1, 2, 3)))
     assert len(outcomes[0].graphs) <= 4, "the second length is the last to compile"
@@ -86,6 +106,7 @@ def marked(number: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(2)
 def test_mark_dynamic_compiles_once(worker_pool: PoolOf) -> None:
     outcomes = assert_same(worker_pool(2), Case(LLAMA, marked, micro_batches=(0, 1, 2)))
     assert len(outcomes[0].graphs) == 2
@@ -94,8 +115,8 @@ def test_mark_dynamic_compiles_once(worker_pool: PoolOf) -> None:
 def evaluate() -> dict[str, float]:
     """Train for a step, then evaluate: eval() with dropout in the model, and no_grad."""
     with default_dtype(torch.float64):
-        plain = models.build("gpt-tiny", dropout=0.5).eval()
-        compiled = models.build("gpt-tiny", dropout=0.5).eval()
+        plain = models.build("gpt-tiny", layers=1, dropout=0.5).eval()
+        compiled = models.build("gpt-tiny", layers=1, dropout=0.5).eval()
         compiled.load_state_dict(plain.state_dict())
         compiled.compile(backend="spcompile", options={"compiler": "eager"})
         batch = tokens(0)
@@ -111,6 +132,7 @@ def evaluate() -> dict[str, float]:
     return errors
 
 
+@pytest.mark.thinned(3)
 def test_eval_and_no_grad(worker_pool: PoolOf) -> None:
     for errors in worker_pool(2).run(evaluate):
         assert all(found <= EXACT for found in errors.values()), errors
@@ -139,6 +161,7 @@ def sharded_outputs(length: int) -> dict[str, float]:
     return errors
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("length", [32, 33])
 def test_sharded_outputs(worker_pool: PoolOf, length: int) -> None:
     for errors in worker_pool(2).run(sharded_outputs, length):
@@ -150,7 +173,7 @@ class LossAndLogits(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = models.build("llama-tiny")
+        self.model = LLAMA()
 
     def forward(self, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
         logits_BSV = self.model(ids_BS)
@@ -173,6 +196,7 @@ def loss_only() -> tuple[dict[str, float], str, int]:
     return errors, text, len(record.graphs)
 
 
+@pytest.mark.thinned(3)
 def test_loss_only(worker_pool: PoolOf) -> None:
     for errors, text, graphs in worker_pool(2).run(loss_only):
         assert all(found <= EXACT for found in errors.values()), errors

@@ -21,9 +21,7 @@ from spcompile.report.example_runs import ExampleRun, Step, example_of, run_exam
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PASSES = pytest.mark.parametrize("p", PIPELINE, ids=lambda p: p.name)
-DEGREES = pytest.mark.parametrize(
-    "degree", [1, 2, 4, pytest.param(7, marks=pytest.mark.slow)]
-)  # the examples' sequences have length 7
+DEGREES = pytest.mark.parametrize("degree", [1, 2, 4, 7])  # the examples' sequences have length 7
 
 
 def example(p: Pass) -> Example:
@@ -78,7 +76,7 @@ def numbers(run: ExampleRun, step: Step, side: str, mesh: dict[str, int]) -> lis
     return [on_one_device(gm, run.inputs)]
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(10)
 @PASSES
 @DEGREES
 def test_numbers(p: Pass, degree: int) -> None:
@@ -96,7 +94,7 @@ def test_numbers(p: Pass, degree: int) -> None:
                 assert_equal(rank, expected)
 
 
-@pytest.mark.sample(10)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("degree", [2, 3])
 @pytest.mark.parametrize("last", ["insert-tensor-reshards", "split-all-reduce", "sink-all-gather", "hoist-shard"])
 @pytest.mark.parametrize("of", ["sink-all-gather", "hoist-shard", "split-projections"])

@@ -127,6 +127,7 @@ CASES: dict[str, tuple[Any, list[Tensor]]] = {
 MESHES = ({"cp": 2}, {"tp": 2}, {"tp": 2, "cp": 2})
 
 
+@pytest.mark.thinned(3, covers=["mesh"])
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_every_gradient(case: str, mesh: dict[str, int]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +17,9 @@ from recognition import difference, qkv
 from torch import Tensor, nn
 
 import spcompile.program.one_device
-from spcompile.backend import PROGRAMS
 from spcompile.diagnostics import ChangedBuffer
 from spcompile.program.build import LocalProgram
+from spcompile.program.observed import observed
 
 LENGTH = 12
 
@@ -51,10 +53,10 @@ def compiled(
 ) -> tuple[Callable[..., Any], list[LocalProgram]]:
     """The compiled function and what was recognised in it, after a first call."""
     torch._dynamo.reset()
-    start = len(PROGRAMS)
     run = torch.compile(function, backend="spcompile", options={"compiler": "eager", **options})
-    run(*[x.clone() for x in inputs])
-    return run, [program for program, _ in PROGRAMS[start:]]
+    with observed() as programs:
+        run(*[x.clone() for x in inputs])
+    return run, [program for program, _ in programs]
 
 
 def squares(program: LocalProgram) -> list[str]:
@@ -80,6 +82,7 @@ def check(function: Callable[..., Any], run: Callable[..., Any], inputs: tuple[T
 MASK = (torch.arange(LENGTH) < torch.tensor([[LENGTH], [7]])).long()
 
 
+@pytest.mark.thinned(4, covers=["compiler"])
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 @pytest.mark.parametrize("function", [masked_sdpa, causal_by_hand, dense_causal_sdpa, counted])
 def test_no_dense_mask_is_left(function: Callable[..., Any], compiler: str) -> None:
@@ -88,6 +91,15 @@ def test_no_dense_mask_is_left(function: Callable[..., Any], compiler: str) -> N
     (program,) = programs
     assert not squares(program)
     check(function, run, inputs)
+
+
+def test_a_program_is_gone_with_the_code_that_was_made_of_it() -> None:
+    run, programs = compiled(masked_sdpa, (*qkv(), MASK))
+    gone = weakref.ref(programs.pop())
+    torch._dynamo.reset()
+    del run
+    gc.collect()
+    assert gone() is None
 
 
 def test_what_a_plain_kernel_does_goes_back_to_it() -> None:
@@ -161,6 +173,7 @@ def test_dropout_follows_the_seed_forward_and_backward() -> None:
     torch.testing.assert_close(loss(0.0), slope.detach(), rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.thinned(2)
 def test_a_hugging_face_model_with_padding() -> None:
     import transformers as T
 
@@ -169,15 +182,15 @@ def test_a_hugging_face_model_with_padding() -> None:
         torch.manual_seed(0)
         model = T.LlamaForCausalLM(T.LlamaConfig(**sizes, vocab_size=60, attn_implementation="eager"))
     other: Any = copy.deepcopy(model)
-    start = len(PROGRAMS)
     other.compile(backend="spcompile", options={"compiler": "eager"})
     ids = torch.randint(1, 60, (2, LENGTH))
     batch = {"input_ids": ids, "attention_mask": MASK, "labels": ids, "use_cache": False}
-    losses = [each(**batch).loss for each in (model, other)]
+    with observed() as programs:
+        losses = [each(**batch).loss for each in (model, other)]
     for loss in losses:
         loss.backward()
-    assert len(PROGRAMS) == start + 1
-    assert not squares(PROGRAMS[-1][0])
+    ((program, _),) = programs
+    assert not squares(program)
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
     for a, b in zip(other.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)

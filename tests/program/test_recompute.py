@@ -89,7 +89,7 @@ def count(emission: Emission, phase: str, op: Any) -> int:
     return len(emission.graphs[phase].graph.find_nodes(op="call_function", target=op))
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize(("mix", "whole"), [(beginning, 0), (convolution, 2)])
 def test_a_gathered_activation_is_gathered_again(mix: Mix, whole: int, again: bool) -> None:
@@ -105,7 +105,7 @@ def test_a_gathered_activation_is_gathered_again(mix: Mix, whole: int, again: bo
     assert max(saved_numels(with_it), default=0) <= LENGTH * WIDTH
 
 
-@pytest.mark.sample(10)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("length", [LENGTH, LENGTH - 3])
 @pytest.mark.parametrize(("kv_heads", "exchanges"), [(4, (2, 2, 1)), (2, (3, 3, 2)), (1, (3, 3, 2))])
 def test_ulysses_saves_its_result_and_its_keys_once(
@@ -121,7 +121,7 @@ def test_ulysses_saves_its_result_and_its_keys_once(
     assert sum(saved_numels(emission)) <= sum(saved_numels(ring)) + padding
 
 
-@pytest.mark.sample(10)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("way", ["together", "apart", "first apart"])
 @pytest.mark.parametrize("kv_heads", [4, 1])
 def test_heads_in_groups_save_no_more(kv_heads: int, way: str) -> None:
@@ -154,7 +154,7 @@ def saved_shapes(compiler: str) -> list[tuple[int, ...]]:
     return [tuple(x.shape) for x in saved]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_no_gathered_keys_are_among_the_saved_tensors(worker_pool: Callable[[int], WorkerPool], compiler: str) -> None:
     for shapes in worker_pool(2).run(saved_shapes, compiler):

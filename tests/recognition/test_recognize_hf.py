@@ -112,8 +112,6 @@ NEO_WITH_PADDING = [
 ]
 CASES: list[tuple[Callable[[], nn.Module], str, str, list[str]]] = [
     (mpt, "right padding", "ulysses", ["causal key_padding"]),
-]
-SLOW: list[tuple[Callable[[], nn.Module], str, str, list[str]]] = [
     (gpt_oss, "left padding", "ring", [f"{mask} key_padding" for mask in ALTERNATING]),
     (gpt_neo, "plain", "ring", ALTERNATING),
     (gpt_neo, "left padding", "ring", NEO_WITH_PADDING),
@@ -128,8 +126,6 @@ SLOW: list[tuple[Callable[[], nn.Module], str, str, list[str]]] = [
     (gptj, "left padding", "ulysses", ["causal key_padding"]),
     (gptj_with_dropout, "right padding", "ring", ["causal key_padding"]),
     (checkpointed_llama, "right padding", "ring", ["causal key_padding"]),
-]
-LONG: list[tuple[Callable[[], nn.Module], str, str, list[str]]] = [
     (gemma2, "plain", "ring", ALTERNATING),
     (gpt_oss, "plain", "ulysses", ALTERNATING),
     (bloom, "plain", "ring", ["causal"]),
@@ -138,14 +134,9 @@ LONG: list[tuple[Callable[[], nn.Module], str, str, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("build", "kind", "attention", "masks"),
-    [
-        *CASES,
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
-        *(pytest.param(*case, marks=pytest.mark.long) for case in LONG),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.thinned(5)
+@pytest.mark.parametrize(("build", "kind", "attention", "masks"), CASES)
 def test_eager_attention(build: Callable[[], nn.Module], kind: str, attention: str, masks: list[str]) -> None:
     with default_dtype(torch.float32 if kind == "left padding" else torch.float64):
         torch.manual_seed(0)

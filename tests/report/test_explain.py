@@ -37,7 +37,7 @@ def total(plan: Plan, **wanted: str) -> sympy.Expr:
     return sum((row.bytes for row in rows), sympy.Integer(0))
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("degree", [2, 4])
 def test_bytes_of_a_causal_ring(degree: int) -> None:
     """Keys and values go once round the ring forward; backward they go again, and float32 gradients once more."""
@@ -53,7 +53,7 @@ def test_bytes_of_a_causal_ring(degree: int) -> None:
     assert "scaled_dot_product_attention" in ring.source.text
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("degree", [2, 4])
 def test_bytes_of_ulysses(degree: int) -> None:
     """q, k, v in one message and the result in another, of each of which 1/degree stays; backward the result again."""
@@ -67,6 +67,7 @@ def test_bytes_of_ulysses(degree: int) -> None:
     assert total(plan, origin="activation again") == one
 
 
+@pytest.mark.thinned(3)
 def test_every_parameter_gradient_is_summed_once() -> None:
     plan = plan_of(4)
     size = sum(p.numel() * p.element_size() for p in Model().parameters())
@@ -75,6 +76,7 @@ def test_every_parameter_gradient_is_summed_once() -> None:
     assert plan.memory.peak_bytes > size + plan.memory.saved_activation_bytes
 
 
+@pytest.mark.thinned(2)
 def test_one_rank_sends_nothing_and_saves_what_one_device_saves() -> None:
     plan = plan_of(1)
     assert plan.collectives == []
@@ -83,7 +85,7 @@ def test_one_rank_sends_nothing_and_saves_what_one_device_saves() -> None:
     assert "not sharded" in str(plan)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 def test_saved_activations_are_divided_by_the_mesh(attention: str) -> None:
     memory = plan_of(4, 256, attention=attention).memory
@@ -109,6 +111,7 @@ def test_saved_bytes_of_one_device_are_those_that_autograd_saves() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 def test_graphs_have_the_same_size_for_every_degree() -> None:
     few, many = (plan_of(degree, 1024, attention="ring") for degree in (2, 512))
     for phase in ("forward", "backward"):
@@ -122,6 +125,7 @@ def nodes_of(text: str) -> list[str]:
     return [line for line in text.splitlines() if not line.startswith("#")]
 
 
+@pytest.mark.thinned(3)
 def test_no_tensor_is_larger_than_a_shard() -> None:
     plan = plan_of(8, 4096, outputs="loss")
     assert plan.largest_tensors[0].numel == 4096 // 8 * max(3 * WIDTH, VOCAB)
@@ -130,6 +134,7 @@ def test_no_tensor_is_larger_than_a_shard() -> None:
     assert source.file == explained.__file__
 
 
+@pytest.mark.thinned(3)
 def test_a_llama_at_128k_in_a_minute() -> None:
     """On meta, as large as it is: nothing is computed, and no tensor is larger than 1/8 of the largest activation."""
     transformers = pytest.importorskip("transformers")
@@ -154,6 +159,7 @@ def test_a_llama_at_128k_in_a_minute() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 def test_figures_of_a_dynamic_length_are_expressions_of_it() -> None:
     with torch.device("meta"):
         model, ids = Model(), torch.zeros(1, 64, dtype=torch.int64)
@@ -178,6 +184,7 @@ def test_figures_of_a_dynamic_length_are_expressions_of_it() -> None:
     assert isinstance(json.loads(json.dumps(plan.to_dict()))["memory"]["saved_activation_bytes"], str)
 
 
+@pytest.mark.thinned(3)
 def test_weights_may_be_real_or_on_meta_and_stay_untouched() -> None:
     model = Model()
     ids = torch.zeros(1, 64, dtype=torch.int64)
@@ -192,6 +199,7 @@ def test_weights_may_be_real_or_on_meta_and_stay_untouched() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 def test_weights_may_be_fake() -> None:
     from torch._subclasses import FakeTensorMode
 
@@ -202,6 +210,7 @@ def test_weights_may_be_fake() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 def test_many_plans_of_one_model_do_not_meet_a_recompile_limit() -> None:
     with torch.device("meta"):
         model = Model(layers=1)
@@ -255,6 +264,7 @@ class Raises(Model):
         return super().forward(ids_BS)
 
 
+@pytest.mark.thinned(3)
 def test_the_text_and_the_dict_tell_the_same() -> None:
     plan = plan_of(2, attention="ring")
     found = json.loads(json.dumps(plan.to_dict()))
@@ -274,6 +284,7 @@ def test_the_text_and_the_dict_tell_the_same() -> None:
     assert "2 x ring" in text
 
 
+@pytest.mark.thinned(3)
 def test_graphs_by_pass() -> None:
     plan = plan_of(2, attention="ring")
     assert "spx.attention" in plan.graph("annotate-sharding")
@@ -285,6 +296,7 @@ def test_graphs_by_pass() -> None:
         plan.graph("nothing")
 
 
+@pytest.mark.thinned(3)
 def test_the_page_is_one_file_that_escapes_everything(tmp_path: Path) -> None:
     plan = plan_of(2)
     plan.model = "</script><b>&"
@@ -366,6 +378,7 @@ def test_import_is_cheap() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+@pytest.mark.thinned(3)
 def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     def call(words: str) -> int:
         monkeypatch.setattr(sys, "argv", ["spcompile", *words.split()])
@@ -388,6 +401,7 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert json.loads(capsys.readouterr().out)["ok"] is True
 
 
+@pytest.mark.thinned(3)
 def test_weight_memory_of_drop_in_tp_is_remarked() -> None:
     with torch.device("meta"):
         model = Model(layers=1)

@@ -52,7 +52,7 @@ def batch(length: int = 10, rows: int = 2) -> dict[str, Tensor]:
     return {"ids_BS": torch.randint(11, (rows, length)), "labels_BS": labels}
 
 
-@pytest.mark.sample(8)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("degree", [1, 2, 3])
 @pytest.mark.parametrize("outputs", ["full", "loss", "sharded"])
 def test_every_tensor_of_a_right_program_agrees(degree: int, outputs: str) -> None:
@@ -78,7 +78,7 @@ def test_without_a_loss_all_outputs_are_differentiated() -> None:
         verify(Block(), inputs, mesh={"cp": 2}, outputs="loss")
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 @pytest.mark.parametrize("degree", [1, 2])
 def test_attention_dropout_is_that_of_one_device(degree: int, attention: str) -> None:
@@ -90,7 +90,7 @@ def test_attention_dropout_is_that_of_one_device(degree: int, attention: str) ->
     assert any("one device" in note for note in report.notes)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("mesh", [{"cp": 4}, {"cp": 4, "dp": 2}, {"tp": 2, "cp": 4}], ids=str)
 def test_a_hybrid_on_parts_of_an_axis(mesh: dict[str, int]) -> None:
     """The graphs before and behind autograd; a length that does not divide, and fewer heads than ranks."""
@@ -106,6 +106,7 @@ def test_dropout_draws_what_the_plain_model_draws() -> None:
     assert report.ok, str(report)
 
 
+@pytest.mark.thinned(3)
 def test_dropout_over_dp_differs_and_a_note_says_why() -> None:
     report = verify(Block(dropout=0.5), batch(rows=4), mesh={"dp": 2})
     assert not report.ok
@@ -202,6 +203,7 @@ def test_a_wrong_value_is_traced_to_pass_and_line(monkeypatch: pytest.MonkeyPatc
     assert report.to_dict()["culprit"]["pass"] == "sabotage"
 
 
+@pytest.mark.thinned(3)
 def test_a_wrong_value_in_one_ranks_graph_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     broken_pipeline(monkeypatch, "parallelize-attention", LocalSabotage(aten.layer_norm.default, scale_eps))
     report = verify(Block(), batch(), mesh={"cp": 2})
@@ -219,6 +221,7 @@ def overwrite_in_flight(node: fx.Node) -> None:
         node.graph.call_function(aten.mul_.Tensor, (node.args[0], 2)).meta = dict(node.meta)
 
 
+@pytest.mark.thinned(3)
 def test_an_operand_that_is_overwritten_in_flight_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Right if the collective has read it by then, and so in real runs now and then."""
     start = torch.ops._c10d_functional.all_reduce.default
@@ -268,6 +271,7 @@ def test_a_right_loss_with_wrong_gradients_is_found(monkeypatch: pytest.MonkeyPa
     assert (report.culprit.pass_name, report.culprit.what) == ("lower", "gradient")
 
 
+@pytest.mark.thinned(3)
 def test_a_pass_behind_autograd_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     broken_pipeline(monkeypatch, "lower-collectives", ScheduleSabotage(aten.embedding_dense_backward.default, double))
     report = verify(Block(), batch(), mesh={"cp": 2})
@@ -293,7 +297,7 @@ class Statistics(Block):
         return {"logits": self.head(x_BSD + y_BSD)}
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}], ids=str)
 def test_inputs_that_are_written_to_and_constants(mesh: dict[str, int]) -> None:
     """A running mean is saved for the backward and written at the end, a weight is clamped without a gradient."""
@@ -328,6 +332,7 @@ def test_outputs_without_a_gradient_and_inputs_that_are_put_back() -> None:
     assert all(torch.equal(x, before[name]) for name, x in inputs.items())
 
 
+@pytest.mark.thinned(2)
 def test_final_graphs_are_run_beside_outputs_without_a_gradient() -> None:
     class Logged(Block):
         def forward(self, ids_BS: Tensor, labels_BS: Tensor | None = None) -> dict[str, Tensor]:

@@ -8,12 +8,13 @@ import hf_models
 import plain_models as pm
 import pytest
 import torch
-from sampled import sampled
 
 import spcompile
 from spcompile.command.model_spec import build
 
-ATTENTION, DEGREES = ["ring", "ulysses", "auto"], [3, 8]
+EVERY_STRATEGY = pytest.mark.parametrize("attention", ["ring", "ulysses", "auto"])
+EVERY_DEGREE = pytest.mark.parametrize("degree", [3, 8])
+EVERY_TIME = pytest.mark.thinned(3, covers=["name", "attention", "degree"])
 
 
 def agrees(model: torch.nn.Module, inputs: Any, degree: int, attention: str) -> None:
@@ -23,10 +24,10 @@ def agrees(model: torch.nn.Module, inputs: Any, degree: int, attention: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "attention", "degree"),
-    sampled(2, ["models:gpt-tiny", "models:llama-tiny", "models:bert-tiny"], ATTENTION, DEGREES),
-)
+@EVERY_TIME
+@EVERY_DEGREE
+@EVERY_STRATEGY
+@pytest.mark.parametrize("name", ["models:gpt-tiny", "models:llama-tiny", "models:bert-tiny"])
 def test_plain_models(name: str, attention: str, degree: int) -> None:
     torch.manual_seed(0)
     built = build(name, seq=21, device="cpu", dtype="float64", settings={})
@@ -34,14 +35,17 @@ def test_plain_models(name: str, attention: str, degree: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "attention", "degree"), sampled(2, list(hf_models.MODELS), ATTENTION, DEGREES))
+@EVERY_TIME
+@EVERY_DEGREE
+@EVERY_STRATEGY
+@pytest.mark.parametrize("name", hf_models.MODELS)
 def test_hugging_face_models(name: str, attention: str, degree: int, default_float64: None) -> None:
     torch.manual_seed(0)
     model = hf_models.build(name)
     agrees(model, hf_models.inputs(0, model=name, kind="right padding", length=21), degree, attention)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("degree", [2, 3])
 def test_unread_attention_is_split_by_rows(degree: int) -> None:
     torch.manual_seed(0)
@@ -53,7 +57,7 @@ def test_unread_attention_is_split_by_rows(degree: int) -> None:
     assert f'softmax: "f64[2, 4, {-(-13 // degree)}, 13]' in plan.graph("lower")
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("in_buffer", [False, True])
 def test_an_encoder_with_a_causal_mask_and_no_hint_is_one_graph(in_buffer: bool) -> None:
     """The layers of torch compare the mask's values to find out whether it is causal."""
@@ -65,7 +69,7 @@ def test_an_encoder_with_a_causal_mask_and_no_hint_is_one_graph(in_buffer: bool)
     assert {remark.code for remark in plan.remarks} <= {"SPR203"}
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}, {"dp": 2}], ids=str)
 def test_a_model_written_by_hand_is_split_as_any_other(mesh: dict[str, int]) -> None:
     torch.manual_seed(0)

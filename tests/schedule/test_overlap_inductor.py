@@ -86,7 +86,7 @@ def written(mesh: dict[str, int], **options: Any) -> list[tuple[fx.GraphModule, 
         ):
             emit.emit(emissions[0], "inductor")
 
-    model = models.build("llama-tiny")
+    model = models.build("llama-tiny", layers=1)
     ids_BS = torch.zeros(1, 32, dtype=torch.int64)
     through_dynamo(model, {"ids_BS": ids_BS, "labels_BS": ids_BS}, backend)
     return list(zip(emissions[0].graphs.values(), codes, strict=True))
@@ -103,14 +103,19 @@ def undone(gm: fx.GraphModule, code: str, mesh: dict[str, int]) -> list[tuple[Fl
 GROUPS = {"split-exchanges": {"groups": 2, "way": "first apart"}}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "passes"), [({"cp": 2}, GROUPS), ({"tp": 2}, {}), ({"cp": 2}, {})])
-def test_the_order_is_that_of_the_graph(mesh: dict[str, int], passes: dict[str, Any]) -> None:
-    pairs = written(mesh, passes=passes)
+def check(pairs: list[tuple[fx.GraphModule, str]], mesh: dict[str, int]) -> None:
+    """The code keeps the order of the graphs, in which several collectives are hidden."""
     hidden = [f for gm, _ in pairs for f in in_graph(gm, MeshShape.of(mesh)) if f.before_wait > f.before_start]
-    assert len(hidden) >= 5
+    assert len(hidden) >= 3
     for gm, code in pairs:
         assert not undone(gm, code, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("passes", [GROUPS, {}], ids=["groups of heads", "all heads"])
+def test_the_order_is_that_of_the_graph(passes: dict[str, Any]) -> None:
+    check(written({"cp": 2}, passes=passes), {"cp": 2})
 
 
 @pytest.mark.slow
@@ -121,12 +126,11 @@ def test_without_its_settings_inductor_sorts_again(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-def test_passes_of_the_users_own_run_too() -> None:
+def test_the_order_of_tp_stays_and_passes_of_the_users_own_run_too() -> None:
     seen: list[str] = []
     names = ("joint_custom_pre_pass", "post_grad_custom_post_pass")
     own = {name: lambda graph, name=name: seen.append(name) for name in names}
     with torch._inductor.config.patch(own):
         pairs = written({"tp": 2})
     assert sorted(seen) == [names[0], names[1], names[1]]  # once; forward and backward
-    for gm, code in pairs:
-        assert not undone(gm, code, {"tp": 2})
+    check(pairs, {"tp": 2})

@@ -45,6 +45,7 @@ def inputs() -> dict[str, Tensor]:
     return {"x_BSD": x_BSD, "weight_B": torch.rand(4, dtype=torch.float64, generator=generator)}
 
 
+@pytest.mark.thinned(4, covers=["mesh"])
 @pytest.mark.parametrize("end", ["mean", "mean of rows", "weighted", "weights alone"])
 @pytest.mark.parametrize("mesh", [{"dp": 2}, {"cp": 3, "dp": 2}])
 def test_sums_over_rows_are_sums_over_ranks(end: str, mesh: dict[str, int]) -> None:
@@ -76,7 +77,8 @@ def test_rows_must_divide() -> None:
         spcompile.verify(Rows("mean"), inputs(), mesh={"dp": 3})
 
 
-@pytest.mark.parametrize("model", ["llama-tiny", pytest.param("bert-tiny", marks=pytest.mark.slow)])
+@pytest.mark.thinned(4)
+@pytest.mark.parametrize("model", ["llama-tiny", "bert-tiny"])
 def test_ranks_with_other_numbers_of_valid_tokens(model: str) -> None:
     torch.manual_seed(0)
     ids_BS = torch.randint(0, 64, (4, 13))
@@ -89,6 +91,7 @@ def test_ranks_with_other_numbers_of_valid_tokens(model: str) -> None:
     assert report.ok, str(report)
 
 
+@pytest.mark.thinned(2)
 def test_outputs_are_each_ranks_own_rows() -> None:
     ids_BS = torch.randint(0, 64, (4, 13))
     report = spcompile.verify(models.build("gpt-tiny").double(), {"ids_BS": ids_BS}, mesh={"dp": 2, "cp": 2})

@@ -92,7 +92,7 @@ def program_of(
     return found[0], found[1]
 
 
-@pytest.mark.sample(10)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("shard_cp", [True, False])
 @pytest.mark.parametrize("balance", ["zigzag", "contiguous"])
 @pytest.mark.parametrize(
@@ -135,6 +135,7 @@ def gathers(program: LocalProgram, axis: str) -> list[str]:
     return [str(argument(n, 6, "to")) for n in weights]
 
 
+@pytest.mark.thinned(2)
 def test_what_is_sent_for_parameters() -> None:
     """Over tp nothing: each rank computes with its part. Over cp one gather a use, its dual a reduce-scatter (R)."""
     mesh = {"tp": 2, "cp": 2}

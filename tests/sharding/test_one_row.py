@@ -86,9 +86,9 @@ def scaled(y_BSD: Tensor, w_DD: Tensor, scale_1: Tensor, bias_1D: Tensor) -> Ten
     return (y_BSD * scale_1 + bias_1D).square().sum()
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("end", [mean, mean_of_rows, squared_sum_of_tokens, flattened, with_class_token, shifted])
-@pytest.mark.parametrize("mesh", [{"dp": 2}, pytest.param({"cp": 2, "dp": 3}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mesh", [{"dp": 2}, {"cp": 2, "dp": 3}])
 def test_sums_over_rows_are_sums_over_ranks(end: Callable[..., Tensor], mesh: dict[str, int]) -> None:
     report = verify(end, mesh)
     assert report.ok, str(report)
@@ -184,9 +184,9 @@ class Attention(nn.Module):
         return self.head(x_BSD + y_BSD).square().mean()
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("needs_weights", [False, True])
-@pytest.mark.parametrize("mesh", [{"dp": 2}, pytest.param({"cp": 2, "dp": 2}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mesh", [{"dp": 2}, {"cp": 2, "dp": 2}])
 def test_multihead_attention(needs_weights: bool, mesh: dict[str, int]) -> None:
     report = spcompile.verify(Attention(needs_weights), {"x_BSD": random(2, S, D)}, mesh=mesh)
     assert report.ok, str(report)
@@ -218,6 +218,7 @@ class SequenceFirst(Attention):
         return super().forward(x_SBD.transpose(0, 1))
 
 
+@pytest.mark.thinned(2)
 def test_verify_cuts_the_first_dim_only() -> None:
     with pytest.raises(BatchNotSplit, match=r"x_sbd_ has the batch in dim 1"):
         spcompile.verify(SequenceFirst(False), {"x_SBD": random(2 * S, 3, D)}, mesh={"dp": 2})
@@ -257,9 +258,8 @@ def test_dims_that_hold_the_batch_in_other_places() -> None:
         verify(different_places)
 
 
-@pytest.mark.parametrize(
-    "model", ["gpt-tiny", *(pytest.param(f"{n}-tiny", marks=pytest.mark.slow) for n in ("llama", "bert"))]
-)
+@pytest.mark.thinned(6)
+@pytest.mark.parametrize("model", ["gpt-tiny", "llama-tiny", "bert-tiny"])
 def test_models_with_other_numbers_of_valid_tokens(model: str) -> None:
     ids_BS = torch.randint(0, 64, (2, 13), generator=torch.Generator().manual_seed(0))
     labels_BS = ids_BS.clone()
@@ -270,6 +270,7 @@ def test_models_with_other_numbers_of_valid_tokens(model: str) -> None:
     assert report.ok, str(report)
 
 
+@pytest.mark.thinned(2)
 def test_outputs_are_each_ranks_own_row() -> None:
     ids_BS = torch.randint(0, 64, (2, 13), generator=torch.Generator().manual_seed(0))
     report = spcompile.verify(models.build("gpt-tiny").double(), {"ids_BS": ids_BS}, mesh={"dp": 2, "cp": 2})
@@ -277,7 +278,8 @@ def test_outputs_are_each_ranks_own_row() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("others", ["padding", pytest.param("positions of all rows", marks=pytest.mark.slow)])
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("others", ["padding", "positions of all rows"])
 def test_hugging_face_llama(others: str) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -295,7 +297,8 @@ def test_hugging_face_llama(others: str) -> None:
     assert report.ok, str(report)
 
 
-@pytest.mark.parametrize("model", ["gpt-tiny", pytest.param("llama-tiny", marks=pytest.mark.slow)])
+@pytest.mark.thinned(4)
+@pytest.mark.parametrize("model", ["gpt-tiny", "llama-tiny"])
 def test_a_symbolic_length(model: str) -> None:
     """The rows are followed beside a length that is a symbol, and that stays one."""
 

@@ -48,7 +48,7 @@ def inputs(rows: int, answers: int) -> tuple[list[Tensor], Tensor]:
     return [torch.randint(0, pm.VOCAB, (rows, 9)) for _ in range(answers)], torch.randn(rows, dtype=torch.float64)
 
 
-@pytest.mark.sample(10)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("rows", [1, 2], ids=["one row a rank", "two rows a rank"])
 @pytest.mark.parametrize("name", PAIRS)
 def test_pairs(name: str, rows: int) -> None:
@@ -57,7 +57,7 @@ def test_pairs(name: str, rows: int) -> None:
     assert not report.remarks
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("rows", [1, 2], ids=["one row a rank", "two rows a rank"])
 def test_blocks_of_blocks(rows: int) -> None:
     model = Preferences(lambda x, n: (x[:n], *x[n:].chunk(2))).double()

@@ -64,7 +64,7 @@ def verify(loss: Callable[..., Tensor], rows: int) -> Any:
     return spcompile.verify(Scored(loss), {"x_BSD": x_BSD, "y_BS": y_BS}, mesh={"dp": 2})
 
 
-@pytest.mark.sample(10)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("name", COUNTED)
 def test_what_counts_rows_counts_those_of_all_ranks(name: str, rows: int) -> None:
@@ -85,7 +85,7 @@ COUNTED_ANYWHERE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.sample(10)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("name", COUNTED_ANYWHERE)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_counts_anywhere(name: str, rows: int) -> None:
@@ -102,7 +102,7 @@ DECIDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", DECIDED)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_program_is_the_one_for_all_rows(name: str, rows: int) -> None:
@@ -126,7 +126,7 @@ GROUPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("rows", [2, 4])
 @pytest.mark.parametrize("name", GROUPS)
 def test_groups_of_rows(name: str, rows: int) -> None:
@@ -140,7 +140,7 @@ def test_a_part_of_the_batch_on_every_rank(rows: int) -> None:
     assert report.ok, str(report)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", RIGHT)
 def test_what_counts_all_rows_is_right(name: str) -> None:
     report = verify(RIGHT[name], 2)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from sampled import sampled
 from split_models import (
     VOCAB,
     FusedConv1D,
@@ -97,6 +96,7 @@ BUILT: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", BUILT)
 def test_decisions(name: str) -> None:
     build, expected = BUILT[name]
@@ -105,13 +105,13 @@ def test_decisions(name: str) -> None:
     assert ("SPR502" in decisions.codes) == ("whole" in expected.values())
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("name", BUILT)
 def test_exact(name: str) -> None:
     checked(BUILT[name][0](), {"tp": 2})
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "mesh"),
     [
@@ -130,36 +130,32 @@ def test_heads_that_do_not_divide(heads: int, kv_heads: int, mesh: dict[str, int
     assert "SPR202" not in codes
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 def test_with_context_parallelism(attention: str) -> None:
     checked(Model(FusedSlices(), FusedGate(), tied=True), {"tp": 2, "cp": 2}, attention=attention)
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(6, covers=["name", "mesh", "attention"])
+@pytest.mark.parametrize("attention", ["ring", "ulysses"])
 @pytest.mark.parametrize(
-    ("name", "mesh", "attention"),
-    sampled(
-        3,
-        ["grouped", "Conv1D, fused", "interleaved", "low rank", "tied"],
-        [{"tp": 4, "cp": 2}, {"cp": 4, "tp": 2}, {"tp": 2, "cp": 3}, {"tp": 3, "cp": 2}],
-        ["ring", "ulysses"],
-    ),
+    "mesh", [{"tp": 4, "cp": 2}, {"cp": 4, "tp": 2}, {"tp": 2, "cp": 3}, {"tp": 3, "cp": 2}], ids=str
 )
+@pytest.mark.parametrize("name", ["grouped", "Conv1D, fused", "interleaved", "low rank", "tied"])
 def test_large_meshes(name: str, mesh: dict[str, int], attention: str) -> None:
     checked(BUILT[name][0](), mesh, attention=attention)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(dtype: torch.dtype) -> None:
     checked(Model(Grouped(), FusedGate()).to(dtype), {"tp": 2})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "mesh", [{"tp": 2, "cp": 4}, pytest.param({"tp": 4, "cp": 2}, marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("mesh", [{"tp": 2, "cp": 4}, {"tp": 4, "cp": 2}], ids=str)
 def test_float32_on_eight_ranks(mesh: dict[str, int]) -> None:
     checked(Model(Grouped(), FusedGate()).float(), mesh, tolerance=1e-5)
 
@@ -196,26 +192,20 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-FAST = ("label smoothing", "class weights", "z-loss", "log_softmax and nll")
-
-
-@pytest.mark.sample(4)
-@pytest.mark.parametrize(
-    ("name", "mesh"),
-    [pytest.param(name, {"tp": 2}, marks=() if name in FAST else pytest.mark.slow) for name in LOSSES]
-    + [pytest.param(name, {"tp": 3, "cp": 2}, marks=pytest.mark.slow) for name in LOSSES],
-)
+@pytest.mark.thinned(10, covers=["mesh"])
+@pytest.mark.parametrize("mesh", [{"tp": 2}, {"tp": 3, "cp": 2}], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
 def test_losses(name: str, mesh: dict[str, int]) -> None:
     checked(Losses(name, VOCAB), mesh)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", ["mean", "z-loss"])
 def test_the_vocabulary_does_not_divide(name: str) -> None:
     checked(Losses(name, 23), {"tp": 3}, batch(vocab=23))
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", ["mean", "scaled logits"])
 def test_logits_are_never_gathered(name: str) -> None:
     plan = spcompile.explain(Losses(name, VOCAB), batch(), mesh={"tp": 2})
@@ -223,7 +213,7 @@ def test_logits_are_never_gathered(name: str) -> None:
     assert all(row.numel <= max(logits // 2, VOCAB * 16) for row in plan.largest_tensors)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", ["mean", "none"])
 def test_no_token_is_valid(name: str) -> None:
     """A mean over nothing is NaN in the plain model too; with a sum all is zero."""

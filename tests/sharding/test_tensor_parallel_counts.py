@@ -31,8 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "llama-tiny": {"vocab": 96, "dim": WIDTH, "heads": HEADS, "kv_heads": KV_HEADS, "hidden": HIDDEN},
 }
 MODELS = pytest.mark.parametrize("name", SETTINGS)
-ONE_FAST = pytest.mark.parametrize("name", ["llama-tiny", pytest.param("gpt-tiny", marks=pytest.mark.slow)])
-REGATHER = pytest.mark.parametrize("regather", [True, pytest.param(False, marks=pytest.mark.slow)])
+REGATHER = pytest.mark.parametrize("regather", [True, False])
 
 
 def saved_numbers(name: str) -> float:
@@ -68,9 +67,10 @@ def rows(plan: Plan, origin: str = "activation") -> Counter[tuple[str, str]]:
     return found
 
 
-@ONE_FAST
+@pytest.mark.thinned(10)
+@MODELS
 @REGATHER
-@pytest.mark.parametrize("degree", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.parametrize("degree", [2, 4])
 def test_a_layer_sends_what_megatron_sends(name: str, regather: bool, degree: int) -> None:
     one, two = (rows(plan_of(name, layers, degree, regather)) for layers in (1, 2))
     unit = TOKENS * WIDTH * ELEMENT * (degree - 1) // degree
@@ -85,16 +85,16 @@ def test_a_layer_sends_what_megatron_sends(name: str, regather: bool, degree: in
 
 
 @pytest.mark.slow
-@ONE_FAST
+@pytest.mark.thinned(2)
+@MODELS
 def test_what_is_sent_again_is_named(name: str) -> None:
     again, none = (rows(plan_of(name, 2, 2, regather), "activation again") for regather in (True, False))
     assert again["backward", "all_gather"] == 2 * 2 + 2  # and before the head, and in the loss
     assert not none
 
 
-@pytest.mark.parametrize(
-    ("name", "degree"), [("gpt-tiny", 2), ("llama-tiny", 2), pytest.param("gpt-tiny", 4, marks=pytest.mark.slow)]
-)
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize(("name", "degree"), [("gpt-tiny", 2), ("llama-tiny", 2), ("gpt-tiny", 4)])
 def test_a_layer_saves_what_the_formula_says(name: str, degree: int) -> None:
     one, two = (int(plan_of(name, layers, degree, True).memory.saved_activation_bytes) for layers in (1, 2))
     assert two - one == pytest.approx(saved_numbers(name) * TOKENS * WIDTH * ELEMENT / degree, rel=0.01)
@@ -115,8 +115,9 @@ def measure(name: str, layers: int, regather: bool, compiler: str) -> tuple[dict
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(4)
 @MODELS
-@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_at_run_time(worker_pool: Callable[[int], WorkerPool], name: str, compiler: str) -> None:
     """What process groups start is what the plan says, gradients of parameters included; what autograd keeps, too.
 
@@ -158,8 +159,10 @@ def started(name: str, layers: int, regather: bool, compiler: str) -> Counter[tu
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.thinned(4)
 @REGATHER
-@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_a_layer_starts_what_megatron_starts(
     worker_pool: Callable[[int], WorkerPool], regather: bool, compiler: str
 ) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import hf_families
 import pytest
 import torch
-from sampled import sampled
 from tp_decisions import decide
 
 import spcompile
@@ -102,10 +101,10 @@ def test_every_family_is_compared_or_says_why_not() -> None:
     assert NOT_BUILT.keys() <= hf_families.families().keys()
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize(
     "model_type",
-    [pytest.param(name, marks=() if name in FAST else pytest.mark.long) for name in hf_families.families()],
+    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in hf_families.families()],
 )
 def test_each_difference_has_a_reason(model_type: str) -> None:
     if model_type in NOT_BUILT:
@@ -115,24 +114,22 @@ def test_each_difference_has_a_reason(model_type: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(10, covers=["degree"])
+@pytest.mark.parametrize("degree", [2, 3])
 @pytest.mark.parametrize(
-    ("model_type", "degree"),
-    sampled(
-        2,
-        [
-            "phi3",
-            "gpt_neox",
-            "gemma",
-            "olmo2",
-            "llama4_text",
-            "mixtral",
-            "deepseek_v3",
-            "nemotron_h",
-            "aria_text",
-            "glm4_moe",
-        ],
-        [2, 3],
-    ),
+    "model_type",
+    [
+        "phi3",
+        "gpt_neox",
+        "gemma",
+        "olmo2",
+        "llama4_text",
+        "mixtral",
+        "deepseek_v3",
+        "nemotron_h",
+        "aria_text",
+        "glm4_moe",
+    ],
 )
 def test_exact(model_type: str, degree: int) -> None:
     """In float32: the plain model's grouped products have no kernel for float64."""

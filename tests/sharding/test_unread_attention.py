@@ -54,7 +54,7 @@ ATTENTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_split_by_query_rows(name: str) -> None:
     model, x = Written(ATTENTIONS[name]), torch.randn(2, S, N * H, dtype=torch.float64)
@@ -66,6 +66,7 @@ def test_split_by_query_rows(name: str) -> None:
     assert explain(model, {"x": x}, mesh={"cp": 2}).sharding.length == S
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("rows", [1, 2], ids=["one row a rank", "two rows a rank"])
 def test_each_rank_of_dp_has_its_rows(rows: int) -> None:
     report = verify(
@@ -79,6 +80,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q.exp()[..., None, :] @ states)[..., 0, :]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("rows", [1, 2], ids=["one row a rank", "two rows a rank"])
 def test_rows_of_a_model_without_softmax(rows: int) -> None:
     x = torch.randn(2 * rows, S, N * H, dtype=torch.float64)

@@ -165,28 +165,22 @@ def compare_parameters(plain: nn.Module, compiled: nn.Module) -> dict[str, float
 
 @dataclass
 class Record:
-    """What was compiled since `recorded` was entered."""
+    """What was compiled inside `recorded`."""
 
-    start: int
     graphs: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-
-    def programs(self) -> list[Any]:
-        """(LocalProgram, Emission) of every compile."""
-        from spcompile.backend import PROGRAMS
-
-        return PROGRAMS[self.start :]
 
 
 @contextlib.contextmanager
 def recorded() -> Iterator[Record]:
     """Collects the final graphs and the remarks of all compiles inside."""
-    from spcompile.backend import PROGRAMS
     from spcompile.graph.printer import format_graph
+    from spcompile.program.observed import observed
 
-    record = Record(len(PROGRAMS))
-    yield record
-    for program, emission in record.programs():
+    record = Record()
+    with observed() as programs:
+        yield record
+    for program, emission in programs:
         record.remarks += [remark.code for remark in program.ctx.remarks.rows]
         for phase, gm in emission.graphs.items():
             record.graphs.append(f"{phase} {hashlib.sha256(format_graph(gm).encode()).hexdigest()}")

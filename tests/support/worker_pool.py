@@ -1,4 +1,4 @@
-"""Real processes on gloo, started once per world size and reused by all tests.
+"""Real processes on gloo, forked once per world size from one that has imported torch, and reused by all tests.
 
     results = pool.run(function, *arguments)    # function(*arguments) on every rank; one result per rank
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import importlib.util
 import inspect
 import multiprocessing
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -31,6 +32,8 @@ from typing import Any
 
 STARTUP_SECONDS = 120.0
 HANG_SECONDS = 400.0  # a compile of a deep model on a busy machine takes minutes
+# Imported once, by the process that all ranks of all pools are forked from. Where transformers is missing it goes on.
+IMPORTED = ["torch._dynamo", "torch.distributed.tensor", "spcompile.backend", "transformers"]
 GRACE_SECONDS = 3.0  # how long the other ranks may still take after one has failed
 
 
@@ -78,13 +81,15 @@ class WorkerPool:
         self._workers, self._pipes, self._folder = [], [], None
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
         self._folder = Path(tempfile.mkdtemp(prefix="spcompile-pool-"))
         for rank in range(self.world_size):
             here, there = context.Pipe()
             arguments = (rank, self.world_size, str(self._folder), there)
             worker = context.Process(target=_serve, args=arguments, daemon=True, name=f"rank{rank}")
-            worker.start()
+            with _environment():
+                worker.start()
             there.close()
             self._workers.append(worker)
             self._pipes.append(here)
@@ -124,23 +129,35 @@ class WorkerPool:
         return {rank: _stack_file(self._folder, rank).read_text() for rank in ranks}
 
 
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """What torch reads when it is imported, for the process that ranks are forked from."""
+    before = dict(os.environ)
+    os.environ.update(TORCH_DISTRIBUTED_DEBUG="DETAIL", OMP_NUM_THREADS="1")
+    os.environ.pop("TORCHINDUCTOR_AUTOGRAD_CACHE", None)  # it would overrule a test that wants the cache
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def _stack_file(folder: Path, rank: int) -> Path:
     return folder / f"stack{rank}.txt"
 
 
 def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
     """A worker's whole life: join the process group, then answer one job after another."""
-    os.environ.update(TORCH_DISTRIBUTED_DEBUG="DETAIL", OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     stack_file = _stack_file(Path(folder), rank).open("w")
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
 
-    os.environ.pop("TORCHINDUCTOR_AUTOGRAD_CACHE", None)  # it would overrule a test that wants it
     import torch
-    import torch._dynamo  # slow to import: not on the time of the first job
     import torch.distributed as dist
 
+    gc.freeze()  # the garbage collector, which each compile runs, need not look at what was imported
     torch.set_num_threads(1)
     torch._functorch.config.enable_autograd_cache = False
     store = f"file://{folder}/store"

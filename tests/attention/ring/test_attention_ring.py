@@ -131,7 +131,7 @@ def check(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda text, i=index: f"result {i}: {text}")
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6, covers=["order", "degree", "text"])
 @pytest.mark.parametrize("order", sequence.ORDERS)
 @pytest.mark.parametrize("degree", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("text", MASKS)
@@ -141,7 +141,7 @@ def test_ring(text: str, degree: int, order: str) -> None:
         check(ring_over(problem, degree, order), oracle(problem))
 
 
-@pytest.mark.sample(10)
+@pytest.mark.thinned(10, covers=["order"])
 @pytest.mark.parametrize("order", sequence.ORDERS)
 @pytest.mark.parametrize("bias", [None, "float", "bool"])
 @pytest.mark.parametrize("text", MASKS)

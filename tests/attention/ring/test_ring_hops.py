@@ -145,6 +145,7 @@ def ops_of(program: LocalProgram) -> tuple[int, int]:
     return len(nodes_of(program, "spx.agree_on_hops")), len(nodes_of(program, "spx.ring_attention"))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("balance", ["contiguous", "zigzag"])
 @pytest.mark.parametrize(
     ("lengths", "forward"),

@@ -139,6 +139,7 @@ def test_any_order_of_the_rows(features: tuple[str, ...]) -> None:
     check([out.detach(), *grads], [wanted[0][:, :, order], wanted[1][:, :, order], *wanted[2:]])
 
 
+@pytest.mark.thinned(4, covers=["order", "text", "features"])
 @pytest.mark.parametrize("order", sequence.ORDERS)
 @pytest.mark.parametrize("text", MASKS)
 @pytest.mark.parametrize("features", COMBINATIONS, ids="+".join)

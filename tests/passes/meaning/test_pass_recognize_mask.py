@@ -134,7 +134,7 @@ POSITIONAL: list[tuple[str, Callable[[Tensor, Tensor], Tensor]]] = [
 ]
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("case", range(len(POSITIONAL)))
 def test_positional_masks(case: int) -> None:
     expected, build = POSITIONAL[case]
@@ -308,6 +308,7 @@ DYNAMIC: dict[str, tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_symbolic_lengths(name: str) -> None:
     expected, build, data = DYNAMIC[name]
@@ -317,7 +318,7 @@ def test_symbolic_lengths(name: str) -> None:
     assert isinstance(found.attentions[0].meta["val"][0].shape[2], torch.SymInt)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}], ids=str)
 @pytest.mark.parametrize("is_learned", [True, False])
 def test_rows_of_a_dense_bias_that_are_one_large_number(is_learned: bool, mesh: dict[str, int]) -> None:

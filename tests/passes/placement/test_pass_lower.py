@@ -158,8 +158,8 @@ PROGRAMS["patches, documents"] = (
 )
 
 
-@pytest.mark.sample(6)
-@pytest.mark.parametrize("degree", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.thinned(10)
+@pytest.mark.parametrize("degree", [2, 4])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs(name: str, degree: int) -> None:
     function, shapes, rest = PROGRAMS[name]

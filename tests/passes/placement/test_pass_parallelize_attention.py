@@ -35,7 +35,7 @@ def windowed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=(distance >= 0) & (distance < 3), enable_gqa=True)
 
 
-@pytest.mark.sample(10)
+@pytest.mark.thinned(9, covers=["strategy"])
 @pytest.mark.parametrize("strategy", ["ring", "ulysses"])
 @pytest.mark.parametrize(("query_heads", "key_heads"), [(4, 4), (4, 2), (8, 1)])
 @pytest.mark.parametrize("function", [causal, full, windowed])
@@ -61,6 +61,7 @@ def test_ulysses_of_two_lengths_sends_queries_and_keys_apart() -> None:
     assert len(nodes_of(program, "spx.all_to_all")) == 3  # queries; keys with values; the result
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("queries", "keys"), [(7, 5), (17, 19), (19, 17), (16, 15)])
 @pytest.mark.parametrize("strategy", ["ulysses", {"ulysses": 2, "ring": 2}], ids=str)
 def test_two_lengths_with_equally_many_rows_a_rank(strategy: object, queries: int, keys: int) -> None:
@@ -109,6 +110,7 @@ def learned_keys(q: Tensor, k: Tensor, v: Tensor, learned: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], enable_gqa=True)
 
 
+@pytest.mark.thinned(3, covers=["strategy"])
 @pytest.mark.parametrize("strategy", ["ring", "ulysses"])
 @pytest.mark.parametrize("function", [capped_with_sinks, alibi, learned_keys])
 @pytest.mark.parametrize(("degree", "length"), [(2, 7), (4, 8), (4, 3)])
@@ -127,6 +129,7 @@ def dropped(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
     return F.dropout(F.scaled_dot_product_attention(y, k, v, dropout_p=0.2, enable_gqa=True), 0.5)
 
 
+@pytest.mark.thinned(3, covers=["strategy"])
 @pytest.mark.parametrize("strategy", ["ring", "ulysses"])
 @pytest.mark.parametrize(("degree", "length"), [(2, 7), (4, 8), (4, 3)])
 def test_dropout_is_the_same_on_any_number_of_ranks(strategy: str, degree: int, length: int) -> None:

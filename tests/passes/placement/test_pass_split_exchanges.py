@@ -25,7 +25,6 @@ from example_numerics import (
 )
 from final_graphs import MODES, final_graphs, tokens
 from final_graphs import llama as small_llama
-from sampled import sampled
 
 from spcompile import explain, models
 from spcompile.attention.ulysses.exchanges import (
@@ -95,7 +94,7 @@ def test_messages_as_text() -> None:
     assert str(first_apart(by_keys, 2, keys_apart=True)) == "q1 | k1 | v1 | q2 | kv2"
 
 
-@pytest.mark.sample(10)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("n", "g", "degree"), [(4, 2, 2), (8, 4, 2), (6, 2, 3), (5, 5, 3), (8, 2, 4), (3, 1, 2)])
 def test_numbers(n: int, g: int, degree: int, way: str) -> None:
@@ -103,7 +102,7 @@ def test_numbers(n: int, g: int, degree: int, way: str) -> None:
         check("causal", n, g, length, {"cp": degree}, "ulysses", groups, way)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", DATA)
 def test_what_belongs_to_heads_goes_with_them(name: str) -> None:
     """Groups of key heads, then groups of the query heads of each of two key heads."""
@@ -114,15 +113,17 @@ def test_what_belongs_to_heads_goes_with_them(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("degree", [3, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 4, 6))])
-@pytest.mark.parametrize(("name", "way"), sampled(2, list(DATA), list(WAYS)))
+@pytest.mark.thinned(10, covers=["way", "degree"])
+@pytest.mark.parametrize("degree", [2, 3, *(pytest.param(n, marks=pytest.mark.manual) for n in (4, 6))])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", DATA)
 def test_every_kind_with_any_heads(name: str, way: str, degree: int) -> None:
     for n, g in ((3, 3), (12, 3), (8, 2), (6, 1), (8, 8)):
         for groups in (2, 4):
             check(name, n, g, 9, {"cp": degree}, "ulysses", groups, way)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_hybrid_may_be_cut_too(way: str) -> None:
     for name in ("causal", "softcap and sinks"):
@@ -145,6 +146,7 @@ def test_dropout_is_that_of_one_device() -> None:
         assert_equal(rank, alone)
 
 
+@pytest.mark.thinned(2)
 def test_bytes_stay() -> None:
     """As many elements as in one message, and keys that several groups read travel once."""
 
@@ -230,6 +232,7 @@ def late(gm: fx.GraphModule, cost: CostModel) -> dict[str, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(2)
 def test_most_of_a_large_exchange_hides() -> None:
     """Of a Llama 3 8B layer: a quarter is exposed forward, where all was; nothing backward."""
     split, cost = llama(8192)
@@ -269,13 +272,14 @@ def final_graphs_run(mesh: Mapping[str, int], groups: int, way: str) -> None:
             assert_equal(rank, expected)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("way", WAYS)
 def test_final_graphs_in_both_modes_of_the_simulator(way: str) -> None:
     final_graphs_run({"cp": 2}, 2, way)
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(2)
 def test_explain_counts_messages_and_says_why() -> None:
     model = models.build("llama-tiny", layers=1)
     ids_BS = torch.zeros(1, 32, dtype=torch.int64)

@@ -114,7 +114,7 @@ MODELS: dict[Callable[..., Tensor], list[str]] = {
 }
 
 
-@pytest.mark.sample(10)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("model", MODELS, ids=lambda f: f.__name__)
 def test_every_number(model: Callable[..., Tensor], number: float) -> None:
@@ -136,11 +136,11 @@ SPLIT = [
     (behind_the_same_number, {"cp": 2}),
     (with_slopes, {"tp": 2}),
     (under_a_cap, {"dp": 3}),
-    pytest.param(in_front_of_the_same_number, {"cp": 2, "tp": 2}, marks=pytest.mark.slow),
+    (in_front_of_the_same_number, {"cp": 2, "tp": 2}),
 ]
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(("model", "mesh"), SPLIT)
 def test_every_gradient_on_all_ranks(model: Callable[..., Any], mesh: dict[str, int]) -> None:
     torch.manual_seed(1)
@@ -159,6 +159,7 @@ def of_floats_times_a_triangle(q: Tensor, k: Tensor, v: Tensor, m: Tensor, numbe
     return (q @ k.mT + (1.0 - m[:, None, None, :] * causal(q, k)) * number).softmax(-1) @ v
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("number", [-1e4, -1e30, LOWEST])
 @pytest.mark.parametrize("model", [of_floats, of_floats_times_a_triangle], ids=lambda f: f.__name__)
 def test_numbers_that_only_run_time_tells(model: Callable[..., Tensor], number: float) -> None:
@@ -168,6 +169,7 @@ def test_numbers_that_only_run_time_tells(model: Callable[..., Tensor], number: 
     assert "SPR201" in found.codes
 
 
+@pytest.mark.thinned(2)
 def test_a_mask_of_floats_where_each_rank_has_one_row() -> None:
     torch.manual_seed(1)
     x_BSD = torch.randn(B, S, N * H, dtype=torch.float64)

@@ -42,7 +42,7 @@ KEYS: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.sample(10)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("name", KEYS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_key_padding(name: str, causal: bool) -> None:

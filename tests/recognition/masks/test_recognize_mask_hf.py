@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -69,21 +70,14 @@ def compile_model(model: torch.nn.Module, inputs: dict[str, Any]) -> Rewritten:
     return found[0]
 
 
-def transformers_calls() -> list[Any]:
-    """Every model with every call that it has; the ones that show nothing new are slow tests."""
-    new = {"llama": set(CALLS), "mistral": {"plain", "packed"}, "gpt2": {"plain"}, "bert": {"plain", "padded"}}
-    cases = []
-    for name in transformers_models():
-        for call in CALLS:
-            for dynamic in (False, True):
-                is_slow = call not in new.get(name, set()) or (dynamic and (name, call) != ("llama", "packed"))
-                marks = [pytest.mark.slow] if is_slow else []
-                if name != "bert" or call not in ("no cache", "packed"):
-                    cases.append(pytest.param(name, call, dynamic, marks=marks))
-    return cases
+def transformers_calls() -> list[tuple[str, str, bool]]:
+    """Every model with every call that it has."""
+    cases = product(transformers_models(), CALLS, (False, True))
+    return [case for case in cases if case[0] != "bert" or case[1] not in ("no cache", "packed")]
 
 
-@pytest.mark.sample(6)
+@pytest.mark.slow
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize(("name", "call", "dynamic"), transformers_calls())
 def test_transformers(name: str, call: str, dynamic: bool) -> None:
     transformers = pytest.importorskip("transformers")
@@ -106,7 +100,7 @@ def test_transformers(name: str, call: str, dynamic: bool) -> None:
     assert not [op for op in found.ops() if "scaled_dot" in op or "tril" in op]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "bert"])
 def test_transformers_written_out(name: str) -> None:
     transformers = pytest.importorskip("transformers")

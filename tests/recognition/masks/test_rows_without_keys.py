@@ -112,6 +112,7 @@ READ: dict[Callable[..., Tensor], list[str]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("model", READ, ids=lambda f: f.__name__)
 def test_such_rows_are_an_attention_of_their_own(model: Callable[..., Any]) -> None:
     found = rewrite(model, (*qkv(), LENGTHS))
@@ -157,9 +158,9 @@ def test_others_stay_written_out(model: Callable[..., Any]) -> None:
 MESHES = [{"cp": 2}, {"cp": 3}, {"tp": 2}, {"dp": 2}, {"tp": 2, "cp": 2}]
 
 
-@pytest.mark.sample(10)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: "x".join(f"{k}{v}" for k, v in m.items()))
-@pytest.mark.parametrize("model", [pytest.param(under_a_cap_in_a_window, marks=pytest.mark.slow), window_then_added])
+@pytest.mark.parametrize("model", [under_a_cap_in_a_window, window_then_added])
 def test_every_gradient_on_all_ranks(model: Callable[..., Any], mesh: dict[str, int]) -> None:
     torch.manual_seed(1)
     x_BSD = torch.randn(B, S, N * H, dtype=torch.float64)
@@ -167,7 +168,7 @@ def test_every_gradient_on_all_ranks(model: Callable[..., Any], mesh: dict[str, 
     assert report.ok, str(report)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 def test_no_remark_tells_of_a_loss(attention: str) -> None:
     x_BSD = torch.randn(B, S, N * H, dtype=torch.float64)

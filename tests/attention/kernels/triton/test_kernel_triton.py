@@ -18,27 +18,23 @@ from spcompile.attention.scores.mask import AttentionMask
 INTERPRETED = Path(__file__).with_name("triton_interpreted.py")
 
 
-def run_interpreted(marked: str) -> None:
+def run_interpreted(marked: str, config: pytest.Config) -> None:
     """The other file's tests with that mark, in a process where triton is imported as an interpreter."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", str(INTERPRETED), "-q", "-x", "-m", marked, "-p", "no:cacheprovider"]
+    command += ["--all-cases"] if config.option.all_cases else ["--thinning-seed", str(config.option.thinning_seed)]
     found = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
 
 
-def test_interpreted() -> None:
-    run_interpreted("not slow and not long")
+def test_interpreted(pytestconfig: pytest.Config) -> None:
+    run_interpreted("not manual", pytestconfig)
 
 
-@pytest.mark.long
-def test_interpreted_widely() -> None:
-    run_interpreted("slow")
-
-
-@pytest.mark.long
-@pytest.mark.timeout(3000)
-def test_interpreted_at_length() -> None:
-    run_interpreted("long")
+@pytest.mark.manual
+@pytest.mark.timeout(6000)
+def test_interpreted_at_length(pytestconfig: pytest.Config) -> None:
+    run_interpreted("manual", pytestconfig)
 
 
 masks = st.builds(

@@ -73,6 +73,7 @@ def test_the_table_is_complete() -> None:
     assert {c.kernel for c in every if c.is_default} == {"forward", "rows", "keys", "bias"}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_plain_kernels(capability: int) -> None:
     """Tensor cores of the right generation, asynchronous copies, no spills."""
@@ -89,10 +90,11 @@ def test_plain_kernels(capability: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize(
     ("arch", "element", "size", "variant"),
     [  # float32 compiles for minutes
-        pytest.param(*row, id="-".join(map(str, row)), marks=pytest.mark.long if row[1] == 4 else ()) for row in TABLE
+        pytest.param(*row, id="-".join(map(str, row)), marks=pytest.mark.manual if row[1] == 4 else ()) for row in TABLE
     ],
 )
 def test_the_default_of_every_row(arch: str, element: int, size: int, variant: str) -> None:
@@ -100,7 +102,7 @@ def test_the_default_of_every_row(arch: str, element: int, size: int, variant: s
     check_all([c for c in of_row(arch, element, size, variant) if c.is_default or is_sampled(c)])
 
 
-@pytest.mark.long
+@pytest.mark.manual
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("arch", "element", "size", "variant"), ROWS)
 def test_every_configuration(arch: str, element: int, size: int, variant: str) -> None:
@@ -108,6 +110,7 @@ def test_every_configuration(arch: str, element: int, size: int, variant: str) -
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_rounded_scores(capability: int) -> None:
     for kernel in ("forward", "rows", "keys"):
@@ -116,6 +119,7 @@ def test_rounded_scores(capability: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("capability", [90, 100])
 @pytest.mark.parametrize("size", [72, 80])
 def test_what_no_descriptor_describes(size: int, capability: int) -> None:

@@ -62,15 +62,15 @@ MASKS = [
 ]
 
 
-@pytest.mark.sample(6)
-@pytest.mark.parametrize("order", [pytest.param("natural", marks=pytest.mark.slow), "shuffled"])
+@pytest.mark.thinned(10)
+@pytest.mark.parametrize("order", ["natural", "shuffled"])
 @pytest.mark.parametrize("text", MASKS)
 def test_masks(text: str, order: str) -> None:
     B = 2 if "documents" in text or "key_padding" in text else 1
     check(replace(PLAIN, mask=AttentionMask.parse(text), order=order, hops=2, B=B, seed=len(text)))
 
 
-@pytest.mark.sample(10)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("dtype", ROUNDINGS, ids=str)
 @pytest.mark.parametrize(
     "shape",
@@ -82,6 +82,7 @@ def test_shapes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     check(replace(PLAIN, dtype=dtype, mask=AttentionMask(causal=True), S=S, T=T, H=H, V=V))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_descriptors(dtype: torch.dtype) -> None:
     check(replace(PLAIN, dtype=dtype, mask=AttentionMask(causal=True), S=50, T=63, H=24, V=40, hops=2, described=True))
@@ -109,14 +110,14 @@ FEATURES = {
 }
 
 
-@pytest.mark.sample(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("name", FEATURES)
 def test_features(name: str) -> None:
     case = {"mask": AttentionMask(causal=True), "order": "padded", "B": 2 if "bias" in name else 1, **FEATURES[name]}
     check(replace(PLAIN, hops=2, **case))
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 def test_everything_at_once() -> None:
     check(
         replace(
@@ -141,7 +142,7 @@ def test_rows_without_keys_are_zero_and_so_are_their_gradients() -> None:
     assert all(bool((x[0] == 0).all()) and bool(x[1].isfinite().all()) for x in (out, *gradients))
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 def test_the_backward_is_deterministic() -> None:
     """Twice the same bits, with keys that several heads share, and over hops."""
     q, grad_out = (torch.randn(1, 4, 40, 16).bfloat16() for _ in range(2))
@@ -161,7 +162,7 @@ def test_the_backward_is_deterministic() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.long
+@pytest.mark.manual
 def test_error_does_not_grow_with_hops() -> None:
     """Root mean square error of bfloat16 against float64, for the same attention in more and more hops."""
     B, N, G, S, H = 1, 2, 1, 128, 32
@@ -243,21 +244,21 @@ quiet = settings(  # shrinking would take the interpreter many minutes
 )
 
 
-@pytest.mark.slow
+@pytest.mark.manual
 @settings(quiet, max_examples=12)
 @given(case=cases)
 def test_drawn(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.long
+@pytest.mark.manual
 @settings(quiet, max_examples=400)
 @given(case=cases)
 def test_drawn_at_length(case: Case) -> None:
     check(case)
 
 
-@pytest.mark.long
+@pytest.mark.manual
 @pytest.mark.parametrize("dtype", ROUNDINGS, ids=str)
 @pytest.mark.parametrize("text", ["causal", "causal window=130 documents", "full"])
 def test_long(text: str, dtype: torch.dtype) -> None:

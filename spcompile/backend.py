@@ -13,11 +13,11 @@ import torch.distributed as dist
 import torch.fx as fx
 
 from spcompile.capture.autocast import autocast_off
-from spcompile.capture.capture import refuse_graph_break
 from spcompile.capture.dynamo_settings import ignore_library_logging
 from spcompile.capture.local_inputs import on_local_parts, over_local_parts
 from spcompile.capture.module_buffer import relied_on, watched
 from spcompile.capture.python_floats import without_symbolic_floats
+from spcompile.capture.retrace import refuse_graph_break
 from spcompile.collectives import gathers_on_gloo
 from spcompile.diagnostics import IllegalOption
 from spcompile.graph.axes import axes_of, bind_axes
@@ -35,7 +35,7 @@ from spcompile.program.one_device import recognise
 from spcompile.program.outputs import restore_outputs
 from spcompile.program.pipeline import History
 from spcompile.program.program_cache import Finished
-from spcompile.program.same_inputs import shape_of
+from spcompile.program.same_inputs import shape_text
 from spcompile.program.shared_dump import SharedDump, shared_dump
 from spcompile.program.whole_batch import over_whole_batch
 from spcompile.torch_private import aot_autograd, compile_fx
@@ -105,7 +105,7 @@ def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Calla
     emission = Emission(program, bind=lambda graph: None)
     with autocast_off():
         compiled = emit(emission, options.compiler)
-    observed.show(program, emission)
+    observed.announce(program, emission)
     return watched(compiled, relied_on(program.captured.graph), inputs)
 
 
@@ -200,7 +200,7 @@ def _made(
     emission = Emission(program, bind=bind, finished=agree, keep=key is not None)
     with autocast_off():
         compiled = emit(emission, options.compiler)
-    observed.show(program, emission)
+    observed.announce(program, emission)
     finished.result = emission.result
     if key is not None:
         program_cache.store(key, mesh.coordinate, finished)
@@ -215,8 +215,8 @@ def _agreement(world: Any, mesh: RuntimeMesh) -> Agreement:
 def _signature(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Record:
     """What a rank compiles: what callers pass, then what modules own, then the options."""
     named = Inputs.of(gm)
-    facts = [Fact(f"input {named.names[i]}", shape_of(inputs[i])) for i in named.passed]
-    facts += [Fact(f"parameter {named.names[i]}", shape_of(inputs[i])) for i in named.state]
+    facts = [Fact(f"input {named.names[i]}", shape_text(inputs[i])) for i in named.passed]
+    facts += [Fact(f"parameter {named.names[i]}", shape_text(inputs[i])) for i in named.state]
     facts += [Fact(f"option {name}", f"{name}={value}") for name, value in options.compared().items()]
     return Record(f"compiles {named.graph}", tuple(facts))
 

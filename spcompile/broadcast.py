@@ -25,7 +25,7 @@ def broadcast(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
     import torch.distributed as dist
 
     from spcompile.machine.mesh import runtime_mesh
-    from spcompile.program.checksum import local_part
+    from spcompile.program.checksum import part_on_this_rank
     from spcompile.program.same_inputs import split_axes
 
     state = [*model.parameters(), *model.buffers()]
@@ -38,7 +38,7 @@ def broadcast(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
             for axis, size in found.shape.axes:
                 if size > 1 and axis not in split_axes(tensor):
                     group = found.device_mesh.get_group(axis)
-                    part = local_part(tensor)
+                    part = part_on_this_rank(tensor)
                     whole = part.contiguous()
                     dist.broadcast(whole, src=dist.get_global_rank(group, 0), group=group)
                     if whole is not part:

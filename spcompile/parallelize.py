@@ -57,7 +57,7 @@ def parallelize(
 
     from spcompile.diagnostics import IllegalMesh
     from spcompile.options import Options
-    from spcompile.parameters.materialize import construct, constructor_of, is_on_meta, load, shard_real
+    from spcompile.parameters.materialize import construct, constructor_of, fill_from_checkpoint, is_on_meta, shard_real
     from spcompile.parameters.weight_plan import weight_plan
     from spcompile.plain_text import one_line
     from spcompile.program.trace import mesh_shape
@@ -77,7 +77,7 @@ def parallelize(
     if not on_meta:
         shard_real(model, mesh, plan.parts)
     elif checkpoint is not None:
-        load(model, mesh, plan.parts, Path(checkpoint), build)
+        fill_from_checkpoint(model, mesh, plan.parts, Path(checkpoint), build)
     else:
         assert build is not None
         construct(model, mesh, plan.parts, build)

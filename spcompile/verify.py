@@ -39,8 +39,8 @@ def verify(
     from spcompile.options import Options
     from spcompile.passes import PIPELINE
     from spcompile.program.trace import mesh_shape
-    from spcompile.report.compare import compare
+    from spcompile.report.compare import compare_with_plain
 
     if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 <= tolerance < float("inf")):
         raise IllegalOption(f"tolerance={tolerance!r}", legal="None, or a finite number that is not negative")
-    return compare(model, example_inputs, mesh_shape(mesh), Options.parse(options), PIPELINE, tolerance)
+    return compare_with_plain(model, example_inputs, mesh_shape(mesh), Options.parse(options), PIPELINE, tolerance)

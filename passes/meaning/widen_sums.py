@@ -18,9 +18,9 @@ from torch import Tensor
 
 from spcompile.graph.edit import call, erase_dead
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.sharding.rules.base import rule_of
 from spcompile.sharding.rules.calls import overloads
 from spcompile.sharding.rules.reductions import MEANS, SUMS
+from spcompile.sharding.rules.rule import rule_of
 
 aten = torch.ops.aten
 HALVES = (torch.bfloat16, torch.float16)

@@ -1,4 +1,4 @@
-"""annotate-sharding: find what an axis splits, and place every value.
+"""annotate-*-parallel: find what an axis splits, and place every value.
 
 Before: a graph that knows what it computes but not where. After: every node carries its index spaces and, where what
 the axis splits reaches it, the factor over which it can run sharded.
@@ -41,7 +41,7 @@ class AnnotateSharding(AxisPass):
             "places the rows of the batch, of which each rank of dp has its own",
         ),
         "cp": OnAxis(
-            "annotate-sharding",
+            "annotate-context-parallel",
             frozenset({"recognize-attention", "recognize-mask"}),
             "finds the sequence and places every value, from the factor rules",
         ),

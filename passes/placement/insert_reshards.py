@@ -18,13 +18,12 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.capture.capture import OWN
+from spcompile.capture.retrace import OWN
 from spcompile.diagnostics import BatchNotSplit, source_of
 from spcompile.graph.edit import operand
 from spcompile.graph.reshard import Place, is_reshard, parse_place
 from spcompile.passes.placement.annotate_sharding import LOSS_OF_ROWS, MLP
 from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
-from spcompile.sharding.cut import sharded_calls, uses_of
 from spcompile.sharding.global_view import is_view
 from spcompile.sharding.layout import layout_of, show
 from spcompile.sharding.lowering import READ_SIZES
@@ -38,6 +37,7 @@ from spcompile.sharding.resharding import (
     state_of,
     target_of,
 )
+from spcompile.sharding.sharded_or_replicated import sharded_calls, uses_of
 from spcompile.sharding.spaces import leaves
 
 
@@ -54,7 +54,7 @@ class InsertReshards(AxisPass):
         ),
         "cp": OnAxis(
             "insert-reshards",
-            frozenset({"annotate-sharding"}),
+            frozenset({"annotate-context-parallel"}),
             "decides by a minimum cut which calls run sharded, and makes every reshard a node",
         ),
         "tp": OnAxis(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spcompile.capture.capture import fake_inputs
+from spcompile.capture.retrace import fake_inputs
 from spcompile.torch_private import RestartAnalysis, TracingContext, trace_again
 
 

@@ -6,7 +6,7 @@ from spcompile.collectives import positions as _positions  # noqa: F401  (define
 from spcompile.collectives.all_gather import ALL_GATHER
 from spcompile.collectives.all_reduce import ALL_REDUCE
 from spcompile.collectives.all_to_all import ALL_TO_ALL
-from spcompile.collectives.base import (
+from spcompile.collectives.collective import (
     COLLECTIVES,
     GRADIENT,
     Call,

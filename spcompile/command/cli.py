@@ -288,7 +288,7 @@ def _built(
     from spcompile.command import model_spec
 
     torch.manual_seed(0)
-    built = model_spec.build(model, seq=seq, device=device, dtype=dtype, settings=settings)
+    built = model_spec.build_model(model, seq=seq, device=device, dtype=dtype, settings=settings)
     return built.model, built.example_inputs(batch, seq, device)
 
 

@@ -53,7 +53,7 @@ class BuiltModel:
         return self.inputs(torch.randint(self.vocab, (batch, seq), device=device))
 
 
-def build(
+def build_model(
     spec: str, *, seq: int, device: str = "cpu", dtype: str = "float32", settings: Mapping[str, Any] | None = None
 ) -> BuiltModel:
     """Build the model that `spec` names, able to take `seq` tokens. Weights follow torch's global seed.

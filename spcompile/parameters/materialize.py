@@ -70,7 +70,7 @@ def construct(model: nn.Module, mesh: DeviceMesh, parts: Parts, build: Callable[
     shard_in_place(model, mesh, parts, part_of)
 
 
-def load(
+def fill_from_checkpoint(
     model: nn.Module, mesh: DeviceMesh, parts: Parts, checkpoint: Path, build: Callable[[], nn.Module] | None
 ) -> None:
     """Fill a model on `meta` from a checkpoint; buffers that checkpoints leave out come from `build`.

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from spcompile.diagnostics import RanksDisagree, RanksMissing, SpcompileError
 from spcompile.machine.mesh import RuntimeMesh
 from spcompile.program.background import Background
-from spcompile.program.facts import STOPPED, Fact, Record, agree, comparable_text, difference, wished
+from spcompile.program.facts import STOPPED, Fact, Record, agree, comparable_text, disagreement, wished
 from spcompile.program.one_caller import OneCaller
 from spcompile.program.own_group import OwnGroup
 from spcompile.program.program_cache import sources
@@ -149,7 +149,7 @@ class Agreement:
             numbers = self._group.gather(record.numbers(), where, record.mark or f"{self._count} {where}")
             if agree(numbers, self.coordinates):
                 return wished(numbers)
-            found, legal = difference(self._exchange(record), self.coordinates)
+            found, legal = disagreement(self._exchange(record), self.coordinates)
         raise RanksDisagree(found, legal=legal)
 
     def failed_in(self, error: Exception, mark: str, where: str) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from spcompile.capture.autocast import autocast_off
-from spcompile.capture.capture import OWN, capture
+from spcompile.capture.retrace import OWN, capture
 from spcompile.capture.specialised import numbers_where_specialised
 from spcompile.diagnostics import BatchNotSplit, Remarks, source_of
 from spcompile.graph.edit import copy_module

@@ -46,7 +46,7 @@ def _weighted(values: Tensor, factor: int) -> Tensor:
     return (values * weights).sum()
 
 
-def local_part(tensor: Tensor) -> Tensor:
+def part_on_this_rank(tensor: Tensor) -> Tensor:
     """What of a tensor this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -55,7 +55,7 @@ def can_be_summed(value: object) -> bool:
     """Whether a value is a tensor whose bits are its meaning: dense, and real."""
     if not isinstance(value, Tensor):
         return False
-    part = local_part(value)
+    part = part_on_this_rank(value)
     return part.layout == torch.strided and not part.is_meta and not part.is_quantized and not part.is_nested
 
 
@@ -63,9 +63,9 @@ def checksums(tensors: Sequence[Tensor]) -> Callable[[], list[int]]:
     """Start the checksums of tensors; what is returned waits for them. On accelerators nothing waits before that."""
     by_device: dict[torch.device, list[int]] = {}
     for place, tensor in enumerate(tensors):
-        by_device.setdefault(local_part(tensor).device, []).append(place)
+        by_device.setdefault(part_on_this_rank(tensor).device, []).append(place)
     started = [
-        (places, _started(torch.stack([checksum(local_part(tensors[i])) for i in places])))
+        (places, _started(torch.stack([checksum(part_on_this_rank(tensors[i])) for i in places])))
         for places in by_device.values()
     ]
 

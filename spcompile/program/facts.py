@@ -87,7 +87,7 @@ def wished(numbers: Mapping[int, Sequence[int]]) -> bool:
     return any(own[-1] for own in numbers.values())
 
 
-def difference(records: Mapping[int, Record], coordinates: Coordinates) -> tuple[str, str]:
+def disagreement(records: Mapping[int, Record], coordinates: Coordinates) -> tuple[str, str]:
     """(what differs between ranks, what would be legal). Depends on nothing else, so that all ranks say the same."""
     doings = {rank: record.doing for rank, record in records.items()}
     if any(doing.startswith(STOPPED) for doing in doings.values()):

@@ -31,8 +31,8 @@ import torch
 import torch.fx as fx
 
 from spcompile.capture.autocast import autocast_off
-from spcompile.capture.capture import OWN, is_state
 from spcompile.capture.module_buffer import Relied, contents_of
+from spcompile.capture.retrace import OWN, is_state
 from spcompile.graph.printer import format_graph
 from spcompile.machine.mesh import axis_part
 from spcompile.options import Options

@@ -35,7 +35,7 @@ _LEGAL = (
 )
 
 
-class Place(NamedTuple):
+class Whereabouts(NamedTuple):
     """Where a rank is: what it does, since when, and `mark`, which is equal for all ranks that have come so far."""
 
     doing: str
@@ -55,8 +55,8 @@ class RollCall:
         self._watched_store = default_store()
         self._ended = threading.Event()
         self.raised = threading.Event()
-        self.place = Place("has compared nothing yet", time.time())
-        self._waiting: Place | None = None  # of any thread: those that compare later run behind the others
+        self.place = Whereabouts("has compared nothing yet", time.time())
+        self._waiting: Whereabouts | None = None  # of any thread: those that compare later run behind the others
         self._met = self.place
         self._watch = threading.Thread(target=self._answer_an_alarm, name="spcompile roll call", daemon=True)
         self._watch.start()
@@ -64,15 +64,15 @@ class RollCall:
 
     def at(self, doing: str, mark: str = "") -> None:
         """This rank is here now."""
-        self.place = Place(doing, time.time(), mark)
+        self.place = Whereabouts(doing, time.time(), mark)
 
     def waits(self, where: str, mark: str) -> None:
         """A thread of this rank waits here for the other ranks, until they have met."""
-        self._waiting = Place(f"waits for the others at {where}", time.time(), mark)
+        self._waiting = Whereabouts(f"waits for the others at {where}", time.time(), mark)
 
     def met(self, where: str) -> None:
         """All ranks were here just now."""
-        self._met, self._waiting = Place(where, time.time()), None
+        self._met, self._waiting = Whereabouts(where, time.time()), None
 
     def missing(self, ranks: Sequence[int], where: str, mark: str, timeout: float) -> RanksMissing:
         """The error, the same on all ranks, that says which of `ranks` have not come to where this one is."""
@@ -83,7 +83,7 @@ class RollCall:
         text = self._verdict(ranks, where, mark, timeout, may_be_none=True)
         return RanksMissing(text, legal=_LEGAL) if text is not None else None
 
-    def _places(self) -> list[Place]:
+    def _places(self) -> list[Whereabouts]:
         return [self._waiting, self.place] if self._waiting is not None else [self.place]
 
     def _verdict(self, ranks: Sequence[int], where: str, mark: str, timeout: float, may_be_none: bool) -> str | None:
@@ -105,16 +105,16 @@ class RollCall:
                 f"  {str(reason).partition(chr(10))[0]:.200}"
             )
 
-    def _ask(self, ranks: Sequence[int]) -> dict[int, list[Place]]:
+    def _ask(self, ranks: Sequence[int]) -> dict[int, list[Whereabouts]]:
         """Raise the alarm and collect the answers; none of a rank that gives none."""
         self._store.set(f"{_KEY}/alarm", "raised")
-        answers: dict[int, list[Place]] = {rank: [] for rank in ranks}
+        answers: dict[int, list[Whereabouts]] = {rank: [] for rank in ranks}
         answers[self._rank] = self._places()
         deadline = time.monotonic() + ANSWER_SECONDS
         while not all(answers.values()) and time.monotonic() < deadline:
             for rank in [rank for rank, places in answers.items() if not places]:
                 if self._store.check([f"{_KEY}/{rank}"]):
-                    answers[rank] = [Place(*one) for one in json.loads(self._store.get(f"{_KEY}/{rank}"))]
+                    answers[rank] = [Whereabouts(*one) for one in json.loads(self._store.get(f"{_KEY}/{rank}"))]
             time.sleep(POLL_SECONDS / 5)
         return answers
 
@@ -133,17 +133,17 @@ class RollCall:
         self._watch.join(timeout=2 * POLL_SECONDS)
         with contextlib.suppress(RuntimeError):
             if not self.raised.is_set():
-                self._write([Place(f"has ended its program; before, it {self.place},", time.time(), _ENDED)])
+                self._write([Whereabouts(f"has ended its program; before, it {self.place},", time.time(), _ENDED)])
 
-    def _write(self, places: list[Place]) -> None:
+    def _write(self, places: list[Whereabouts]) -> None:
         self._watched_store.set(f"{_KEY}/{self._rank}", json.dumps(places))
 
 
-def _is_at(mark: str, places: list[Place]) -> bool:
+def _is_at(mark: str, places: list[Whereabouts]) -> bool:
     return any(place.mark == mark for place in places)
 
 
-def _text(answers: dict[int, list[Place]], mark: str, where: str, timeout: float, met: Place) -> str:
+def _text(answers: dict[int, list[Whereabouts]], mark: str, where: str, timeout: float, met: Whereabouts) -> str:
     gone = [rank for rank, places in answers.items() if not places or _is_at(_ENDED, places)]
     absent = gone or [rank for rank, places in answers.items() if not _is_at(mark, places)]
     who = f"{list_ranks(absent)} did not come to" if absent else "all ranks came, but some too late, to"

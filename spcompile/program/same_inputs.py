@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 from torch.distributed.tensor import DTensor
 
-from spcompile.capture.capture import is_state
+from spcompile.capture.retrace import is_state
 from spcompile.machine.mesh import AXES
 from spcompile.program.checksum import can_be_summed, checksums
 from spcompile.program.facts import Fact
@@ -32,7 +32,7 @@ def places_of_state(gm: fx.GraphModule) -> list[int]:
     return [i for i, node in enumerate(gm.graph.find_nodes(op="placeholder")) if is_state(node)]
 
 
-def shape_of(value: Any) -> str:
+def shape_text(value: Any) -> str:
     """`int64(2, 16)` of a tensor; the text of anything else."""
     if not isinstance(value, torch.Tensor):
         return str(value)
@@ -49,7 +49,7 @@ def split_axes(value: Any) -> tuple[str, ...]:
 
 def facts_of_inputs(names: Sequence[str], values: Sequence[Any], with_values: bool) -> Callable[[], list[Fact]]:
     """The facts of what one call is given, once the device has them."""
-    shapes = [Fact(f"input {name}", shape_of(value)) for name, value in zip(names, values, strict=True)]
+    shapes = [Fact(f"input {name}", shape_text(value)) for name, value in zip(names, values, strict=True)]
     summed = [i for i, value in enumerate(values) if with_values and can_be_summed(value)]
     numbers = checksums([values[i] for i in summed])
 

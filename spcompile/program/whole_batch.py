@@ -19,8 +19,8 @@ import torch.fx as fx
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from spcompile.capture.capture import OWN, fake_inputs, graph_break_of
 from spcompile.capture.frames import Frame, local_of, name_of, this_frame, traced_again
+from spcompile.capture.retrace import OWN, fake_inputs, graph_break_of
 from spcompile.diagnostics import BatchNotSplit, RanksDisagree, RanksMissing
 from spcompile.graph.sizes import expression, hint
 from spcompile.sharding.rows import NotTheBatch

@@ -32,7 +32,7 @@ NOISY_PART = 0.25
 ROUNDING = 8  # units in the last place of the largest gradient: what less is, is rounding
 
 
-def compare(
+def compare_with_plain(
     model: nn.Module,
     example_inputs: Inputs,
     mesh: MeshShape,

@@ -101,19 +101,19 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: sizes are ints, or the text of their expression where they depend on a dynamic length."""
-        memory = {name: _number(value) for name, value in vars(self.memory).items()}
+        memory = {name: _json_number(value) for name, value in vars(self.memory).items()}
         return {
             "schema_version": SCHEMA_VERSION,
             "model": self.model,
             "mesh": dict(self.mesh.axes),
             "options": {name: value for name, value in self.options.items() if _is_plain(value)},
             "symbols": self.symbols,
-            "sharding": {name: _number(value) for name, value in vars(self.sharding).items()},
+            "sharding": {name: _json_number(value) for name, value in vars(self.sharding).items()},
             "attention": [dict(vars(row)) for row in self.attention],
             "collectives": [
                 {
                     **{key: value for key, value in vars(row).items() if key != "at_most" or value},
-                    "bytes": _number(row.bytes),
+                    "bytes": _json_number(row.bytes),
                     "source": _source(row.source),
                 }
                 for row in self.collectives
@@ -129,8 +129,8 @@ class Plan:
                 {
                     "name": row.name,
                     "phase": row.phase,
-                    "shape": [_number(size) for size in row.shape],
-                    "numel": _number(row.numel),
+                    "shape": [_json_number(size) for size in row.shape],
+                    "numel": _json_number(row.numel),
                     "dtype": str(row.dtype).removeprefix("torch."),
                     "source": _source(row.source),
                 }
@@ -250,7 +250,7 @@ def _sent(row: Row) -> str:
     return f"at most {size_text(row.bytes)}" if row.at_most else size_text(row.bytes)
 
 
-def _number(value: Any) -> Any:
+def _json_number(value: Any) -> Any:
     if not isinstance(value, sympy.Basic):
         return value
     return int(value) if value.is_Integer else float(value) if value.is_number else str(value)

@@ -59,14 +59,14 @@ def folder_of(name: str) -> str:
     return package.partition(".")[2]
 
 
-def inside(name: str) -> set[str]:
+def own_imports(name: str) -> set[str]:
     """The modules of this project that a module imports."""
     return imports(name) & set(modules()) - {name}
 
 
 def reached(name: str, seen: frozenset[str] = frozenset()) -> set[str]:
     """What a module imports from folders, itself or through modules of the root."""
-    direct = inside(name) - seen
+    direct = own_imports(name) - seen
     roots = {other for other in direct if not folder_of(other)}
     return (direct - roots).union(*(reached(root, seen | roots) for root in roots))
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import spcompile.check.attention_specs  # noqa: F401  (the simulator must know attention)
-from spcompile.attention.scores.call import AttentionCall
-from spcompile.capture.capture import OWN
+from spcompile.attention.scores.attention_call import AttentionCall
+from spcompile.capture.retrace import OWN
 from spcompile.check.simulate import InFlight, Simulator
 from spcompile.check.states import needs_gradient, trainable_names
 from spcompile.diagnostics import BatchNotSplit, IllegalOption

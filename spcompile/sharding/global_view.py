@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spcompile.collectives.calls import AllGatherCall
+from spcompile.collectives.typed_calls import AllGatherCall
 from spcompile.graph.reshard import Place
 
 if TYPE_CHECKING:

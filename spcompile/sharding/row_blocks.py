@@ -18,8 +18,8 @@ import torch.fx as fx
 from spcompile.graph.edit import argument, call, is_tensor, operand, replace, shape_of
 from spcompile.graph.reshard import Place
 from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces
-from spcompile.sharding.rules.base import tensor_results
 from spcompile.sharding.rules.calls import overloads
+from spcompile.sharding.rules.rule import tensor_results
 from spcompile.sharding.spaces import Space, leaves
 
 aten = torch.ops.aten

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from spcompile.capture.capture import OWN
+from spcompile.capture.retrace import OWN
 from spcompile.check.states import needs_gradient, trainable_names
 from spcompile.diagnostics import BatchNotSplit, source_of
 from spcompile.graph.edit import is_getitem, shape_of
@@ -31,7 +31,7 @@ from spcompile.sharding.propagate import (
     propagate,
     shards_results,
 )
-from spcompile.sharding.rules.base import tensor_operands, tensor_results
+from spcompile.sharding.rules.rule import tensor_operands, tensor_results
 
 _FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 _LEGAL = "two rows or more on every rank of dp; for a shared input, one without a dim of 1 in front"

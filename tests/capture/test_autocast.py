@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from spcompile.capture import autocast
-from spcompile.capture.capture import capture
+from spcompile.capture.retrace import capture
 from spcompile.report.example_runs import with_dynamo_graph
 
 aten = torch.ops.aten

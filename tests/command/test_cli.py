@@ -54,7 +54,7 @@ def test_settings_are_literals_or_text() -> None:
 
 @pytest.mark.parametrize("spec", ["models:llama-tiny", "models:gpt-tiny", "models:bert-tiny", "hf:llama", "hf:bert"])
 def test_a_built_model_runs_on_its_example_inputs(spec: str) -> None:
-    built = model_spec.build(spec, seq=16, dtype="float64")
+    built = model_spec.build_model(spec, seq=16, dtype="float64")
     inputs = built.example_inputs(2, 16, "cpu")
     output: Any = built.model(**inputs)
     loss = output if isinstance(output, torch.Tensor) else output.loss
@@ -64,7 +64,7 @@ def test_a_built_model_runs_on_its_example_inputs(spec: str) -> None:
 
 
 def test_a_model_on_meta_has_sizes_but_no_values() -> None:
-    built = model_spec.build("models:llama3-8b", seq=131072, device="meta", dtype="bfloat16")
+    built = model_spec.build_model("models:llama3-8b", seq=131072, device="meta", dtype="bfloat16")
     parameters = list(built.model.parameters())
     assert sum(p.numel() for p in parameters) == 8_030_261_248
     assert {(p.device.type, p.dtype) for p in parameters} == {("meta", torch.bfloat16)}
@@ -75,7 +75,7 @@ def test_a_folder_with_a_config_is_built_without_weights(tmp_path: Path) -> None
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
     transformers.LlamaConfig(**sizes, intermediate_size=48).save_pretrained(tmp_path)
-    built = model_spec.build(f"hf:{tmp_path}", seq=16, settings={"num_hidden_layers": 1})
+    built = model_spec.build_model(f"hf:{tmp_path}", seq=16, settings={"num_hidden_layers": 1})
     assert built.vocab == 100
     assert len(built.model.get_submodule("model.layers")._modules) == 1
 
@@ -94,7 +94,7 @@ def test_a_folder_with_a_config_is_built_without_weights(tmp_path: Path) -> None
 )
 def test_a_model_that_does_not_exist_is_an_error(spec: str, settings: dict[str, Any]) -> None:
     with pytest.raises(IllegalModel, match="legal:"):
-        model_spec.build(spec, seq=16, settings=settings)
+        model_spec.build_model(spec, seq=16, settings=settings)
 
 
 def test_a_users_error_has_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ def folder(tmp_path: Path, **changes: Any) -> Path:
 
 def refused(path: Path, seq: int = 16, **settings: Any) -> str:
     with pytest.raises(IllegalModel) as error:
-        model_spec.build(f"hf:{path}", seq=seq, device="meta", settings=settings)
+        model_spec.build_model(f"hf:{path}", seq=seq, device="meta", settings=settings)
     return str(error.value)
 
 
@@ -145,7 +145,7 @@ def test_python_of_a_folder_is_never_run(tmp_path: Path, model_type: str, caplog
     names = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     path = folder(tmp_path, model_type=model_type, auto_map=names, rope_parameters=None)
     if model_type == "llama":
-        built = model_spec.build(f"hf:{path}", seq=16, device="meta")
+        built = model_spec.build_model(f"hf:{path}", seq=16, device="meta")
         assert type(built.model).__module__.startswith("transformers.")
         assert "auto_map" in caplog.text
     else:
@@ -158,19 +158,19 @@ def test_lengths_beyond_the_table(tmp_path: Path) -> None:
     text = refused(folder(tmp_path), seq=65)
     assert "65 tokens" in text
     assert "at most 64, or --set max_position_embeddings=65" in text
-    model_spec.build(f"hf:{tmp_path}", seq=65, device="meta", settings={"max_position_embeddings": 65})
+    model_spec.build_model(f"hf:{tmp_path}", seq=65, device="meta", settings={"max_position_embeddings": 65})
 
 
 def test_a_table_that_begins_behind_padding() -> None:
     assert "at most 510, or --set max_position_embeddings=514" in refused(Path("roberta"), seq=512)
-    model_spec.build("hf:roberta", seq=512, device="meta", settings={"max_position_embeddings": 514})
+    model_spec.build_model("hf:roberta", seq=512, device="meta", settings={"max_position_embeddings": 514})
 
 
 def test_a_model_that_fits_no_memory(tmp_path: Path) -> None:
     with pytest.raises(IllegalModel, match="this machine's memory"):
-        model_spec.build(f"hf:{folder(tmp_path, vocab_size=1 << 30, hidden_size=4096)}", seq=16)
+        model_spec.build_model(f"hf:{folder(tmp_path, vocab_size=1 << 30, hidden_size=4096)}", seq=16)
     with pytest.raises(IllegalModel, match="this machine's memory"):
-        model_spec.build("models:llama3-8b", seq=16, settings={"vocab": 1 << 30})
+        model_spec.build_model("models:llama3-8b", seq=16, settings={"vocab": 1 << 30})
 
 
 def test_usual_configs_are_built(tmp_path: Path) -> None:
@@ -182,5 +182,5 @@ def test_usual_configs_are_built(tmp_path: Path) -> None:
         "attn_implementation": "eager",
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     }
-    built = model_spec.build(f"hf:{folder(tmp_path, **usual)}", seq=16, device="meta")
+    built = model_spec.build_model(f"hf:{folder(tmp_path, **usual)}", seq=16, device="meta")
     assert built.model.config._attn_implementation == "eager"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spcompile.program.checksum import checksum, checksums
-from spcompile.program.facts import STOPPED, Fact, Record, agree, comparable_text, difference, wished
+from spcompile.program.facts import STOPPED, Fact, Record, agree, comparable_text, disagreement, wished
 
 MESH = {rank: {"dp": rank // 2, "cp": rank % 2} for rank in range(4)}
 DTYPES = [torch.bool, torch.int8, torch.int64, torch.bfloat16, torch.float32, torch.complex64, torch.float8_e4m3fn]
@@ -63,7 +63,7 @@ def expected(x: Tensor) -> int:
 def differing(*records: Record) -> tuple[str, str]:
     by_rank = dict(enumerate(records))
     assert not agree({rank: record.numbers() for rank, record in by_rank.items()}, MESH)
-    return difference(by_rank, MESH)
+    return disagreement(by_rank, MESH)
 
 
 def call(ids: str = "a", rows: str = "r", **more: bool) -> Record:

@@ -287,12 +287,12 @@ def test_the_text_and_the_dict_tell_the_same() -> None:
 @pytest.mark.thinned(3)
 def test_graphs_by_pass() -> None:
     plan = plan_of(2, attention="ring")
-    assert "spx.attention" in plan.graph("annotate-sharding")
-    assert "cp=S(1)" in plan.graph("annotate-sharding")
+    assert "spx.attention" in plan.graph("annotate-context-parallel")
+    assert "cp=S(1)" in plan.graph("annotate-context-parallel")
     assert "spx.ring_attention(" in plan.graph("forward")
     assert "spx.ring_attention_backward(" in plan.graph("backward")
     assert "backward" not in plan.graph("lower-collectives")
-    with pytest.raises(KeyError, match="annotate-sharding"):
+    with pytest.raises(KeyError, match="annotate-context-parallel"):
         plan.graph("nothing")
 
 
@@ -393,8 +393,8 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert found["options"]["attention"] == "ring"
     assert "ring_attention" in {row["op"] for row in found["collectives"]}
     assert page.read_text().startswith("<!doctype html>")
-    assert call(f"explain {model} --graph annotate-sharding") == 0
-    assert "after annotate-sharding" in capsys.readouterr().out
+    assert call(f"explain {model} --graph annotate-context-parallel") == 0
+    assert "after annotate-context-parallel" in capsys.readouterr().out
     assert call(f"explain {model} --graph nothing") == 2
     assert capsys.readouterr().err.startswith("SP102")
     assert call(f"verify {model} --json") == 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spcompile.attention.kernels import naive
 from spcompile.attention.kernels.triton.configs import Config, Configs
-from spcompile.attention.kernels.triton.provider import Triton
+from spcompile.attention.kernels.triton.hop_provider import Triton
 from spcompile.attention.scores.dropout import Dropout
 from spcompile.attention.scores.mask import AttentionMask
 from spcompile.attention.scores.provider import Rows, Scores

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spcompile.attention.kernels.triton.tiles import Places, segments, tile_kinds
+from spcompile.attention.kernels.triton.tile_tables import Places, segments, tile_kinds
 from spcompile.attention.scores.mask import AttentionMask
 
 INTERPRETED = Path(__file__).with_name("triton_interpreted.py")

@@ -16,8 +16,8 @@ from spcompile.attention.kernels.triton.configs import (
     Config,
     architecture,
 )
+from spcompile.attention.kernels.triton.hop_provider import variant_of
 from spcompile.attention.kernels.triton.launch import Launch
-from spcompile.attention.kernels.triton.provider import variant_of
 
 SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes that one program may have, CUDA programming guide
 PRODUCTS = {80: ("mma.sync",), 90: ("mma.sync", "wgmma.mma_async"), 100: ("mma.sync", "tcgen05.mma")}

@@ -97,7 +97,7 @@ class Attention(TypedCall):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gradients(TypedCall):
+class GradientCall(TypedCall):
     """What the backward of an attention op has besides: results, their gradients, and which gradients are wanted."""
 
     grad_out: Operand
@@ -125,7 +125,7 @@ class AttentionCall(Attention):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionBackwardCall(Gradients, AttentionCall):
+class AttentionBackwardCall(GradientCall, AttentionCall):
     """spx.attention_backward."""
 
     NAME: ClassVar[str] = "attention_backward"

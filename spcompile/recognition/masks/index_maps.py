@@ -15,7 +15,7 @@ import torch
 import torch.fx as fx
 
 from spcompile.graph.edit import argument, shape_of
-from spcompile.recognition.masks.values import Int, Unreadable, floor_div, index, modulo
+from spcompile.recognition.masks.values import Int, Unreadable, floor_div, index_symbol, modulo
 
 aten = torch.ops.aten
 Indices: TypeAlias = tuple[Int, ...]
@@ -51,7 +51,7 @@ class IndexSpace:
         """A new index symbol in 0 .. size-1; the number 0 where size is 1."""
         if size == 1:
             return sympy.Integer(0)
-        symbol = index(name)
+        symbol = index_symbol(name)
         self.sizes[symbol] = size
         return symbol
 

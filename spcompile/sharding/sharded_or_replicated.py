@@ -22,7 +22,7 @@ from spcompile.graph.reshard import Place
 from spcompile.graph.sizes import numel_hint
 from spcompile.sharding.layout import NodeLayout, layout_of
 from spcompile.sharding.propagate import Choice, place_of
-from spcompile.sharding.rules.base import tensor_operands, tensor_results
+from spcompile.sharding.rules.rule import tensor_operands, tensor_results
 
 WIRE = 4.0  # one byte over a link against one byte of memory traffic
 
@@ -52,12 +52,12 @@ def uses_of(user: fx.Node, axis: str) -> list[Use]:
     return [Use(o, user, p, i in call.rule.unread) for i, (o, p) in enumerate(zip(operands, places, strict=True))]
 
 
-def bytes_of(node: fx.Node) -> float:
+def estimated_bytes(node: fx.Node) -> float:
     """Estimated bytes of all tensor results."""
     return float(sum(numel_hint(v) * v.element_size() for v in tensor_results(node)))
 
 
-def needs_gradient(graph: fx.Graph) -> set[fx.Node]:
+def trained_values(graph: fx.Graph) -> set[fx.Node]:
     """The floating values that depend on an input that requires a gradient."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
@@ -74,13 +74,13 @@ def needs_gradient(graph: fx.Graph) -> set[fx.Node]:
 
 def sharded_calls(graph: fx.Graph, axis: str) -> set[fx.Node]:
     """The calls that shall run sharded on `axis`, out of those that chose a factor."""
-    gradient = needs_gradient(graph)
+    gradient = trained_values(graph)
     candidates = [n for n in graph.nodes if (layout := layout_of(n)) is not None and axis in layout.choice]
     forced = {n for n in candidates if axis != "cp" or n in gradient or _is_seed(layout_of(n))}
     network = nx.DiGraph()
     network.add_nodes_from(("sharded", "replicated"))
     for node in candidates:
-        capacity = {} if node in forced else {"capacity": bytes_of(node) + 1.0}
+        capacity = {} if node in forced else {"capacity": estimated_bytes(node) + 1.0}
         network.add_edge("sharded", node, **capacity)
     for node in graph.nodes:
         for use in uses_of(node, axis):
@@ -108,8 +108,8 @@ def _add_use(network: nx.DiGraph, use: Use, axis: str, gradient: set[fx.Node]) -
     user = use.user if _chosen(use.user, axis) is not None else "replicated"
     if made is not None:
         whole = ("whole", use.value)
-        network.add_edge(producer, whole, capacity=WIRE * bytes_of(use.value) + 1.0)
+        network.add_edge(producer, whole, capacity=WIRE * estimated_bytes(use.value) + 1.0)
         network.add_edge(whole, user if use.place == made else "replicated")
     if use.place is not None and user != "replicated":
-        back = WIRE * bytes_of(use.value) if use.value in gradient else 0.0
+        back = WIRE * estimated_bytes(use.value) if use.value in gradient else 0.0
         network.add_edge(user, producer if made is not None else "replicated", capacity=back + 0.5)

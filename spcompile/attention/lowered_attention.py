@@ -8,12 +8,12 @@ from typing import Any
 import torch.fx as fx
 
 import spcompile.attention.op  # noqa: F401  (defines the ops)
-from spcompile.attention.ring.call import RingCall
-from spcompile.attention.scores.call import AttentionCall
+from spcompile.attention.ring.ring_call import RingCall
+from spcompile.attention.scores.attention_call import AttentionCall
 from spcompile.attention.strategy import Strategy
-from spcompile.attention.ulysses.exchanges import Exchanges
 from spcompile.attention.ulysses.head_parallel import head_parallel_attention
-from spcompile.collectives.calls import AllGatherCall, PositionsCall
+from spcompile.attention.ulysses.messages import Exchanges
+from spcompile.collectives.typed_calls import AllGatherCall, PositionsCall
 from spcompile.graph.splice import splice
 
 
@@ -39,7 +39,7 @@ def before_gathers(node: fx.Node) -> RingCall:
     return call.into(RingCall, k=k.x, v=v.x, q_length=rows.length, k_length=k.length, **layout)
 
 
-def exchange_heads(
+def to_head_parallel(
     node: fx.Node, inner: int, exchanges: Exchanges | None = None, traced: dict[Any, fx.Graph] | None = None
 ) -> None:
     """Put head-parallel attention over `inner` neighbours in place of a gathered attention.

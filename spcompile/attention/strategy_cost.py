@@ -11,8 +11,8 @@ Time assumes:
 - on rings they reach RING_RATE of it. So did rings of the same kernel on 8 to 64 H100s, 421 to 457 of 582 to 602
   TFLOP/s (SandAI-org/MagiAttention, its benchmark of context parallelism, figures for causal masks);
 - a hop of a ring hides behind the block before it, as far as that takes as long; the gradients' way home does not;
-- all-to-alls hide behind nothing, an upper bound where split-exchanges splits them, and wait for one message's latency,
-  since all their messages leave at once;
+- all-to-alls hide behind nothing, an upper bound where split-all-to-alls splits them, and wait for one message's
+  latency, since all their messages leave at once;
 - the slowest rank decides: padded heads are computed like others, and a causal ring in contiguous order waits for its
   last rank. Documents and padding, which are data, are taken as full.
 """
@@ -26,7 +26,7 @@ from spcompile.attention.ring.ring import Ring, backward_bytes, forward_bytes, m
 from spcompile.attention.scores.mask import AttentionMask
 from spcompile.attention.scores.runs import Run, natural_runs
 from spcompile.attention.strategy import Strategy
-from spcompile.attention.ulysses.heads import HeadSplit
+from spcompile.attention.ulysses.head_shares import HeadSplit
 from spcompile.machine.links import Link
 from spcompile.machine.sequence import local_length
 

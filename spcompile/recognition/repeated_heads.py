@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from spcompile.recognition.masks.index_maps import IndexSpace, Indices, sizes_of, step
 from spcompile.recognition.masks.values import Int, Unreadable
-from spcompile.recognition.masks.views import IndexSpace, Indices, sizes_of, step
 
 aten = torch.ops.aten
 CASTS = (

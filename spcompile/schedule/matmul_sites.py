@@ -3,7 +3,7 @@
     gather    all_gather -> views -> mm, mm, ...    all readers that multiply the gathered rows from the left
     scatter   mm, mm, ... -> views, sums -> reduce_scatter
 
-`rewrite` puts the op of `spcompile.collectives.pipelined_products` there.
+`rewrite` puts the op of `spcompile.collectives.pipelined_matmuls` there.
 Operators on symmetric memory know neither padding nor sums of products.
 """
 
@@ -18,8 +18,8 @@ import sympy
 import torch
 import torch.fx as fx
 
-import spcompile.collectives.pipelined_products  # noqa: F401  (defines the ops)
-from spcompile.collectives.calls import (
+import spcompile.collectives.pipelined_matmuls  # noqa: F401  (defines the ops)
+from spcompile.collectives.typed_calls import (
     AllGatherCall,
     AllGatherMatmulCall,
     MatmulReduceScatterCall,
@@ -29,7 +29,7 @@ from spcompile.graph.edit import call, replace
 from spcompile.graph.edit import operand as operand_of
 from spcompile.graph.sizes import divides, expression, same
 from spcompile.graph.typed_call import value_of
-from spcompile.schedule.cost import Chunks, gathering_chunks, scattering_chunks
+from spcompile.schedule.op_cost import Chunks, gathering_chunks, scattering_chunks
 
 aten, spx = torch.ops.aten, torch.ops.spx
 _ROW_VIEWS = {aten.view.default, aten._unsafe_view.default, aten.clone.default}

@@ -1,4 +1,4 @@
-"""pipeline-products: products hide the gather in front of them, or the scatter behind them, chunk by chunk.
+"""pipeline-matmuls: products hide the gather in front of them, or the scatter behind them, chunk by chunk.
 
 Before   ag: "f64[1, 512, 64]" = spx.all_gather(x, 1, 512, 'tp', 2, 'contiguous', 'R')
          mm: "f64[512, 64]" = aten.mm(aten.view(ag, [512, 64]), weight)
@@ -25,20 +25,20 @@ from torch import Tensor
 
 from spcompile.passes.schedule.overlap_collectives import MEBIBYTE, OverlapCollectives
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.schedule.cost import CostModel, cost_model
 from spcompile.schedule.exposure import exposed_seconds
-from spcompile.schedule.product_sites import Site, rewrite, sites_of
+from spcompile.schedule.matmul_sites import Site, rewrite, sites_of
+from spcompile.schedule.op_cost import CostModel, cost_model
 
 
 @dataclass(frozen=True)
-class PipelineProducts(Pass):
+class PipelineMatmuls(Pass):
     """Cut products into one chunk for each rank where that hides more than it costs.
 
     min_gain: seconds that are to be saved, as a part of those of the collective. -inf rewrites all sites.
     symmetric_memory: let torch's operators on symmetric memory do it, for GPUs that all reach each other's memory.
     """
 
-    name: ClassVar[str] = "pipeline-products"
+    name: ClassVar[str] = "pipeline-matmuls"
     stage: ClassVar[Stage] = Stage.SCHEDULE
     after: ClassVar[frozenset[str]] = frozenset({"bucket-collectives"})
     summary: ClassVar[str] = "cuts products into chunks that hide the gather before or the scatter behind them"

@@ -83,7 +83,7 @@ class HeadSplit:
         x = parts.reshape(self.over_keys, self.over_queries, *before, local_keys, local_per_key, *after)
         x = x.movedim((0, 1), (dim, dim + 2))
         x = x.reshape(*before, self.over_keys * local_keys, self.over_queries * local_per_key, *after)
-        x = _cut(_cut(x, dim, self.kv_heads), dim + 1, per_key)
+        x = _first(_first(x, dim, self.kv_heads), dim + 1, per_key)
         return x.reshape(*before, self.heads, *after)
 
     def split_keys(self, x: Tensor, dim: int) -> Tensor:
@@ -101,5 +101,5 @@ def _grown(x: Tensor, dim: int, size: int) -> Tensor:
     return pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, missing)) if missing else x
 
 
-def _cut(x: Tensor, dim: int, size: int) -> Tensor:
+def _first(x: Tensor, dim: int, size: int) -> Tensor:
     return x.narrow(dim, 0, size) if x.shape[dim] > size else x

@@ -23,6 +23,7 @@ from sympy.logic.boolalg import Boolean
 
 from spcompile.attention.scores.mask import EXCLUDES
 from spcompile.graph.edit import argument, is_tensor, shape_of
+from spcompile.recognition.masks.index_maps import Indices, sizes_of
 from spcompile.recognition.masks.reader import Reader
 from spcompile.recognition.masks.values import (
     Element,
@@ -34,7 +35,6 @@ from spcompile.recognition.masks.values import (
     negate,
     to_condition,
 )
-from spcompile.recognition.masks.views import Indices, sizes_of
 
 aten = torch.ops.aten
 
@@ -48,7 +48,7 @@ class Role(Enum):
 
 
 @dataclass(frozen=True)
-class Part:
+class BiasTerm:
     """One term of a bias, broadcastable to [B, N, S, T] from the right."""
 
     node: fx.Node
@@ -65,9 +65,9 @@ class Part:
         return [1, 1, *sizes_of(self.node)][-2] == 1
 
 
-def flipped(part: Part) -> Part:
+def flipped(part: BiasTerm) -> BiasTerm:
     """The mask that leaves what this one excludes."""
-    return Part(part.node, {Role.KEEP: Role.DROP, Role.DROP: Role.KEEP}[part.role])
+    return BiasTerm(part.node, {Role.KEEP: Role.DROP, Role.DROP: Role.KEEP}[part.role])
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ _SAME |= {aten.alias.default, aten.clone.default, aten._to_copy.default}
 _VIEWS = {aten.unsqueeze.default, aten.view.default, aten.reshape.default}
 
 
-def parts_of(node: fx.Node, role: Role | None = None) -> list[Part]:
+def parts_of(node: fx.Node, role: Role | None = None) -> list[BiasTerm]:
     """The terms of the bias `node`."""
     is_bool = node.meta["val"].dtype == torch.bool
     role = role or (Role.KEEP if is_bool else Role.ADD)
@@ -107,14 +107,14 @@ def parts_of(node: fx.Node, role: Role | None = None) -> list[Part]:
         joined = _AND if role is Role.KEEP else _OR
         if node.target in joined and all(_dtype_class(arg) == "bool" for arg in node.args[:2]):
             return [part for arg in node.args[:2] for part in parts_of(arg, role)]  # type: ignore[arg-type]
-        return [Part(node, role)]
+        return [BiasTerm(node, role)]
     if node.target is aten.add.Tensor and all(map(is_tensor, node.args)) and argument(node, 2, "alpha", 1) == 1:
         return [part for arg in node.args for part in parts_of(arg)]  # type: ignore[arg-type]
     if node.target is aten.masked_fill.Scalar and node.args[2] == -math.inf:
         return [*parts_of(node.args[1], Role.DROP), *parts_of(node.args[0])]  # type: ignore[arg-type]
     if node.target is aten.where.ScalarOther and node.args[2] == -math.inf:
         return [*parts_of(node.args[0], Role.KEEP), *parts_of(node.args[1])]  # type: ignore[arg-type]
-    return [Part(node, role)]
+    return [BiasTerm(node, role)]
 
 
 def _adds_leading_dims(node: fx.Node) -> bool:
@@ -133,7 +133,7 @@ def _dtype_class(node: Any) -> str | None:
     return "bool" if dtype == torch.bool else "float" if dtype.is_floating_point else "int"
 
 
-def read_part(part: Part, reader: Reader, indices: Indices) -> Reading:
+def read_part(part: BiasTerm, reader: Reader, indices: Indices) -> Reading:
     """What the part means at one (b, h, q, k).
 
     Raises:
@@ -176,7 +176,7 @@ def _of_bits(value: Scaled, node: fx.Node) -> Reading:
     return Reading(all_are_1 if constant != 0 else negate(all_are_1), frozenset({float(fill)}), of_bits=True)
 
 
-def join(parts: list[Part], new: Callable[..., fx.Node]) -> fx.Node | None:
+def joined_terms(parts: list[BiasTerm], new: Callable[..., fx.Node]) -> fx.Node | None:
     """The parts as one bias again, of the widest dtype among those that are added; None for no parts.
 
     new: makes a call node from its target and arguments.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def _triton() -> HopProvider | None:
     if importlib.util.find_spec("triton") is None:
         return None
-    from spcompile.attention.kernels.triton.provider import Triton
+    from spcompile.attention.kernels.triton.hop_provider import Triton
 
     return Triton()
 

@@ -1,4 +1,4 @@
-"""split-exchanges: numbers for all heads and ways, what pays by the tables, and what then hides behind what.
+"""split-all-to-alls: numbers for all heads and ways, what pays by the tables, and what then hides behind what.
 
 N query heads, G key/value heads; float64, outputs and gradients of every input, all ranks in one process.
 """
@@ -27,7 +27,9 @@ from final_graphs import MODES, final_graphs, tokens
 from final_graphs import llama as small_llama
 
 from spcompile import explain, models
-from spcompile.attention.ulysses.exchanges import (
+from spcompile.attention.ulysses.head_groups import HeadGroups
+from spcompile.attention.ulysses.head_shares import HeadSplit
+from spcompile.attention.ulysses.messages import (
     WAYS,
     Exchanges,
     Piece,
@@ -37,25 +39,23 @@ from spcompile.attention.ulysses.exchanges import (
     first_apart,
     together,
 )
-from spcompile.attention.ulysses.head_groups import HeadGroups
-from spcompile.attention.ulysses.heads import HeadSplit
 from spcompile.capture.meta_device import off_meta
 from spcompile.diagnostics import IllegalOption, Remarks
 from spcompile.machine.links import LINKS
 from spcompile.machine.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.passes import PIPELINE
-from spcompile.passes.placement.split_exchanges import SplitExchanges
+from spcompile.passes.placement.split_all_to_alls import SplitAllToAlls
 from spcompile.passes_api import Context
 from spcompile.program.trace import compile_for, through_dynamo
-from spcompile.schedule.cost import CostModel, cost_model, is_product
+from spcompile.schedule.op_cost import CostModel, cost_model, is_matmul
 from spcompile.schedule.timeline import is_wait, starts, timeline, transfer
 
 SIZES = [(4, 2, 2), (6, 2, 3), (5, 5, 3), (3, 3, 2), (8, 2, 2), (8, 4, 4), (4, 1, 2), (9, 3, 4)]  # N, G, ranks
 
 
 def options(groups: int, way: str) -> dict[str, Any]:
-    return {"split-exchanges": {"groups": groups, "way": way}}
+    return {"split-all-to-alls": {"groups": groups, "way": way}}
 
 
 def check(name: str, n: int, g: int, length: int, mesh: dict[str, int], attention: Any, groups: int, way: str) -> Any:
@@ -154,7 +154,7 @@ def test_bytes_stay() -> None:
         program = after_pass("parallelize-attention", causal, qkv(8, 2, 8), 2, attention="ulysses", passes=passes)
         return sum(n.args[0].meta["val"].numel() for n in nodes_of(program, "spx.all_to_all"))
 
-    whole = sent(**{"split-exchanges": False})
+    whole = sent(**{"split-all-to-alls": False})
     assert {sent(**options(groups, way)) for groups in (1, 2, 4) for way in WAYS} == {whole}
 
 
@@ -167,8 +167,8 @@ def test_fewer_groups_where_heads_do_not_divide() -> None:
 def test_ways_and_groups_that_there_are_not() -> None:
     empty = fx.GraphModule(torch.nn.Module(), fx.Graph())
     ctx = Context(MeshShape.of({"cp": 2}), Options(), Remarks())
-    for wrong in (SplitExchanges(way="apartly"), SplitExchanges(groups=0)):
-        with pytest.raises(IllegalOption, match="split-exchanges"):
+    for wrong in (SplitAllToAlls(way="apartly"), SplitAllToAlls(groups=0)):
+        with pytest.raises(IllegalOption, match="split-all-to-alls"):
             wrong.run(empty, ctx)
 
 
@@ -236,7 +236,7 @@ def late(gm: fx.GraphModule, cost: CostModel) -> dict[str, float]:
 def test_most_of_a_large_exchange_hides() -> None:
     """Of a Llama 3 8B layer: a quarter is exposed forward, where all was; nothing backward."""
     split, cost = llama(8192)
-    whole, _ = llama(8192, passes={"split-exchanges": False})
+    whole, _ = llama(8192, passes={"split-all-to-alls": False})
     exposed = {phase: late(gm, cost).get("all_to_all_single", 0.0) for phase, gm in split.items()}
     before = late(whole["forward"], cost)["all_to_all_single"]
     assert exposed["forward"] < before / 4
@@ -256,7 +256,7 @@ def products_between(gm: fx.GraphModule, op: str) -> list[int]:
             found[node] = -count
         elif is_wait(node) and node.args[0] in found:
             found[node.args[0]] += count
-        elif is_product(node):
+        elif is_matmul(node):
             count += 1
     return list(found.values())
 

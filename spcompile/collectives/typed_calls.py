@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from spcompile.collectives.base import Size
+from spcompile.collectives.collective import Size
 from spcompile.graph.typed_call import Operand, TypedCall
 
 

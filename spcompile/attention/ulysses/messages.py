@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from spcompile.attention.ulysses.head_groups import HeadGroups
-from spcompile.attention.ulysses.heads import HeadSplit
+from spcompile.attention.ulysses.head_shares import HeadSplit
 from spcompile.machine.links import Link
 
 KERNELS = 6  # of a step for each message more: packed and unpacked forward, backward, and by a group's attention

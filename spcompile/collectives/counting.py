@@ -24,7 +24,7 @@ class Traffic:
     bytes: int
 
 
-def traffic_of(run: Callable[[], object]) -> list[Traffic]:
+def count_collectives(run: Callable[[], object]) -> list[Traffic]:
     """The collectives that one call of `run` starts on this rank, most bytes first; compiled code included.
 
     Receives are not listed: each is another rank's send.

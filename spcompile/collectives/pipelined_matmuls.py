@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spcompile.collectives.base import with_size
-from spcompile.collectives.point_to_point import Requests, Shift, Wait, drive, simulate
+from spcompile.collectives.collective import with_size
+from spcompile.collectives.point_to_point import Requests, Shift, Wait, drive, drive_all
 from spcompile.diagnostics import RanksDisagree
 from spcompile.torch_private import fused_all_gather_matmul, fused_matmul_reduce_scatter, resolve_process_group
 
@@ -200,12 +200,12 @@ def _matmul_reduce_scatter(
 
 def spec_all_gather_matmul(ranks: Sequence[tuple[Any, ...]]) -> list[list[Tensor]]:
     """What spx::all_gather_matmul returns on every rank, given every rank's arguments; needs no process group."""
-    return simulate([gather_and_multiply(rank, *args[:7]) for rank, args in enumerate(ranks)])
+    return drive_all([gather_and_multiply(rank, *args[:7]) for rank, args in enumerate(ranks)])
 
 
 def spec_matmul_reduce_scatter(ranks: Sequence[tuple[Any, ...]]) -> list[Tensor]:
     """What spx::matmul_reduce_scatter returns on every rank, given every rank's arguments."""
-    return simulate([multiply_and_scatter(rank, *args[:6]) for rank, args in enumerate(ranks)])
+    return drive_all([multiply_and_scatter(rank, *args[:6]) for rank, args in enumerate(ranks)])
 
 
 def _fake_all_gather_matmul(

@@ -1,4 +1,4 @@
-"""pipeline-products: its ops on all ranks, whole models in the simulator, races that it must catch, where it pays."""
+"""pipeline-matmuls: its ops on all ranks, whole models in the simulator, races that it must catch, where it pays."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from torch.utils import _pytree as pytree
 
 from spcompile import models
 from spcompile.check.verifier import verify_graph
-from spcompile.collectives import pipelined_products
-from spcompile.collectives.pipelined_products import PIPELINED, gather_and_multiply, multiply_and_scatter
-from spcompile.collectives.pipelined_products import spec_all_gather_matmul as gathered_on_all
-from spcompile.collectives.pipelined_products import spec_matmul_reduce_scatter as scattered_on_all
+from spcompile.collectives import pipelined_matmuls
+from spcompile.collectives.pipelined_matmuls import PIPELINED, gather_and_multiply, multiply_and_scatter
+from spcompile.collectives.pipelined_matmuls import spec_all_gather_matmul as gathered_on_all
+from spcompile.collectives.pipelined_matmuls import spec_matmul_reduce_scatter as scattered_on_all
 from spcompile.collectives.point_to_point import Shift, Wait
 from spcompile.diagnostics import Remarks
 from spcompile.explain import explain
@@ -29,13 +29,13 @@ from spcompile.graph.edit import call
 from spcompile.machine import sequence
 from spcompile.machine.mesh import MeshShape
 from spcompile.options import Options
-from spcompile.passes.schedule.pipeline_products import PipelineProducts
+from spcompile.passes.schedule.pipeline_matmuls import PipelineMatmuls
 from spcompile.passes_api import Context, Stage
 from spcompile.schedule.communication import communication
-from spcompile.schedule.cost import CostModel, cost_model
+from spcompile.schedule.op_cost import CostModel, cost_model
 
 aten, spx = torch.ops.aten, torch.ops.spx
-EVERYWHERE = {"pipeline-products": {"min_gain": -math.inf}}
+EVERYWHERE = {"pipeline-matmuls": {"min_gain": -math.inf}}
 LENGTHS = (1, 5, 8)
 DEGREES = (1, 2, 4, 7)
 
@@ -173,7 +173,7 @@ def test_a_planted_race_is_caught(mode: Mode, race: Any, monkeypatch: pytest.Mon
     graphs, plain, inputs = final_graphs(llama(1), tokens(), {"tp": 2}, passes=EVERYWHERE)
     expected = on_one_device(plain, inputs)
     name = "gather_and_multiply" if race is reads_too_early else "multiply_and_scatter"
-    monkeypatch.setattr(pipelined_products, name, race)
+    monkeypatch.setattr(pipelined_matmuls, name, race)
 
     def run() -> None:
         rank = after_autograd(graphs["forward"], graphs["backward"], inputs, {"tp": 2}, mode)[0]
@@ -188,7 +188,7 @@ def test_a_planted_race_is_caught(mode: Mode, race: Any, monkeypatch: pytest.Mon
 def test_the_bytes_stay_what_they_were() -> None:
     """Counted for each phase and origin; only the names of the rows are others."""
     sent: list[dict[tuple[str, str], Any]] = []
-    for passes in ({"pipeline-products": False}, EVERYWHERE):
+    for passes in ({"pipeline-matmuls": False}, EVERYWHERE):
         graphs, _, _ = final_graphs(llama(1), tokens(), {"tp": 2}, passes=passes)
         found: dict[tuple[str, str], Any] = {}
         for phase, gm in graphs.items():
@@ -212,12 +212,12 @@ def llama_8b_layer(rows: int, *, passes: dict[str, Any] | None = None, **setting
 
 
 def rewrites(plan: Any) -> int:
-    return sum(row.rewrites for row in plan.passes if row.name == "pipeline-products")
+    return sum(row.rewrites for row in plan.passes if row.name == "pipeline-matmuls")
 
 
 @pytest.mark.thinned(2)
 def test_it_pays_for_the_layers_of_a_large_model_on_long_sequences() -> None:
-    with_it, without = (llama_8b_layer(8192, passes=p) for p in ({}, {"pipeline-products": False}))
+    with_it, without = (llama_8b_layer(8192, passes=p) for p in ({}, {"pipeline-matmuls": False}))
     assert rewrites(with_it) >= 3
     assert with_it.predicted.total("seconds") < without.predicted.total("seconds")
     assert with_it.predicted.phases[0].exposed < 0.5 * without.predicted.phases[0].exposed
@@ -237,7 +237,7 @@ def test_chunks_of_few_rows_do_not_pay() -> None:
 def test_what_a_chunk_takes_can_be_added_by_hand() -> None:
     """Rows of a chunk 8192, two weights; an H100 has 132 units, and a tile 128 rows and columns."""
     cost: CostModel = cost_model(MeshShape.of({"tp": 8}), Options(links={"tp": "nvlink"}))
-    from spcompile.schedule.cost import gathering_chunks
+    from spcompile.schedule.op_cost import gathering_chunks
 
     meta = {"dtype": torch.bfloat16, "device": "meta"}
     part, weights = torch.empty(1, 8192, 4096, **meta), [torch.empty(4096, 1792, **meta)] * 2
@@ -307,7 +307,7 @@ def test_symmetric_memory_where_it_fits(device: str, length: int, products: int,
     """On CUDA, without padding, and for one product in front of a scatter."""
     gm = site_on(device, length, products)
     context = Context(MeshShape.of({"tp": 2}), Options(), Remarks())
-    assert PipelineProducts(min_gain=-math.inf, symmetric_memory=True).run(gm, context) == 1
+    assert PipelineMatmuls(min_gain=-math.inf, symmetric_memory=True).run(gm, context) == 1
     (found,) = calls_of(gm.graph)
     assert (found.args[-1] is True) == fits
     verify_graph(gm, Stage.SCHEDULE, context.mesh)

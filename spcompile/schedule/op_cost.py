@@ -25,11 +25,11 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
 import spcompile.attention.op  # noqa: F401  (defines the ops)
-from spcompile.attention.ring.call import RingCall, attention_of, is_attention, ring_of
-from spcompile.attention.scores.call import Gradients
+from spcompile.attention.ring.ring_call import RingCall, attention_of, is_attention, ring_of
+from spcompile.attention.scores.attention_call import GradientCall
 from spcompile.attention.scores.mask import AttentionMask
-from spcompile.collectives.calls import AllGatherMatmulCall, MatmulReduceScatterCall
-from spcompile.collectives.pipelined_products import PIPELINED
+from spcompile.collectives.pipelined_matmuls import PIPELINED
+from spcompile.collectives.typed_calls import AllGatherMatmulCall, MatmulReduceScatterCall
 from spcompile.graph.edit import is_getitem
 from spcompile.graph.sizes import hint, numel_hint
 from spcompile.graph.typed_call import value_of
@@ -118,7 +118,7 @@ class CostModel:
             seconds = self.communication(node)
             return Work(compute, seconds, seconds)
         hops = max(1, ring.most_hops)
-        one = self._link(sent[1]).seconds(_number(sent[2], node) / hops)
+        one = self._link(sent[1]).seconds(_at_traced_sizes(sent[2], node) / hops)
         return Work(compute, hops * one, hops * max(0.0, one - compute / (hops + 1)))
 
     def pipelined(self, chunks: Chunks) -> Work:
@@ -140,7 +140,7 @@ class CostModel:
 
     def is_heavy(self, node: fx.Node) -> bool:
         """Whether a node is a product, an attention, or sends anything."""
-        return is_product(node) or sent_by(node, self.mesh) is not None
+        return is_matmul(node) or sent_by(node, self.mesh) is not None
 
     def communication(self, node: fx.Node) -> float:
         """Seconds that a collective is on its way."""
@@ -148,12 +148,12 @@ class CostModel:
         assert sent is not None, node
         op, axis, amount = sent
         chain = 1 if op == "all_to_all" else (self.mesh.size(axis) - 1) * (2 if op == "all_reduce" else 1)
-        return self._link(axis).seconds(_number(amount, node), max(1, chain))
+        return self._link(axis).seconds(_at_traced_sizes(amount, node), max(1, chain))
 
     def bytes_sent(self, node: fx.Node) -> float:
         """By this rank, in a collective."""
         sent = sent_by(node, self.mesh)
-        return 0.0 if sent is None else _number(sent[2], node)
+        return 0.0 if sent is None else _at_traced_sizes(sent[2], node)
 
     def _link(self, axis: str) -> Any:
         return link_of(self.mesh, axis, self.links)
@@ -187,7 +187,7 @@ def cost_model(mesh: MeshShape, options: Options) -> CostModel:
     return CostModel(mesh, ACCELERATORS[options.accelerator], options.links, options.compiler == "inductor")
 
 
-def is_product(node: fx.Node) -> bool:
+def is_matmul(node: fx.Node) -> bool:
     """Whether a node is a matrix product, a convolution or an attention."""
     is_counted = getattr(node.target, "overloadpacket", None) in flop_registry
     return is_counted or is_attention(node) or node.target in PIPELINED
@@ -245,7 +245,7 @@ def attention_flops(node: fx.Node) -> float:
     B, N, _, S, T, H, V = call.sizes.hints()
     if isinstance(call, RingCall):
         T = call.ring.k_length
-    widths = 3 * H + 2 * V if isinstance(call, Gradients) else H + V
+    widths = 3 * H + 2 * V if isinstance(call, GradientCall) else H + V
     return 2.0 * B * N * S * T * widths * visible(call.attention_mask, T)
 
 
@@ -280,7 +280,7 @@ def _as_hinted(value: Any) -> Any:
     return torch.empty([hint(s) for s in value.shape], device="meta") if isinstance(value, torch.Tensor) else value
 
 
-def _number(size: sympy.Expr, node: fx.Node) -> float:
+def _at_traced_sizes(size: sympy.Expr, node: fx.Node) -> float:
     """An expression with every symbol at its value at trace time."""
     if size.is_number:
         return float(size)

@@ -1,4 +1,4 @@
-"""split-exchanges: Ulysses in several messages, where compute hides them; one message would hide behind nothing.
+"""split-all-to-alls: Ulysses in several messages, where compute hides them; one message would hide behind nothing.
 
 Before: attention(q local, all_gather(k), all_gather(v), positions), to become
              all_to_all(q, k, v in one message) -> attention -> all_to_all
@@ -28,32 +28,32 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.attention.gathered import before_gathers, exchange_heads, is_gathered, strategy_of
-from spcompile.attention.scores.call import AttentionCall
-from spcompile.attention.ulysses.exchanges import WAYS, Exchanges, Times, candidates, together
+from spcompile.attention.lowered_attention import before_gathers, is_gathered, strategy_of, to_head_parallel
+from spcompile.attention.scores.attention_call import AttentionCall
 from spcompile.attention.ulysses.head_groups import HeadGroups
 from spcompile.attention.ulysses.head_parallel import keys_travel_apart
-from spcompile.attention.ulysses.heads import HeadSplit
+from spcompile.attention.ulysses.head_shares import HeadSplit
+from spcompile.attention.ulysses.messages import WAYS, Exchanges, Times, candidates, together
 from spcompile.diagnostics import IllegalOption
 from spcompile.graph.typed_call import value_of
 from spcompile.machine.links import link_of
 from spcompile.machine.mesh import inner_part
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.schedule.cost import CostModel, cost_model
+from spcompile.schedule.op_cost import CostModel, cost_model
 
 GROUPS = (1, 2, 4)
 FULL = 32  # launches of a kernel: attention that takes as long fills the device
 
 
 @dataclass(frozen=True)
-class SplitExchanges(Pass):
+class SplitAllToAlls(Pass):
     """Cut the exchanges of Ulysses where the tables say that it pays.
 
     groups: of heads; None decides by time. Where so many do not divide a rank's heads, the next smaller number does.
-    way: one of WAYS in spcompile/attention/ulysses/exchanges.py; None decides by time.
+    way: one of WAYS in spcompile/attention/ulysses/messages.py; None decides by time.
     """
 
-    name: ClassVar[str] = "split-exchanges"
+    name: ClassVar[str] = "split-all-to-alls"
     stage: ClassVar[Stage] = Stage.LOCAL
     after: ClassVar[frozenset[str]] = frozenset({"lower"})
     axis: ClassVar[str | None] = "cp"
@@ -69,9 +69,9 @@ class SplitExchanges(Pass):
             IllegalOption: a way or a number of groups that there is not.
         """
         if self.way not in (None, *WAYS):
-            raise IllegalOption(f"passes: split-exchanges: way={self.way!r}", legal=", ".join(WAYS))
+            raise IllegalOption(f"passes: split-all-to-alls: way={self.way!r}", legal=", ".join(WAYS))
         if self.groups is not None and self.groups < 1:
-            raise IllegalOption(f"passes: split-exchanges: groups={self.groups}", legal="1 or more")
+            raise IllegalOption(f"passes: split-all-to-alls: groups={self.groups}", legal="1 or more")
         cost = cost_model(ctx.mesh, ctx.options)
         count = 0
         traced: dict[Any, fx.Graph] = {}
@@ -92,7 +92,7 @@ class SplitExchanges(Pass):
             back = f"{best.groups} back" if best.groups > 1 else "one back"
             text = f"Ulysses sends {best}, and {back}: from the projections to the result in {new}, instead of {old}"
             ctx.remarks.add("SPR205", text, strict_error=False)
-            exchange_heads(node, inner, best, traced)
+            to_head_parallel(node, inner, best, traced)
             count += 1
         if count:
             gm.graph.eliminate_dead_code()

@@ -11,13 +11,13 @@ import torch
 import torch.fx as fx
 
 import spcompile.attention.op  # noqa: F401  (defines spx::attention)
-from spcompile.attention.scores.call import AttentionCall
+from spcompile.attention.scores.attention_call import AttentionCall
 from spcompile.attention.scores.mask import AttentionMask
 from spcompile.graph.edit import call, operand, shape_of
 from spcompile.graph.splice import splice
-from spcompile.recognition.heads import before_repeat
+from spcompile.recognition.masks.bias_terms import BiasTerm, Role, full_bias, joined_terms
 from spcompile.recognition.masks.fills import WithoutKeys
-from spcompile.recognition.masks.parts import Part, Role, full_bias, join
+from spcompile.recognition.masks.index_maps import sizes_of
 from spcompile.recognition.masks.rows_without_keys import (
     LOWEST,
     large_numbers_apart,
@@ -25,7 +25,7 @@ from spcompile.recognition.masks.rows_without_keys import (
     of_both,
     without_large_numbers,
 )
-from spcompile.recognition.masks.views import sizes_of
+from spcompile.recognition.repeated_heads import before_repeat
 
 aten = torch.ops.aten
 AVERAGED = "spx_averages_rows_of_one_number"  # marks an attention whose rows without keys are dealt with
@@ -100,13 +100,13 @@ class Builder:
         return self(operator.getitem, both, 0)
 
     def bias(
-        self, parts: list[Part], without: WithoutKeys, q: fx.Node, k: fx.Node
+        self, parts: list[BiasTerm], without: WithoutKeys, q: fx.Node, k: fx.Node
     ) -> tuple[fx.Node | None, list[Rest]]:
         """The bias of the attention, and the attentions of its rows without keys."""
         if without.unknown:
             return self._bias_of_unknown(parts, without, q, k)
         if not without.seconds:
-            return join(parts, self), []
+            return joined_terms(parts, self), []
         rest = [
             Rest(self._joined(second.parts, without, q, k), second.are_scores, second.rounded_by)
             for second in without.seconds
@@ -140,7 +140,7 @@ class Builder:
         return self(aten.add.Tensor, out, total)
 
     def _bias_of_unknown(
-        self, parts: list[Part], without: WithoutKeys, q: fx.Node, k: fx.Node
+        self, parts: list[BiasTerm], without: WithoutKeys, q: fx.Node, k: fx.Node
     ) -> tuple[fx.Node | None, list[Rest]]:
         others = [part for part in parts if part not in without.unknown]
         is_for_each_key = all(part.is_one_for_all_rows and part.is_one_for_all_heads for part in without.unknown)
@@ -154,7 +154,7 @@ class Builder:
         small, *more = self.shared[key]
 
         def with_others(numbers: fx.Node) -> fx.Node | None:
-            return self._joined([*others, Part(numbers, Role.ADD)], without, q, k)
+            return self._joined([*others, BiasTerm(numbers, Role.ADD)], without, q, k)
 
         if by_key:
             relative, absorbed = map(with_others, more)
@@ -163,13 +163,13 @@ class Builder:
             rest = [Rest(with_others(more[0]), rounded_by=LOWEST, documents=(more[1], more[2]))]
         return with_others(small), rest
 
-    def _joined(self, parts: Sequence[Part], without: WithoutKeys, q: fx.Node, k: fx.Node) -> fx.Node | None:
+    def _joined(self, parts: Sequence[BiasTerm], without: WithoutKeys, q: fx.Node, k: fx.Node) -> fx.Node | None:
         kept = [self._kept(part, without.fills[part]) if part in without.fills else part for part in parts]
-        return full_bias(join(kept, self), q, k, self)
+        return full_bias(joined_terms(kept, self), q, k, self)
 
-    def _kept(self, part: Part, fill: float) -> Part:
+    def _kept(self, part: BiasTerm, fill: float) -> BiasTerm:
         """The condition that is behind an added mask: a number and 0 lie on two sides of half the number."""
-        return Part(self(aten.gt.Scalar, part.node, fill / 2), Role.KEEP)
+        return BiasTerm(self(aten.gt.Scalar, part.node, fill / 2), Role.KEEP)
 
     def _insert(self, attention: AttentionCall) -> fx.Node:
         self.made.append(attention.insert(like=self.at))

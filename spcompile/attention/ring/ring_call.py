@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch.fx as fx
 
 from spcompile.attention.ring.ring import Ring
-from spcompile.attention.scores.call import Attention, AttentionBackwardCall, AttentionCall, Gradients
+from spcompile.attention.scores.attention_call import Attention, AttentionBackwardCall, AttentionCall, GradientCall
 from spcompile.graph.sizes import Size, hint
 from spcompile.graph.typed_call import Operand, TypedCall, value_of
 
@@ -42,7 +42,7 @@ class RingCall(Attention):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RingBackwardCall(Gradients, RingCall):
+class RingBackwardCall(GradientCall, RingCall):
     """spx.ring_attention_backward."""
 
     NAME: ClassVar[str] = "ring_attention_backward"

@@ -1,4 +1,4 @@
-"""Ops that communicate, with dual, bytes and meaning for all ranks: one file each, all in COLLECTIVES."""
+"""Ops that communicate: one file each, with dual, bytes and meaning for all ranks."""
 
 from __future__ import annotations
 

@@ -112,4 +112,5 @@ def pipeline_drawing(pipeline: Sequence[Pass]) -> str:
 def _hanging(first: str, text: str) -> list[str]:
     """`text` behind `first`, wrapped under itself."""
     rest = "   |".ljust(len(first)) if first.startswith("   |") else " " * len(first)
-    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest) or [first.rstrip()]
+    lines = textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+    return lines or [first.rstrip()]

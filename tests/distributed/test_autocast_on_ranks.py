@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import error, recorded
+from oracle import error
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from worker_pool import WorkerPool
+
+from spcompile.program.observed import observed
 
 PoolOf = Callable[[int], WorkerPool]
 
@@ -94,9 +96,9 @@ def run(form: str, axis: str) -> tuple[dict[str, float], tuple[Any, Any]]:
     ours.compile(backend="spcompile", options={"compiler": "eager", "mesh": mesh})
     with Counted() as counted:
         want = step(plain, ids, form)
-    with recorded() as record:
+    with observed() as programs:
         have = step(ours, ids, form)
-    graphs = [gm for _, emission in record.programs() for gm in emission.graphs.values()]
+    graphs = [gm for _, emission in programs for gm in emission.graphs.values()]
     found = Counter(n.meta["val"].dtype for gm in graphs for n in gm.graph.nodes if n.target in PRODUCTS)
     return {n: error(want[n].detach(), have[n].detach(), 1e-3) for n in want}, (dict(counted.ran), dict(found))
 

@@ -137,7 +137,7 @@ def shifts(monkeypatch: pytest.MonkeyPatch) -> list[list[Shift]]:
         found.append([])
         return point_to_point.drive_all([noted(ranks[0], found[-1]), *ranks[1:]])
 
-    monkeypatch.setattr(op, "simulate", counting)
+    monkeypatch.setattr(op, "drive_all", counting)
     return found
 
 

@@ -161,7 +161,7 @@ class UnknownFlexAttention(SpcompileError, RuntimeError):
 
 
 class BatchNotSplit(SpcompileError, RuntimeError):
-    """The rows of the batch cannot be told apart, so that ranks of dp could not each compute their own."""
+    """The entries of the batch cannot be told apart, so that ranks of dp could not each compute their own."""
 
     code, title = "SP304", "the batch cannot be split over dp"
 

@@ -29,7 +29,7 @@ from spcompile.torch_private import FunctionalTensor, FunctionalTensorMode, Trac
 
 aten = torch.ops.aten
 
-OWN = "own"  # meta of an input with rows of the batch: its example value on one rank; of the output: the shapes there
+OWN = "own"  # meta of an input with the batch: its example value on one rank; of the output: the shapes there
 # Views that ask for strides become reshapes: later passes may change strides, never meaning.
 _RESHAPES = (aten.view.default, aten._unsafe_view.default)
 _NO_MEANING = (aten._assert_tensor_metadata.default, aten.alias.default)

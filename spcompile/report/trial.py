@@ -29,7 +29,7 @@ from spcompile.program.trace import Inputs, Traced, compile_for, through_dynamo
 from spcompile.program.whole_batch import over_whole_batch
 from spcompile.report.verify_report import TensorError, difference, is_exact, largest
 from spcompile.schedule.memory import saved_values
-from spcompile.sharding.rows import inputs_with_rows
+from spcompile.sharding.batch_entries import inputs_with_batch
 
 Observer = Callable[[fx.Node, list[Any]], None]
 
@@ -262,7 +262,7 @@ def trial_of(
     eager: Eager,
     rng: Tensor,
 ) -> Trial:
-    """Trace the model on the rows of dp's first rank; find which of its inputs and outputs are the plain model's."""
+    """Trace the model on the entries of dp's first rank; find which of its inputs and outputs are the plain model's."""
     (given,), per_rank = split_batch(example_inputs, 1), split_batch(example_inputs, mesh.size("dp"))
     parts = [pytree.tree_leaves(inputs) for inputs in per_rank]
     rows = {id(own[0]): own for own in zip(*parts, strict=True) if own[0] is not own[-1]}
@@ -273,9 +273,9 @@ def trial_of(
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         traced = compile_for(gm, inputs, mesh, options, pipeline, keep_texts=False)
         captured = traced.program.history.snapshots[0]
-        for node, batch in inputs_with_rows(traced.program.captured.graph).items():
+        for node, batch in inputs_with_batch(traced.program.captured.graph).items():
             if batch.dim != 0:
-                found = f"{node.name} has the batch in dim {batch.dim}; the rows of dp's ranks were cut from dim 0"
+                found = f"{node.name} has the batch in dim {batch.dim}; the entries of dp's ranks were cut from dim 0"
                 raise BatchNotSplit(found, legal="a mesh without dp here; compiled, each rank passes its own rows")
 
         def run(*arguments: Any) -> list[Tensor]:

@@ -1,9 +1,9 @@
-"""Rows of the batch that stand in blocks: chosen answers in front, rejected ones behind them.
+"""Entries of the batch that stand in blocks: chosen answers in front, rejected ones behind them.
 
     cat([x, y], 0)       stack([x, y], 0), flattened
     z[:B], z.chunk(2)    parts of the dim of blocks that z is unflattened to
 
-Written so, the batch is one factor of a dim, of which each rank has its rows of every block.
+Written so, the batch is one factor of a dim, of which each rank has its entries of every block.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _SPLITS = frozenset(
 
 
 def write_blocks(graph: fx.Graph, inputs: Mapping[fx.Node, Place]) -> int:
-    """Rewrite joins of equally many rows of `inputs`, which have them at these places, and cuts between such blocks.
+    """Rewrite joins of equally many entries of `inputs`, which have them at these places, and cuts between such blocks.
 
-    Returns how many. Rows whose number is a symbol stay as they are.
+    Returns how many. Entries whose number is a symbol stay as they are.
     """
     if not any(node.target in _CATS for node in graph.nodes):
         return 0
     spaces = find_index_spaces(graph)
-    rows = _rows(spaces, inputs)
-    joins = [node for node in graph.nodes if node.target in _CATS and _joins_rows(node, spaces, rows)]
+    entries = _entries(spaces, inputs)
+    joins = [node for node in graph.nodes if node.target in _CATS and _joins_entries(node, spaces, entries)]
     if not joins:
         return 0
     for node in joins:
@@ -47,14 +47,14 @@ def write_blocks(graph: fx.Graph, inputs: Mapping[fx.Node, Place]) -> int:
     for node in list(graph.nodes):
         if is_new:
             spaces = find_index_spaces(graph)
-            rows, is_new = _rows(spaces, inputs), False
-        found = _between_blocks(node, spaces, rows)
+            entries, is_new = _entries(spaces, inputs), False
+        found = _between_blocks(node, spaces, entries)
         if found is not None and _cut(node, *found):
             count, is_new = count + 1, True
     return count
 
 
-def _rows(spaces: IndexSpaces, inputs: Mapping[fx.Node, Place]) -> set[Space]:
+def _entries(spaces: IndexSpaces, inputs: Mapping[fx.Node, Place]) -> set[Space]:
     return {leaf for n, place in inputs.items() for leaf in leaves(spaces.values[n][0][place.dim])}
 
 
@@ -63,7 +63,7 @@ def _dim(node: fx.Node, place: int) -> int:
     return int(argument(node, place, "dim", 0)) % max(value.ndim, 1)
 
 
-def _joins_rows(node: fx.Node, spaces: IndexSpaces, rows: set[Space]) -> bool:
+def _joins_entries(node: fx.Node, spaces: IndexSpaces, entries: set[Space]) -> bool:
     parts: Any = node.args[0]
     dim = _dim(node, 1)
     if len(parts) < 2 or any(len(shape_of(part)) != len(shape_of(node)) for part in parts):
@@ -73,7 +73,7 @@ def _joins_rows(node: fx.Node, spaces: IndexSpaces, rows: set[Space]) -> bool:
     return (
         len(sizes) == 1
         and all(isinstance(size, int) for size in sizes)
-        and all(len(f) == 1 and f[0] in rows for f in found)
+        and all(len(f) == 1 and f[0] in entries for f in found)
     )
 
 
@@ -85,13 +85,13 @@ def _join(node: fx.Node) -> fx.Node:
     return flat
 
 
-def _between_blocks(node: fx.Node, spaces: IndexSpaces, rows: set[Space]) -> tuple[int, int] | None:
-    """The dim that this call cuts, if it has blocks of rows, and how many rows a block has."""
+def _between_blocks(node: fx.Node, spaces: IndexSpaces, entries: set[Space]) -> tuple[int, int] | None:
+    """The dim that this call cuts, if it has blocks of entries, and how many entries a block has."""
     dim = _cut_dim(node)
     if dim is None:
         return None
     found = leaves(spaces.values[operand(node, 0)][0][dim])
-    is_of_blocks = len(found) > 1 and found[-1] in rows and isinstance(found[-1].size, int)
+    is_of_blocks = len(found) > 1 and found[-1] in entries and isinstance(found[-1].size, int)
     return (dim, found[-1].size) if is_of_blocks else None
 
 
@@ -102,7 +102,7 @@ def _cut_dim(node: fx.Node) -> int | None:
 
 
 def _cut(node: fx.Node, dim: int, size: int) -> int:
-    """Cut a dim of blocks instead of one of blocks of `size` rows; returns 1, or 0 if the borders are others."""
+    """Cut a dim of blocks instead of one of blocks of `size` entries; returns 1, or 0 if the borders are others."""
     source = operand(node, 0)
     length, lengths = shape_of(source)[dim], [value.shape[dim] for value in tensor_results(node)]
     starts = [_start(node, length)] if is_tensor(node) else [0, *accumulate(lengths)][:-1]

@@ -1,4 +1,4 @@
-"""Axis dp with one row on every rank: the batch is a dim of size 1 there, as shared and unit dims are."""
+"""Axis dp with one entry on every rank: the batch is a dim of size 1 there, as shared and unit dims are."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ IGNORED = -100
 S, D = 6, 4
 
 
-class Rows(nn.Module):
-    """One attention with one head over [B, S, D], then what `end` makes of the rows."""
+class Entries(nn.Module):
+    """One attention with one head over [B, S, D], then what `end` makes of the entries."""
 
     def __init__(self, end: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -44,19 +44,19 @@ def random(*shape: int) -> Tensor:
 
 def verify(end: Callable[..., Any], mesh: dict[str, int] | None = None, **others: Tensor) -> Any:
     mesh = mesh or {"dp": 2}
-    return spcompile.verify(Rows(end), {"x_BSD": random(mesh["dp"], S, D), **others}, mesh=mesh)
+    return spcompile.verify(Entries(end), {"x_BSD": random(mesh["dp"], S, D), **others}, mesh=mesh)
 
 
 def mean(y_BSD: Tensor, w_DD: Tensor, **_: Tensor) -> Tensor:
     return y_BSD.square().mean()
 
 
-def mean_of_rows(y_BSD: Tensor, w_DD: Tensor, **_: Tensor) -> Tensor:
+def mean_of_entries(y_BSD: Tensor, w_DD: Tensor, **_: Tensor) -> Tensor:
     return y_BSD.mean((0, 1)).square().sum()
 
 
 def squared_sum_of_tokens(y_BSD: Tensor, w_DD: Tensor, **_: Tensor) -> Tensor:
-    """Sums within a row are not sums over ranks, also where the batch stands beside another dim of 1."""
+    """Sums within an entry are not sums over ranks, also where the batch stands beside another dim of 1."""
     return y_BSD.unsqueeze(1).sum(1).sum(1).square().sum()
 
 
@@ -87,14 +87,14 @@ def scaled(y_BSD: Tensor, w_DD: Tensor, scale_1: Tensor, bias_1D: Tensor) -> Ten
 
 
 @pytest.mark.thinned(6)
-@pytest.mark.parametrize("end", [mean, mean_of_rows, squared_sum_of_tokens, flattened, with_class_token, shifted])
+@pytest.mark.parametrize("end", [mean, mean_of_entries, squared_sum_of_tokens, flattened, with_class_token, shifted])
 @pytest.mark.parametrize("mesh", [{"dp": 2}, {"cp": 2, "dp": 3}])
-def test_sums_over_rows_are_sums_over_ranks(end: Callable[..., Tensor], mesh: dict[str, int]) -> None:
+def test_sums_over_entries_are_sums_over_ranks(end: Callable[..., Tensor], mesh: dict[str, int]) -> None:
     report = verify(end, mesh)
     assert report.ok, str(report)
 
 
-def test_a_row_of_its_own_beside_the_batch() -> None:
+def test_a_entry_of_its_own_beside_the_batch() -> None:
     report = verify(weighted, weight_B=random(2))
     assert report.ok, str(report)
 
@@ -117,12 +117,12 @@ def through_the_weights(y_BSD: Tensor, w_DD: Tensor, weight_1D: Tensor) -> tuple
 
 
 @pytest.mark.parametrize("end", [divided_by_the_weights, through_the_weights])
-def test_rows_or_shared_is_refused_where_it_matters(end: Callable[..., Tensor]) -> None:
+def test_entries_or_shared_is_refused_where_it_matters(end: Callable[..., Tensor]) -> None:
     name, shape = ("weight_1S", (1, S)) if end is divided_by_the_weights else ("weight_1D", (1, D))
     with pytest.raises(BatchNotSplit, match="one that all ranks share") as caught:
         verify(end, **{name: random(*shape)})
     assert name.lower() in str(caught.value)
-    assert "test_one_row.py" in str(caught.value)
+    assert "test_one_entry.py" in str(caught.value)
 
 
 def squeezed_weights(y_BSD: Tensor, w_DD: Tensor, weight_1S: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def squeezed_weights(y_BSD: Tensor, w_DD: Tensor, weight_1S: Tensor) -> Tensor:
     return (y_BSD.sum(2) * weight_S).sum() / weight_S.sum()
 
 
-def test_an_input_without_its_row_is_not_taken_for_shared() -> None:
+def test_an_input_without_its_entry_is_not_taken_for_shared() -> None:
     with pytest.raises(BatchNotSplit, match="squeeze"):
         verify(squeezed_weights, weight_1S=random(1, S))
 
@@ -151,20 +151,20 @@ def sequence_first(y_BSD: Tensor, w_DD: Tensor) -> Tensor:
     return y_BSD.transpose(0, 1).reshape(S * y_BSD.shape[0], D).cumsum(0).sum()
 
 
-def sorted_rows(y_BSD: Tensor, w_DD: Tensor) -> Tensor:
+def sorted_entries(y_BSD: Tensor, w_DD: Tensor) -> Tensor:
     return y_BSD.sort(0).values.sum()
 
 
-@pytest.mark.parametrize("end", [first, sequence_first, sorted_rows])
+@pytest.mark.parametrize("end", [first, sequence_first, sorted_entries])
 def test_what_cannot_be_followed_is_refused_with_its_line(end: Callable[..., Tensor]) -> None:
     with pytest.raises(BatchNotSplit) as caught:
         verify(end)
-    assert "test_one_row.py" in str(caught.value)
+    assert "test_one_entry.py" in str(caught.value)
 
 
 @pytest.mark.parametrize("end", [squeezed, any_of_two])
-def test_a_batch_of_one_row_is_none(end: Callable[..., Tensor]) -> None:
-    """What a model does with a single row is not what it does with the rows of all ranks."""
+def test_a_batch_of_one_entry_is_none(end: Callable[..., Tensor]) -> None:
+    """What a model does with a single entry is not what it does with the entries of all ranks."""
     report = verify(end)
     assert report.ok, str(report)
 
@@ -226,10 +226,10 @@ def test_verify_cuts_the_first_dim_only() -> None:
 
 def by_tokens(y_BSD: Tensor, w_DD: Tensor) -> Tensor:
     """Behind the sequence and back, and what joins two values in such dims, and a sum over tokens."""
-    rows = y_BSD.shape[0]
-    z_TD = y_BSD.transpose(0, 1).reshape(S * rows, D) @ w_DD
+    entries = y_BSD.shape[0]
+    z_TD = y_BSD.transpose(0, 1).reshape(S * entries, D) @ w_DD
     joined_TD = z_TD + y_BSD.transpose(0, 1).reshape(-1, D)
-    return joined_TD.view(S, rows, D).square().mean(1).sum() + joined_TD.square().sum()
+    return joined_TD.view(S, entries, D).square().mean(1).sum() + joined_TD.square().sum()
 
 
 def by_heads(y_BSD: Tensor, w_DD: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ def different_places(y_BSD: Tensor, w_DD: Tensor) -> Tensor:
 
 
 def test_dims_that_hold_the_batch_in_other_places() -> None:
-    with pytest.raises(BatchNotSplit, match="mixes rows of the batch"):
+    with pytest.raises(BatchNotSplit, match="mixes entries of the batch"):
         verify(different_places)
 
 
@@ -271,7 +271,7 @@ def test_models_with_other_numbers_of_valid_tokens(model: str) -> None:
 
 
 @pytest.mark.thinned(2)
-def test_outputs_are_each_ranks_own_row() -> None:
+def test_outputs_are_each_ranks_own_entry() -> None:
     ids_BS = torch.randint(0, 64, (2, 13), generator=torch.Generator().manual_seed(0))
     report = spcompile.verify(models.build("gpt-tiny").double(), {"ids_BS": ids_BS}, mesh={"dp": 2, "cp": 2})
     assert report.ok, str(report)
@@ -279,7 +279,7 @@ def test_outputs_are_each_ranks_own_row() -> None:
 
 @pytest.mark.slow
 @pytest.mark.thinned(2)
-@pytest.mark.parametrize("others", ["padding", "positions of all rows"])
+@pytest.mark.parametrize("others", ["padding", "positions of all entries"])
 def test_hugging_face_llama(others: str) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -291,7 +291,7 @@ def test_hugging_face_llama(others: str) -> None:
         inputs["attention_mask"] = torch.ones(2, 11, dtype=torch.long)
         inputs["attention_mask"][1, 7:] = 0
         inputs["labels"][1, 7:] = IGNORED
-    if others == "positions of all rows":
+    if others == "positions of all entries":
         inputs["position_ids"] = torch.arange(11)[None] + 3
     report = spcompile.verify(model, inputs, mesh={"dp": 2})
     assert report.ok, str(report)
@@ -300,7 +300,7 @@ def test_hugging_face_llama(others: str) -> None:
 @pytest.mark.thinned(4)
 @pytest.mark.parametrize("model", ["gpt-tiny", "llama-tiny"])
 def test_a_symbolic_length(model: str) -> None:
-    """The rows are followed beside a length that is a symbol, and that stays one."""
+    """The entries are followed beside a length that is a symbol, and that stays one."""
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> None:
         traced = compile_for(gm, inputs, MeshShape.of({"dp": 2}), Options(), PIPELINE)
@@ -311,6 +311,6 @@ def test_a_symbolic_length(model: str) -> None:
     ids_BS = torch.randint(0, 64, (1, 13))
     torch._dynamo.mark_dynamic(ids_BS, 1)
     through_dynamo(models.build(model), {"ids_BS": ids_BS}, over_whole_batch(backend, 2))
-    ((rows, length, _),) = found
-    assert rows == 2
+    ((entries, length, _),) = found
+    assert entries == 2
     assert isinstance(length, torch.SymInt)

@@ -1,9 +1,10 @@
-"""Which values of a graph of the whole batch have rows of it, of which each rank of dp holds its own.
+"""Which values of a graph of the whole batch have entries of it, of which each rank of dp holds its own.
 
-They are known from the inputs. But where every rank passes one row, an input with a first dim of 1 may also be one that
-all ranks share. That matters only where its rows are summed by themselves, or where it alone leads to an output with a
-gradient: a sum over each rank's own row goes on over `dp`, one over a shared row does not. There rows must be certain:
-attention has them, or an op would refuse its operands if one of them had a single row while the others have several.
+They are known from the inputs. But where every rank passes one entry, an input with a first dim of 1 may also be one
+that all ranks share. That matters only where its entries are summed by themselves, or where it alone leads to an output
+with a gradient: a sum over each rank's own entry goes on over `dp`, one over a shared entry does not. There entries
+must be certain: attention has them, or an op would refuse its operands if one of them had a single entry while the
+others have several.
 """
 
 from __future__ import annotations
@@ -34,27 +35,27 @@ from spcompile.sharding.propagate import (
 from spcompile.sharding.rules.rule import tensor_operands, tensor_results
 
 _FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
-_LEGAL = "two rows or more on every rank of dp; for a shared input, one without a dim of 1 in front"
+_LEGAL = "two entries or more on every rank of dp; for a shared input, one without a dim of 1 in front"
 
 
 class NotTheBatch(BatchNotSplit):
-    """Other inputs may have the rows, or the same in another dim."""
+    """Other inputs may have the entries, or the same in another dim."""
 
 
-def mark_rows(graph: fx.Graph, degree: int) -> None:
-    """In a graph that nobody has marked, rows are in all of the user's inputs that are as long as the first of them."""
+def mark_batch(graph: fx.Graph, degree: int) -> None:
+    """In a graph that nobody has marked, entries are in all of the user's inputs that are as long as the first one."""
     inputs = [n for n in graph.find_nodes(op="placeholder") if _is_users(n) and tensor_results(n) and shape_of(n)]
     if degree == 1 or any(OWN in n.meta for n in inputs):
         return
     for node in inputs:
-        rows, *rest = shape_of(node)
-        if same(rows, shape_of(inputs[0])[0]) and hint(rows) % degree == 0:
+        entries, *rest = shape_of(node)
+        if same(entries, shape_of(inputs[0])[0]) and hint(entries) % degree == 0:
             with node.meta["val"].fake_mode:
-                node.meta[OWN] = node.meta["val"].new_empty((rows // degree, *rest))
+                node.meta[OWN] = node.meta["val"].new_empty((entries // degree, *rest))
 
 
-def inputs_with_rows(graph: fx.Graph) -> dict[fx.Node, Place]:
-    """The tensors of which each rank passes its own rows, and in which dim they are."""
+def inputs_with_batch(graph: fx.Graph) -> dict[fx.Node, Place]:
+    """The tensors of which each rank passes its own entries, and in which dim they are."""
     inputs = [n for n in graph.find_nodes(op="placeholder") if OWN in n.meta and tensor_results(n)]
     pairs = ((n, enumerate(zip(shape_of(n), n.meta[OWN].shape, strict=True))) for n in inputs)
     return {n: Place(next(dim for dim, (all_ranks, own) in sizes if not same(all_ranks, own))) for n, sizes in pairs}
@@ -65,13 +66,13 @@ def _is_users(placeholder: fx.Node) -> bool:
     return not placeholder.meta.get("state") and not placeholder.meta.get("trainable")
 
 
-def require_rows(graph: fx.Graph, spaces: IndexSpaces, placements: Placements) -> None:
-    """Check that every attention is over rows, and that a row of which each rank passes one is certainly its own.
+def require_batch(graph: fx.Graph, spaces: IndexSpaces, placements: Placements) -> None:
+    """Check that every attention is over entries, and that an entry of which each rank passes one is certainly its own.
 
     Raises:
         BatchNotSplit: names the attention, or the inputs.
     """
-    inputs = inputs_with_rows(graph)
+    inputs = inputs_with_batch(graph)
     names = " and ".join(f"dim {place.dim} of {n.name}" for n, place in inputs.items())
     attentions = [n for n in graph.nodes if n in spaces.calls and _is_attention(n, spaces)]
     read = _read_by(graph)
@@ -79,13 +80,13 @@ def require_rows(graph: fx.Graph, spaces: IndexSpaces, placements: Placements) -
         choice = placements.choices.get(node)
         if choice is None or choice.factor in spaces.calls[node].rule.paired:
             found = f"{_where_the_batch_is(graph, spaces, node)}; an attention mixes what ranks have in {names}"
-            raise NotTheBatch(found, where=source_of(node), legal="inputs with rows of the batch, or DDP over dp")
+            raise NotTheBatch(found, where=source_of(node), legal="inputs with entries of the batch, or DDP over dp")
     first = next((n for n in graph.find_nodes(op="placeholder") if _is_users(n) and tensor_results(n)), None)
     if not attentions and first is not None and inputs.get(first) != Place(0):
-        found = f"no attention tells which inputs have rows, and {first.name} is not as long as {names}"
-        raise NotTheBatch(found, legal="the rows in the first input, or DDP over dp")
+        found = f"no attention tells which inputs have entries, and {first.name} is not as long as {names}"
+        raise NotTheBatch(found, legal="the entries in the first input, or DDP over dp")
     if len(inputs) > 1 and all(same(n.meta[OWN].shape[place.dim], 1) for n, place in inputs.items()):
-        _require_own_rows(graph, spaces, placements, {n for n in attentions if n in placements.choices})
+        _require_own_entries(graph, spaces, placements, {n for n in attentions if n in placements.choices})
 
 
 def _where_the_batch_is(graph: fx.Graph, spaces: IndexSpaces, attention: fx.Node) -> str:
@@ -110,8 +111,10 @@ def _read_by(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _require_own_rows(graph: fx.Graph, spaces: IndexSpaces, placements: Placements, attentions: set[fx.Node]) -> None:
-    """Check that every sum over rows, and every output with a gradient, is over values that certainly have rows."""
+def _require_own_entries(
+    graph: fx.Graph, spaces: IndexSpaces, placements: Placements, attentions: set[fx.Node]
+) -> None:
+    """Check that every sum over entries, and every output with a gradient, is over values that certainly have them."""
     certain = _certain(graph, spaces, placements, attentions)
     gradient = needs_gradient(graph, trainable_names(graph))
     for node in graph.nodes:
@@ -127,7 +130,7 @@ def _require_own_rows(graph: fx.Graph, spaces: IndexSpaces, placements: Placemen
         if doubtful:
             names = ", ".join(sorted(_inputs_of(doubtful[0], placements)))
             where = source_of(node if node.op != "output" else doubtful[0])
-            found = f"{names}: one row, this rank's own or one that all ranks share, and its rows are summed"
+            found = f"{names}: one entry, this rank's own or one that all ranks share, and its entries are summed"
             raise BatchNotSplit(found, where=where, legal=_LEGAL)
 
 
@@ -138,7 +141,7 @@ def _split_operands(node: fx.Node, spaces: IndexSpaces, choice: Choice) -> list[
 
 
 def _certain(graph: fx.Graph, spaces: IndexSpaces, placements: Placements, attentions: set[fx.Node]) -> set[fx.Node]:
-    """The values that have rows however the inputs are read, to a fixed point in both directions."""
+    """The values that have entries however the inputs are read, to a fixed point in both directions."""
     found = set(attentions)
     for node in attentions:
         q_k_v = tensor_operands(node)[:3]
@@ -160,19 +163,19 @@ def _certain(graph: fx.Graph, spaces: IndexSpaces, placements: Placements, atten
             if node in found and len(set(read)) == 1:
                 found.update(read)
             if node in found or any(n in found for n in read):
-                found.update(n for n in read if n not in found and _must_have_rows(node, n, placements))
+                found.update(n for n in read if n not in found and _must_have_entries(node, n, placements))
     return found
 
 
-def _must_have_rows(node: fx.Node, value: fx.Node, placements: Placements) -> bool:
-    """Whether a call would refuse, or give another shape, if `value` alone had one row."""
+def _must_have_entries(node: fx.Node, value: fx.Node, placements: Placements) -> bool:
+    """Whether a call would refuse, or give another shape, if `value` alone had one entry."""
     split = placements.places.get((value, 0))
     example = value.meta["val"]
     if split is None:
         return False
-    (rows, *_) = (shape_of(n)[place.dim] for n, place in inputs_with_rows(node.graph).items())
+    (entries, *_) = (shape_of(n)[place.dim] for n, place in inputs_with_batch(node.graph).items())
     try:
-        result = _evaluate(node, {value: example.narrow(split.dim, 0, example.shape[split.dim] // rows)})
+        result = _evaluate(node, {value: example.narrow(split.dim, 0, example.shape[split.dim] // entries)})
     except Exception:
         return True
     wanted = node.meta["val"]
@@ -200,7 +203,7 @@ def _evaluate(node: fx.Node, instead: Mapping[fx.Node, torch.Tensor]) -> Any:
 
 
 def _inputs_of(value: fx.Node, placements: Placements) -> set[str]:
-    """The names of the inputs with rows that a value depends on."""
+    """The names of the inputs with entries that a value depends on."""
     seen, todo = {value}, [value]
     while todo:
         for read in todo.pop().all_input_nodes:

@@ -1,4 +1,4 @@
-"""Batches of which every part stands behind the other: over dp each rank has its rows of every part."""
+"""Batches of which every part stands behind the other: over dp each rank has its entries of every part."""
 
 from __future__ import annotations
 
@@ -44,28 +44,28 @@ class Preferences(nn.Module):
         return -F.logsigmoid(first - sum(others) - reference).mean()
 
 
-def inputs(rows: int, answers: int) -> tuple[list[Tensor], Tensor]:
-    return [torch.randint(0, pm.VOCAB, (rows, 9)) for _ in range(answers)], torch.randn(rows, dtype=torch.float64)
+def inputs(entries: int, answers: int) -> tuple[list[Tensor], Tensor]:
+    return [torch.randint(0, pm.VOCAB, (entries, 9)) for _ in range(answers)], torch.randn(entries, dtype=torch.float64)
 
 
 @pytest.mark.thinned(10)
-@pytest.mark.parametrize("rows", [1, 2], ids=["one row a rank", "two rows a rank"])
+@pytest.mark.parametrize("entries", [1, 2], ids=["one entry a rank", "two entries a rank"])
 @pytest.mark.parametrize("name", PAIRS)
-def test_pairs(name: str, rows: int) -> None:
-    report = spcompile.verify(Preferences(PAIRS[name]).double(), inputs(2 * rows, 2), mesh={"dp": 2})
+def test_pairs(name: str, entries: int) -> None:
+    report = spcompile.verify(Preferences(PAIRS[name]).double(), inputs(2 * entries, 2), mesh={"dp": 2})
     assert report.ok, str(report)
     assert not report.remarks
 
 
 @pytest.mark.thinned(4)
-@pytest.mark.parametrize("rows", [1, 2], ids=["one row a rank", "two rows a rank"])
-def test_blocks_of_blocks(rows: int) -> None:
+@pytest.mark.parametrize("entries", [1, 2], ids=["one entry a rank", "two entries a rank"])
+def test_blocks_of_blocks(entries: int) -> None:
     model = Preferences(lambda x, n: (x[:n], *x[n:].chunk(2))).double()
-    report = spcompile.verify(model, inputs(2 * rows, 3), mesh={"dp": 2, "cp": 2})
+    report = spcompile.verify(model, inputs(2 * entries, 3), mesh={"dp": 2, "cp": 2})
     assert report.ok, str(report)
 
 
 def test_a_cut_inside_of_a_block_is_refused() -> None:
     model = Preferences(lambda x, n: (x[1 : n + 1], x[:n])).double()
-    with pytest.raises(BatchNotSplit, match=r"aten.slice.Tensor mixes rows of the batch"):
+    with pytest.raises(BatchNotSplit, match=r"aten.slice.Tensor mixes entries of the batch"):
         spcompile.verify(model, inputs(4, 2), mesh={"dp": 2})

@@ -1,4 +1,4 @@
-"""Axis dp: what the model computes from its number of rows, and decides by it, is about the rows of all ranks."""
+"""Axis dp: what the model computes from its number of entries, and decides by it, is about the entries of all ranks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def summed(logits_BSV: Tensor, y_BS: Tensor, reduction: str = "sum") -> Tensor:
 
 
 COUNTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "rows": lambda z, y: summed(z, y) / y.shape[0],
+    "entries": lambda z, y: summed(z, y) / y.shape[0],
     "tokens": lambda z, y: summed(z, y) / y.numel(),
     "numbers": lambda z, y: z.square().sum() / z.numel(),
     "tokens but the first": lambda z, y: summed(z[:, :-1], y[:, 1:]) / y[:, 1:].numel(),
@@ -57,39 +57,39 @@ RIGHT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def verify(loss: Callable[..., Tensor], rows: int) -> Any:
+def verify(loss: Callable[..., Tensor], entries: int) -> Any:
     generator = torch.Generator().manual_seed(1)
-    x_BSD = torch.randn(2 * rows, S, D, dtype=torch.float64, generator=generator)
-    y_BS = torch.randint(V, (2 * rows, S), generator=generator)
+    x_BSD = torch.randn(2 * entries, S, D, dtype=torch.float64, generator=generator)
+    y_BS = torch.randint(V, (2 * entries, S), generator=generator)
     return spcompile.verify(Scored(loss), {"x_BSD": x_BSD, "y_BS": y_BS}, mesh={"dp": 2})
 
 
 @pytest.mark.thinned(10)
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("entries", [1, 2])
 @pytest.mark.parametrize("name", COUNTED)
-def test_what_counts_rows_counts_those_of_all_ranks(name: str, rows: int) -> None:
-    report = verify(COUNTED[name], rows)
+def test_what_counts_entries_counts_those_of_all_ranks(name: str, entries: int) -> None:
+    report = verify(COUNTED[name], entries)
     assert report.ok, str(report)
 
 
 COUNTED_ANYWHERE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "tokens without padding": lambda z, y: summed(z, y) / (y.numel() - (y == 0).sum()),
-    "times rows": lambda z, y: summed(z, y, "mean") * len(z),
+    "times entries": lambda z, y: summed(z, y, "mean") * len(z),
     "a variance": lambda z, y: (z - z.mean(0)).square().sum(0).mean() / (len(z) - 1),
-    "root of rows": lambda z, y: z.square().sum() / math.sqrt(len(z)),
+    "root of entries": lambda z, y: z.square().sum() / math.sqrt(len(z)),
     "weights": lambda z, y: z.square().mean((1, 2)) @ torch.full((len(z),), 1 / len(z), dtype=z.dtype),
-    "ones over rows": lambda z, y: (z.square().mean((1, 2)) * (torch.ones(len(z)) / len(z))).sum(),
+    "ones over entries": lambda z, y: (z.square().mean((1, 2)) * (torch.ones(len(z)) / len(z))).sum(),
     "in every element": lambda z, y: (z / len(z)).tanh().mean(),
     "an output": lambda z, y: z.square().mean() + len(z),
-    "rows of a tensor that is not read": lambda z, y: z.square().sum() / len(y),
+    "entries of a tensor that is not read": lambda z, y: z.square().sum() / len(y),
 }
 
 
 @pytest.mark.thinned(10)
 @pytest.mark.parametrize("name", COUNTED_ANYWHERE)
-@pytest.mark.parametrize("rows", [1, 3])
-def test_counts_anywhere(name: str, rows: int) -> None:
-    report = verify(COUNTED_ANYWHERE[name], rows)
+@pytest.mark.parametrize("entries", [1, 3])
+def test_counts_anywhere(name: str, entries: int) -> None:
+    report = verify(COUNTED_ANYWHERE[name], entries)
     assert report.ok, str(report)
 
 
@@ -104,13 +104,13 @@ DECIDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", DECIDED)
-@pytest.mark.parametrize("rows", [1, 3])
-def test_a_program_is_the_one_for_all_rows(name: str, rows: int) -> None:
-    report = verify(DECIDED[name], rows)
+@pytest.mark.parametrize("entries", [1, 3])
+def test_a_program_is_the_one_for_all_entries(name: str, entries: int) -> None:
+    report = verify(DECIDED[name], entries)
     assert report.ok, str(report)
 
 
-def test_branches_that_all_rows_take_as_well() -> None:
+def test_branches_that_all_entries_take_as_well() -> None:
     report = verify(lambda z, y: z.square().mean() * (2 if len(z) > 1 and len(z) % 2 == 0 else 3), 2)
     assert report.ok, str(report)
 
@@ -127,26 +127,26 @@ GROUPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.thinned(6)
-@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("entries", [2, 4])
 @pytest.mark.parametrize("name", GROUPS)
-def test_groups_of_rows(name: str, rows: int) -> None:
-    report = verify(GROUPS[name], rows)
+def test_groups_of_entries(name: str, entries: int) -> None:
+    report = verify(GROUPS[name], entries)
     assert report.ok, str(report)
 
 
-@pytest.mark.parametrize("rows", [2, 4])
-def test_a_part_of_the_batch_on_every_rank(rows: int) -> None:
-    report = verify(lambda z, y: z.mean((1, 2)).view(2, -1).mean(1).square().sum(), rows)
+@pytest.mark.parametrize("entries", [2, 4])
+def test_a_part_of_the_batch_on_every_rank(entries: int) -> None:
+    report = verify(lambda z, y: z.mean((1, 2)).view(2, -1).mean(1).square().sum(), entries)
     assert report.ok, str(report)
 
 
 @pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", RIGHT)
-def test_what_counts_all_rows_is_right(name: str) -> None:
+def test_what_counts_all_entries_is_right(name: str) -> None:
     report = verify(RIGHT[name], 2)
     assert report.ok, str(report)
 
 
-def test_a_mask_of_ones_has_all_rows() -> None:
+def test_a_mask_of_ones_has_all_entries() -> None:
     report = verify(RIGHT["mask of ones"], 1)
     assert report.ok, str(report)

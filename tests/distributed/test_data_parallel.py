@@ -102,7 +102,7 @@ def logits_of_own_rows(axes: Mapping[str, int], outputs: str, rows: int) -> tupl
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(
     ("outputs", "kind", "rows"), [("full", "Tensor", 2), ("sharded", "DTensor", 1), ("sharded", "DTensor", 2)]
 )
@@ -154,6 +154,7 @@ def test_counts_of_rows_in_batches_that_change(worker_pool: PoolOf) -> None:
         assert max(errors) <= EXACT, errors
 
 
+@pytest.mark.thinned(2)
 def test_one_program_serves_every_number_of_rows(worker_pool: PoolOf) -> None:
     """A ninth batch size is no recompilation, of which Dynamo makes eight. A single row a rank is another program."""
     for errors, programs in worker_pool(2).run(over_batches_that_change, [(2 * rows, 9) for rows in range(1, 12)]):

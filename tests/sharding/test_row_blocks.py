@@ -57,7 +57,7 @@ def test_pairs(name: str, rows: int) -> None:
     assert not report.remarks
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("rows", [1, 2], ids=["one row a rank", "two rows a rank"])
 def test_blocks_of_blocks(rows: int) -> None:
     model = Preferences(lambda x, n: (x[:n], *x[n:].chunk(2))).double()

@@ -45,7 +45,7 @@ def test_ulysses_with_heads_that_do_not_divide(n: int, g: int, degree: int, leng
     check("causal", n, g, length, {"cp": degree}, "ulysses")
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("name", DATA)
 def test_what_belongs_to_heads_goes_with_them(name: str) -> None:
     """Three ranks share six heads of two key heads: the heads of a rank are not neighbours."""
@@ -60,7 +60,7 @@ def test_every_kind_of_attention_in_a_hybrid(name: str, balance: str) -> None:
     check(name, 4, 2, 13, {"cp": 4}, {"ulysses": 2, "ring": 2}, balance)
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize(("inner", "outer"), [(2, 3), (3, 2), (2, 4), (4, 2)])
 @pytest.mark.parametrize(("n", "g", "length"), [(4, 4, 24), (3, 1, 11), (4, 2, 5)])
 def test_every_factorisation(inner: int, outer: int, n: int, g: int, length: int) -> None:
@@ -87,7 +87,7 @@ def test_every_kind_with_any_heads(name: str, degree: int) -> None:
         check(name, n, g, 9, {"cp": degree}, "ulysses")
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("order", ["tp first", "cp first"])
 def test_a_hybrid_beside_tensor_parallelism(order: str) -> None:
     mesh = {"tp": 2, "cp": 4} if order == "tp first" else {"cp": 4, "tp": 2}
@@ -101,6 +101,7 @@ def test_keys_of_another_length() -> None:
         check_pipeline(full, qkv(4, 2, 9, 6), {"cp": 4}, attention=attention)
 
 
+@pytest.mark.thinned(2)
 def test_dropout_of_a_hybrid_is_that_of_one_device() -> None:
     program, _, given = compiled_locally(dropped, qkv(3, 3, 13), {"cp": 4}, attention={"ulysses": 2, "ring": 2})
     before = after_pass("recognize-loss", dropped, qkv(3, 3, 13))
@@ -118,6 +119,7 @@ def test_keys_that_several_ranks_need_are_copied_once() -> None:
     assert not nodes_of(program, "aten.repeat_interleave")
 
 
+@pytest.mark.thinned(2)
 def test_one_message_each_way_where_no_key_goes_to_two_ranks() -> None:
     for n, g, attention in ((3, 3, "ulysses"), (4, 4, {"ulysses": 2, "ring": 2})):
         program = after_pass("parallelize-attention", causal, qkv(n, g, 8), 4, attention=attention)

@@ -45,13 +45,13 @@ def local_calls() -> dict[str, tuple[Any, ...]]:
     }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", local_calls())
 def test_opcheck(name: str) -> None:
     torch.library.opcheck(attention, local_calls()[name])
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", local_calls())
 def test_opcheck_backward(name: str) -> None:
     arguments = local_calls()[name]
@@ -62,7 +62,7 @@ def test_opcheck_backward(name: str) -> None:
         torch.library.opcheck(torch.ops.spx.attention_backward.default, call)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_opcheck_ring(alone: str) -> None:
     bias = torch.randn(1, 4, 6, 6, dtype=torch.float64, requires_grad=True)
     for order in ("contiguous", "zigzag"):

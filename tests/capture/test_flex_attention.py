@@ -50,7 +50,7 @@ MASKS: dict[str, Mod] = {
 }
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("expected", MASKS)
 def test_masks(expected: str) -> None:
     found = rewrite(attend(MASKS[expected]), qkv(4, 2))
@@ -62,14 +62,14 @@ def test_masks(expected: str) -> None:
 SLOPES = 2.0 ** -torch.arange(1.0, 5.0, dtype=torch.float64)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_softcap() -> None:
     found = rewrite(attend(MASKS["causal"], lambda s, b, h, q, k: 3 * torch.tanh(s / 3)), qkv())
     assert found.masks == ["causal"]
     assert found.attentions[0].args[14] == 3
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_alibi() -> None:
     found = rewrite(attend(MASKS["causal"], lambda s, b, h, q, k: s + SLOPES[h] * (k - q)), qkv())
     assert found.masks == ["causal + alibi"]

@@ -95,7 +95,7 @@ def draws_other_numbers() -> str:
     return refusal(lambda: model(torch.ones(2, 4)))
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(
     ("mistake", "words"),
     [
@@ -121,7 +121,7 @@ def options_refused(options: dict[str, Any]) -> str:
     return refusal(lambda: model(ids()))
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -102,7 +102,7 @@ def logits_of_own_entries(axes: Mapping[str, int], outputs: str, entries: int) -
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(
     ("outputs", "kind", "entries"), [("full", "Tensor", 2), ("sharded", "DTensor", 1), ("sharded", "DTensor", 2)]
 )
@@ -154,6 +154,7 @@ def test_counts_of_entries_in_batches_that_change(worker_pool: PoolOf) -> None:
         assert max(errors) <= EXACT, errors
 
 
+@pytest.mark.thinned(2)
 def test_one_program_serves_every_number_of_entries(worker_pool: PoolOf) -> None:
     """A ninth batch size is no recompilation, of which Dynamo makes eight. A single entry a rank is another program."""
     for errors, programs in worker_pool(2).run(

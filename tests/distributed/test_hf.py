@@ -65,13 +65,13 @@ def counted(number: int) -> dict[str, Any]:
     return inputs(number, model="llama", kind="plain") | {"num_items_in_batch": torch.tensor(97)}
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_num_items_in_batch_over_two_micro_batches(worker_pool: PoolOf) -> None:
     case = Case(partial(build, "llama"), counted, micro_batches=(0, 1))
     assert_same(worker_pool(2), case, FLOAT32_INSIDE)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_float32(worker_pool: PoolOf) -> None:
     case = Case(partial(build, "llama"), partial(inputs, model="llama", kind="plain"), dtype=torch.float32)
     assert_same(worker_pool(2), case, FLOAT32)

@@ -44,7 +44,7 @@ def test_hugging_face(worker_pool: PoolOf, model: tuple[str, str], length: int, 
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_four_heads_on_three_ranks(worker_pool: PoolOf, compiler: str) -> None:
     options = {"attention": "ulysses", "compiler": compiler}
@@ -54,7 +54,7 @@ def test_four_heads_on_three_ranks(worker_pool: PoolOf, compiler: str) -> None:
     assert_same(worker_pool(3), case, FLOAT32_INSIDE)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", ["first apart", "apart"])
 def test_heads_in_groups_on_two_ranks(worker_pool: PoolOf, way: str, compiler: str) -> None:
@@ -73,7 +73,7 @@ def growing(number: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("attention", [HYBRID, "ulysses"], ids=str)
 def test_a_dynamic_length(worker_pool: PoolOf, attention: object) -> None:
     case = Case(

@@ -32,7 +32,7 @@ def check(world: int, model: str, kind: str, attention: str, length: int = 32) -
     assert not any(remark.code == "SPR101" for remark in report.remarks), "nothing was sharded"
 
 
-@pytest.mark.thinned(6, covers=["model", "kind", "attention"])
+@pytest.mark.thinned(9, covers=["model", "kind", "attention"])
 @EVERY_MODEL
 @pytest.mark.parametrize("kind", INPUTS)
 @EVERY_STRATEGY

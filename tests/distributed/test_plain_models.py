@@ -22,7 +22,7 @@ MODELS = {
 }
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 @pytest.mark.parametrize(
     "case", [Case(pm.Scored, pm.sequence_first), Case(pm.Translator, pm.translated)], ids=["scores", "cross"]
@@ -32,20 +32,20 @@ def test_scores_and_cross_attention(worker_pool: PoolOf, case: Case, attention: 
     assert not {"SPR101", "SPR201", "SPR202"} & set(outcomes[0].remarks)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_attention_that_cannot_be_read_is_split_by_rows(worker_pool: PoolOf) -> None:
     outcomes = assert_same(worker_pool(2), Case(pm.TalkingHeads, pm.sequence_first))
     assert "SPR202" in outcomes[0].remarks
     assert "SPR101" not in outcomes[0].remarks
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("name", MODELS)
 def test_model(worker_pool: PoolOf, name: str) -> None:
     assert_same(worker_pool(2), MODELS[name])
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_an_op_that_mixes_positions_is_gathered_with_a_remark(worker_pool: PoolOf) -> None:
     outcomes = assert_same(worker_pool(2), Case(pm.RunningSum, pm.einsum))
     assert {"SPR102", "SPR103"} & set(outcomes[0].remarks)
@@ -58,7 +58,7 @@ LABELS = {
 }
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("labels", LABELS)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_labels(worker_pool: PoolOf, reduction: str, labels: str) -> None:
@@ -73,7 +73,7 @@ def test_one_position_a_rank(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), Case(partial(pm.Reduced, "mean"), arguments))
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("length", [63, 65, 1000])
 def test_uneven_lengths(worker_pool: PoolOf, length: int) -> None:
     places = tuple((row, s) for row in (0, 1) for s in range(0, length, 2))

@@ -76,7 +76,7 @@ def test_with_context_parallelism(worker_pool: PoolOf, name: str, attention: str
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 @pytest.mark.parametrize("mesh", [{"tp": 2, "cp": 2}, {"cp": 2, "tp": 2}, {"tp": 4}], ids=str)
 @pytest.mark.parametrize("name", ["llama-tiny", "bert-tiny"])
@@ -85,7 +85,7 @@ def test_four_ranks(worker_pool: PoolOf, name: str, mesh: dict[str, int], attent
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
 def test_hugging_face_on_four_ranks(worker_pool: PoolOf, name: str) -> None:
     agrees(worker_pool(4), hugging_face(name), {"tp": 2, "cp": 2}, FLOAT32_INSIDE)
@@ -117,7 +117,7 @@ def test_inductor(worker_pool: PoolOf, name: str, regather: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("mesh", [{"tp": 4}, {"tp": 2, "cp": 2}], ids=str)
 def test_float32_and_two_micro_batches(worker_pool: PoolOf, mesh: dict[str, int]) -> None:
     case = plain("llama-tiny")

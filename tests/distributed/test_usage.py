@@ -58,7 +58,7 @@ def test_two_micro_batches_accumulate(worker_pool: PoolOf) -> None:
     assert len(outcomes[0].graphs) == 2, "one forward and one backward for both"
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 def test_torch_compile(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), Case(LLAMA, tokens, wrap=True))
 
@@ -92,7 +92,7 @@ def test_inductor(worker_pool: PoolOf, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 def test_lengths_that_change_compile_once_more(worker_pool: PoolOf) -> None:
     outcomes = assert_same(worker_pool(2), Case(GPT, partial(tokens, grows=15), micro_batches=(0, 1, 2, 3)))
     assert len(outcomes[0].graphs) <= 4, "the second length is the last to compile"
@@ -106,7 +106,7 @@ def marked(number: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 def test_mark_dynamic_compiles_once(worker_pool: PoolOf) -> None:
     outcomes = assert_same(worker_pool(2), Case(LLAMA, marked, micro_batches=(0, 1, 2)))
     assert len(outcomes[0].graphs) == 2
@@ -161,7 +161,7 @@ def sharded_outputs(length: int) -> dict[str, float]:
     return errors
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("length", [32, 33])
 def test_sharded_outputs(worker_pool: PoolOf, length: int) -> None:
     for errors in worker_pool(2).run(sharded_outputs, length):

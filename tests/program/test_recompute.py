@@ -89,7 +89,7 @@ def count(emission: Emission, phase: str, op: Any) -> int:
     return len(emission.graphs[phase].graph.find_nodes(op="call_function", target=op))
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize(("mix", "whole"), [(beginning, 0), (convolution, 2)])
 def test_a_gathered_activation_is_gathered_again(mix: Mix, whole: int, again: bool) -> None:

@@ -53,7 +53,7 @@ def test_bytes_of_a_causal_ring(degree: int) -> None:
     assert "scaled_dot_product_attention" in ring.source.text
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("degree", [2, 4])
 def test_bytes_of_ulysses(degree: int) -> None:
     """q, k, v in one message and the result in another, of each of which 1/degree stays; backward the result again."""
@@ -134,7 +134,7 @@ def test_no_tensor_is_larger_than_a_shard() -> None:
     assert source.file == explained.__file__
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 def test_a_llama_at_128k_in_a_minute() -> None:
     """On meta, as large as it is: nothing is computed, and no tensor is larger than 1/8 of the largest activation."""
     transformers = pytest.importorskip("transformers")
@@ -184,7 +184,7 @@ def test_figures_of_a_dynamic_length_are_expressions_of_it() -> None:
     assert isinstance(json.loads(json.dumps(plan.to_dict()))["memory"]["saved_activation_bytes"], str)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 def test_weights_may_be_real_or_on_meta_and_stay_untouched() -> None:
     model = Model()
     ids = torch.zeros(1, 64, dtype=torch.int64)

@@ -78,7 +78,7 @@ def test_without_a_loss_all_outputs_are_differentiated() -> None:
         verify(Block(), inputs, mesh={"cp": 2}, outputs="loss")
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 @pytest.mark.parametrize("degree", [1, 2])
 def test_attention_dropout_is_that_of_one_device(degree: int, attention: str) -> None:
@@ -90,7 +90,7 @@ def test_attention_dropout_is_that_of_one_device(degree: int, attention: str) ->
     assert any("one device" in note for note in report.notes)
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("mesh", [{"cp": 4}, {"cp": 4, "dp": 2}, {"tp": 2, "cp": 4}], ids=str)
 def test_a_hybrid_on_parts_of_an_axis(mesh: dict[str, int]) -> None:
     """The graphs before and behind autograd; a length that does not divide, and fewer heads than ranks."""
@@ -101,12 +101,13 @@ def test_a_hybrid_on_parts_of_an_axis(mesh: dict[str, int]) -> None:
     assert {row.graph for row in report.rows} == {"local", "final"}
 
 
+@pytest.mark.thinned(2)
 def test_dropout_draws_what_the_plain_model_draws() -> None:
     report = verify(Block(dropout=0.5), batch(), mesh={"cp": 2})
     assert report.ok, str(report)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 def test_dropout_over_dp_differs_and_a_note_says_why() -> None:
     report = verify(Block(dropout=0.5), batch(rows=4), mesh={"dp": 2})
     assert not report.ok
@@ -189,6 +190,7 @@ def double(node: fx.Node) -> None:
     node.replace_all_uses_with(twice, delete_user_cb=lambda user: user is not twice)
 
 
+@pytest.mark.thinned(2)
 def test_a_wrong_value_is_traced_to_pass_and_line(monkeypatch: pytest.MonkeyPatch) -> None:
     broken_pipeline(monkeypatch, "recognize-loss", Sabotage(spx.attention.default, scale_mask))
     report = verify(Block(), batch(), mesh={"cp": 2})
@@ -232,6 +234,7 @@ def test_an_operand_that_is_overwritten_in_flight_is_found(monkeypatch: pytest.M
     assert report.culprit.pass_name == "sabotage"
 
 
+@pytest.mark.thinned(2)
 def test_a_lowering_that_is_wrong_is_found_across_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The LOCAL graph has other shapes than the GLOBAL one: values are put together before they are compared."""
     from spcompile.sharding.lowering import Lower
@@ -297,7 +300,7 @@ class Statistics(Block):
         return {"logits": self.head(x_BSD + y_BSD)}
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}], ids=str)
 def test_inputs_that_are_written_to_and_constants(mesh: dict[str, int]) -> None:
     """A running mean is saved for the backward and written at the end, a weight is clamped without a gradient."""

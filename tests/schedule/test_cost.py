@@ -114,7 +114,7 @@ def test_collectives_of_one_axis_travel_one_after_the_other() -> None:
     assert found.communication == pytest.approx(2 * hidden(0).communication)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_predicted_times_add_up_and_name_what_they_assume() -> None:
     plans = {name: plan_of(2, attention="ulysses", links={"cp": name}) for name in ("nvlink", "loopback")}
     for link, plan in plans.items():

@@ -57,7 +57,7 @@ def test_pairs(name: str, entries: int) -> None:
     assert not report.remarks
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("entries", [1, 2], ids=["one entry a rank", "two entries a rank"])
 def test_blocks_of_blocks(entries: int) -> None:
     model = Preferences(lambda x, n: (x[:n], *x[n:].chunk(2))).double()

@@ -102,7 +102,7 @@ DECIDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("name", DECIDED)
 @pytest.mark.parametrize("entries", [1, 3])
 def test_a_program_is_the_one_for_all_entries(name: str, entries: int) -> None:
@@ -126,7 +126,7 @@ GROUPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("entries", [2, 4])
 @pytest.mark.parametrize("name", GROUPS)
 def test_groups_of_entries(name: str, entries: int) -> None:

@@ -91,7 +91,7 @@ def test_ranks_with_other_numbers_of_valid_tokens(model: str) -> None:
     assert report.ok, str(report)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_outputs_are_each_ranks_own_entries() -> None:
     ids_BS = torch.randint(0, 64, (4, 13))
     report = spcompile.verify(models.build("gpt-tiny").double(), {"ids_BS": ids_BS}, mesh={"dp": 2, "cp": 2})
@@ -103,6 +103,7 @@ def test_verify_sees_a_missing_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not spcompile.verify(Entries("mean"), inputs(), mesh={"dp": 2}).ok
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_one_device_has_the_entries_of_all_ranks(device: str) -> None:
     with torch.device(device):
@@ -111,6 +112,7 @@ def test_one_device_has_the_entries_of_all_ranks(device: str) -> None:
     assert plan.memory.saved_activation_bytes < plan.memory.saved_activation_bytes_one_device
 
 
+@pytest.mark.thinned(2)
 def test_under_a_default_device() -> None:
     """The frame is traced again under the modes of the call: what it makes lies on the same device."""
     model, ids_BS = models.build("llama", layers=1).double(), torch.randint(0, 50, (2, 12))

@@ -86,7 +86,7 @@ def scaled(y_BSD: Tensor, w_DD: Tensor, scale_1: Tensor, bias_1D: Tensor) -> Ten
     return (y_BSD * scale_1 + bias_1D).square().sum()
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("end", [mean, mean_of_entries, squared_sum_of_tokens, flattened, with_class_token, shifted])
 @pytest.mark.parametrize("mesh", [{"dp": 2}, {"cp": 2, "dp": 3}])
 def test_sums_over_entries_are_sums_over_ranks(end: Callable[..., Tensor], mesh: dict[str, int]) -> None:
@@ -184,7 +184,7 @@ class Attention(nn.Module):
         return self.head(x_BSD + y_BSD).square().mean()
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("needs_weights", [False, True])
 @pytest.mark.parametrize("mesh", [{"dp": 2}, {"cp": 2, "dp": 2}])
 def test_multihead_attention(needs_weights: bool, mesh: dict[str, int]) -> None:
@@ -297,7 +297,7 @@ def test_hugging_face_llama(others: str) -> None:
     assert report.ok, str(report)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("model", ["gpt-tiny", "llama-tiny"])
 def test_a_symbolic_length(model: str) -> None:
     """The entries are followed beside a length that is a symbol, and that stays one."""

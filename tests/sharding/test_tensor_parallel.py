@@ -96,7 +96,7 @@ BUILT: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", BUILT)
 def test_decisions(name: str) -> None:
     build, expected = BUILT[name]
@@ -105,13 +105,13 @@ def test_decisions(name: str) -> None:
     assert ("SPR502" in decisions.codes) == ("whole" in expected.values())
 
 
-@pytest.mark.thinned(9)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("name", BUILT)
 def test_exact(name: str) -> None:
     checked(BUILT[name][0](), {"tp": 2})
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "mesh"),
     [
@@ -130,7 +130,7 @@ def test_heads_that_do_not_divide(heads: int, kv_heads: int, mesh: dict[str, int
     assert "SPR202" not in codes
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 def test_with_context_parallelism(attention: str) -> None:
     checked(Model(FusedSlices(), FusedGate(), tied=True), {"tp": 2, "cp": 2}, attention=attention)
@@ -213,7 +213,7 @@ def test_logits_are_never_gathered(name: str) -> None:
     assert all(row.numel <= max(logits // 2, VOCAB * 16) for row in plan.largest_tensors)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("name", ["mean", "none"])
 def test_no_token_is_valid(name: str) -> None:
     """A mean over nothing is NaN in the plain model too; with a sum all is zero."""

@@ -85,7 +85,7 @@ def test_a_layer_sends_what_megatron_sends(name: str, regather: bool, degree: in
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @MODELS
 def test_what_is_sent_again_is_named(name: str) -> None:
     again, none = (rows(plan_of(name, 2, 2, regather), "activation again") for regather in (True, False))
@@ -93,7 +93,7 @@ def test_what_is_sent_again_is_named(name: str) -> None:
     assert not none
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(("name", "degree"), [("gpt-tiny", 2), ("llama-tiny", 2), ("gpt-tiny", 4)])
 def test_a_layer_saves_what_the_formula_says(name: str, degree: int) -> None:
     one, two = (int(plan_of(name, layers, degree, True).memory.saved_activation_bytes) for layers in (1, 2))
@@ -115,7 +115,7 @@ def measure(name: str, layers: int, regather: bool, compiler: str) -> tuple[dict
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @MODELS
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_at_run_time(worker_pool: Callable[[int], WorkerPool], name: str, compiler: str) -> None:
@@ -160,7 +160,7 @@ def started(name: str, layers: int, regather: bool, compiler: str) -> Counter[tu
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @REGATHER
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_a_layer_starts_what_megatron_starts(

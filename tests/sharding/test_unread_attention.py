@@ -66,7 +66,7 @@ def test_split_by_query_rows(name: str) -> None:
     assert explain(model, {"x": x}, mesh={"cp": 2}).sharding.length == S
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("rows", [1, 2], ids=["one row a rank", "two rows a rank"])
 def test_each_rank_of_dp_has_its_rows(rows: int) -> None:
     report = verify(

@@ -145,7 +145,7 @@ def ops_of(program: LocalProgram) -> tuple[int, int]:
     return len(nodes_of(program, "spx.agree_on_hops")), len(nodes_of(program, "spx.ring_attention"))
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("balance", ["contiguous", "zigzag"])
 @pytest.mark.parametrize(
     ("lengths", "forward"),
@@ -167,6 +167,7 @@ def test_only_the_hops_that_documents_need_are_made(
     assert [[shift.distance for shift in ring] for ring in shifts] == [way, way, home, home]
 
 
+@pytest.mark.thinned(2)
 def test_uneven_lengths_two_masks_and_a_bidirectional_one() -> None:
     def two(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
         return packed(q, k, v, ids, 2) + packed(q, k, v, ids, 1, causal=False)

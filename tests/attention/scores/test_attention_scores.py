@@ -187,6 +187,7 @@ def ring_over(x: dict[str, Any], degree: int, order: str, hops: Tensor | None = 
     return found
 
 
+@pytest.mark.thinned(2)
 def test_opcheck() -> None:
     x = problem(tuple(FEATURES), "causal", 6, 6)
     data = (None, None, None, None, None, x["bias"], "causal", SCALE)

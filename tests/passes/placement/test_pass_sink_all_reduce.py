@@ -69,7 +69,7 @@ def sent(model: nn.Module, inputs: dict[str, Tensor], **options: object) -> floa
     return sum(float(row.bytes) for row in plan.collectives if row.origin != "parameter gradient")
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize(
     ("end", "passed"),
     [
@@ -89,6 +89,7 @@ def test_what_is_passed(end: Callable[..., Tensor], passed: bool) -> None:
     assert now < before if passed else now == before
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.slow
 def test_experts_are_weighted_before_their_sum_is_completed() -> None:
     """Bytes of the completed sum no longer grow with the experts of a token."""

@@ -102,7 +102,7 @@ def test_numbers(n: int, g: int, degree: int, way: str) -> None:
         check("causal", n, g, length, {"cp": degree}, "ulysses", groups, way)
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("name", DATA)
 def test_what_belongs_to_heads_goes_with_them(name: str) -> None:
     """Groups of key heads, then groups of the query heads of each of two key heads."""
@@ -123,7 +123,7 @@ def test_every_kind_with_any_heads(name: str, way: str, degree: int) -> None:
             check(name, n, g, 9, {"cp": degree}, "ulysses", groups, way)
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_hybrid_may_be_cut_too(way: str) -> None:
     for name in ("causal", "softcap and sinks"):
@@ -146,7 +146,7 @@ def test_dropout_is_that_of_one_device() -> None:
         assert_equal(rank, alone)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_bytes_stay() -> None:
     """As many elements as in one message, and keys that several groups read travel once."""
 
@@ -272,7 +272,7 @@ def final_graphs_run(mesh: Mapping[str, int], groups: int, way: str) -> None:
             assert_equal(rank, expected)
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("way", WAYS)
 def test_final_graphs_in_both_modes_of_the_simulator(way: str) -> None:
     final_graphs_run({"cp": 2}, 2, way)

@@ -63,7 +63,7 @@ def plant(graphs: Graphs, kind: str) -> None:
     graphs["backward"].recompile()
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_planted_race_is_caught(mode: Mode) -> None:
     mesh, options = CASES["tp"]
@@ -94,7 +94,7 @@ def seconds_between(gm: fx.GraphModule, cost: CostModel) -> list[tuple[fx.Node, 
     return found
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_products_for_weights_hide_the_scatters_of_the_backward() -> None:
     mesh = MeshShape.of({"tp": 2})
     graphs, _, _ = final_graphs(llama(), tokens(), {"tp": 2})
@@ -130,7 +130,7 @@ def gathers_of(graphs: Graphs, phase: str) -> list[tuple[fx.Node, float]]:
     return [(n, s) for n, s in seconds_between(graphs[phase], cost) if "all_gather" in str(n.target)]
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_parameters_are_gathered_ahead_of_their_use_but_not_at_the_top(phase: str) -> None:
     layers, width = 6, 512
@@ -201,6 +201,7 @@ def test_gradients_are_waited_for_at_the_end() -> None:
     assert names == ["mm", "all_reduce", "mm", "mm", "wait_tensor"]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.slow
 def test_work_grows_with_the_layers() -> None:
     """Calls of Python functions in the pass: no more for each layer of five than for each of two."""

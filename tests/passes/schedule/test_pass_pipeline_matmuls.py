@@ -97,7 +97,7 @@ def calls_of(graph: Any) -> list[Any]:
     return [node for node in graph.nodes if node.target in PIPELINED]
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize(("degree", "length"), [(2, 15), (4, 14)])
 def test_whole_models_in_both_modes_of_the_simulator(degree: int, length: int) -> None:
     """Every gather and scatter beside a product, forward and backward: loss and gradients stay."""
@@ -117,7 +117,7 @@ def test_whole_models_in_both_modes_of_the_simulator(degree: int, length: int) -
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 def test_lengths_may_be_symbols() -> None:
     """The graph compiled for one length is right for another, padding included."""
     given = tokens(14)
@@ -166,7 +166,7 @@ def overwrites_in_flight(*args: Any) -> Any:
             request.message.mul_(2)
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("race", [reads_too_early, overwrites_in_flight])
 def test_a_planted_race_is_caught(mode: Mode, race: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,7 @@ def test_a_planted_race_is_caught(mode: Mode, race: Any, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 def test_the_bytes_stay_what_they_were() -> None:
     """Counted for each phase and origin; only the names of the rows are others."""
     sent: list[dict[tuple[str, str], Any]] = []
@@ -215,7 +215,7 @@ def rewrites(plan: Any) -> int:
     return sum(row.rewrites for row in plan.passes if row.name == "pipeline-matmuls")
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_it_pays_for_the_layers_of_a_large_model_on_long_sequences() -> None:
     with_it, without = (llama_8b_layer(8192, passes=p) for p in ({}, {"pipeline-matmuls": False}))
     assert rewrites(with_it) >= 3
@@ -223,13 +223,13 @@ def test_it_pays_for_the_layers_of_a_large_model_on_long_sequences() -> None:
     assert with_it.predicted.phases[0].exposed < 0.5 * without.predicted.phases[0].exposed
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_it_does_not_pay_where_products_are_small() -> None:
     graphs, _, _ = final_graphs(llama(1), tokens(), {"tp": 2})
     assert not [node for gm in graphs.values() for node in calls_of(gm.graph)]
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_chunks_of_few_rows_do_not_pay() -> None:
     assert rewrites(llama_8b_layer(16)) == 0
 

@@ -140,7 +140,7 @@ SPLIT = [
 ]
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize(("model", "mesh"), SPLIT)
 def test_every_gradient_on_all_ranks(model: Callable[..., Any], mesh: dict[str, int]) -> None:
     torch.manual_seed(1)
@@ -169,7 +169,7 @@ def test_numbers_that_only_run_time_tells(model: Callable[..., Tensor], number: 
     assert "SPR201" in found.codes
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_a_mask_of_floats_where_each_rank_has_one_row() -> None:
     torch.manual_seed(1)
     x_BSD = torch.randn(B, S, N * H, dtype=torch.float64)

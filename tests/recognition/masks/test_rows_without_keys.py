@@ -112,7 +112,7 @@ READ: dict[Callable[..., Tensor], list[str]] = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("model", READ, ids=lambda f: f.__name__)
 def test_such_rows_are_an_attention_of_their_own(model: Callable[..., Any]) -> None:
     found = rewrite(model, (*qkv(), LENGTHS))
@@ -168,7 +168,7 @@ def test_every_gradient_on_all_ranks(model: Callable[..., Any], mesh: dict[str, 
     assert report.ok, str(report)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 def test_no_remark_tells_of_a_loss(attention: str) -> None:
     x_BSD = torch.randn(B, S, N * H, dtype=torch.float64)

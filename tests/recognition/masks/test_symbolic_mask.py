@@ -226,7 +226,7 @@ def random_mask(rng: random.Random, data: Tensor, depth: int) -> Tensor:
     return rng.choice(choices)()
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("seed", range(60))
 def test_random_masks(seed: int) -> None:
     """Each element, and the AttentionMask where one is found, equals the dense mask."""

@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from spcompile.attention.ring.ring import backward_bytes, forward_bytes, message_numbers
-from spcompile.collectives.traffic import traffic_of
+from spcompile.collectives.counting import count_collectives
 from spcompile.command.train import cores, join_processes, on_processes
 from spcompile.command.train_report import relative
 from spcompile.machine import sequence
@@ -117,7 +117,9 @@ def sent_bytes(attention: Attention, tensors: list[Tensor]) -> float:
         torch.autograd.grad(attention(*leaves), leaves, tensors[3])
 
     share = {"send": 1.0}
-    return sum(row.bytes * share.get(row.op, (RANKS - 1) / RANKS) for row in traffic_of(run) if "barrier" not in row.op)
+    return sum(
+        row.bytes * share.get(row.op, (RANKS - 1) / RANKS) for row in count_collectives(run) if "barrier" not in row.op
+    )
 
 
 def formula_bytes(strategy: str, options: argparse.Namespace, seq: int) -> float:

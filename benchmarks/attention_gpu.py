@@ -72,7 +72,7 @@ class Shape:
 
 
 def ours(shape: Shape) -> tuple[Call, Call]:
-    from spcompile.attention.kernels.triton.provider import Triton
+    from spcompile.attention.kernels.triton.hop_provider import Triton
 
     q, k, v, grad_out = shape.inputs()
     scores = Scores(AttentionMask(causal=shape.causal), shape.D**-0.5)
@@ -89,7 +89,7 @@ def ours(shape: Shape) -> tuple[Call, Call]:
 
 def ring_step(shape: Shape, hops: int) -> tuple[Call, Call]:
     """The same work as `ours` in hops of S / hops keys each."""
-    from spcompile.attention.kernels.triton.provider import Triton
+    from spcompile.attention.kernels.triton.hop_provider import Triton
 
     q, k, v, grad_out = shape.inputs()
     scores = Scores(AttentionMask(causal=shape.causal), shape.D**-0.5)
@@ -201,7 +201,7 @@ def shapes() -> Iterator[Shape]:
 
 def check(dtype: torch.dtype, size: int, text: str, hops: int, **more: Any) -> dict[str, Any]:
     """Largest error of the kernels, relative to the largest number, against `naive` in float64, out and gradients."""
-    from spcompile.attention.kernels.triton.provider import Triton
+    from spcompile.attention.kernels.triton.hop_provider import Triton
 
     torch.manual_seed(0)
     B, N, G, S = 2, 4, 2, 333

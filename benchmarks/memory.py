@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import spcompile
-from spcompile.command.model_spec import build
+from spcompile.command.model_spec import build_model
 
 MIB = 2**20
 
@@ -25,7 +25,7 @@ def rows_of(spec: str, seq: int) -> list[dict[str, Any]]:
     rows = []
     for attention in ("ring", "ulysses", "hybrid"):
         for degree in (2, 4, 8) if attention != "hybrid" else (4, 8):
-            built = build(spec, seq=seq, device="meta", dtype="bfloat16", settings={})
+            built = build_model(spec, seq=seq, device="meta", dtype="bfloat16", settings={})
             inputs = built.example_inputs(1, seq, "meta")
             plan = spcompile.explain(built.model, inputs, mesh={"cp": degree}, attention=attention, outputs="loss")
             memory = plan.to_dict()["memory"]

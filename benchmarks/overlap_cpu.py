@@ -4,7 +4,7 @@
 
 Cases: `tp`, tensor parallel with whole products; `tp-chunks`, with products in chunks where that pays; `zero-3`,
 parameters sharded over cp; `sums`, whole parameters on cp; `ulysses`, the same with attention by heads, whose exchanges
-split-exchanges may split. Measured with torch.profiler on all ranks: seconds in which compute waits, in `wait_tensor`
+split-all-to-alls may split. Measured with torch.profiler on all ranks: seconds in which compute waits, in `wait_tensor`
 or inside an op. Each wait counts as the rank has it that waits least, which is the last to come: the others wait for
 its compute besides. Without overlap-collectives and with whole products every wait follows its start, so that this is
 the whole communication; what remains of it with the passes is exposed. Beside it what the tables predict (accelerator
@@ -35,22 +35,22 @@ from spcompile.command.train import cores, join_processes, on_processes
 from spcompile.command.train_report import relative
 from spcompile.models import build
 from spcompile.program.observed import observed
-from spcompile.schedule.cost import cost_model
+from spcompile.schedule.op_cost import cost_model
 from spcompile.schedule.timeline import Prediction, predict
 
 TOLERANCE = 1e-5
 WAITS = {"_c10d_functional::wait_tensor", WAIT}
 CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
-    "tp": ("tp", None, {"passes": {"pipeline-products": False}}),
+    "tp": ("tp", None, {"passes": {"pipeline-matmuls": False}}),
     "tp-chunks": ("tp", None, {}),
     "zero-3": ("cp", "cp", {}),
     "sums": ("cp", None, {}),
     "ulysses": ("cp", None, {"attention": "ulysses"}),
 }
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "tp = 8, whole products": ("tp", {"passes": {"pipeline-products": False}}),
+    "tp = 8, whole products": ("tp", {"passes": {"pipeline-matmuls": False}}),
     "tp = 8, products in chunks": ("tp", {}),
-    "cp = 8 by Ulysses, one message each way": ("cp", {"attention": "ulysses", "passes": {"split-exchanges": False}}),
+    "cp = 8 by Ulysses, one message each way": ("cp", {"attention": "ulysses", "passes": {"split-all-to-alls": False}}),
     "cp = 8 by Ulysses": ("cp", {"attention": "ulysses"}),
 }
 
@@ -93,7 +93,7 @@ def measure(case: str, compiler: str, overlaps: bool, options: argparse.Namespac
         **options_of_case,
     }
     if not overlaps:
-        chosen["passes"] = {"pipeline-products": False, "overlap-collectives": False}
+        chosen["passes"] = {"pipeline-matmuls": False, "overlap-collectives": False}
     if shard is None:
         model.compile(backend="spcompile", options={**chosen, "mesh": mesh}, dynamic=False)
     else:

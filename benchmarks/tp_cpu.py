@@ -41,7 +41,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import spcompile
-from spcompile.collectives.traffic import traffic_of
+from spcompile.collectives.counting import count_collectives
 from spcompile.command.train import cores, join_processes, on_processes
 from spcompile.command.train_report import relative
 
@@ -146,7 +146,7 @@ class Contender:
 
     def result(self) -> Measurement:
         """What was measured; counts the traffic of one more step."""
-        traffic = {row.op: (row.count, row.bytes) for row in traffic_of(self.step)}
+        traffic = {row.op: (row.count, row.bytes) for row in count_collectives(self.step)}
         seconds, cpu_seconds = self.seconds[WARM_UP:], self.cpu_seconds[WARM_UP:]
         return Measurement(self.name, self.loss.item(), seconds, cpu_seconds, self.seconds[0], traffic)
 

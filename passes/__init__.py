@@ -8,6 +8,7 @@ from spcompile.passes.meaning.recognize_loss import RecognizeLoss
 from spcompile.passes.meaning.recognize_mask import RecognizeMask
 from spcompile.passes.meaning.recognize_softmax import RecognizeSoftmax
 from spcompile.passes.meaning.split_dropout import SplitDropout
+from spcompile.passes.meaning.widen_sums import WidenSums
 from spcompile.passes.placement.annotate_sharding import AnnotateSharding
 from spcompile.passes.placement.cancel_collectives import CancelCollectives
 from spcompile.passes.placement.choose_attention import ChooseAttention
@@ -18,12 +19,12 @@ from spcompile.passes.placement.parallelize_attention import ParallelizeAttentio
 from spcompile.passes.placement.sink_all_gather import SinkAllGather
 from spcompile.passes.placement.sink_all_reduce import SinkAllReduce
 from spcompile.passes.placement.split_all_reduce import SplitAllReduce
-from spcompile.passes.placement.split_exchanges import SplitExchanges
+from spcompile.passes.placement.split_all_to_alls import SplitAllToAlls
 from spcompile.passes.placement.split_projections import SplitProjections
 from spcompile.passes.schedule.bucket_collectives import BucketCollectives
 from spcompile.passes.schedule.lower_collectives import LowerCollectives
 from spcompile.passes.schedule.overlap_collectives import OverlapCollectives
-from spcompile.passes.schedule.pipeline_products import PipelineProducts
+from spcompile.passes.schedule.pipeline_matmuls import PipelineMatmuls
 from spcompile.passes_api import Pass
 
 PIPELINE: tuple[Pass, ...] = (
@@ -33,6 +34,7 @@ PIPELINE: tuple[Pass, ...] = (
     RecognizeMask(),  # reads the dense masks that recognize-attention left as biases
     RecognizeLikelihood(),  # makes cross entropies for recognize-loss
     RecognizeLoss(),  # means over tokens must be sums and counts before tokens are split
+    WidenSums(),  # what recognize-loss left, and sums that were written by hand
     SplitDropout(),  # behind recognize-attention, which looks for the dropout of eager attention
     # Axis dp: whole rows, of which each rank has its own.
     AnnotateSharding("dp"),  # reads what the losses sum over
@@ -54,11 +56,11 @@ PIPELINE: tuple[Pass, ...] = (
     CancelCollectives(),  # when all have moved
     LowerToLocal("tp"),  # shapes change: one rank
     # LOCAL stage: one rank's graph.
-    SplitExchanges(),  # needs to see what leads to q, to k and to v, and what they are to become
+    SplitAllToAlls(),  # needs to see what leads to q, to k and to v, and what they are to become
     ParallelizeAttention(),  # the rest, while gathers of keys and values still stand beside their attention
     # SCHEDULE stage: forward and backward graphs after autograd.
     BucketCollectives(),  # while an all-reduce is still one node
-    PipelineProducts(),  # while a gather or a scatter is still one node; gathers of parameters are in buckets
+    PipelineMatmuls(),  # while a gather or a scatter is still one node; gathers of parameters are in buckets
     LowerCollectives(),  # Inductor sees only functional collectives
     OverlapCollectives(),  # last: nothing may change the order that it finds
 )

@@ -2,10 +2,56 @@
 
 from __future__ import annotations
 
+from spcompile.broadcast import broadcast
+from spcompile.diagnostics import (
+    BatchNotSplit,
+    CaptureFailed,
+    ChangedBuffer,
+    ForkedChild,
+    GraphBreak,
+    IllegalMesh,
+    IllegalModel,
+    IllegalOption,
+    InvalidGraph,
+    NoProcessGroup,
+    NotComputed,
+    RanksDisagree,
+    RanksMissing,
+    SpcompileError,
+    StrictRemark,
+    TwoThreads,
+    UnknownFlexAttention,
+    UnknownOption,
+)
 from spcompile.explain import explain
 from spcompile.options import Options
 from spcompile.parallelize import parallelize
 from spcompile.verify import verify
 
-__all__ = ["Options", "__version__", "explain", "parallelize", "verify"]
+__all__ = [
+    "BatchNotSplit",
+    "CaptureFailed",
+    "ChangedBuffer",
+    "ForkedChild",
+    "GraphBreak",
+    "IllegalMesh",
+    "IllegalModel",
+    "IllegalOption",
+    "InvalidGraph",
+    "NoProcessGroup",
+    "NotComputed",
+    "Options",
+    "RanksDisagree",
+    "RanksMissing",
+    "SpcompileError",
+    "StrictRemark",
+    "TwoThreads",
+    "UnknownFlexAttention",
+    "UnknownOption",
+    "__version__",
+    "broadcast",
+    "explain",
+    "parallelize",
+    "verify",
+]
 __version__ = "0.1.0"

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.fx as fx
 
 from spcompile.capture.autocast import autocast_off
-from spcompile.capture.capture import refuse_graph_break
 from spcompile.capture.dynamo_settings import ignore_library_logging
 from spcompile.capture.local_inputs import on_local_parts, over_local_parts
 from spcompile.capture.module_buffer import relied_on, watched
 from spcompile.capture.python_floats import without_symbolic_floats
+from spcompile.capture.retrace import refuse_graph_break
 from spcompile.collectives import gathers_on_gloo
+from spcompile.diagnostics import IllegalOption
 from spcompile.graph.axes import axes_of, bind_axes
 from spcompile.graph.printer import format_graph
 from spcompile.machine.mesh import RuntimeMesh, runtime_mesh
@@ -27,12 +28,15 @@ from spcompile.passes import PIPELINE
 from spcompile.program import observed, program_cache
 from spcompile.program.agreement import Agreement
 from spcompile.program.build import Output, build
-from spcompile.program.dump import Dump
+from spcompile.program.checked_calls import CheckedCalls, Inputs
 from spcompile.program.emit import Emission, callable_of, emit
+from spcompile.program.facts import Fact, Record
 from spcompile.program.one_device import recognise
 from spcompile.program.outputs import restore_outputs
 from spcompile.program.pipeline import History
 from spcompile.program.program_cache import Finished
+from spcompile.program.same_inputs import shape_text
+from spcompile.program.shared_dump import SharedDump, shared_dump
 from spcompile.program.whole_batch import over_whole_batch
 from spcompile.torch_private import aot_autograd, compile_fx
 
@@ -45,10 +49,12 @@ def spcompile(
     example_inputs: Sequence[Any],
     *,
     options: Mapping[str, Any] | None = None,
-    mode: str | None = None,
-    **unused: Any,
+    **others: Any,
 ) -> Callable[..., Any]:
     """Compile one Dynamo graph for this rank. Called by torch.compile; see Options for `options`.
+
+    others: what torch.compile hands to backends besides, as `mode`: refused by name. `dynamic`, `fullgraph` and
+        `disable` are Dynamo's, which obeys them before a backend is called.
 
     Raises:
         SpcompileError: before any collective of the model runs, with the same text on every rank.
@@ -57,26 +63,37 @@ def spcompile(
     # Over dp the frame is traced once more, where a float of the caller's is a number.
     without_symbolic_floats(gm, all_are_numbers=mesh is not None and mesh.shape.size("dp") > 1)
     if mesh is None:
-        chosen = Options.parse(options)
+        chosen = _options_of(options, others)
         log.info("SPR401 world size 1: compiled without sharding")
         return _alone(gm, example_inputs, chosen)
-    agreement = _agreement(mesh.key, mesh)
-    whole = functools.partial(_over, mesh, options, agreement)
-    with agreement.shared_errors():
+    agreement = _agreement(dist.group.WORLD, mesh)
+    whole = functools.partial(_over, mesh, options, others, agreement)
+    with agreement.caller.inside("compiles") as refused, agreement.shared_errors():
+        if refused is not None:
+            raise refused
         return over_whole_batch(whole, mesh.shape.size("dp"))(gm, example_inputs)
+
+
+def _options_of(options: Mapping[str, Any] | None, others: Mapping[str, Any]) -> Options:
+    for name, value in others.items():
+        if value is not None:
+            legal = 'options={"compiler": "inductor" or "eager", ...}; settings of Inductor in torch._inductor.config'
+            raise IllegalOption(f"{name}={value!r}: not supported by this backend", legal=legal)
+    return Options.parse(options)
 
 
 def _over(
     mesh: RuntimeMesh,
     options: Mapping[str, Any] | None,
+    others: Mapping[str, Any],
     agreement: Agreement,
     gm: fx.GraphModule,
     inputs: Sequence[Any],
 ) -> Callable[..., Any]:
-    chosen = Options.parse(options)
-    agreement.require(_signature(inputs, chosen))
+    chosen = _options_of(options, others)
     refuse_graph_break(gm)
-    return _compile(gm, inputs, chosen, mesh, agreement)
+    agreement.require(_signature(gm, inputs, chosen))
+    return _compile(gm, inputs, chosen, mesh, agreement, shared_dump(chosen.dump, mesh, agreement))
 
 
 def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
@@ -88,7 +105,7 @@ def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Calla
     emission = Emission(program, bind=lambda graph: None)
     with autocast_off():
         compiled = emit(emission, options.compiler)
-    observed.show(program, emission)
+    observed.announce(program, emission)
     return watched(compiled, relied_on(program.captured.graph), inputs)
 
 
@@ -100,21 +117,28 @@ def plain(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: str) -> C
 
 
 def _compile(
-    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, mesh: RuntimeMesh, agreement: Agreement
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    mesh: RuntimeMesh,
+    agreement: Agreement,
+    dump: SharedDump | None,
 ) -> Callable[..., Any]:
     given = inputs
+    named = Inputs.of(gm)
     gm, inputs = over_local_parts(gm, given)
     key = program_cache.key_of(gm, inputs, options, _machine(mesh), PIPELINE)
     if not agreement.everywhere("may store its program:", key is not None):
         key = None  # as where one rank dumps: all compile the backward at the same time
     number = agreement.count
-    finished, compiled = _cached(key, mesh, agreement) or _made(gm, inputs, options, mesh, agreement, key)
+    finished, compiled = _cached(key, mesh, agreement) or _made(gm, inputs, options, mesh, agreement, key, dump)
     for remark in finished.remarks:
         log.info("%s", remark)
     whole = restore_outputs(compiled, finished.outputs, mesh, as_dtensors=options.outputs == "sharded")
     run = watched(on_local_parts(whole, given), finished.relied, inputs)
-    is_random = finished.draws_random_numbers
-    return _checked(run, f"{number}{' of random numbers' if is_random else ''}", agreement, is_random)
+    if options.compare == "compile":
+        return run
+    return CheckedCalls(run, named, number, agreement, options, finished.draws_random_numbers).__call__
 
 
 def _machine(mesh: RuntimeMesh) -> dict[str, str]:
@@ -129,7 +153,7 @@ def _cached(key: str | None, mesh: RuntimeMesh, agreement: Agreement) -> tuple[F
         return None
     assert found is not None
     finished = found[0]
-    agreement.require(finished.text)
+    agreement.require(_compiled(finished.text))
     groups = {axis: mesh.group_name(axis) for axis in finished.groups}  # those of parts of axes are made here
     return found if agreement.everywhere("its process groups exist:", groups == finished.groups) else None
 
@@ -141,11 +165,13 @@ def _made(
     mesh: RuntimeMesh,
     agreement: Agreement,
     key: str | None,
+    dump: SharedDump | None,
 ) -> tuple[Finished, Callable[..., Any]]:
     """Compile, and store the program under `key`, unless nothing of it is sharded: then it is the plain graph's."""
-    dump = Dump(options.dump) if options.dump else None
     history = History(on_snapshot=dump.snapshot if dump else None, keep_texts=dump is not None)
     program = build(gm, inputs, mesh.shape, options, PIPELINE, history)
+    if dump is not None:
+        dump.require_written()
     finished = Finished(
         program.outputs,
         relied_on(program.captured.graph),
@@ -166,53 +192,37 @@ def _made(
     def agree(phase: str, final: fx.GraphModule) -> None:
         if dump is not None:
             dump.python(phase, final)
+            dump.require_written()
         text = format_graph(final)
         finished.text += text
-        agreement.require(text)
+        agreement.require(_compiled(text))
 
     emission = Emission(program, bind=bind, finished=agree, keep=key is not None)
     with autocast_off():
         compiled = emit(emission, options.compiler)
-    observed.show(program, emission)
+    observed.announce(program, emission)
     finished.result = emission.result
     if key is not None:
         program_cache.store(key, mesh.coordinate, finished)
     return finished, compiled
 
 
-def _checked(run: Callable[..., Any], key: str, agreement: Agreement, is_random: bool) -> Callable[..., Any]:
-    """Before every call all ranks must be about to run the same graph on the same shapes.
-
-    Random numbers are drawn for whole tensors on every rank: their state must be the same as well, but over dp, whose
-    ranks have other rows.
-    """
-    if not agreement.checks_calls:
-        return run
-
-    @functools.wraps(run)
-    def call(*args: Any) -> Any:
-        shapes = " ".join(str(tuple(a.shape)) if isinstance(a, torch.Tensor) else str(a) for a in args)
-        agreement.require(f"runs graph {key} on {shapes}")
-        if is_random:
-            state = f"with random state {_random_state()} (seed {torch.initial_seed()})"
-            agreement.require(f"runs graph {key} {state}", but_over="dp")
-        return run(*args)
-
-    return call
-
-
-def _random_state() -> str:
-    return hashlib.sha256(bytes(torch.get_rng_state().tolist())).hexdigest()[:8]
-
-
 @functools.cache
-def _agreement(key: str, mesh: RuntimeMesh) -> Agreement:
+def _agreement(world: Any, mesh: RuntimeMesh) -> Agreement:
     return Agreement(mesh)
 
 
-def _signature(inputs: Sequence[Any], options: Options) -> str:
-    tensors = [f"{x.dtype}{tuple(x.shape)}".replace("torch.", "") for x in inputs if isinstance(x, torch.Tensor)]
-    return f"compiles for inputs {' '.join(tensors)} with options {options.fingerprint()}"
+def _signature(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Record:
+    """What a rank compiles: what callers pass, then what modules own, then the options."""
+    named = Inputs.of(gm)
+    facts = [Fact(f"input {named.names[i]}", shape_text(inputs[i])) for i in named.passed]
+    facts += [Fact(f"parameter {named.names[i]}", shape_text(inputs[i])) for i in named.state]
+    facts += [Fact(f"option {name}", f"{name}={value}") for name, value in options.compared().items()]
+    return Record(f"compiles {named.graph}", tuple(facts))
+
+
+def _compiled(text: str) -> Record:
+    return Record("has compiled", (Fact("the compiled graphs", text),))
 
 
 def _device_type(inputs: Sequence[Any]) -> str:

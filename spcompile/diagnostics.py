@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from spcompile.plain_text import one_line, some_lines
+
 if TYPE_CHECKING:
     import torch.fx as fx
 
@@ -20,29 +22,48 @@ PACKAGE_FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 @dataclass(frozen=True)
 class SourceLine:
-    """The user's line that made a node."""
+    """The user's line that made a node. File, function and text are as `one_line` shows them."""
 
     file: str
     line: int
     function: str
     text: str
 
+    def __post_init__(self) -> None:
+        for name in ("file", "function", "text"):
+            object.__setattr__(self, name, one_line(getattr(self, name)))
+
     def __str__(self) -> str:
-        return f"{self.file}:{self.line} in {self.function}\n      {self.text}"
+        return f"{self.file}:{self.line} in {self.function}" + (f"\n      {self.text}" if self.text else "")
 
 
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n(?:\s+(?P<text>.*))?')
+# The line of text is missing where Python has none, as for code that was made by exec.
+_FRAME = re.compile(
+    r'^[ \t]*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>[^\n]+)'
+    r'(?:\n(?![ \t]*File ")(?P<text>[^\n]*))?',
+    re.MULTILINE,
+)
+
+
+def is_own_file(file: str) -> bool:
+    """Whether a file is this package's own; the models that come along are a user's."""
+    folder, models = os.path.join(PACKAGE_FOLDER, ""), os.path.join(PACKAGE_FOLDER, "models", "")
+    return file.startswith(folder) and not file.startswith(models)
 
 
 def source_of(node: fx.Node) -> SourceLine | None:
-    """The innermost user frame of the node's stack trace; None for placeholders and outputs."""
+    """The innermost user frame of the node's stack trace; None for placeholders, outputs and code that has no lines.
+
+    Dynamo leaves out frames whose source it cannot read, as those of exec. What then is left are frames of this
+    package, which called the model.
+    """
     trace = node.meta.get("stack_trace")
     return _innermost(trace) if isinstance(trace, str) else None
 
 
 @functools.lru_cache(maxsize=4096)
 def _innermost(trace: str) -> SourceLine | None:
-    frames = list(_FRAME.finditer(trace))
+    frames = [frame for frame in _FRAME.finditer(trace) if not is_own_file(frame["file"])]
     if not frames:
         return None
     last = frames[-1]
@@ -56,6 +77,8 @@ class SpcompileError(Exception):
     title: ClassVar[str] = "error"
 
     def __init__(self, found: str, *, where: SourceLine | str | None = None, legal: str | None = None) -> None:
+        found, legal = some_lines(found), some_lines(legal) if legal is not None else None
+        where = one_line(where) if isinstance(where, str) else where
         self.found, self.where, self.legal = found, where, legal
         lines = [f"{self.code} {self.title}: {found}"]
         if where is not None:
@@ -90,15 +113,33 @@ class NoProcessGroup(SpcompileError, RuntimeError):
 
 
 class IllegalModel(SpcompileError, ValueError):
-    """A model named on the command line that does not exist or cannot have these settings."""
+    """A model, its config or its checkpoint that does not exist, is damaged, or cannot have these settings."""
 
     code, title = "SP105", "illegal model"
 
 
 class RanksDisagree(SpcompileError, RuntimeError):
-    """Ranks called the compiled model with different shapes, dtypes, options or graphs."""
+    """Ranks do not do the same: other options, graphs, inputs, parameters or versions, or another order of calls."""
 
     code, title = "SP201", "ranks disagree"
+
+
+class RanksMissing(SpcompileError, RuntimeError):
+    """Ranks did not come to a call, or the backward of one, that others waited in until the timeout."""
+
+    code, title = "SP202", "ranks are missing"
+
+
+class TwoThreads(SpcompileError, RuntimeError):
+    """Two threads of a rank called compiled models at the same time: their collectives would meet each other's."""
+
+    code, title = "SP203", "called from two threads"
+
+
+class ForkedChild(SpcompileError, RuntimeError):
+    """A compiled model was called in a child that was forked from a rank: it has none of the rank's connections."""
+
+    code, title = "SP204", "called in a forked process"
 
 
 class GraphBreak(SpcompileError, RuntimeError):
@@ -120,7 +161,7 @@ class UnknownFlexAttention(SpcompileError, RuntimeError):
 
 
 class BatchNotSplit(SpcompileError, RuntimeError):
-    """The rows of the batch cannot be told apart, so that ranks of dp could not each compute their own."""
+    """The entries of the batch cannot be told apart, so that ranks of dp could not each compute their own."""
 
     code, title = "SP304", "the batch cannot be split over dp"
 
@@ -184,6 +225,7 @@ class Remark:
 
     def __post_init__(self) -> None:
         assert self.code in REMARKS, self.code
+        object.__setattr__(self, "text", some_lines(self.text))
 
     def __str__(self) -> str:
         place = f"\n  at {self.where}" if self.where else ""

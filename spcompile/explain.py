@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
-    from spcompile.attention.scores.call import AttentionCall
+    from spcompile.attention.scores.attention_call import AttentionCall
     from spcompile.options import Options
     from spcompile.program.build import LocalProgram
     from spcompile.program.pipeline import Snapshot
@@ -83,8 +83,8 @@ def _plan(model: nn.Module, traced: Traced, options: Options, trained: Sequence[
     from spcompile.program.trace import on_one_device
     from spcompile.report.plan import Plan
     from spcompile.schedule.communication import communication
-    from spcompile.schedule.cost import cost_model
     from spcompile.schedule.memory import largest_tensors, memory_of
+    from spcompile.schedule.op_cost import cost_model
     from spcompile.schedule.timeline import predict
 
     program = traced.program
@@ -95,7 +95,7 @@ def _plan(model: nn.Module, traced: Traced, options: Options, trained: Sequence[
         mesh=program.ctx.mesh,
         options={name: getattr(options, name) for name in vars(options) if name != "mesh"},
         sharding=_sharding(program),
-        attention=_attention(program),
+        attention=_attention_rows(program),
         collectives=[r for phase, gm in final.items() for r in communication(phase, gm, program.ctx.mesh, trained)],
         memory=memory_of(final, on_one_device(traced).graphs, model.parameters()),
         remarks=list(program.ctx.remarks.rows),
@@ -138,7 +138,7 @@ def _history(program: LocalProgram) -> tuple[dict[str, str], list[PassRow]]:
 
 def _sharding(program: LocalProgram) -> Sharding:
     """An op runs on shards if it chose a factor, of cp or, on a mesh without cp, of tp."""
-    from spcompile.attention.scores.call import AttentionCall
+    from spcompile.attention.scores.attention_call import AttentionCall
     from spcompile.graph.reshard import is_reshard
     from spcompile.graph.sizes import expression
     from spcompile.machine.sequence import local_length
@@ -147,7 +147,7 @@ def _sharding(program: LocalProgram) -> Sharding:
     from spcompile.sharding.propagate import SCORES, UNREAD_ATTENTION
 
     parallel = program.ctx.mesh.size("cp") > 1
-    graph = _whole(program) if parallel else _last_global(program)
+    graph = _last_global_graph(program) if parallel else _last_global(program)
     calls = [n for n in graph.nodes if n.op == "call_function" and not is_reshard(n)]
     on_shards = [n for n in calls if (layout := layout_of(n)) is not None and layout.choice]
     lengths = [AttentionCall.of(n).sizes.q_rows for n in on_shards if AttentionCall.is_call(n)]
@@ -170,7 +170,7 @@ def _last_global(program: LocalProgram) -> fx.Graph:
     return gm.graph
 
 
-def _whole(program: LocalProgram) -> fx.Graph:
+def _last_global_graph(program: LocalProgram) -> fx.Graph:
     """The last graph with the whole sequence."""
     from itertools import takewhile
 
@@ -179,21 +179,21 @@ def _whole(program: LocalProgram) -> fx.Graph:
     return gm.graph
 
 
-def _attention(program: LocalProgram) -> list[AttentionRow]:
-    from spcompile.attention.scores.call import AttentionCall
+def _attention_rows(program: LocalProgram) -> list[AttentionRow]:
+    from spcompile.attention.scores.attention_call import AttentionCall
     from spcompile.report.plan import AttentionRow
 
     parallel = program.ctx.mesh.world_size > 1
     kinds: Counter[tuple[str, int, int, str, str]] = Counter()
-    for node in AttentionCall.all_in(_whole(program)):
+    for node in AttentionCall.all_in(_last_global_graph(program)):
         call = AttentionCall.of(node)
         sizes = call.sizes.hints()
         strategy = node.meta.get("custom", {}).get("spx_attention", "ring") if parallel else "one device"
-        kinds[(strategy, sizes.heads, sizes.kv_heads, call.mask, _scores(call))] += 1
+        kinds[(strategy, sizes.heads, sizes.kv_heads, call.mask, _scores_text(call))] += 1
     return [AttentionRow(strategy, n, heads, kv, *rest) for (strategy, heads, kv, *rest), n in kinds.items()]
 
 
-def _scores(call: AttentionCall) -> str:
+def _scores_text(call: AttentionCall) -> str:
     """What an attention does to scores beside its mask."""
     found = {
         f"softcap {call.softcap:g}": call.has_softcap,

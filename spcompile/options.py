@@ -19,6 +19,7 @@ ATTENTION = ("auto", "ring", "ulysses", "hybrid")
 BALANCE = ("zigzag", "contiguous")
 OUTPUTS = ("full", "sharded", "loss")
 COMPILER = ("inductor", "eager")
+COMPARE = ("auto", "call", "later", "compile")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Options:
     accelerator: what computes: "h100", "a100", "cpu". Decides what hides behind what, and predicted times.
     passes: {pass name: False} switches a pass off, {pass name: {field: value}} sets its options.
     dump: a folder for numbered text of the graph after every pass.
+    compare: when ranks compare what they do, besides at every compile: "call": before every call and backward, which
+        wait for it; "later": a thread compares, and the next call learns what it found; "compile": not at calls. "auto"
+        is "call" on CPU meshes and "later" on accelerators.
+    compare_inputs: compare the values of inputs, too, on ranks of cp and tp.
     strict: turn every remark about lost parallelism into an error.
     """
 
@@ -50,6 +55,8 @@ class Options:
     accelerator: str = "h100"
     passes: Mapping[str, Any] = field(default_factory=dict)
     dump: str | None = None
+    compare: str = "auto"
+    compare_inputs: bool = True
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -60,8 +67,9 @@ class Options:
         _one_of("balance", self.balance, BALANCE)
         _one_of("outputs", self.outputs, OUTPUTS)
         _one_of("compiler", self.compiler, COMPILER)
+        _one_of("compare", self.compare, COMPARE)
         _one_of("accelerator", self.accelerator, tuple(ACCELERATORS))
-        for name in ("regather", "strict"):
+        for name in ("regather", "compare_inputs", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise IllegalOption(f"{name}={getattr(self, name)!r}", legal="True, False")
         if not isinstance(self.links, Mapping):
@@ -69,7 +77,7 @@ class Options:
         for axis, name in self.links.items():
             _one_of("links: axis", axis, AXES)
             _one_of(f"links: {axis}", name, tuple(LINKS))
-        if self.dump is not None and not isinstance(self.dump, str):
+        if self.dump is not None and not (isinstance(self.dump, str) and self.dump):
             raise IllegalOption(f"dump={self.dump!r}", legal="a folder's path")
         if not isinstance(self.passes, Mapping):
             raise IllegalOption(f"passes={self.passes!r}", legal="a dict from pass names to False or options")
@@ -99,7 +107,11 @@ class Options:
 
     def fingerprint(self) -> str:
         """Text that must be equal on all ranks (the mesh is compared on its own)."""
-        return " ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in ("mesh", "dump"))
+        return " ".join(f"{name}={value}" for name, value in self.compared().items())
+
+    def compared(self) -> dict[str, str]:
+        """The options that must be equal on all ranks, as text."""
+        return {f.name: repr(getattr(self, f.name)) for f in fields(self) if f.name not in ("mesh", "dump")}
 
 
 def _factors(attention: Mapping[str, int]) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import os
-
     import torch.fx as fx
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
@@ -58,8 +57,9 @@ def parallelize(
 
     from spcompile.diagnostics import IllegalMesh
     from spcompile.options import Options
-    from spcompile.parameters.materialize import construct, constructor_of, is_on_meta, load, shard_real
+    from spcompile.parameters.materialize import construct, constructor_of, fill_from_checkpoint, is_on_meta, shard_real
     from spcompile.parameters.weight_plan import weight_plan
+    from spcompile.plain_text import one_line
     from spcompile.program.trace import mesh_shape
 
     if not isinstance(mesh, DeviceMesh):
@@ -73,11 +73,11 @@ def parallelize(
     split = _split_over_tp(model, example_inputs, shape, chosen) if shape.size("tp") > 1 else {}
     plan = weight_plan(model, split, dict(shape.axes), axes)
     for name, reason in plan.whole.items():
-        log.info("SPR502 every rank of tp holds all of %s: %s", name, reason)
+        log.info("SPR502 every rank of tp holds all of %s: %s", one_line(name), one_line(reason))
     if not on_meta:
         shard_real(model, mesh, plan.parts)
     elif checkpoint is not None:
-        load(model, mesh, plan.parts, Path(checkpoint), build)
+        fill_from_checkpoint(model, mesh, plan.parts, Path(checkpoint), build)
     else:
         assert build is not None
         construct(model, mesh, plan.parts, build)
@@ -104,6 +104,8 @@ def _check(
         raise IllegalOption(
             f"{given[0]}= for a model with real weights", legal="a model built under torch.device('meta')"
         )
+    if checkpoint is not None and not isinstance(checkpoint, (str, os.PathLike)):
+        raise IllegalOption(f"checkpoint={checkpoint!r}", legal="a path")
 
 
 def _check_source(on_meta: bool, build: object, checkpoint: object) -> None:

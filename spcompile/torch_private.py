@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives  # torch 2.13: Meta kernels of torch.ops._c10d_functional
 import torch.distributed._symmetric_memory  # torch 2.13: torch.ops.symm_mem
 
@@ -42,7 +45,6 @@ from torch._functorch.predispatch import (
 from torch._guards import TracingContext, detect_fake_mode
 
 # torch 2.13: torch/_inductor/compile_fx.py, custom_graph_pass.py
-from torch._inductor.codecache import write_atomic
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
@@ -64,7 +66,7 @@ from torch._subclasses.functional_tensor import (
     FunctionalTensorMode,
     disable_functional_mode,
 )
-from torch.distributed.distributed_c10d import _resolve_process_group  # torch 2.13
+from torch.distributed.distributed_c10d import _get_default_store, _resolve_process_group  # torch 2.13
 
 # torch 2.13: torch/fx/_lazy_graph_module.py
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
@@ -83,6 +85,8 @@ fused_all_gather_matmul = torch.ops.symm_mem.fused_all_gather_matmul
 fused_matmul_reduce_scatter = torch.ops.symm_mem.fused_matmul_reduce_scatter
 VMAP_SWITCHES = (_vmap_increment_nesting, _vmap_decrement_nesting, lazy_load_decompositions)
 
+NODES_ABOVE = 16  # views and conversions between an output and the compiled node that made it are fewer
+
 __all__ = [
     "VMAP_SWITCHES",
     "CustomGraphPass",
@@ -94,10 +98,12 @@ __all__ = [
     "TensorifyState",
     "TracingContext",
     "aot_autograd",
+    "around_backward",
     "autograd_cache_key",
     "autograd_result",
     "compile_fx",
     "compile_fx_inner",
+    "default_store",
     "detect_fake_mode",
     "detect_is_causal_mask",
     "disable_functional_mode",
@@ -105,8 +111,10 @@ __all__ = [
     "fused_all_gather_matmul",
     "fused_matmul_reduce_scatter",
     "get_hash_for_files",
+    "group_timeout",
     "inductor_cache_dir",
     "inductor_decompositions",
+    "keep_for_ever",
     "load_autograd_result",
     "make_boxed_func",
     "min_cut_rematerialization_partition",
@@ -114,15 +122,24 @@ __all__ = [
     "preserve_node_ordering",
     "resolve_process_group",
     "trace_again",
+    "traced_function",
     "under_function_modes",
     "unset_fake_temporarily",
-    "write_atomic",
 ]
 
 
 def resolve_process_group(name: str) -> ProcessGroup:
     """The process group with this c10d name."""
     return _resolve_process_group(cast("GroupName", name))
+
+
+def traced_function() -> str:
+    """What Dynamo, which is calling a backend, traces: the class of a model, or the name of a function."""
+    try:
+        code = InstructionTranslator.current_tx().f_code
+    except AttributeError:  # nothing is traced
+        return "a graph"
+    return str(getattr(code, "co_qualname", code.co_name)).removesuffix(".forward")
 
 
 @contextlib.contextmanager
@@ -185,3 +202,44 @@ def load_autograd_result(result: Any) -> Callable[..., Any]:
         return run(list(args))
 
     return call
+
+
+def default_store() -> dist.Store:
+    """The store of the default process group, through a connection of its own, where its kind has connections."""
+    store = _get_default_store()
+    return store.clone() if hasattr(store, "clone") else store
+
+
+def group_timeout(device_type: str) -> timedelta:
+    """How long the default process group waits on a device: what `init_process_group` was given, or its default."""
+    world = dist.group.WORLD
+    assert world is not None
+    backend: Any = world._get_backend(torch.device(device_type))
+    backend = getattr(backend, "wrapped_pg", backend)  # TORCH_DISTRIBUTED_DEBUG=DETAIL wraps it
+    return cast("timedelta", backend.options._timeout)
+
+
+def keep_for_ever(value: Any) -> None:
+    """Never destroy an object: a group with an operation in flight would wait for it when the process ends."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+
+
+def around_backward(output: torch.Tensor, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Any:
+    """The node that runs the compiled backward of an output of AOTAutograd; None without one.
+
+    Its class, one for each compiled graph, gets `wrap(backward)` in place of its backward, once.
+    """
+    waiting, seen = [output.grad_fn], set[Any]()
+    while waiting and len(seen) < NODES_ABOVE:
+        node: Any = waiting.pop(0)
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        compiled = getattr(node, "_forward_cls", None)
+        if compiled is not None and compiled.__name__ == "CompiledFunction":
+            if not hasattr(compiled, "_spx_backward"):
+                compiled._spx_backward = compiled.backward
+                compiled.backward = staticmethod(wrap(compiled.backward))
+            return node
+        waiting += [before for before, _ in node.next_functions]
+    return None

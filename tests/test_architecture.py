@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import networkx
 import pytest
 
-from spcompile.report.structure import folder_of, imports, inside, modules, reached
+from spcompile.report.structure import folder_of, imports, modules, own_imports, reached, syntax
 
 ROOT = Path(__file__).parent.parent
 ALL = modules()
@@ -53,7 +55,7 @@ def test_imports_point_down(name: str) -> None:
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:
-    imports_of = networkx.DiGraph({name: inside(name) for name in ALL})
+    imports_of = networkx.DiGraph({name: own_imports(name) for name in ALL})
     assert not [circle for circle in networkx.strongly_connected_components(imports_of) if len(circle) > 1]
 
 
@@ -68,9 +70,28 @@ def test_every_folder_stands_in_the_list_and_says_what_it_is() -> None:
     "name", [name for name in ALL if not name.startswith(("spcompile.passes", "spcompile.models"))]
 )
 def test_the_engine_knows_no_model_and_little_of_it_knows_the_passes(name: str) -> None:
-    parts = {folder_of(other).partition(".")[0] for other in inside(name)}
+    parts = {folder_of(other).partition(".")[0] for other in own_imports(name)}
     assert "models" not in parts
     assert "passes" not in parts or folder_of(name) in SEE_PASSES
+
+
+def defined(name: str) -> Iterator[str]:
+    """The functions and classes that a module defines for others."""
+    for node in syntax(name).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node.name
+
+
+def test_one_name_means_one_thing() -> None:
+    """Modules, and what they define for others.
+
+    Left out are protocols, of which every file of a folder has its own: collectives, rules, commands, kernels, models.
+    """
+    protocols = ("collectives", "sharding.rules", "command", "attention.kernels", "models")
+    modules_named = Counter(name.rpartition(".")[2] for name, file in ALL.items() if file.name != "__init__.py")
+    assert not [stem for stem, count in modules_named.items() if count > 1]
+    public = Counter(found for name in ALL if folder_of(name) not in protocols for found in defined(name))
+    assert not [found for found, count in public.items() if count > 1]
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name.startswith("spcompile.models")])

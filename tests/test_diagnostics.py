@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch.fx as fx
 
+import spcompile
 from spcompile import diagnostics
 from spcompile.diagnostics import REMARKS, IllegalOption, Remark, Remarks, SourceLine, SpcompileError, StrictRemark
+from spcompile.plain_text import one_line, some_lines
 
 ERRORS = [c for c in vars(diagnostics).values() if isinstance(c, type) and issubclass(c, SpcompileError)]
 
@@ -71,3 +73,44 @@ def test_remarks_as_data() -> None:
     }
     with pytest.raises(AssertionError):
         Remark("SPR999", "no such code")
+
+
+ESC = "\x1b]0;title\x07"
+SHOWN = r"\x1b]0;title\x07"
+
+
+def test_control_characters_are_shown_as_escapes() -> None:
+    assert one_line(f"a{ESC}\n\r\t\x9b\u202e\u2028\udc80b") == rf"a{SHOWN}\n\r\t\x9b\u202e\u2028\udc80b"
+    assert one_line("plain \u00e9 \\ text") == "plain \u00e9 \\ text"
+    assert some_lines(f"a{ESC}\nb") == f"a{SHOWN}\nb"
+
+
+def test_errors_and_remarks_hold_no_control_characters() -> None:
+    where = SourceLine(f"m{ESC}\n.py", 3, f"f{ESC}", f"x = '{ESC}'")
+    texts = [
+        str(IllegalOption(f"found {ESC}", where=where, legal=f"legal {ESC}")),
+        str(IllegalOption("found", where=f"a line {ESC}")),
+        str(Remark("SPR103", f"text {ESC}", where)),
+        str(where),
+    ]
+    assert all(SHOWN in text and "\x1b" not in text and "\x07" not in text for text in texts)
+    assert str(where).count("\n") == 1
+
+
+def test_no_line_of_this_package_is_a_users() -> None:
+    """Code that exec made has no lines; then this package's own call of the model is what the trace ends with."""
+    own = str(Path(diagnostics.__file__).parent / "program" / "trace.py")
+    call = f'  File "{own}", line 9, in _entry\n    return self(*args)\n'
+    assert diagnostics.source_of(node_with(call)) is None
+    users = '  File "<string>", line 4, in forward\n'
+    assert diagnostics.source_of(node_with(users + call)) == SourceLine("<string>", 4, "forward", "")
+    assert diagnostics.source_of(node_with(call + users)) == SourceLine("<string>", 4, "forward", "")
+    model = str(Path(diagnostics.__file__).parent / "models" / "llama.py")
+    assert diagnostics.source_of(node_with(call.replace(own, model))) is not None
+    assert str(SourceLine("<string>", 4, "forward", "")) == "<string>:4 in forward"
+
+
+def test_errors_can_be_imported_from_the_package() -> None:
+    for error in ERRORS:
+        assert getattr(spcompile, error.__name__) is error
+        assert error.__name__ in spcompile.__all__

@@ -27,13 +27,13 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.attention.scores.call import AttentionCall
+from spcompile.attention.scores.attention_call import AttentionCall
 from spcompile.attention.scores.mask import EXCLUDES, AttentionMask
 from spcompile.capture.flex_attention import refuse
 from spcompile.graph.edit import argument, erase_dead, operand, replace, shape_of
 from spcompile.graph.splice import splice
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.recognition.build import Builder, More, Rest
+from spcompile.recognition.attention_nodes import Builder, More, Rest
 from spcompile.recognition.eager import (
     SOFTMAX,
     EagerAttention,
@@ -45,11 +45,11 @@ from spcompile.recognition.eager import (
     rows_of_scores,
 )
 from spcompile.recognition.grouped_heads import write_grouped_heads_in_four_dims
-from spcompile.recognition.heads import before_repeat, by_head, heads_in_batch
+from spcompile.recognition.masks.bias_terms import BiasTerm, Role, parts_of
 from spcompile.recognition.masks.fills import NotKnown, WithoutKeys, rows_without_keys
-from spcompile.recognition.masks.parts import Part, Role, parts_of
+from spcompile.recognition.masks.index_maps import sizes_of
 from spcompile.recognition.masks.rows_without_keys import with_uniform_rows
-from spcompile.recognition.masks.views import sizes_of
+from spcompile.recognition.repeated_heads import before_repeat, by_head, heads_in_batch
 from spcompile.sharding.propagate import SCORES, UNREAD_ATTENTION
 
 aten = torch.ops.aten
@@ -280,7 +280,7 @@ def _one_dtype(q: fx.Node, k: fx.Node, v: fx.Node, new: Builder) -> tuple[fx.Nod
     return tuple(x if x.meta["val"].dtype == widest else new(aten.to.dtype, x, widest) for x in (q, k, v))  # type: ignore[return-value]
 
 
-def _parts(found: EagerAttention, heads: int, new: Builder) -> tuple[list[Part], dict[Part, float]]:
+def _parts(found: EagerAttention, heads: int, new: Builder) -> tuple[list[BiasTerm], dict[BiasTerm, float]]:
     """The terms of the bias, the last one applied first, and what scores became where a mask replaced them."""
     parts = []
     replaced = {}
@@ -289,11 +289,11 @@ def _parts(found: EagerAttention, heads: int, new: Builder) -> tuple[list[Part],
         if term.fill is None:
             if term.factor != 1.0:
                 node = new(aten.mul.Tensor, node, term.factor)
-            parts.append(Part(node, Role.ADD))
+            parts.append(BiasTerm(node, Role.ADD))
         else:
             if node.meta["val"].dtype != torch.bool:
                 node = new(aten.to.dtype, node, torch.bool)
-            parts.append(Part(node, Role.DROP if term.masked else Role.KEEP))
+            parts.append(BiasTerm(node, Role.DROP if term.masked else Role.KEEP))
             replaced[parts[-1]] = term.fill * term.factor
     if any(fill > EXCLUDES for fill in replaced.values()):
         raise Refused("masked scores are not replaced by a large negative number", found.scores.node)
@@ -301,8 +301,8 @@ def _parts(found: EagerAttention, heads: int, new: Builder) -> tuple[list[Part],
 
 
 def _rows_without_keys(
-    parts: list[Part],
-    replaced: dict[Part, float],
+    parts: list[BiasTerm],
+    replaced: dict[BiasTerm, float],
     q: fx.Node,
     k: fx.Node,
     dtype: torch.dtype,
@@ -345,10 +345,10 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores.masked_fill(~keep, -math.inf), dim=-1) @ v
 
 
-def _tensors(heads: int, key_heads: int) -> tuple[Tensor, ...]:
+def _example_qkv(heads: int, key_heads: int) -> tuple[Tensor, ...]:
     shapes = ((2, heads, 12, 4), (2, key_heads, 12, 4), (2, key_heads, 12, 4))
     return tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
 
 
-EXAMPLES = (Example(_grouped, lambda: _tensors(4, 2)), Example(_written_out, lambda: _tensors(4, 4)))
+EXAMPLES = (Example(_grouped, lambda: _example_qkv(4, 2)), Example(_written_out, lambda: _example_qkv(4, 4)))
 EXAMPLE = EXAMPLES[0]

@@ -21,7 +21,7 @@ from spcompile.graph.edit import argument, call, erase_dead, is_tensor, operand,
 from spcompile.graph.splice import splice
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.recognition.eager import without_maximum
-from spcompile.recognition.masks.views import sizes_of
+from spcompile.recognition.masks.index_maps import sizes_of
 from spcompile.recognition.normalizers import normalizer
 from spcompile.sharding.rules.indexing import is_range
 

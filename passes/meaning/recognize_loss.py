@@ -3,12 +3,13 @@
 Before: cross_entropy_loss(logits, target, reduction=mean). After: cross_entropy_loss(reduction=sum) / count of targets
 that are not ignored (their summed weights, where classes have weights). A sum can be taken over shards; a mean of
 means is another number whenever ranks hold different numbers of valid tokens. So with nll_loss of log-probabilities.
+Half precision is widened first: sum, count and quotient are in float32, and the loss is rounded at the end.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.fx as fx
@@ -58,8 +59,9 @@ def sum_over_count(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, smoothing: float
 ) -> Tensor:
     """The mean cross entropy as a quotient; 0/0 (no valid target) is NaN, as in torch."""
-    total = aten.cross_entropy_loss.default(logits, target, weight, SUM, ignore_index, smoothing)
-    return _over_count(total, target, weight, ignore_index)
+    wide, weight = _widened(logits), _widened(weight)
+    total = aten.cross_entropy_loss.default(wide, target, weight, SUM, ignore_index, smoothing)
+    return _rounded(_over_count(total, target, weight, ignore_index), logits.dtype)
 
 
 def likelihood_over_count(
@@ -67,7 +69,18 @@ def likelihood_over_count(
 ) -> Tensor:
     """The mean negative log-likelihood as a quotient; it has no smoothing."""
     assert smoothing == 0
-    return _over_count(aten.nll_loss_nd.default(logs, target, weight, SUM, ignore_index), target, weight, ignore_index)
+    wide, weight = _widened(logs), _widened(weight)
+    total = aten.nll_loss_nd.default(wide, target, weight, SUM, ignore_index)
+    return _rounded(_over_count(total, target, weight, ignore_index), logs.dtype)
+
+
+def _widened(x: Any) -> Any:
+    """In float32 at least: kernels count in it, while bfloat16 has no 1001, and float16 nothing over 65504."""
+    return x.to(torch.float32) if x is not None and x.dtype.itemsize < 4 else x
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _over_count(total: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:

@@ -27,17 +27,18 @@ import torch.fx as fx
 from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
-from spcompile.attention.scores.call import AttentionCall
+from spcompile.attention.scores.attention_call import AttentionCall
 from spcompile.attention.scores.mask import AttentionMask
 from spcompile.capture.flex_attention import refuse
 from spcompile.graph.edit import call, erase_dead, replace, shape_of
 from spcompile.graph.splice import splice
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.recognition.build import AVERAGED, OF_ROWS_WITHOUT_KEYS
+from spcompile.recognition.attention_nodes import AVERAGED, OF_ROWS_WITHOUT_KEYS
 from spcompile.recognition.masks.alibi import Linear, read_linear, slopes_of, sum_of, write_slopes
+from spcompile.recognition.masks.bias_terms import BiasTerm, Reading, Role, full_bias, joined_terms, parts_of, read_part
 from spcompile.recognition.masks.finite import is_finite
+from spcompile.recognition.masks.index_maps import IndexSpace, Indices, sizes_of
 from spcompile.recognition.masks.match import B, H, K, Q, Structure, Unmatched, clauses, every_row_has_a_key, match
-from spcompile.recognition.masks.parts import Part, Reading, Role, full_bias, join, parts_of, read_part
 from spcompile.recognition.masks.reader import Reader
 from spcompile.recognition.masks.rows_without_keys import (
     LOWEST,
@@ -50,7 +51,6 @@ from spcompile.recognition.masks.rows_without_keys import (
 )
 from spcompile.recognition.masks.values import Element, Int, Unreadable
 from spcompile.recognition.masks.vectors import Unwritable, VectorWriter
-from spcompile.recognition.masks.views import IndexSpace, Indices, sizes_of
 
 aten = torch.ops.aten
 
@@ -62,8 +62,8 @@ class _Split:
     """A bias, taken apart: what is now structure, and what stays dense and why."""
 
     structure: Structure
-    taken: tuple[Part, ...]
-    dense: tuple[tuple[Part, str, fx.Node], ...]  # (part, why, the node to point at)
+    taken: tuple[BiasTerm, ...]
+    dense: tuple[tuple[BiasTerm, str, fx.Node], ...]  # (part, why, the node to point at)
     slopes: dict[fx.Node | None, float]
     is_uniform: bool  # whether rows without keys average all values
 
@@ -217,12 +217,12 @@ def _recognize(node: fx.Node, ctx: Context) -> _Operands | None:
 
 
 def _split(
-    parts: list[Part], reader: Reader, indices: Indices, sizes: tuple[Int, ...], traits: tuple[bool, bool]
+    parts: list[BiasTerm], reader: Reader, indices: Indices, sizes: tuple[Int, ...], traits: tuple[bool, bool]
 ) -> _Split:
     has_sinks, has_softcap = traits
-    readings: dict[Part, Reading] = {}
-    linear: dict[Part, Linear] = {}
-    dense: list[tuple[Part, str, fx.Node]] = []
+    readings: dict[BiasTerm, Reading] = {}
+    linear: dict[BiasTerm, Linear] = {}
+    dense: list[tuple[BiasTerm, str, fx.Node]] = []
     for part in parts:
         try:
             readings[part] = read_part(part, reader, indices)
@@ -263,7 +263,7 @@ def _split(
             dense += [(part, why, where or part.node)] * parts.count(part)
 
 
-def _is_one_fill(readings: dict[Part, Reading], parts: list[Part]) -> bool:
+def _is_one_fill(readings: dict[BiasTerm, Reading], parts: list[BiasTerm]) -> bool:
     """Whether all keys that are not seen get one number, which absorbs any score."""
     masks = [part for part in parts if part in readings and readings[part].fills]
     fills = [readings[part].fills for part in masks]
@@ -280,7 +280,7 @@ def _explain(clause: Boolean, reader: Reader) -> tuple[str, fx.Node | None]:
     return f"{clause} is none of the known forms", None
 
 
-def _remark(ctx: Context, part: Part, why: str, where: fx.Node) -> None:
+def _remark(ctx: Context, part: BiasTerm, why: str, where: fx.Node) -> None:
     shape = [1, 1, *shape_of(part.node)][-2:]
     is_square = all(size != 1 for size in shape)
     what = "bias" if part.role is Role.ADD else "mask"
@@ -308,7 +308,7 @@ def _write(split: _Split, reader: Reader, node: fx.Node) -> _Operands | None:
         for useless in reversed(made):
             node.graph.erase_node(useless)
         return None
-    rest = join([part for part, _, _ in split.dense], new)
+    rest = joined_terms([part for part, _, _ in split.dense], new)
     bias_left = full_bias(rest, q, k, new)
     mask = split.structure.mask
     if _is_of_rows_without_keys(node):
@@ -379,7 +379,7 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep)
 
 
-def _tensors() -> tuple[Tensor, ...]:
+def _causal_qkv() -> tuple[Tensor, ...]:
     return tuple(torch.randn(2, 2, 12, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
 
 
@@ -392,7 +392,7 @@ def _right_padding() -> Tensor:
 
 
 EXAMPLES = (
-    Example(_packed_window, lambda: (*_tensors(), _packed_positions())),
-    Example(_padded, lambda: (*_tensors(), _right_padding())),
+    Example(_packed_window, lambda: (*_causal_qkv(), _packed_positions())),
+    Example(_padded, lambda: (*_causal_qkv(), _right_padding())),
 )
 EXAMPLE = EXAMPLES[0]

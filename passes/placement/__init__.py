@@ -1,1 +1,1 @@
-"""Where everything goes: axis by axis values are split, reshards inserted, shapes lowered."""
+"""Where everything goes: axis by axis values split, reshards inserted, shapes lowered."""

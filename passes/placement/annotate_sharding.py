@@ -1,9 +1,9 @@
-"""annotate-sharding: find what an axis splits, and place every value.
+"""annotate-*-parallel: find what an axis splits, and place every value.
 
 Before: a graph that knows what it computes but not where. After: every node carries its index spaces and, where what
 the axis splits reaches it, the factor over which it can run sharded.
 
-    dp   the rows of the batch, from the inputs of which every rank passes its own
+    dp   the entries of the batch, from the inputs of which every rank passes its own
     cp   the sequence, from the query rows of every attention
     tp   heads, hidden features and the vocabulary, from the weights; the activations between blocks are not split yet
          (split-all-reduce and its neighbours see to that)
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from spcompile.graph.sizes import hint
 from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
+from spcompile.sharding.batch_blocks import write_blocks
+from spcompile.sharding.batch_entries import inputs_with_batch, require_batch
 from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces
 from spcompile.sharding.layout import annotate
 from spcompile.sharding.propagate import SCORES, Placements, propagate, sequence_seeds
-from spcompile.sharding.row_blocks import write_blocks
-from spcompile.sharding.rows import inputs_with_rows, require_rows
 from spcompile.sharding.tensor_parallel import tensor_seeds
 
 
@@ -38,10 +38,10 @@ class AnnotateSharding(AxisPass):
         "dp": OnAxis(
             "annotate-data-parallel",
             frozenset({"recognize-attention", "recognize-mask", "recognize-loss"}),
-            "places the rows of the batch, of which each rank of dp has its own",
+            "places the entries of the batch, of which each rank of dp has its own",
         ),
         "cp": OnAxis(
-            "annotate-sharding",
+            "annotate-context-parallel",
             frozenset({"recognize-attention", "recognize-mask"}),
             "finds the sequence and places every value, from the factor rules",
         ),
@@ -58,7 +58,7 @@ class AnnotateSharding(AxisPass):
         Raises:
             BatchNotSplit: rows that cannot be told from something else.
         """
-        rewrites = write_blocks(gm.graph, inputs_with_rows(gm.graph)) if self.axis == "dp" else 0
+        rewrites = write_blocks(gm.graph, inputs_with_batch(gm.graph)) if self.axis == "dp" else 0
         spaces = find_index_spaces(gm.graph, drawn_apart=self.axis == "dp")
         place = {"dp": _place_rows, "cp": _place_sequence, "tp": _place_weights}[self.axis]
         annotate(gm.graph, self.axis, spaces, place(gm.graph, spaces, ctx))
@@ -66,9 +66,9 @@ class AnnotateSharding(AxisPass):
 
 
 def _place_rows(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placements:
-    found = propagate(graph, spaces, {}, inputs_with_rows(graph))
+    found = propagate(graph, spaces, {}, inputs_with_batch(graph))
     if ctx.mesh.size("dp") > 1:
-        require_rows(graph, spaces, found)
+        require_batch(graph, spaces, found)
     return found
 
 

@@ -1,9 +1,9 @@
 """choose-attention: ring, Ulysses or both for every attention, and the order of the sequence that suits them.
 
-"auto" takes what spcompile.attention.cost predicts to be fastest, from bytes, head counts and the tables of links and
-accelerators; the remark says what it predicts of every candidate, forward and backward. It assumes that a ring's hop
-hides behind the block of scores before it, all-to-alls behind nothing, that kernels on a ring's blocks reach 3/4 of
-their speed on whole sequences, and that padded heads cost what others do.
+"auto" takes what spcompile.attention.strategy_cost predicts to be fastest, from bytes, head counts and the tables of
+links and accelerators; the remark says what it predicts of every candidate, forward and backward. It assumes that a
+ring's hop hides behind the block of scores before it, all-to-alls behind nothing, that kernels on a ring's blocks reach
+3/4 of their speed on whole sequences, and that padded heads cost what others do.
 
 A hybrid has Ulysses among neighbours on the axis, whose link is the fast one, and a ring between groups of them. All
 hybrids of a program divide the axis alike, as is best for all its attentions together: so there are two more process
@@ -20,9 +20,9 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.attention.cost import Cost, Problem, cost
-from spcompile.attention.scores.call import AttentionCall
+from spcompile.attention.scores.attention_call import AttentionCall
 from spcompile.attention.strategy import Strategy
+from spcompile.attention.strategy_cost import Cost, Problem, cost
 from spcompile.graph.sizes import hint
 from spcompile.graph.typed_call import value_of
 from spcompile.machine.accelerators import ACCELERATORS
@@ -50,7 +50,7 @@ class ChooseAttention(Pass):
         hybrid = _hybrid(attentions, degree, ctx)
         on_rings: list[tuple[fx.Node, Strategy]] = []
         for node in attentions:
-            strategy, why = choose(node, degree, hybrid, ctx)
+            strategy, why = choose_strategy(node, degree, hybrid, ctx)
             custom = {"spx_attention": str(strategy), "spx_bias_rows": AttentionCall.of(node).bias_has_rows}
             node.meta["custom"] = {**node.meta.get("custom", {}), **custom}
             if _is_asked_for(strategy, ctx.options.attention):
@@ -66,7 +66,7 @@ class ChooseAttention(Pass):
         return 0
 
 
-def choose(node: fx.Node, degree: int, hybrid: Strategy | None, ctx: Context) -> tuple[Strategy, str]:
+def choose_strategy(node: fx.Node, degree: int, hybrid: Strategy | None, ctx: Context) -> tuple[Strategy, str]:
     """(strategy, reason) for one attention. hybrid: the one that this program may use."""
     asked = ctx.options.attention
     ring, ulysses = Strategy(1, degree), Strategy(degree, 1)
@@ -79,7 +79,7 @@ def choose(node: fx.Node, degree: int, hybrid: Strategy | None, ctx: Context) ->
         return wish[0], "asked for"
     costs = {s: _best_cost(node, s, ctx) for s in (ulysses, ring, *Strategy.hybrids(degree))}
     best = min(candidates, key=lambda s: costs[s].seconds)
-    heads, kv_heads = _heads(call, ctx)
+    heads, kv_heads = _head_counts(call, ctx)
     numbers = "; ".join(map(str, costs.values()))
     why = f"{heads} heads, {kv_heads} key/value heads, predicted for a rank: {numbers}"
     return best, why if wish else f"cp = {degree} is not a product; {why}"
@@ -124,7 +124,7 @@ def _best_cost(node: fx.Node, strategy: Strategy, ctx: Context) -> Cost:
 def _cost(node: fx.Node, strategy: Strategy, order: str, ctx: Context) -> Cost:
     call = AttentionCall.of(node)
     sizes = call.sizes.hints()
-    heads, kv_heads = _heads(call, ctx)
+    heads, kv_heads = _head_counts(call, ctx)
     problem = Problem(
         batch=sizes.batch,
         heads=heads,
@@ -150,7 +150,7 @@ def _bytes_of_bias_row(call: AttentionCall) -> int:
     return hint(bias.shape[0]) * hint(bias.shape[3]) * bias.element_size()
 
 
-def _heads(call: AttentionCall, ctx: Context) -> tuple[int, int]:
+def _head_counts(call: AttentionCall, ctx: Context) -> tuple[int, int]:
     """(query heads, key/value heads) that tp leaves on a rank."""
     sizes = call.sizes.hints()
     return heads_on_a_rank(sizes.heads, sizes.kv_heads, ctx.mesh.size("tp"))

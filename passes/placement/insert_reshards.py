@@ -4,7 +4,7 @@ Before: calls that want a value in different states read the same node. After: e
 state it wants, through `reshard(x, axis, src, dst)`; which calls run sharded is a minimum cut over bytes.
 
 On `dp` and `tp` every call runs sharded that can. On `tp` this is Megatron without sequence parallelism. What would
-need the rows of other ranks of `dp` is an error: nobody has them.
+need the entries of other ranks of `dp` is an error: nobody has them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.capture.capture import OWN
+from spcompile.capture.retrace import OWN
 from spcompile.diagnostics import BatchNotSplit, source_of
 from spcompile.graph.edit import operand
 from spcompile.graph.reshard import Place, is_reshard, parse_place
 from spcompile.passes.placement.annotate_sharding import LOSS_OF_ROWS, MLP
 from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
-from spcompile.sharding.cut import sharded_calls, uses_of
 from spcompile.sharding.global_view import is_view
 from spcompile.sharding.layout import layout_of, show
 from spcompile.sharding.lowering import READ_SIZES
@@ -38,6 +37,7 @@ from spcompile.sharding.resharding import (
     state_of,
     target_of,
 )
+from spcompile.sharding.sharded_or_replicated import sharded_calls, uses_of
 from spcompile.sharding.spaces import leaves
 
 
@@ -54,7 +54,7 @@ class InsertReshards(AxisPass):
         ),
         "cp": OnAxis(
             "insert-reshards",
-            frozenset({"annotate-sharding"}),
+            frozenset({"annotate-context-parallel"}),
             "decides by a minimum cut which calls run sharded, and makes every reshard a node",
         ),
         "tp": OnAxis(
@@ -68,7 +68,7 @@ class InsertReshards(AxisPass):
         """Insert the reshards of the axis; returns how many.
 
         Raises:
-            BatchNotSplit: an op reads the rows of other ranks.
+            BatchNotSplit: an op reads the entries of other ranks.
         """
         axis = self.axis
         if any(is_reshard(n, axis) for n in gm.graph.nodes):
@@ -90,7 +90,7 @@ def _refuse_gathers(graph: fx.Graph) -> None:
             user = next(iter(user.users))
         shape = tuple(operand(gather, 0).meta["val"].shape)
         layout = layout_of(user)
-        why = "mixes rows of the batch" if layout is None or layout.call is not None else "has no sharding rule"
+        why = "mixes entries of the batch" if layout is None or layout.call is not None else "has no sharding rule"
         found = f"{user.target} {why}: it reads {shape}, of which every rank of dp has its own rows"
         raise BatchNotSplit(found, where=source_of(user), legal="ops on each row alone, or DDP over dp")
 
@@ -103,7 +103,7 @@ def _refuse_draws_together(graph: fx.Graph) -> None:
         if state_of(node, "dp") == "I" and (is_draw or not drawn.isdisjoint(node.all_input_nodes)):
             drawn.add(node)
     for split in (n for n in reshards_of(graph, "dp", "I", "S") if operand(n, 0) in drawn):
-        found = f"{operand(split, 0).name} is drawn for the rows of all ranks together, and each rank draws its own"
+        found = f"{operand(split, 0).name} is drawn for the entries of all ranks together, and each rank draws its own"
         raise BatchNotSplit(found, where=source_of(split), legal="random numbers for each row, or DDP over dp")
 
 
@@ -212,7 +212,7 @@ def _reshard_outputs(output: fx.Node, axis: str, ctx: Context) -> None:
 
 
 def _may_stay_split(value: fx.Node, axis: str, place: Place, ctx: Context) -> bool:
-    """Whether an output in parts is what the user gets: rows of the batch, and under "sharded" whole dims over cp."""
+    """Whether an output in parts is what the user gets: batch entries, and under "sharded" whole dims over cp."""
     layout = layout_of(value)
     assert layout is not None
     if is_view(value, axis):

@@ -14,7 +14,7 @@ import torch.fx as fx
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from spcompile.capture.capture import OWN, fake_inputs
+from spcompile.capture.retrace import OWN, fake_inputs
 from spcompile.graph.reshard import is_reshard
 from spcompile.passes.placement.annotate_sharding import LOSS_OF_ROWS, MLP
 from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage

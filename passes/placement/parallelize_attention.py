@@ -23,15 +23,15 @@ import torch.fx as fx
 from torch import Tensor
 
 import spcompile.attention.ring.hops  # noqa: F401  (defines spx::ring_hops)
-from spcompile.attention.gathered import before_gathers, exchange_heads, is_gathered, strategy_of
-from spcompile.attention.ring.call import AgreeOnHopsCall, RingCall, RingHopsCall
-from spcompile.attention.scores.call import AttentionCall
-from spcompile.collectives.calls import AllGatherCall, VaryCall
+from spcompile.attention.lowered_attention import before_gathers, is_gathered, strategy_of, to_head_parallel
+from spcompile.attention.ring.ring_call import AgreeOnHopsCall, RingCall, RingHopsCall
+from spcompile.attention.scores.attention_call import AttentionCall
+from spcompile.collectives.typed_calls import AllGatherCall, VaryCall
 from spcompile.diagnostics import IllegalOption
 from spcompile.graph.edit import replace
 from spcompile.graph.typed_call import value_of
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.schedule.cost import cost_model
+from spcompile.schedule.op_cost import cost_model
 
 SKIP_HOPS = ("auto", "always", "never")
 WORTH = 10  # a hop that might be empty is asked for where all of them take so many times the asking
@@ -71,7 +71,7 @@ class ParallelizeAttention(Pass):
             if strategy.inner == 1:
                 replace(node, before_gathers(node).insert(like=node))
             else:
-                exchange_heads(node, strategy.inner, traced=traced)
+                to_head_parallel(node, strategy.inner, traced=traced)
             count += 1
         if self.skip_hops != "never":
             _ask_for_hops(gm.graph, self.skip_hops == "always", ctx)
@@ -134,7 +134,7 @@ def _is_worth_asking(rings: list[fx.Node], ctx: Context) -> bool:
     return sum(map(cost.communication, rings)) > WORTH * cost.accelerator.seconds_per_sync
 
 
-def _attention(q_BNSH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor) -> Tensor:
+def _causal_attention(q_BNSH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSH, is_causal=True)
 
 
@@ -142,4 +142,4 @@ def _inputs() -> tuple[Tensor, ...]:
     return tuple(torch.randn(1, 4, 7, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
 
 
-EXAMPLE = Example(_attention, _inputs, options={"attention": "ring"})
+EXAMPLE = Example(_causal_attention, _inputs, options={"attention": "ring"})

@@ -42,13 +42,13 @@ class SinkAllGather(RewritePass):
         while waiting:
             gather = waiting.popleft()
             for user in list(gather.users):
-                choice = passes(user, gather)
+                choice = passes_below(user, gather)
                 if choice is not None:
                     waiting.extend(sink_through(user, choice, self.name))
                     yield user
 
 
-def passes(user: fx.Node, gather: fx.Node) -> Choice | None:
+def passes_below(user: fx.Node, gather: fx.Node) -> Choice | None:
     """The choice under which `user` runs on the parts that `gather` joins; None if it cannot, or runs split already."""
     layout = layout_of(user)
     place = parse_place(Reshard.of(gather).src)

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from spcompile.graph.reshard import Reshard, is_reshard
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.sharding.cut import bytes_of, needs_gradient
 from spcompile.sharding.global_view import is_view
 from spcompile.sharding.layout import layout_of, show
 from spcompile.sharding.resharding import reshard_to, reshards_of, state_of
-from spcompile.sharding.rules.base import tensor_operands, tensor_results
 from spcompile.sharding.rules.linear import is_zero, linear_groups
+from spcompile.sharding.rules.rule import tensor_operands, tensor_results
+from spcompile.sharding.sharded_or_replicated import estimated_bytes, trained_values
 
 
 @dataclass(frozen=True)
@@ -80,20 +80,20 @@ def _worth_passing(
     bytes of a fixed operand's gradient, which becomes a sum over ranks. Of two places that cost the same the earlier
     one: behind it every rank computes with its rows alone, and no residual stream is a sum that all ranks hold whole.
     """
-    gradient = needs_gradient(graph)
+    gradient = trained_values(graph)
     network = nx.DiGraph()
     network.add_nodes_from(("parts", "whole"))
     for value in [*sums, *groups]:
         if value in sums:
             network.add_edge("parts", value)
-        network.add_edge(value, ("complete", value), capacity=bytes_of(value))
+        network.add_edge(value, ("complete", value), capacity=estimated_bytes(value))
         for user in value.users:
             network.add_edge(("complete", value), user if user in groups else "whole")
             if user in groups:
                 network.add_edge(user, value)
     for node, group in groups.items():
         fixed = [read for i, read in enumerate(tensor_operands(node)) if i not in group and read in gradient]
-        network.add_edge(node, "whole", capacity=float(sum(bytes_of(read) for read in fixed)))
+        network.add_edge(node, "whole", capacity=float(sum(estimated_bytes(read) for read in fixed)))
     # networkx finds the minimum cut next to the sink: here the sink is where sums are made.
     _, (_, parts) = nx.minimum_cut(network.reverse(), "whole", "parts")
     return {node for node in groups if node in parts}

@@ -46,7 +46,7 @@ class SplitProjections(Pass):
             _cut_projection(node)
         slices = [n for n in graph.nodes if n.target is aten.slice.Tensor and _is_slice_of_projection(n)]
         for node in slices:
-            replace(node, _part(node.args[0], *_range(node), like=node))
+            replace(node, _columns(node.args[0], *_range(node), like=node))
         if biased or cuts or slices:
             graph.eliminate_dead_code()
         return len(biased) + len(cuts) + len(slices)
@@ -130,11 +130,11 @@ def _cut_projection(node: fx.Node) -> None:
     for number, value in enumerate(node.meta["val"]):
         width = value.shape[-1]
         if number in parts:
-            replace(parts[number], _part(node.args[0], start, start + width, like=parts[number]))  # type: ignore[arg-type]
+            replace(parts[number], _columns(node.args[0], start, start + width, like=parts[number]))  # type: ignore[arg-type]
         start += width
 
 
-def _part(x: fx.Node, start: int, stop: int, *, like: fx.Node) -> fx.Node:
+def _columns(x: fx.Node, start: int, stop: int, *, like: fx.Node) -> fx.Node:
     """Elements start .. stop - 1 of the last dim of `x`, computed from parts of the weights."""
     graph = like.graph
     if x.target is aten.linear.default:
@@ -148,17 +148,17 @@ def _part(x: fx.Node, start: int, stop: int, *, like: fx.Node) -> fx.Node:
     if x.target is aten.add.Tensor:
         return call(graph, aten.add.Tensor, tuple(_part_of_term(a, start, stop, like) for a in x.args), like=like)
     if x.target is aten.reshape.default:
-        inner = _part(x.args[0], start, stop, like=like)  # type: ignore[arg-type]
-        return call(graph, aten.reshape.default, (inner, [*_sizes(x)[:-1], stop - start]), like=like)
+        inner = _columns(x.args[0], start, stop, like=like)  # type: ignore[arg-type]
+        return call(graph, aten.reshape.default, (inner, [*_reshape_sizes(x)[:-1], stop - start]), like=like)
     return call(graph, aten.slice.Tensor, (x, len(shape_of(x)) - 1, start, stop), like=like)
 
 
 def _part_of_term(term: Any, start: int, stop: int, like: fx.Node) -> Any:
     is_whole = not is_tensor(term) or not shape_of(term) or same(shape_of(term)[-1], 1)
-    return term if is_whole else _part(term, start, stop, like=like)
+    return term if is_whole else _columns(term, start, stop, like=like)
 
 
-def _sizes(reshape: fx.Node) -> Sequence[Any]:
+def _reshape_sizes(reshape: fx.Node) -> Sequence[Any]:
     """The sizes as the graph gives them: numbers, and nodes where they are symbols."""
     sizes = reshape.args[1]
     assert isinstance(sizes, (list, tuple))

@@ -20,8 +20,8 @@ import torch.fx as fx
 from torch import Tensor
 
 from spcompile.collectives import call_arguments
-from spcompile.collectives.base import packed
-from spcompile.collectives.calls import AllGatherCall
+from spcompile.collectives.collective import packed
+from spcompile.collectives.typed_calls import AllGatherCall
 from spcompile.graph.sizes import numel_hint
 from spcompile.graph.splice import splice
 from spcompile.graph.typed_call import value_of
@@ -71,12 +71,12 @@ class BucketCollectives(Pass):
             x, named = call_arguments(node.target, node.args, node.kwargs)
             operand = value_of(x)
             limit = self._limit(named["axis"], ctx)
-            if _bytes(node) >= limit:
+            if _message_bytes(node) >= limit:
                 continue
             key = (node.target, named["axis"], named["degree"], named.get("to"), operand.dtype, operand.device)
             bucket = open_buckets.setdefault(key, [])
             bucket.append(node)
-            if sum(map(_bytes, bucket)) >= limit:
+            if sum(map(_message_bytes, bucket)) >= limit:
                 if len(bucket) > 1:
                     yield list(bucket)
                 bucket.clear()
@@ -87,7 +87,7 @@ def _operand(node: fx.Node) -> Any:
     return call_arguments(node.target, node.args, node.kwargs)[0]  # type: ignore[arg-type]
 
 
-def _bytes(node: fx.Node) -> int:
+def _message_bytes(node: fx.Node) -> int:
     """Of the larger of what a collective reads and what it gives."""
     values = [node.meta["val"], value_of(_operand(node))]
     return max(numel_hint(value) * value.element_size() for value in values)

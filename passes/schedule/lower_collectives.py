@@ -80,7 +80,7 @@ def _inline(
             elif inner.op != "placeholder":
                 assert inner.op == "call_function", f"lowering {node.name} made a {inner.op} node"
                 copies[inner] = node.graph.node_copy(inner, lambda n: copies[n])
-                copies[inner].meta = {"val": inner.meta["val"], **_origin(node)}
+                copies[inner].meta = {"val": inner.meta["val"], **_kept_meta(node)}
     if "sharding" in node.meta:
         result.meta["sharding"] = dict(node.meta["sharding"])
     node.replace_all_uses_with(result)
@@ -99,14 +99,14 @@ def _bound_call(node: fx.Node, collective: Collective) -> tuple[Callable[..., An
     return lambda x, *sizes: lowered(x, **fixed, **dict(zip(free, sizes, strict=True))), nodes
 
 
-def _origin(node: fx.Node) -> dict[str, Any]:
+def _kept_meta(node: fx.Node) -> dict[str, Any]:
     """What a node that comes from `node` keeps of it. Dicts are copied: metadata is edited in place by others."""
     kept = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
     copied = {key: dict(value) if isinstance(value, dict) else value for key, value in kept.items()}
     return {**copied, "spx_origin": "lower-collectives"}
 
 
-def _attention(x_BNSH: Tensor, w_HH: Tensor) -> Tensor:
+def _projected_attention(x_BNSH: Tensor, w_HH: Tensor) -> Tensor:
     h_BNSH = x_BNSH @ w_HH
     return torch.nn.functional.scaled_dot_product_attention(h_BNSH, h_BNSH, h_BNSH, is_causal=True)
 
@@ -115,4 +115,4 @@ def _inputs() -> tuple[Tensor, ...]:
     return tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((1, 4, 7, 2), (2, 2)))
 
 
-EXAMPLE = Example(_attention, _inputs, options={"attention": "ring", "balance": "contiguous"})
+EXAMPLE = Example(_projected_attention, _inputs, options={"attention": "ring", "balance": "contiguous"})

@@ -6,7 +6,7 @@ Before   start = reduce_scatter_tensor(...)      After   start = reduce_scatter_
 
 No node is added or removed: the order changes, and with it what is alive at once, under a budget. How the order is
 found is in `spcompile/schedule/list_schedule.py`; what an op and a collective take is a table
-(`spcompile/schedule/cost.py`), so that all ranks find the same order. Inductor is told to keep it
+(`spcompile/schedule/op_cost.py`), so that all ranks find the same order. Inductor is told to keep it
 (`spcompile/program/emit.py`).
 """
 
@@ -20,8 +20,8 @@ import torch.fx as fx
 from torch import Tensor
 
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.schedule.cost import cost_model
 from spcompile.schedule.list_schedule import ListScheduler
+from spcompile.schedule.op_cost import cost_model
 from spcompile.schedule.timeline import starts, timeline
 
 MEBIBYTE = 2**20

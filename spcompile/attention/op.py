@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spcompile.attention.kernels import blocks, carry
+from spcompile.attention.kernels import blocks, hop_state
 from spcompile.attention.kernels.naive import accumulation_dtype
-from spcompile.attention.ring.call import RingBackwardCall, RingCall
 from spcompile.attention.ring.ring import ring_backward, ring_forward
-from spcompile.attention.scores.call import Attention, AttentionBackwardCall, AttentionCall
+from spcompile.attention.ring.ring_call import RingBackwardCall, RingCall
+from spcompile.attention.scores.attention_call import Attention, AttentionBackwardCall, AttentionCall
 from spcompile.attention.scores.provider import Rows
 from spcompile.attention.scores.runs import Run, natural_runs, runs_of
-from spcompile.collectives.point_to_point import Requests, drive, simulate
+from spcompile.collectives.point_to_point import Requests, drive, drive_all
 from spcompile.diagnostics import RanksDisagree
 from spcompile.torch_private import resolve_process_group
 
@@ -62,7 +62,7 @@ def _attention(*args: Any) -> tuple[Tensor, Tensor]:
     call = AttentionCall.bind(*args)
     q_order, q_runs = _runs(call.q_positions, call.q)
     k_order, k_runs = _runs(call.k_positions, call.k)
-    out, lse = carry.forward(
+    out, lse = hop_state.forward(
         _sorted(call.q, q_order),
         _sorted(call.k, k_order),
         _sorted(call.v, k_order),
@@ -84,7 +84,7 @@ def _attention_backward(*args: Any) -> BackwardResult:
         _sorted(call.lse, q_order),
         None if call.grad_lse is None else _sorted(call.grad_lse, q_order),
     )
-    (dq, dk, dv), dbias = carry.backward(
+    (dq, dk, dv), dbias = hop_state.backward(
         rows,
         _sorted(call.k, k_order),
         _sorted(call.v, k_order),
@@ -144,12 +144,12 @@ def _ring_attention_backward(*args: Any) -> BackwardResult:
 
 def spec_ring_attention(ranks: Sequence[tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]]:
     """What spx::ring_attention returns on every rank, given every rank's arguments; needs no process group."""
-    return simulate([_ring(rank, RingCall.bind(*args)) for rank, args in enumerate(ranks)])
+    return drive_all([_ring(rank, RingCall.bind(*args)) for rank, args in enumerate(ranks)])
 
 
 def spec_ring_attention_backward(ranks: Sequence[tuple[Any, ...]]) -> list[BackwardResult]:
     """What spx::ring_attention_backward returns on every rank, given every rank's arguments."""
-    return simulate([_ring_backward(rank, RingBackwardCall.bind(*args)) for rank, args in enumerate(ranks)])
+    return drive_all([_ring_backward(rank, RingBackwardCall.bind(*args)) for rank, args in enumerate(ranks)])
 
 
 def _runs(positions: Tensor | None, x: Tensor) -> tuple[Tensor | None, tuple[Run, ...]]:

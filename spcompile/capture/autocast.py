@@ -1,96 +1,122 @@
-"""Makes ambient autocast explicit: the casts it would do become nodes, and the graph means the same without it.
+"""Makes autocast explicit: the casts that it would do become nodes, and the graph means the same without it.
 
-Autocast acts below the level at which graphs are captured, so it leaves no node behind, only example values of other
-dtypes than the ops alone would give. Where that is so, the floating operands are cast to the dtype autocast gave.
+Autocast acts below the level at which graphs are captured, so it leaves no node behind. Here it is told what it does to
+each call, under the state that it has at that place: around the graph, switched on or off inside, nested.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.fx as fx
-from torch import Tensor
 
-from spcompile.graph.edit import call
-from spcompile.torch_private import detect_fake_mode
+from spcompile.capture.autocast_calls import Explicit
 
-aten = torch.ops.aten
-_LOW = (torch.float16, torch.bfloat16, torch.float32)
-
-
-_DEVICES = ("cpu", "cuda")
-_SWITCHES = ("_enter_autocast", "_exit_autocast")
+DEVICES = ("cpu", "cuda")
+ENTER = torch.amp.autocast_mode._enter_autocast
+EXIT = torch.amp.autocast_mode._exit_autocast
+_CAST = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def autocast_in(gm: fx.GraphModule) -> bool:
-    """Whether autocast is on around the graph, or switched on inside it."""
-    inside = any(getattr(n.target, "__name__", "") in _SWITCHES for n in gm.graph.nodes)
-    return inside or any(torch.is_autocast_enabled(d) for d in _DEVICES)
+def is_on() -> bool:
+    """Whether autocast is on here, for any device."""
+    return any(torch.is_autocast_enabled(device) for device in DEVICES)
+
+
+def state() -> str:
+    """What autocast does here, as text."""
+    return " ".join(f"{d}={torch.get_autocast_dtype(d)}" for d in DEVICES if torch.is_autocast_enabled(d))
 
 
 @contextmanager
 def autocast_off() -> Iterator[None]:
-    """Compile without ambient autocast: its casts are in the graph."""
-    devices = [d for d in _DEVICES if torch.is_autocast_enabled(d)]
+    """Without ambient autocast, as in a compile whose graph has its casts, or in a backward."""
+    devices = [d for d in DEVICES if torch.is_autocast_enabled(d)]
     with ExitStack() as stack:
         for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
+@contextmanager
+def without_cache() -> Iterator[None]:
+    """Autocast casts anew at each use: a fake that it kept would meet the real parameter later."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+def cast(x: torch.Tensor) -> torch.Tensor:
+    """What autocast makes of an operand of a product here."""
+    device = x.device.type
+    if device not in DEVICES or not torch.is_autocast_enabled(device) or x.dtype not in _CAST:
+        return x
+    dtype = torch.get_autocast_dtype(device)
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+class Regions:
+    """The autocast contexts that a graph's switches have entered and not left yet."""
+
+    def __init__(self) -> None:
+        self._open: list[torch.autocast] = []
+
+    def enter(self, device: str, dtype: Any = None, enabled: bool = True, cache: Any = None) -> torch.autocast:
+        """What `_enter_autocast` does; in a trace before dispatch this also leaves the switch in the new graph."""
+        context = torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+        context.__enter__()
+        self._open.append(context)
+        return context
+
+    def exit(self, context: torch.autocast) -> None:
+        """What `_exit_autocast` does."""
+        self._open.remove(context)
+        context.__exit__(None, None, None)
+
+    def close(self) -> None:
+        """Leave what is open, as where an error ended the graph early."""
+        while self._open:
+            self._open.pop().__exit__(None, None, None)
+
+
+@contextmanager
+def running_switches() -> Iterator[Callable[[fx.Node], None]]:
+    """A function that obeys the switches among the nodes it is given, in their order; autocast is put back."""
+    regions = Regions()
+    contexts: dict[Any, torch.autocast] = {}
+
+    def run(node: fx.Node) -> None:
+        if node.target is ENTER:
+            contexts[node] = regions.enter(*node.args)  # type: ignore[arg-type]
+        elif node.target is EXIT:
+            regions.exit(contexts.pop(node.args[0]))
+
+    try:
+        with without_cache():
+            yield run
+    finally:
+        regions.close()
+
+
 def make_explicit(gm: fx.GraphModule) -> int:
-    """Insert the casts; returns how many calls got some."""
+    """Insert the casts, remove the switches; returns how many calls changed."""
+    switches = [n for n in gm.graph.nodes if n.target in (ENTER, EXIT)]
+    if not switches and not is_on():
+        return 0
     changed = 0
-    with autocast_off():
+    explicit = Explicit()
+    with running_switches() as run_switch:
         for node in list(gm.graph.nodes):
-            if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
-                changed += _cast_operands(node)
-    for node in list(gm.graph.nodes):
-        if getattr(node.target, "__name__", "") in _SWITCHES:
-            node.replace_all_uses_with(None)
-            gm.graph.erase_node(node)
+            run_switch(node)
+            if is_on():
+                changed += explicit(node, state())
+    for node in reversed(switches):
+        gm.graph.erase_node(node)
     gm.recompile()
     return changed
-
-
-def _cast_operands(node: fx.Node) -> bool:
-    """Cast the operands of one call to its result's dtype, if the call alone would give another."""
-    wanted = node.meta["val"].dtype
-    if wanted not in _LOW or (_dtype_alone(node) == wanted and not _mixes(node)):
-        return False
-
-    def cast(operand: fx.Node) -> fx.Node:
-        value = operand.meta.get("val")
-        if not isinstance(value, Tensor) or value.dtype not in _LOW or value.dtype == wanted:
-            return operand
-        return call(node.graph, aten._to_copy.default, (operand,), {"dtype": wanted}, like=node)
-
-    node.args = fx.node.map_arg(node.args, cast)
-    node.kwargs = fx.node.map_arg(node.kwargs, cast)
-    return True
-
-
-def _mixes(node: fx.Node) -> bool:
-    """Whether a call that does not promote types reads several of them: fakes do not object, kernels do."""
-    tags = getattr(node.target, "tags", ())
-    if torch.Tag.pointwise in tags or node.target in (aten.cat.default, aten.stack.default):
-        return False
-    values = [n.meta.get("val") for n in node.all_input_nodes]
-    return len({v.dtype for v in values if isinstance(v, Tensor) and v.dtype in _LOW}) > 1
-
-
-def _dtype_alone(node: fx.Node) -> Any:
-    """The dtype this call gives on its operands without autocast; None where it refuses them."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    mode = detect_fake_mode(torch.utils._pytree.tree_leaves((args, kwargs)))
-    if mode is None:
-        return node.meta["val"].dtype
-    try:
-        with mode, torch.no_grad():
-            result = node.target(*args, **kwargs)  # type: ignore[operator]
-    except RuntimeError:
-        return None
-    return result.dtype if isinstance(result, Tensor) else None

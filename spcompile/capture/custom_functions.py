@@ -17,6 +17,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.capture.autocast import autocast_off
 from spcompile.diagnostics import CaptureFailed
 
 _PRODUCTS = {operator.mul, torch.mul, "mul", "__mul__", "__rmul__"}
@@ -39,7 +40,7 @@ def with_own_gradient(
     if len(outputs) != 1 or not _is_a_factor(backward):
         raise CaptureFailed("a torch.autograd.Function whose gradient cannot be sharded", legal=legal)
     (y,) = outputs
-    with torch.no_grad():
+    with torch.no_grad(), autocast_off():
         factors = fx.Interpreter(backward).run(torch.ones_like(y), *saved)
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     factors = factors if isinstance(factors, tuple | list) else (factors,)
@@ -49,7 +50,8 @@ def with_own_gradient(
             continue
         if x.shape != y.shape:
             raise CaptureFailed("a torch.autograd.Function of operands of different shapes", legal=legal)
-        result = result + (x - x.detach()) * factor.detach()
+        term = (x - x.detach()) * factor.detach()
+        result = result + (term if term.dtype == y.dtype else term.to(y.dtype))
     return (result,)
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.capture.autocast import EXIT
 from spcompile.diagnostics import CaptureFailed, UnknownFlexAttention, source_of
 from spcompile.torch_private import VMAP_SWITCHES
 
@@ -93,7 +94,8 @@ def _ancestors(graph: fx.Graph) -> set[fx.Node]:
             if node in needed or node.users or node.target in VMAP_SWITCHES:
                 continue
             written = node.args[:1]
-            if node.op != "get_attr" and (not node.all_input_nodes or any(x in needed for x in written)):
+            is_needed = not node.all_input_nodes or any(x in needed for x in written) or node.target is EXIT
+            if node.op != "get_attr" and is_needed:
                 pending.append(node)
     return needed
 

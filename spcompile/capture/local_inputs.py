@@ -35,11 +35,11 @@ def over_local_parts(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.Grap
         return gm, list(inputs)
     placeholders = gm.graph.find_nodes(op="placeholder")
     sharded = {n.name for n, x in zip(placeholders, inputs, strict=True) if isinstance(x, DTensor)}
-    cut = _cut(gm)
+    cut = _cut_at_to_local(gm)
     for node in cut.graph.find_nodes(op="placeholder"):
         if node.name in sharded:
             node.meta.pop("example_value", None)
-    return cut, [_part(x) for x in inputs]
+    return cut, [_fake_part(x) for x in inputs]
 
 
 def on_local_parts(run: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -58,7 +58,7 @@ def on_local_parts(run: Callable[..., Any], inputs: Sequence[Any]) -> Callable[.
     return call
 
 
-def _part(value: Any) -> Any:
+def _fake_part(value: Any) -> Any:
     """A fake of fixed shape: Dynamo knows the DTensor only, so AOTAutograd would give a real part symbols for sizes."""
     if not isinstance(value, DTensor):
         return value
@@ -71,7 +71,7 @@ def _part(value: Any) -> Any:
     return part.requires_grad_(value.requires_grad)
 
 
-def _cut(gm: fx.GraphModule) -> fx.GraphModule:
+def _cut_at_to_local(gm: fx.GraphModule) -> fx.GraphModule:
     result = fx.GraphModule(gm, copy_graph(gm.graph))
     cuts = []
     for node in result.graph.nodes:
@@ -80,7 +80,7 @@ def _cut(gm: fx.GraphModule) -> fx.GraphModule:
         if node.op == "call_method" and node.target == "to_local":
             cuts.append(node)
         elif node.op == "get_attr" and isinstance(child := getattr(gm, str(node.target), None), fx.GraphModule):
-            setattr(result, str(node.target), _cut(child))
+            setattr(result, str(node.target), _cut_at_to_local(child))
         elif any(_is_dtensor(n) for n in node.all_input_nodes) and not _opens_a_region(node):
             raise CaptureFailed(
                 f"{node.target} reads a sharded parameter as a DTensor",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from spcompile.capture.capture import OWN, fake_inputs
+from spcompile.capture.retrace import OWN, fake_inputs
 from spcompile.graph.edit import copy_graph
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from spcompile.capture.capture import is_state
+from spcompile.capture.retrace import is_state
 from spcompile.torch_private import TensorifyState, trace_again
 
 _ARITHMETIC = {operator.mul, operator.add, operator.sub, operator.truediv, torch.mul, torch.add, torch.sub, torch.div}

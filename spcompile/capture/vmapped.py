@@ -12,6 +12,7 @@ import torch
 import torch.fx as fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from spcompile.capture.autocast import running_switches
 from spcompile.torch_private import _vmap_decrement_nesting, _vmap_increment_nesting
 
 
@@ -25,16 +26,18 @@ def without_vmaps(gm: fx.GraphModule, fake_mode: Any) -> fx.GraphModule:
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     region: list[fx.Node] = []
     depth = 0
-    for node in gm.graph.nodes:
-        depth += node.target is _vmap_increment_nesting
-        if depth == 0:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-            continue
-        region.append(node)
-        depth -= node.target is _vmap_decrement_nesting
-        if depth == 0:
-            _write_out(gm, region, graph, copies, fake_mode)
-            region = []
+    with running_switches() as run_switch:  # below the dispatcher autocast has run as well
+        for node in gm.graph.nodes:
+            depth += node.target is _vmap_increment_nesting
+            if depth == 0:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+                run_switch(node)
+                continue
+            region.append(node)
+            depth -= node.target is _vmap_decrement_nesting
+            if depth == 0:
+                _write_out(gm, region, graph, copies, fake_mode)
+                region = []
     return fx.GraphModule(gm, graph)
 
 

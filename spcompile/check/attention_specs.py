@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from spcompile.attention.op import spec_ring_attention, spec_ring_attention_backward
-from spcompile.attention.ring.call import RingBackwardCall, RingCall
 from spcompile.attention.ring.hops import spec_agree_on_hops
+from spcompile.attention.ring.ring_call import RingBackwardCall, RingCall
 from spcompile.check.simulate import register_spec
-from spcompile.collectives.calls import PositionsCall
-from spcompile.collectives.pipelined_products import (
+from spcompile.collectives.pipelined_matmuls import (
     all_gather_matmul,
     matmul_reduce_scatter,
     spec_all_gather_matmul,
     spec_matmul_reduce_scatter,
 )
+from spcompile.collectives.typed_calls import PositionsCall
 from spcompile.machine import sequence
 
 
-def positions(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
+def spec_positions(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
     """All ranks' results of spx::positions."""
     call = PositionsCall.bind(*calls[0])
     return [sequence.positions(call.length, rank, call.degree, call.order, call.device) for rank in range(len(calls))]
@@ -45,7 +45,7 @@ def ring_gradients(
     return [call.gradients(RingCall, *each) for call, each in zip(backwards, found, strict=True)]
 
 
-register_spec(torch.ops.spx.positions.default, positions)
+register_spec(torch.ops.spx.positions.default, spec_positions)
 register_spec(torch.ops.spx.agree_on_hops.default, spec_agree_on_hops)
 register_spec(torch.ops.spx.ring_attention.default, spec_ring_attention, ring_gradients)
 register_spec(torch.ops.spx.ring_attention_backward.default, spec_ring_attention_backward)

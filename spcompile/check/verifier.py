@@ -1,7 +1,7 @@
 """The laws of a graph, checked between passes. What it finds is a bug of spcompile or of a custom pass.
 
 All stages     the graph is well formed; every value has the shape and dtype that its op gives; every op has an origin
-LOCAL          states I, R, S, P (spcompile.collectives.base) are consistent per mesh axis; outputs are complete
+LOCAL          states I, R, S, P (spcompile.collectives.collective) are consistent per mesh axis; outputs are complete
 SCHEDULE       the buffer of a started collective is not read before its wait, and each is waited for
 """
 

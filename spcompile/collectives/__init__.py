@@ -1,4 +1,4 @@
-"""Ops that communicate, with dual, bytes and meaning for all ranks: one file each, all in COLLECTIVES."""
+"""Ops that communicate: one file each, with dual, bytes and meaning for all ranks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from spcompile.collectives import positions as _positions  # noqa: F401  (define
 from spcompile.collectives.all_gather import ALL_GATHER
 from spcompile.collectives.all_reduce import ALL_REDUCE
 from spcompile.collectives.all_to_all import ALL_TO_ALL
-from spcompile.collectives.base import (
+from spcompile.collectives.collective import (
     COLLECTIVES,
     GRADIENT,
     Call,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from spcompile.collectives.base import Call, Size, define, packed, wait, with_size
+from spcompile.collectives.collective import Call, Size, define, packed, wait, with_size
 from spcompile.collectives.gather_on_gloo import gather_start
 from spcompile.machine import sequence
 

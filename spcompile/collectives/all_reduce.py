@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from spcompile.collectives.base import Call, Size, define, packed, wait
+from spcompile.collectives.collective import Call, Size, define, packed, wait
 
 SCHEMA = "all_reduce(Tensor x, str axis, int degree, str to) -> Tensor"
 

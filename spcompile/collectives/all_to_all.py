@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from spcompile.collectives.base import Call, Size, define, packed, wait
+from spcompile.collectives.collective import Call, Size, define, packed, wait
 
 SCHEMA = "all_to_all(Tensor x, str axis, int degree, bool recompute=False) -> Tensor"
 

@@ -15,7 +15,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.collectives.base import _LIBRARY, STARTS, rank_in
+from spcompile.collectives.collective import _LIBRARY, STARTS, rank_in
 
 _c10d = torch.ops._c10d_functional
 _LIBRARY.define(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from spcompile.collectives.base import Call, Size, define, packed, rank_in
+from spcompile.collectives.collective import Call, Size, define, packed, rank_in
 from spcompile.machine import sequence
 
 SCHEMA = "mask_padding(Tensor x, int dim, SymInt length, str axis, int degree, str order, float fill) -> Tensor"

@@ -1,7 +1,7 @@
 """Messages from rank to rank, as requests that an algorithm yields, and the two drivers that answer them.
 
 An algorithm with a loop of messages (ring attention, matmuls in chunks) is a generator of `Shift` and `Wait`. `drive`
-runs one rank of it over a process group, `simulate` all ranks of it in one process, in lockstep.
+runs one rank of it over a process group, `drive_all` all ranks of it in one process, in lockstep.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class RingDeadlock(AssertionError):
     """Ranks that wait for a message nobody sends, or that do not send the same messages: a bug of the algorithm."""
 
 
-def simulate(ranks: Sequence[Requests[T]]) -> list[T]:
+def drive_all(ranks: Sequence[Requests[T]]) -> list[T]:
     """Run all ranks in this process. A message is delivered when it is waited for; before that it reads as NaN.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spcompile.collectives.base import _LIBRARY, rank_in
+from spcompile.collectives.collective import _LIBRARY, rank_in
 from spcompile.machine import sequence
 
 _LIBRARY.define(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from spcompile.collectives.base import Call, Size, define, packed, rank_in, wait, with_size
+from spcompile.collectives.collective import Call, Size, define, packed, rank_in, wait, with_size
 from spcompile.machine import sequence
 
 SCHEMA = "reorder(Tensor x, int dim, SymInt length, str axis, int degree, str from_order, str to_order) -> Tensor"
@@ -39,7 +39,7 @@ def eager(x: Tensor, dim: int, length: Size, axis: str, degree: int, from_order:
     pieces = [rows.narrow(0, start, size) for pieces in sends for start, _, size in pieces]
     arrived = wait(
         torch.ops._c10d_functional.all_to_all_single.default(
-            torch.cat([rows.narrow(0, 0, 0), *pieces]), _sizes(receives), _sizes(sends), axis
+            torch.cat([rows.narrow(0, 0, 0), *pieces]), _piece_sizes(receives), _piece_sizes(sends), axis
         )
     )
     local = sequence.local_length(length, degree, to_order)
@@ -51,7 +51,7 @@ def eager(x: Tensor, dim: int, length: Size, axis: str, degree: int, from_order:
     return out
 
 
-def _sizes(plan: list[list[tuple[int, int, int]]]) -> list[int]:
+def _piece_sizes(plan: list[list[tuple[int, int, int]]]) -> list[int]:
     return [sum(size for _, _, size in pieces) for pieces in plan]
 
 

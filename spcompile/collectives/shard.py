@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from spcompile.collectives.base import Call, Size, define, packed, rank_in, with_size
+from spcompile.collectives.collective import Call, Size, define, packed, rank_in, with_size
 from spcompile.machine import sequence
 
 SCHEMA = "shard(Tensor x, int dim, str axis, int degree, str order, float? fill) -> Tensor"

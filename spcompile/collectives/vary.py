@@ -8,7 +8,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.collectives.base import Call, Size, define
+from spcompile.collectives.collective import Call, Size, define
 
 SCHEMA = "vary(Tensor x, str axis, int degree) -> Tensor"
 

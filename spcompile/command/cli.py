@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_text
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
+from spcompile.command.arguments import (
+    MOST_TOKENS,
+    parse_attention,
+    parse_mesh,
+    parse_options,
+    parse_settings,
+    require_between,
+    require_file,
+    require_place_for_file,
+    require_rate,
+)
+from spcompile.command.interrupts import STATUS
 from spcompile.diagnostics import IllegalMesh, IllegalOption, SpcompileError
+from spcompile.machine.mesh import MOST_RANKS
+from spcompile.plain_text import one_line, some_lines
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,6 +37,7 @@ app = App(
     help="Turn a plain single-GPU transformer into a sequence-parallel one.\n\n"
     "MODEL is models:NAME (a plain model that comes along), hf:TYPE (a small model of a transformers type) "
     "or hf:FOLDER (built from the folder's config.json, random weights).",
+    suppress_keyboard_interrupt=False,
 )
 
 Sizes = Annotated[list[str] | None, Parameter(name="--mesh", help="Axis sizes, as cp=8 or tp=2,cp=4.", negative="")]
@@ -74,13 +91,28 @@ def train(
         dtype: float32, float64, bfloat16 or float16.
         dump: A folder for the graph after every pass.
     """
+    sizes = parse_mesh(mesh) if mesh else {"cp": 2 if nproc is None else nproc}
+    for name, number, least, most in (
+        ("--nproc", nproc, 1, MOST_RANKS),
+        ("--steps", steps, 2, MOST_TOKENS),
+        ("--seq", seq, 2, MOST_TOKENS),
+        ("--batch", batch, 1, MOST_TOKENS),
+        ("--seed", seed, 0, MOST_TOKENS),
+    ):
+        require_between(name, number, least, most)
+    require_rate("--lr", lr)
+    require_file("--text", text)
+    given = parse_settings(settings or [])
+    options = {"attention": parse_attention(attention), "compiler": compiler, **parse_options(option or [])}
+    check_model(model, dtype, given)
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from spcompile.command.train import launch
     from spcompile.command.train_progress import print_report
     from spcompile.command.train_report import TrainJob
 
-    sizes = parse_mesh(mesh) if mesh else {"cp": nproc or 2}
     job = TrainJob(
         model=model,
         mesh=sizes,
@@ -91,8 +123,8 @@ def train(
         dtype=dtype,
         seed=seed,
         text=str(text) if text else None,
-        settings=_settings(settings),
-        options={"attention": parse_attention(attention), "compiler": compiler, **_settings(option)},
+        settings=given,
+        options=options,
         dump=str(dump.resolve()) if dump else None,
         backend=backend,
     )
@@ -102,14 +134,17 @@ def train(
         report = launch(job)
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
-        print(f"FAILED: rank {rank} ended with exit code {first.exitcode}, see above", file=sys.stderr)
+        _say(f"FAILED: rank {rank} ended with exit code {first.exitcode}, see above")
         return 1
+    except SignalException as ended:
+        _say(f"ended by {ended.sigval.name}")
+        return 128 + ended.sigval
     if json:
         print(json_text.dumps(report.to_dict()))
     else:
-        print_report(report, Console(highlight=False))
+        print_report(report, Console(highlight=False, markup=False, emoji=False))
     for failure in report.failures:
-        Console(stderr=True, highlight=False).print(f"FAILED: {failure}", soft_wrap=True)
+        _say(f"FAILED: {failure}")
     return 1 if report.failures else 0
 
 
@@ -142,11 +177,17 @@ def explain(
         html: Also write the plan as an HTML page, with the graph after every pass.
         graph: Print the graph after this pass instead ("forward", "backward": the final ones).
     """
+    sizes = parse_mesh(mesh or ["cp=2"])
+    require_between("--seq", seq, 1, MOST_TOKENS)
+    require_between("--batch", batch, 1, MOST_TOKENS)
+    require_place_for_file("--html", html)
+    given = parse_settings(settings or [])
+    options = _given(attention=parse_attention(attention), outputs=outputs) | parse_options(option or [])
+
     import spcompile
 
-    built, inputs = _built(model, seq, batch, dtype, "meta", settings)
-    options = _given(attention=parse_attention(attention), outputs=outputs) | _settings(option)
-    plan = spcompile.explain(built, inputs, mesh=parse_mesh(mesh or ["cp=2"]), **options)
+    built, inputs = _built(model, seq, batch, dtype, "meta", given)
+    plan = spcompile.explain(built, inputs, mesh=sizes, **options)
     if html is not None:
         plan.save(str(html))
     if graph is not None:
@@ -185,11 +226,16 @@ def verify(
         attention: The backend's option: auto, ring, ulysses, hybrid, or factors as ulysses=4,ring=2.
         outputs: The backend's option: full, sharded or loss.
     """
+    sizes = parse_mesh(mesh or ["cp=2"])
+    require_between("--seq", seq, 1, MOST_TOKENS)
+    require_between("--batch", batch, 1, MOST_TOKENS)
+    given = parse_settings(settings or [])
+    options = _given(attention=parse_attention(attention), outputs=outputs) | parse_options(option or [])
+
     import spcompile
 
-    built, inputs = _built(model, seq, batch, dtype, "cpu", settings)
-    options = _given(attention=parse_attention(attention), outputs=outputs) | _settings(option)
-    report = spcompile.verify(built, inputs, mesh=parse_mesh(mesh or ["cp=2"]), **options)
+    built, inputs = _built(model, seq, batch, dtype, "cpu", given)
+    report = spcompile.verify(built, inputs, mesh=sizes, **options)
     print(json_text.dumps(report.to_dict()) if json else str(report))
     return 0 if report.ok else 1
 
@@ -221,36 +267,12 @@ def passes(*, json: Json = False) -> int:
     return 0
 
 
-def parse_mesh(parts: list[str]) -> dict[str, int]:
-    """`["tp=2,cp=4"]` or `["tp=2", "cp=4"]` as axis sizes.
+def check_model(model: str, dtype: str, settings: dict[str, Any]) -> None:
+    """Find what is wrong with a plain model's settings before the launcher of processes is imported."""
+    from spcompile.command import model_spec
 
-    Raises:
-        IllegalMesh: a part that is no `axis=size`.
-    """
-    sizes: dict[str, int] = {}
-    for part in ",".join(parts).split(","):
-        axis, _, size = part.partition("=")
-        if not size.isdigit() or axis in sizes:
-            raise IllegalMesh(f"--mesh {part!r}", legal="axis=size, each axis once, as cp=8 or tp=2,cp=4")
-        sizes[axis] = int(size)
-    return sizes
-
-
-def parse_attention(text: str | None) -> str | dict[str, int] | None:
-    """`"ulysses=4,ring=2"` as factors of a hybrid; names as they are.
-
-    Raises:
-        IllegalOption: a part that is no `name=size`.
-    """
-    if text is None or "=" not in text:
-        return text
-    factors: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, size = part.partition("=")
-        if not size.isdigit() or name in factors:
-            raise IllegalOption(f"--attention {text!r}", legal="auto, ring, ulysses, hybrid, or as ulysses=4,ring=2")
-        factors[name] = int(size)
-    return factors
+    if model.startswith("models:"):
+        model_spec.plain_config(model.removeprefix("models:"), settings)
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -258,28 +280,48 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _settings(lines: list[str] | None) -> dict[str, Any]:
-    from spcompile.command.model_spec import parse_settings
-
-    return parse_settings(lines or [])
-
-
 def _built(
-    model: str, seq: int, batch: int, dtype: str, device: str, settings: list[str] | None
+    model: str, seq: int, batch: int, dtype: str, device: str, settings: dict[str, Any]
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     import torch
 
     from spcompile.command import model_spec
 
     torch.manual_seed(0)
-    built = model_spec.build(model, seq=seq, device=device, dtype=dtype, settings=_settings(settings))
+    built = model_spec.build_model(model, seq=seq, device=device, dtype=dtype, settings=settings)
     return built.model, built.example_inputs(batch, seq, device)
 
 
 def main() -> None:
-    """The console script. A user's error is printed without a traceback; the exit status is then 2."""
+    """The console script. A user's error and Ctrl-C are told without a traceback; the status is then 2, or 130."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is ever downloaded
     try:
-        sys.exit(app(sys.argv[1:], result_action="return_value"))
+        status = app(sys.argv[1:], result_action="return_value", exit_on_error=False, print_error=False)
+        sys.stdout.flush()
     except SpcompileError as error:
-        Console(stderr=True, highlight=False).print(str(error), markup=False, soft_wrap=True)
-        sys.exit(2)
+        _say(_as_line(error))
+        status = 2
+    except CycloptsError as error:
+        _say(one_line(" ".join(str(error).split())))
+        status = 2
+    except KeyboardInterrupt:
+        _say("interrupted")
+        status = STATUS
+    except BrokenPipeError:  # who reads has seen enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes what is left when it ends
+        status = 128 + signal.SIGPIPE
+    sys.exit(status)
+
+
+def _as_line(error: SpcompileError) -> str:
+    """An error of a few words in one line; one that shows a line of a model, or several ranks, in several."""
+    if error.where is not None or "\n" in error.found:
+        return str(error)
+    legal = f"; legal: {error.legal}" if error.legal is not None else ""
+    return f"{error.code} {error.title}: {error.found}{legal}"
+
+
+def _say(text: str) -> None:
+    console = Console(stderr=True, highlight=False)
+    console.show_cursor(True)  # a progress bar that was ended had hidden it
+    console.print(some_lines(text), markup=False, emoji=False, soft_wrap=True)

@@ -9,9 +9,10 @@ B batch, S sequence.
 
 from __future__ import annotations
 
-import ast
+import functools
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -21,9 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from spcompile.diagnostics import IllegalModel
+from spcompile.plain_text import one_line
 
 Objective = Literal["next token", "masked token"]
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_LAYERS = 1 << 12
+MOST_SIZE = 1 << 30
 MASKED_SHARE = 0.15  # of the tokens, for masked-token models (https://arxiv.org/abs/1810.04805)
 
 
@@ -49,7 +53,7 @@ class BuiltModel:
         return self.inputs(torch.randint(self.vocab, (batch, seq), device=device))
 
 
-def build(
+def build_model(
     spec: str, *, seq: int, device: str = "cpu", dtype: str = "float32", settings: Mapping[str, Any] | None = None
 ) -> BuiltModel:
     """Build the model that `spec` names, able to take `seq` tokens. Weights follow torch's global seed.
@@ -67,24 +71,6 @@ def build(
         return make(name, seq, dict(settings or {}))
 
 
-def parse_settings(lines: Sequence[str]) -> dict[str, Any]:
-    """`["layers=2", "hidden_act=relu"]` as a dict: Python literals where they are ones, else text.
-
-    Raises:
-        IllegalModel: a line without `=`.
-    """
-    settings: dict[str, Any] = {}
-    for line in lines:
-        key, equals, value = line.partition("=")
-        if not equals or not key:
-            raise IllegalModel(f"setting {line!r}", legal="key=value")
-        try:
-            settings[key] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            settings[key] = value
-    return settings
-
-
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Torch's default dtype inside the block, so that tables a model keeps in float32 stay so."""
@@ -96,75 +82,133 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _plain(name: str, seq: int, settings: dict[str, Any]) -> BuiltModel:
-    # Found by name, as a user's own module would be: the engine depends on no model.
-    registry = importlib.import_module("spcompile.models").MODELS
+def plain_config(name: str, settings: Mapping[str, Any]) -> Any:
+    """The config of a plain model with these settings.
+
+    Raises:
+        IllegalModel: unknown model, or a setting that is unknown or impossible.
+    """
+    registry = _plain_models()
     if name not in registry:
-        raise IllegalModel(f"models:{name}", legal=", ".join(f"models:{known}" for known in registry))
-    entry = registry[name]
-    config = entry.config()
+        raise IllegalModel(f"models:{one_line(name)}", legal=", ".join(f"models:{known}" for known in registry))
+    config = registry[name].config()
     legal = [f.name for f in fields(config)]
-    unknown = [key for key in settings if key not in legal]
-    if unknown:
-        raise IllegalModel(f"setting {unknown[0]!r} of models:{name}", legal=", ".join(legal))
+    for key, value in settings.items():
+        if key not in legal:
+            raise IllegalModel(f"setting {key!r} of models:{one_line(name)}", legal=", ".join(legal))
+        wanted = _what_it_must_be(key, value, getattr(config, key))
+        if wanted is not None:
+            raise IllegalModel(f"setting {key}={value!r} of models:{one_line(name)}", legal=wanted)
     config = replace(config, **settings)
+    _require_heads(name, config)
+    return config
+
+
+def _what_it_must_be(key: str, value: Any, usual: Any) -> str | None:
+    """None for a setting that is possible."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(usual, int):
+        most = MOST_LAYERS if key == "layers" else MOST_SIZE
+        is_count = isinstance(value, int) and is_number and 1 <= value <= most
+        return None if is_count else f"a whole number, 1 to {most}"
+    if key == "dropout":
+        return None if is_number and 0 <= value < 1 else "a number from 0, below 1"
+    return None if is_number and 0 < value < float("inf") else "a positive finite number"
+
+
+def _require_heads(name: str, config: Any) -> None:
+    if config.dim % config.heads:
+        raise IllegalModel(f"dim={config.dim} of models:{one_line(name)}", legal=f"a multiple of heads={config.heads}")
+    kv_heads = getattr(config, "kv_heads", config.heads)
+    if config.heads % kv_heads:
+        raise IllegalModel(
+            f"heads={config.heads} of models:{one_line(name)}", legal=f"a multiple of kv_heads={kv_heads}"
+        )
+    if hasattr(config, "theta") and config.dim // config.heads % 2:
+        raise IllegalModel(
+            f"heads of {config.dim // config.heads} in models:{one_line(name)}", legal="an even width, dim / heads"
+        )
+
+
+def _plain_models() -> Mapping[str, Any]:
+    # Found by name, as a user's own module would be: the engine depends on no model.
+    models: Mapping[str, Any] = importlib.import_module("spcompile.models").MODELS
+    return models
+
+
+def _plain(name: str, seq: int, settings: dict[str, Any]) -> BuiltModel:
+    config = plain_config(name, settings)
     context = getattr(config, "context", seq)
     if context < seq:
-        raise IllegalModel(f"{seq} tokens for models:{name}", legal=f"at most {context}, or --set context={seq}")
-    return BuiltModel(entry.build(config), "ids_BS", "labels_BS", config.vocab, entry.objective)
+        raise IllegalModel(
+            f"{seq} tokens for models:{one_line(name)}", legal=f"at most {context}, or --set context={seq}"
+        )
+    entry = _plain_models()[name]
+    build = functools.partial(entry.build, config)
+    _require_memory(f"models:{one_line(name)}", build)
+    return BuiltModel(build(), "ids_BS", "labels_BS", config.vocab, entry.objective)
 
 
 def _transformers(name: str, seq: int, settings: dict[str, Any]) -> BuiltModel:
     try:
         import transformers
     except ImportError:
-        raise IllegalModel(f"hf:{name} needs transformers", legal="pip install 'spcompile[hf]'") from None
+        raise IllegalModel(f"hf:{one_line(name)} needs transformers", legal="pip install 'spcompile[hf]'") from None
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-    config = _folder_config(name, settings) if Path(name).is_dir() else _small_config(name, seq, settings)
+    from spcompile.command import hf_config
+
+    is_folder = Path(name).is_dir()
+    config = hf_config.folder_config(name, settings) if is_folder else hf_config.small_config(name, seq, settings)
     config.use_cache = False
+    kind: Any
+    objective: Objective
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
-        model = transformers.AutoModelForMaskedLM.from_config(config, dtype=torch.get_default_dtype())
-        objective: Objective = "masked token"
+        kind, objective = transformers.AutoModelForMaskedLM, "masked token"
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
-        objective = "next token"
+        kind, objective = transformers.AutoModelForCausalLM, "next token"
     else:
-        raise IllegalModel(f"hf:{name}", legal="a model type that transformers has a causal or masked LM for")
+        raise IllegalModel(f"hf:{one_line(name)}", legal="a model type that transformers has a causal or masked LM for")
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and positions < seq:
+        legal = f"at most {positions}, or --set max_position_embeddings={seq}"
+        raise IllegalModel(f"{seq} tokens for hf:{one_line(name)}", legal=legal)
+    source = repr(str(Path(name) / "config.json")) if is_folder else f"hf:{one_line(name)}"
+
+    def build() -> nn.Module:
+        try:
+            made: nn.Module = kind.from_config(config, dtype=torch.get_default_dtype(), trust_remote_code=False)
+            return made
+        except Exception as error:
+            raise hf_config.explained(error, source, config.to_dict()) from error
+
+    _require_memory(source, build)
+    model = build()
+    _require_positions(f"hf:{one_line(name)}", model, seq)
     model.train()
     return BuiltModel(model, "input_ids", "labels", config.get_text_config().vocab_size, objective)
 
 
-def _folder_config(folder: str, settings: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
+def _require_positions(name: str, model: nn.Module, seq: int) -> None:
+    """Tables with a row for padding begin behind it, as RoBERTa's."""
+    for path, table in model.named_modules():
+        if path.endswith("position_embeddings") and isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            first = table.padding_idx + 1
+            if table.num_embeddings - first < seq:
+                legal = f"at most {table.num_embeddings - first}, or --set max_position_embeddings={seq + first}"
+                raise IllegalModel(f"{seq} tokens for {name}", legal=legal)
 
-    if not (Path(folder) / "config.json").is_file():
-        raise IllegalModel(f"hf:{folder}", legal="a folder that has a config.json")
-    return AutoConfig.from_pretrained(folder, local_files_only=True, **settings)
 
-
-def _small_config(model_type: str, seq: int, settings: dict[str, Any]) -> Any:
-    """The config of a type, small where it has the usual names; `settings` win."""
-    from transformers import CONFIG_MAPPING
-
-    if model_type not in CONFIG_MAPPING:
-        raise IllegalModel(f"hf:{model_type}", legal="a transformers model type, or a folder with a config.json")
-    config_class: Any = CONFIG_MAPPING[model_type]
-    usual = config_class()
-    small = {
-        "num_hidden_layers": 2,
-        "hidden_size": 64,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 128,
-        "vocab_size": 256,
-        "max_position_embeddings": max(seq, getattr(usual, "max_position_embeddings", None) or 0),
-    }
-    unknown = [key for key in settings if not hasattr(usual, key)]
-    if unknown:
-        raise IllegalModel(f"setting {unknown[0]!r} of hf:{model_type}", legal="a field of its config.json")
-    wanted = {key: value for key, value in small.items() if getattr(usual, key, None) is not None} | settings
-    special = {key: getattr(usual, key, None) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    outside = {key: 0 for key, token in special.items() if isinstance(token, int) and token >= wanted["vocab_size"]}
-    renamed = {config_class.attribute_map.get(key, key): value for key, value in {**outside, **wanted}.items()}
-    return config_class(**renamed)
+def _require_memory(name: str, build: Callable[[], nn.Module]) -> None:
+    """Raises IllegalModel for weights that this machine cannot hold, before they are made."""
+    device = torch.empty(()).device
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return
+    with torch.device("meta"):
+        tensors = [*(model := build()).parameters(), *model.buffers()]
+    needed = sum(x.numel() * x.element_size() for x in tensors)
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise IllegalModel(
+            f"{name}: {needed:,} bytes of weights", legal=f"at most this machine's memory, {there:,} bytes"
+        )

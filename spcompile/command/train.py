@@ -21,17 +21,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from spcompile.collectives.traffic import traffic_of
+from spcompile.collectives.counting import count_collectives
 from spcompile.command import model_spec
+from spcompile.command.arguments import require_file
+from spcompile.command.interrupts import end_silently, interrupts_for_this_process_alone
 from spcompile.command.train_progress import ShowStep, step_progress
-from spcompile.command.train_report import Run, TrainJob, TrainReport, relative
-from spcompile.diagnostics import IllegalModel, IllegalOption
+from spcompile.command.train_report import TrainingRun, TrainJob, TrainReport, relative
+from spcompile.diagnostics import IllegalMesh, IllegalModel, IllegalOption
 from spcompile.machine.mesh import MeshShape
 from spcompile.options import Options
+from spcompile.program.dump import cannot_write, require_room
 from spcompile.schedule.saved_bytes import saved_activation_bytes
 
 if TYPE_CHECKING:
     from spcompile.command.model_spec import BuiltModel
+
+MOST_PROCESSES = 64  # on one machine, where it has no more cores
 
 
 def read_text(file: str | None) -> bytes:
@@ -47,17 +52,27 @@ def check(job: TrainJob) -> None:
     Raises:
         IllegalModel, IllegalOption, UnknownOption, IllegalMesh: with what would be legal.
     """
-    MeshShape.of(job.mesh)
+    shape = MeshShape.of(job.mesh)
+    most = max(MOST_PROCESSES, cores())
+    if shape.world_size > most:
+        raise IllegalMesh(f"{shape}: {shape.world_size} processes", legal=f"at most {most} on this machine")
     Options.parse(job.options).require_factors(job.mesh.get("cp", 1))
-    built = model_spec.build(job.model, seq=job.seq, device="meta", dtype=job.dtype, settings=job.settings)
+    built = model_spec.build_model(job.model, seq=job.seq, device="meta", dtype=job.dtype, settings=job.settings)
     if built.vocab < 256:
         raise IllegalModel(f"a vocabulary of {built.vocab} for bytes", legal="at least 256")
     if job.batch % job.mesh.get("dp", 1):
         raise IllegalOption(f"batch={job.batch}", legal=f"a multiple of the dp axis, {job.mesh['dp']}")
     if job.steps < 2 or job.seq < 2:
         raise IllegalOption(f"steps={job.steps} seq={job.seq}", legal="at least 2 of each")
-    if len(read_text(job.text)) <= job.seq:
-        raise IllegalOption(f"a text of {len(read_text(job.text))} bytes", legal=f"more than seq={job.seq}")
+    require_file("--text", Path(job.text) if job.text is not None else None)
+    length = len(read_text(job.text))
+    if length <= job.seq:
+        raise IllegalOption(f"a text of {length} bytes", legal=f"more than seq={job.seq}")
+    if job.dump is not None:
+        try:
+            require_room(Path(job.dump))
+        except (OSError, ValueError) as error:
+            raise cannot_write(job.dump, error) from error
 
 
 def launch(job: TrainJob) -> TrainReport:
@@ -94,8 +109,15 @@ def on_processes(ranks: int, function: Callable[..., Any], *arguments: Any) -> d
         local_addr="localhost",
         max_restarts=0,
         monitor_interval=0.1,
+        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",  # Ctrl-C is ours
     )
-    return elastic_launch(config, function)(*arguments)
+    with interrupts_for_this_process_alone():
+        return elastic_launch(config, _process)(function, *arguments)
+
+
+def _process(function: Callable[..., Any], *arguments: Any) -> Any:
+    end_silently()
+    return function(*arguments)
 
 
 @contextmanager
@@ -119,7 +141,7 @@ def train_rank(job: TrainJob) -> TrainReport | None:
 
 def _compare(job: TrainJob, device: str, show: ShowStep) -> TrainReport | None:
     rank = dist.get_rank()
-    single: list[Run | None] = [None]
+    single: list[TrainingRun | None] = [None]
     if rank == 0:
         torch.set_num_threads(cores())
         plain = _build(job, device)
@@ -141,7 +163,7 @@ def _compare(job: TrainJob, device: str, show: ShowStep) -> TrainReport | None:
         show(f"{job.ranks} ranks", step, loss, relative(loss, reference.losses[step]))
 
     parallel = _train(job, built, batches, show_ranks)
-    traffic = traffic_of(lambda: _loss(built, batches(0)).backward())
+    traffic = count_collectives(lambda: _loss(built, batches(0)).backward())
     losses: list[list[float]] = [[] for _ in range(job.ranks)]
     dist.all_gather_object(losses, parallel.losses)
     if rank != 0:
@@ -152,7 +174,7 @@ def _compare(job: TrainJob, device: str, show: ShowStep) -> TrainReport | None:
     return TrainReport(job, parameters, reference, parallel, traffic, differences, agree)
 
 
-def _train(job: TrainJob, built: BuiltModel, batches: Batches, show: Callable[[int, float], None]) -> Run:
+def _train(job: TrainJob, built: BuiltModel, batches: Batches, show: Callable[[int, float], None]) -> TrainingRun:
     optimizer = torch.optim.AdamW(built.model.parameters(), lr=job.lr, fused=True)
     losses, seconds = [], []
     for step in range(job.steps):
@@ -167,7 +189,7 @@ def _train(job: TrainJob, built: BuiltModel, batches: Batches, show: Callable[[i
     step_seconds = statistics.median(seconds[1:])
     inputs = batches(0)
     saved = saved_activation_bytes(built.model, lambda: _loss(built, inputs))
-    return Run(losses, seconds[0], step_seconds, saved, job.batch * job.seq / step_seconds)
+    return TrainingRun(losses, seconds[0], step_seconds, saved, job.batch * job.seq / step_seconds)
 
 
 def _loss(built: BuiltModel, inputs: dict[str, Tensor]) -> Tensor:
@@ -178,7 +200,7 @@ def _loss(built: BuiltModel, inputs: dict[str, Tensor]) -> Tensor:
 def _build(job: TrainJob, device: str) -> BuiltModel:
     """The model of the job, with the same weights at every call and on every rank."""
     torch.manual_seed(job.seed)
-    return model_spec.build(job.model, seq=job.seq, device=device, dtype=job.dtype, settings=job.settings)
+    return model_spec.build_model(job.model, seq=job.seq, device=device, dtype=job.dtype, settings=job.settings)
 
 
 class Batches:

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from spcompile.command.train_report import TrainReport
+from spcompile.plain_text import one_line
 
 ShowStep = Callable[[str, int, float, float | None], None]  # phase, step, loss, relative difference to the other run
 PLAIN_LINES = 6  # per run, where there is no terminal
@@ -53,9 +54,9 @@ def print_report(report: TrainReport, console: Console) -> None:
     """Both runs side by side, the collectives of a step, and where the graphs lie."""
     job, single, parallel = report.job, report.single, report.parallel
     size = f"{report.parameters:,} parameters, {job.dtype}"
-    console.print(f"{job.model}, {size}: {job.steps} steps of {job.batch} x {job.seq} tokens")
+    console.print(f"{one_line(job.model)}, {size}: {job.steps} steps of {job.batch} x {job.seq} tokens")
     mesh = " ".join(f"{axis}={size}" for axis, size in job.mesh.items())
-    runs = Table("", "one device, eager", f"{job.ranks} ranks, {mesh}, {job.backend}")
+    runs = Table("", "one device, eager", f"{job.ranks} ranks, {mesh}, {one_line(job.backend)}")
     for column in runs.columns[1:]:
         column.justify = "right"
     runs.add_row("loss, first step", f"{single.losses[0]:.9f}", f"{parallel.losses[0]:.9f}")
@@ -76,7 +77,7 @@ def print_report(report: TrainReport, console: Console) -> None:
     else:
         console.print("collectives of one step: none")
     if job.dump is not None:
-        console.print(f"graphs after every pass: {job.dump}")
+        console.print(f"graphs after every pass: {one_line(job.dump)}")
 
 
 def _megabytes(size: int) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from spcompile.collectives.traffic import Traffic
+from spcompile.collectives.counting import Traffic
 from spcompile.machine.mesh import MeshShape
 
 # Largest relative difference of the two losses at any step. 16-bit models round every activation to 8 or 11 bits.
@@ -38,7 +38,7 @@ class TrainJob:
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """One model's training: a loss per step, seconds of the first and of a usual step, bytes kept for backward."""
 
     losses: list[float]
@@ -54,8 +54,8 @@ class TrainReport:
 
     job: TrainJob
     parameters: int
-    single: Run
-    parallel: Run
+    single: TrainingRun
+    parallel: TrainingRun
     traffic: list[Traffic]
     differences: list[float]
     ranks_agree: bool

@@ -20,6 +20,7 @@ from spcompile.diagnostics import source_of
 from spcompile.graph.axes import axis_argument
 from spcompile.graph.reshard import Reshard, is_reshard, reshard
 from spcompile.machine.mesh import MeshShape
+from spcompile.plain_text import one_line
 
 _DTYPES = {
     torch.float64: "f64",
@@ -76,7 +77,7 @@ def format_graph(gm: fx.GraphModule, mesh: MeshShape | None = None, title: str |
         if here is not None and here != place:
             lines.append(here)
             place = here
-        lines.append(_line(gm, node))
+        lines.append(one_line(_line(gm, node)))
     return "\n".join(lines) + "\n"
 
 
@@ -87,7 +88,7 @@ def unified_diff(a: str, b: str, a_name: str = "before", b_name: str = "after") 
 
 def _line(gm: fx.GraphModule, node: fx.Node) -> str:
     if node.op == "output":
-        return f"return {_value(node.args[0])}"
+        return f"return {_value_text(node.args[0])}"
     val = node.meta.get("val")
     if val is None and node.op == "get_attr":
         val = operator.attrgetter(str(node.target))(gm)
@@ -111,7 +112,7 @@ def _expression(node: fx.Node) -> str:
     if node.op == "get_attr":
         return f"self.{node.target}"
     args, kwargs = _unbound(node)
-    written = [_value(arg) for arg in args] + [f"{key}={_value(value)}" for key, value in kwargs.items()]
+    written = [_value_text(arg) for arg in args] + [f"{key}={_value_text(value)}" for key, value in kwargs.items()]
     if node.target is operator.getitem:
         return f"{written[0]}[{written[1]}]"
     if node.op == "call_method":
@@ -148,20 +149,19 @@ def _dtype(dtype: torch.dtype) -> str:
     return _DTYPES.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def _value(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if isinstance(value, fx.Node):
         return value.name
     if isinstance(value, tuple):
-        return f"({', '.join(_value(v) for v in value)}{',' if len(value) == 1 else ''})"
+        return f"({', '.join(_value_text(v) for v in value)}{',' if len(value) == 1 else ''})"
     if isinstance(value, list):
-        return f"[{', '.join(_value(v) for v in value)}]"
+        return f"[{', '.join(_value_text(v) for v in value)}]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_value(k)}: {_value(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{_value_text(k)}: {_value_text(v)}" for k, v in value.items()) + "}"
     if isinstance(value, slice):
-        ends = (
-            f"{'' if value.start is None else _value(value.start)}:{'' if value.stop is None else _value(value.stop)}"
-        )
-        return ends if value.step is None else f"{ends}:{_value(value.step)}"
+        start, stop = ("" if end is None else _value_text(end) for end in (value.start, value.stop))
+        ends = f"{start}:{stop}"
+        return ends if value.step is None else f"{ends}:{_value_text(value.step)}"
     if value is Ellipsis:
         return "..."
     if isinstance(value, torch.dtype):

@@ -1,1 +1,1 @@
-"""What a program runs on: mesh axes, layouts of a dim over one, speeds of ranks and links."""
+"""What a program runs on: mesh axes, layouts of a dim over one, speeds."""

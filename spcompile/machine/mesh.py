@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 AXES = ("dp", "tp", "cp")
+MOST_RANKS = 1 << 17
 
 
 class AxisPart(NamedTuple):
@@ -70,14 +71,17 @@ class MeshShape:
         """From `{"tp": 2, "cp": 4}`.
 
         Raises:
-            IllegalMesh: an axis has an unknown name or no positive size.
+            IllegalMesh: an axis has an unknown name or no positive size, or there are more ranks than anyone has.
         """
         for name, size in sizes.items():
             if name not in AXES:
                 raise IllegalMesh(f"axis {name!r}", legal=f"axis names {', '.join(AXES)}")
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise IllegalMesh(f"axis {name!r} of size {size!r}", legal="a positive int")
-        return cls(tuple(sizes.items()))
+        shape = cls(tuple(sizes.items()))
+        if shape.world_size > MOST_RANKS:
+            raise IllegalMesh(f"{shape}: {shape.world_size} ranks", legal=f"at most {MOST_RANKS} ranks")
+        return shape
 
     def size(self, axis: str) -> int:
         """Number of ranks along `axis` or a part of one; 1 if the mesh has no such axis."""

@@ -50,23 +50,23 @@ def whole_of(parts: Sequence[Tensor], dims: Mapping[str, int], shape: Sequence[i
 
 
 def split_batch(inputs: Inputs, degree: int) -> list[Inputs]:
-    """Each dp rank's inputs: its rows of every tensor whose first dim is as long as that of the first tensor.
+    """Each dp rank's inputs: its entries of every tensor whose first dim is as long as that of the first tensor.
 
     Tensors inside of lists, tuples and dicts count too.
 
     Raises:
-        BatchNotSplit: the rows do not divide.
+        BatchNotSplit: the entries do not divide.
     """
     given = dict(inputs) if isinstance(inputs, Mapping) else list(inputs)
     if degree == 1:
         return [given]
     tensors = [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
-    rows = next((x.shape[0] for x in tensors if x.ndim), 0)
-    if rows == 0 or rows % degree:
-        raise BatchNotSplit(f"{rows} rows over dp = {degree}", legal=f"a multiple of {degree} rows")
+    entries = next((x.shape[0] for x in tensors if x.ndim), 0)
+    if entries == 0 or entries % degree:
+        raise BatchNotSplit(f"{entries} batch entries over dp = {degree}", legal=f"a multiple of {degree} entries")
 
     def part(x: Any, rank: int) -> Any:
-        if not isinstance(x, Tensor) or not x.ndim or x.shape[0] != rows:
+        if not isinstance(x, Tensor) or not x.ndim or x.shape[0] != entries:
             return x
         return x.detach().tensor_split(degree)[rank].requires_grad_(x.requires_grad)
 

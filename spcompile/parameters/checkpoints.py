@@ -1,47 +1,98 @@
-"""Reads this rank's parts of parameters out of checkpoints: torch.distributed.checkpoint folders, safetensors files."""
+"""Fills a model's DTensors with this rank's parts out of a checkpoint: of torch.distributed.checkpoint, or safetensors.
+
+A checkpoint is looked at as a whole before anything of a model is changed: its files, and the shape and dtype of every
+tensor. What is wrong on one rank is raised on all.
+"""
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from spcompile.diagnostics import IllegalModel
+from spcompile.machine.shared_failure import failing_together
+from spcompile.parameters.dcp_folder import DcpFolder
+from spcompile.parameters.safetensors_files import SafetensorsFiles, files_of
+from spcompile.parameters.stored import Targets
+from spcompile.plain_text import one_line
 from spcompile.sharding.global_view import Part
 
-INDEX = "model.safetensors.index.json"
+log = logging.getLogger(__name__)
+_SHOWN = 3  # names of tensors that nobody asked for
+
+
+class Checkpoint(Protocol):
+    """What a kind of checkpoint offers."""
+
+    def require(self, targets: Targets) -> set[str]:
+        """Look at the place of every target; returns the names of all other tensors.
+
+        Raises:
+            IllegalModel: one is missing, of another shape or dtype, or its file is damaged.
+        """
+        ...
+
+    def fill(self, targets: Targets, mesh: DeviceMesh, parts: Mapping[str, tuple[Part, ...]]) -> None:
+        """Read this rank's parts. parts: how every parameter is split, by name."""
+        ...
+
+    def place_of(self, names: list[str]) -> str:
+        """The file or folder that has a target."""
+        ...
+
+
+def checkpoint_for(model: nn.Module, place: Path, mesh: DeviceMesh) -> Checkpoint:
+    """The checkpoint at a place, if all of the model can be read from it.
+
+    Raises:
+        IllegalModel: it cannot; the same error on all ranks of the mesh.
+    """
+    with failing_together(mesh, IllegalModel):
+        found: Checkpoint
+        if place.is_dir() and (place / ".metadata").is_file():
+            found = DcpFolder(place)
+        else:
+            files = files_of(place)
+            if not files:
+                reason = "nothing in it is known" if place.exists() else "there is none"
+                raise IllegalModel(
+                    f"checkpoint {str(place)!r}: {reason}",
+                    legal="a folder of torch.distributed.checkpoint, a .safetensors file, or a folder with such files",
+                )
+            found = SafetensorsFiles(place, files)
+        others = sorted(found.require(tensors_of(model)))
+    if others and dist.get_rank() == 0:
+        shown = ", ".join(map(repr, others[:_SHOWN])) + (", ..." if len(others) > _SHOWN else "")
+        log.warning("%s: %d tensors that the model does not have: %s", one_line(str(place)), len(others), shown)
+    return found
 
 
 def load_parameters(
-    model: nn.Module, checkpoint: Path, mesh: DeviceMesh, parts: Mapping[str, tuple[Part, ...]]
+    model: nn.Module, checkpoint: Checkpoint, mesh: DeviceMesh, parts: Mapping[str, tuple[Part, ...]]
 ) -> None:
     """Fill a model's DTensor parameters and persistent buffers; nothing is read whole that is held in parts.
 
     parts: how every parameter is split, by name.
 
     Raises:
-        IllegalModel: no checkpoint of a known kind there, or a tensor missing in it or of another shape.
+        IllegalModel: a file cannot be read, or a value is not a number; the same error on all ranks of the mesh.
     """
     targets = tensors_of(model)
-    if checkpoint.is_dir() and (checkpoint / ".metadata").is_file():
-        _load_dcp(targets, checkpoint)
-        return
-    files = _safetensors_files(checkpoint)
-    if not files:
-        raise IllegalModel(
-            f"checkpoint {str(checkpoint)!r}",
-            legal="a folder of torch.distributed.checkpoint, a .safetensors file, or a folder with such files",
-        )
-    _load_safetensors(targets, files, mesh, parts)
+    with failing_together(mesh, IllegalModel):
+        checkpoint.fill(targets, mesh, parts)
+        for names, value in targets.values():
+            _require_numbers(names, value, checkpoint)
 
 
-def tensors_of(model: nn.Module) -> dict[str, list[str]] | dict[str, Any]:
+def tensors_of(model: nn.Module) -> Targets:
     """Every tensor of the state dict, tied ones under one name each: {first name: (all names, tensor)}."""
     found: dict[int, tuple[list[str], Tensor]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
@@ -50,62 +101,15 @@ def tensors_of(model: nn.Module) -> dict[str, list[str]] | dict[str, Any]:
     return {names[0]: (names, value) for names, value in found.values()}
 
 
-def _load_dcp(targets: Mapping[str, Any], folder: Path) -> None:
-    import torch.distributed.checkpoint as dcp
-
-    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    wanted: dict[str, Tensor] = {}
-    for names, value in targets.values():
-        wanted[_saved_name(names, set(saved), folder)] = value.detach()
-    dcp.load(wanted, checkpoint_id=folder)
-
-
-def _saved_name(names: list[str], saved: set[str], folder: Path) -> str:
-    for name in names:
-        for key in (name, f"model.{name}"):  # dcp.save(model.state_dict()), dcp.save({"model": model.state_dict()})
-            if key in saved:
-                return key
-    raise IllegalModel(f"checkpoint {str(folder)!r} has no {names[0]!r}")
-
-
-def _safetensors_files(checkpoint: Path) -> list[Path]:
-    if checkpoint.suffix == ".safetensors" and checkpoint.is_file():
-        return [checkpoint]
-    if (checkpoint / INDEX).is_file():
-        return sorted(
-            {checkpoint / name for name in json.loads((checkpoint / INDEX).read_text())["weight_map"].values()}
-        )
-    return sorted(checkpoint.glob("*.safetensors")) if checkpoint.is_dir() else []
-
-
-def _load_safetensors(
-    targets: Mapping[str, Any], files: list[Path], mesh: DeviceMesh, parts: Mapping[str, tuple[Part, ...]]
-) -> None:
-    from safetensors import safe_open
-
-    missing = {first: names for first, (names, _) in targets.items()}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            keys = set(tensors.keys())
-            for first, names in list(missing.items()):
-                key = next((name for name in names if name in keys), None)
-                if key is None:
-                    continue
-                stored, value = tensors.get_slice(key), targets[first][1]
-                if tuple(stored.get_shape()) != tuple(value.shape):
-                    raise IllegalModel(f"{key} has shape {stored.get_shape()} in {file}", legal=str(tuple(value.shape)))
-                _fill(value, stored, mesh, parts.get(first, ()))
-                del missing[first]
-    if missing:
-        raise IllegalModel(f"checkpoint {str(files[0].parent)!r} has no {min(missing)!r}")
-
-
-def _fill(value: Tensor, stored: Any, mesh: DeviceMesh, parts: tuple[Part, ...]) -> None:
-    at = [slice(None)] * value.ndim
-    for part in parts:
-        size = value.shape[part.dim] // part.degree
-        start = mesh.get_local_rank(part.axis) * size
-        at[part.dim] = slice(start, start + size)
-    with torch.no_grad():
-        local = value.to_local() if isinstance(value, DTensor) else value
-        local.copy_(stored[tuple(at)] if value.ndim else stored[...])
+def _require_numbers(names: list[str], value: Tensor, checkpoint: Checkpoint) -> None:
+    """Buffers may be infinite, as masks are."""
+    local: Any = value.to_local() if isinstance(value, DTensor) else value
+    if not (local.is_floating_point() or local.is_complex()) or local.numel() == 0:
+        return
+    if local.dtype.itemsize == 1:  # float8 has no test for NaN
+        local = local.to(torch.float32)
+    if bool(local.isnan().any()):
+        raise IllegalModel(f"{names[0]!r} has values that are NaN in {checkpoint.place_of(names)!r}")
+    if isinstance(value, nn.Parameter) and bool(local.isinf().any()):
+        dtype = str(value.dtype).removeprefix("torch.")
+        raise IllegalModel(f"{names[0]!r} has values that are infinite as {dtype}, in {checkpoint.place_of(names)!r}")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from spcompile.diagnostics import IllegalModel
-from spcompile.parameters.checkpoints import load_parameters
+from spcompile.machine.shared_failure import failing_together
+from spcompile.parameters.checkpoints import checkpoint_for, load_parameters
 from spcompile.parameters.sharded_modules import as_parameter, install, local_part, local_shape
 from spcompile.parameters.streamed_init import construction_without_parameters, streamed_construction
 from spcompile.sharding.global_view import Part
@@ -69,14 +70,20 @@ def construct(model: nn.Module, mesh: DeviceMesh, parts: Parts, build: Callable[
     shard_in_place(model, mesh, parts, part_of)
 
 
-def load(
+def fill_from_checkpoint(
     model: nn.Module, mesh: DeviceMesh, parts: Parts, checkpoint: Path, build: Callable[[], nn.Module] | None
 ) -> None:
-    """Fill a model on `meta` from a checkpoint; buffers that checkpoints leave out come from `build`."""
+    """Fill a model on `meta` from a checkpoint; buffers that checkpoints leave out come from `build`.
+
+    Raises:
+        IllegalModel: on all ranks, where one cannot read it or build the model.
+    """
+    found = checkpoint_for(model, checkpoint, mesh)
     if build is not None:
-        with construction_without_parameters():
-            built = build()
-        _require_like(model, built)
+        with failing_together(mesh, IllegalModel):
+            with construction_without_parameters():
+                built = build()
+            _require_like(model, built)
         _copy_other_tensors(built, model, mesh)
 
     def part_of(name: str, parameter: nn.Parameter) -> Tensor:
@@ -84,7 +91,7 @@ def load(
         return torch.empty(shape, dtype=parameter.dtype, device=mesh.device_type)
 
     shard_in_place(model, mesh, parts, part_of)
-    load_parameters(model, checkpoint, mesh, parts)
+    load_parameters(model, found, mesh, parts)
 
 
 def constructor_of(model: nn.Module) -> Callable[[], nn.Module] | None:

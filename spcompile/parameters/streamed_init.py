@@ -78,13 +78,13 @@ class Stream:
     def _cut(self, entry: _Entry) -> None:
         share = -(-entry.nbytes // self._ranks)
         entry.storage.resize_(share * self._ranks)
-        entry.slice = _bytes(entry.storage)[self._rank * share : (self._rank + 1) * share].clone()
+        entry.slice = _as_bytes(entry.storage)[self._rank * share : (self._rank + 1) * share].clone()
         entry.storage.resize_(0)
 
     def _gather(self, entry: _Entry) -> None:
         assert entry.slice is not None
         entry.storage.resize_(entry.slice.numel() * self._ranks)
-        whole = _bytes(entry.storage)
+        whole = _as_bytes(entry.storage)
         if self._device == entry.storage.device.type:
             dist.all_gather_into_tensor(whole, entry.slice, group=self._group)
         else:
@@ -94,7 +94,7 @@ class Stream:
         entry.slice = None
 
 
-def _bytes(storage: torch.UntypedStorage) -> Tensor:
+def _as_bytes(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 

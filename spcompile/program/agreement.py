@@ -1,26 +1,45 @@
-"""Do all ranks do the same? Compared before a compile, after it, and before every call on CPU meshes.
+"""Do all ranks do the same? Compared before a compile, after it, before every call and before the backward of one.
 
-Ranks exchange 64-bit hashes over the mesh's own groups; only if they differ do they exchange texts, through the store,
+Ranks exchange 64-bit hashes over a group of their own; only if they differ do they exchange texts, through the store,
 and every rank raises the same error. So a rank that recompiles while another runs is named at once, and nobody hangs.
+On accelerators calls are compared by a thread, and the next call learns what it found: no step waits for its device.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from collections.abc import Iterator
+import functools
+import logging
+import platform
+import re
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from spcompile.diagnostics import RanksDisagree
+from spcompile.diagnostics import RanksDisagree, RanksMissing, SpcompileError
 from spcompile.machine.mesh import RuntimeMesh
-from spcompile.torch_private import no_python_dispatcher, unset_fake_temporarily
+from spcompile.program.background import Background
+from spcompile.program.facts import STOPPED, Fact, Record, agree, comparable_text, disagreement, wished
+from spcompile.program.one_caller import OneCaller
+from spcompile.program.own_group import OwnGroup
+from spcompile.program.program_cache import sources
+from spcompile.program.roll_call import roll_call_of
+from spcompile.torch_private import (
+    RestartAnalysis,
+    default_store,
+    group_timeout,
+    no_python_dispatcher,
+    unset_fake_temporarily,
+)
 
-TIMEOUT = timedelta(seconds=30)
-STOPPED = "stopped with "
-_LEGAL = "the same model, options and input shapes everywhere"
+log = logging.getLogger(__name__)
+_TEXTS_ARRIVE = timedelta(seconds=30)
+_COLLECTIVE = re.compile(r"gloo|nccl|DistBackendError|DistNetworkError|Connection (closed|reset)|collective", re.I)
 
 
 class Agreement:
@@ -28,7 +47,19 @@ class Agreement:
 
     def __init__(self, mesh: RuntimeMesh) -> None:
         self._mesh = mesh
+        places, names = mesh.device_mesh.mesh, [name for name, _ in mesh.shape.axes]
+        self.coordinates = {
+            int(places[tuple(at)]): dict(zip(names, at.tolist(), strict=True))
+            for at in torch.ones_like(places).nonzero()
+        }
+        self.roll_call = roll_call_of(dist.group.WORLD)
+        timeout = functools.partial(group_timeout, self.device_type)
+        self._group = OwnGroup(list(self.coordinates), self.roll_call, timeout)
         self._count = 0
+        self._background = Background("spcompile agreement")
+        self._pending: deque[tuple[bool, Future[bool]]] = deque()  # (of a call, not of its backward; what was found)
+        self._wished = False
+        self.caller = OneCaller()
 
     @property
     def count(self) -> int:
@@ -36,19 +67,48 @@ class Agreement:
         return self._count
 
     @property
-    def checks_calls(self) -> bool:
-        """Whether every call is compared too: not on accelerators, where it would wait for the device."""
-        return self._mesh.device_mesh.device_type == "cpu"
+    def device_type(self) -> str:
+        """What the mesh runs on."""
+        return self._mesh.device_mesh.device_type
 
-    def require(self, text: str, *, but_over: str | None = None) -> None:
-        """Every rank must call this, with the same text as all ranks at its place of axis `but_over`.
+    def require(self, record: Record) -> bool:
+        """Every rank must call this, with the same record, but for facts that may differ. Whether a rank wishes.
 
         Raises:
-            RanksDisagree: the same error on all ranks.
+            RanksDisagree, RanksMissing: the same error on all ranks.
         """
-        texts = self._compare(text, but_over)
-        if texts is not None:
-            raise RanksDisagree(_explain(texts), legal=_LEGAL)
+        self._settle(len(self._pending))
+        if self._count == 0:
+            self._compare(_versions(self._mesh))
+        return self._compare(record)
+
+    def require_call_later(self, record: Callable[[], Record]) -> None:
+        """As `require`, in a thread, which also makes the record; what it finds is told at the next call.
+
+        Raises:
+            RanksDisagree, RanksMissing: found for an earlier call.
+        """
+        calls = [i for i, (is_call, _) in enumerate(self._pending, 1) if is_call]
+        self._settle(calls[-1] if calls else 0)
+        self._start(record, is_call=True)
+
+    def require_backward_later(self, record: Callable[[], Record]) -> None:
+        """As `require_call_later`, for a backward, which does not wait for what is found for its own call."""
+        calls = [i for i, (is_call, _) in enumerate(self._pending) if is_call]
+        self._settle(calls[-1] if calls else len(self._pending))
+        self._start(record, is_call=False)
+
+    def take_wish(self) -> bool:
+        """Whether a rank has wished for something in what was compared later."""
+        wished_before, self._wished = self._wished, False
+        return wished_before
+
+    def _start(self, record: Callable[[], Record], is_call: bool) -> None:
+        self._pending.append((is_call, self._background.start(functools.partial(self._compare_later, record))))
+
+    def _settle(self, count: int) -> None:
+        for _ in range(count):
+            self._wished |= self._pending.popleft()[1].result()
 
     def everywhere(self, question: str, answer: bool) -> bool:
         """Whether the answer is yes on all ranks, each of which must ask the same question.
@@ -56,20 +116,7 @@ class Agreement:
         Raises:
             RanksDisagree: a rank does something else at its place; the same error on all ranks.
         """
-        texts = self._compare(f"{question} {'yes' if answer else 'no'}")
-        if texts is None:
-            return answer
-        if all(text.startswith(question) for text in texts.values()):
-            return False
-        raise RanksDisagree(_explain(texts), legal=_LEGAL)
-
-    def _compare(self, text: str, but_over: str | None = None) -> dict[int, str] | None:
-        """The texts of all ranks, if they are not equal."""
-        self._count += 1
-        # AOTAutograd compiles under a fake mode; this communicates for real. And under the Python dispatcher, which
-        # gloo's threads would inherit: they would wait for the GIL that a checked collective holds (level DETAIL).
-        with unset_fake_temporarily(), no_python_dispatcher():
-            return None if self._hashes_equal(text, but_over) else self._exchange(text)
+        return not self.require(Record(question, wishes=not answer))
 
     @contextlib.contextmanager
     def shared_errors(self) -> Iterator[None]:
@@ -80,60 +127,65 @@ class Agreement:
         """
         try:
             yield
-        except RanksDisagree:
+        except (RanksDisagree, RanksMissing, RestartAnalysis):
             raise
         except Exception as error:
-            self.require(f"{STOPPED}{error}")
+            self.require(Record(f"{STOPPED}{comparable_text(error)}"))
             raise
 
-    def _hashes_equal(self, text: str, but_over: str | None) -> bool:
-        digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
-        mesh = self._mesh.device_mesh
-        mine = torch.tensor([digest], dtype=torch.int64, device=mesh.device_type)
-        for axis, size in self._mesh.shape.axes:
-            if size == 1 or axis == but_over:
-                continue
-            parts = [torch.empty_like(mine) for _ in range(size)]
-            dist.all_gather(parts, mine, group=mesh.get_group(axis))
-            found = torch.cat(parts)
-            # Zero marks a difference already seen along an earlier axis, so that all ranks of the mesh learn of it.
-            agreed = bool((found == found[0]).all()) and int(found[0]) != 0
-            mine = found[:1] if agreed else torch.zeros_like(mine)
-        return int(mine) == digest
+    def _compare_later(self, record: Callable[[], Record]) -> bool:
+        try:
+            return self._compare(record())
+        except SpcompileError as error:
+            log.error("%s", error)  # now, as the other threads may wait for a device that waits for ever
+            raise
 
-    def _exchange(self, text: str) -> dict[int, str]:
-        store = dist.distributed_c10d._get_default_store()
-        prefix = f"spcompile/{self._mesh.key}/{self._count}"
-        store.set(f"{prefix}/{dist.get_rank()}", text)
-        texts: dict[int, str] = {}
-        for rank in sorted(self._mesh.device_mesh.mesh.flatten().tolist()):
+    def _compare(self, record: Record) -> bool:
+        self._count += 1
+        where = record.doing.partition("\n")[0].removeprefix("runs ")
+        # AOTAutograd compiles under a fake mode; this communicates for real. And under the Python dispatcher, which
+        # gloo's threads would inherit: they would wait for the GIL.
+        with unset_fake_temporarily(), no_python_dispatcher():
+            numbers = self._group.gather(record.numbers(), where, record.mark or f"{self._count} {where}")
+            if agree(numbers, self.coordinates):
+                return wished(numbers)
+            found, legal = disagreement(self._exchange(record), self.coordinates)
+        raise RanksDisagree(found, legal=legal)
+
+    def failed_in(self, error: Exception, mark: str, where: str) -> None:
+        """A rank's run of a program has failed: was it a collective, whose other ranks did not come?
+
+        Raises:
+            RanksMissing: it was.
+        """
+        roll_call = self.roll_call
+        if _COLLECTIVE.search(f"{type(error).__name__} {error}"):
+            roll_call.at(f"waits for the others inside {where}", mark)
+            missing = roll_call.missing_if_any(self._group.ranks, where, mark, self._group.timeout())
+            if missing is not None:
+                raise missing from error
+        roll_call.at(f"has stopped {where} with {type(error).__name__} {comparable_text(error):.300}")
+
+    def _exchange(self, record: Record) -> dict[int, Record]:
+        store = default_store()
+        prefix = f"spcompile/texts/{self._group.name}/{self._count}"
+        store.set(f"{prefix}/{dist.get_rank()}", record.to_json())
+        records: dict[int, Record] = {}
+        for rank in self._group.ranks:
             key = f"{prefix}/{rank}"
-            store.wait([key], TIMEOUT)
-            texts[rank] = store.get(key).decode()
-        return texts
+            store.wait([key], _TEXTS_ARRIVE)
+            records[rank] = Record.from_json(store.get(key).decode())
+        return records
 
 
-def _list_texts(texts: dict[int, str]) -> str:
-    return "\n" + "\n".join(f"  rank {rank}: {text}" for rank, text in texts.items())
-
-
-def _explain(texts: dict[int, str]) -> str:
-    """The error's text; it depends on nothing else, since ranks that wait do not know what the others compare."""
-    if any(text.startswith(STOPPED) for text in texts.values()):
-        return _list_texts({rank: text if text.startswith(STOPPED) else "went on" for rank, text in texts.items()})
-    if any("\n" in text for text in texts.values()):
-        return first_difference(texts)
-    return _list_texts(texts)
-
-
-def first_difference(texts: dict[int, str]) -> str:
-    """The ranks whose graph differs from the first rank's, and the first line that does."""
-    reference_rank, reference = next(iter(texts.items()))
-    found = []
-    for rank, text in texts.items():
-        if text == reference:
-            continue
-        pairs = zip(reference.splitlines(), text.splitlines(), strict=False)
-        number, ours, theirs = next(((i, a, b) for i, (a, b) in enumerate(pairs, 1) if a != b), (0, "", "(length)"))
-        found.append(f"line {number}:\n  rank {reference_rank}: {ours}\n  rank {rank}: {theirs}")
-    return "the compiled graphs differ at " + "\n".join(found)
+def _versions(mesh: RuntimeMesh) -> Record:
+    """What must be equal before anything else can be."""
+    legal = "one environment for all ranks: the same Python, torch and spcompile"
+    facts = {
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "spcompile": f"{sys.modules['spcompile'].__version__}, sources {sources()[:12]}",
+    }
+    same = tuple(Fact(name, version, legal=legal) for name, version in facts.items())
+    shape = Fact("mesh", f"{mesh.shape} over ranks {mesh.device_mesh.mesh.tolist()}", legal="one mesh on all ranks")
+    return Record("compares versions", (*same, shape))

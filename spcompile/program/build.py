@@ -10,7 +10,8 @@ import torch
 import torch.fx as fx
 
 from spcompile.capture.autocast import autocast_off
-from spcompile.capture.capture import OWN, capture
+from spcompile.capture.retrace import OWN, capture
+from spcompile.capture.specialised import numbers_where_specialised
 from spcompile.diagnostics import BatchNotSplit, Remarks, source_of
 from spcompile.graph.edit import copy_module
 from spcompile.graph.reshard import Place, parse_place
@@ -19,9 +20,9 @@ from spcompile.machine.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.passes_api import Context, Pass, PassReport, Stage
 from spcompile.program.pipeline import History, check_order, configure, run_passes
+from spcompile.sharding.batch_entries import mark_batch
 from spcompile.sharding.global_view import mark_parts
 from spcompile.sharding.resharding import state_of
-from spcompile.sharding.rows import mark_rows
 
 
 @dataclass
@@ -86,11 +87,12 @@ def build(
     check_order(passes)
     ctx = Context(mesh, options, Remarks(strict=options.strict))
     history = history or History()
-    captured = capture(gm, inputs)
-    mark_parts(captured.graph)
-    mark_rows(captured.graph, mesh.size("dp"))
-    with autocast_off():
-        return _build(captured, inputs, ctx, passes, history)
+    with numbers_where_specialised(inputs):
+        captured = capture(gm, inputs)
+        mark_parts(captured.graph)
+        mark_batch(captured.graph, mesh.size("dp"))
+        with autocast_off():
+            return _build(captured, inputs, ctx, passes, history)
 
 
 def _build(
@@ -167,4 +169,4 @@ def _require_own_rows(value: Any, place: Place | None, own: Sequence[Any] | None
         shape[place.dim] //= degree
     if shape != [hint(size) for size in own]:
         found = f"the output {value.name} would be {shape} on a rank, but its own rows give {list(own)}"
-        raise BatchNotSplit(found, where=source_of(value), legal="outputs with rows of inputs, or DDP over dp")
+        raise BatchNotSplit(found, where=source_of(value), legal="outputs with entries of inputs, or DDP over dp")

@@ -23,7 +23,7 @@ def observed() -> Iterator[Programs]:
         _LOOKING[:] = [other for other in _LOOKING if other is not found]
 
 
-def show(program: LocalProgram, emission: Emission) -> None:
+def announce(program: LocalProgram, emission: Emission) -> None:
     """Called by the backend for each program."""
     for found in _LOOKING:
         found.append((program, emission))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from spcompile.attention.scores.call import AttentionCall
+from spcompile.attention.scores.attention_call import AttentionCall
 from spcompile.graph.edit import argument, call
 from spcompile.graph.typed_call import value_of
 from spcompile.machine.mesh import MeshShape

@@ -6,6 +6,9 @@ mesh, the names of the process groups, the passes, the sources of this package, 
 graph holds (its version, its settings, the machine). A part that cannot be named means no caching. Ranks share a file,
 unless the code names groups of parts of axes, which it alone knows: then each has its own.
 
+Reading a program runs what its file says. So one is used only where nobody but this user can have written it
+(`own_files`); Inductor's entries lie in the same folder, which must be this user's too.
+
 The cache is on where Inductor's and autograd's own are: `torch._inductor.config.fx_graph_cache`,
 `torch._functorch.config.enable_autograd_cache`, `torch.compiler.config.force_disable_caches`.
 """
@@ -16,6 +19,7 @@ import functools
 import hashlib
 import inspect
 import logging
+import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,14 +31,16 @@ import torch
 import torch.fx as fx
 
 from spcompile.capture.autocast import autocast_off
-from spcompile.capture.capture import OWN, is_state
 from spcompile.capture.module_buffer import Relied, contents_of
+from spcompile.capture.retrace import OWN, is_state
 from spcompile.graph.printer import format_graph
 from spcompile.machine.mesh import axis_part
 from spcompile.options import Options
 from spcompile.passes_api import Pass
+from spcompile.plain_text import one_line
 from spcompile.program.build import Output
-from spcompile.torch_private import autograd_cache_key, disable_modes, load_autograd_result, write_atomic
+from spcompile.program.own_files import are_own, read_own, write_own
+from spcompile.torch_private import autograd_cache_key, disable_modes, load_autograd_result
 from spcompile.torch_private import inductor_cache_dir as cache_dir
 
 log = logging.getLogger(__name__)
@@ -77,7 +83,7 @@ def key_of(
     try:
         theirs = autograd_cache_key(gm, inputs)
     except Exception as reason:
-        log.info("not cached: %s", reason)
+        log.info("not cached: %s", one_line(str(reason)))
         return None
     facts = [
         theirs,
@@ -95,42 +101,45 @@ def load(key: str, coordinate: str) -> tuple[Finished, Callable[..., Any]] | Non
 
     coordinate: this rank's place on the mesh.
     """
-    path = next((path for path in (_path(key), _path(f"{key}-{coordinate}")) if path.exists()), None)
-    if path is None:
-        return None
-    try:
-        found: Finished = pickle.loads(path.read_bytes())
-        with autocast_off():
-            return found, load_autograd_result(found.result)
-    except Exception as reason:
-        log.info("a cached program cannot be used: %s", reason)
-        return None
+    for name in (key, f"{key}-{coordinate}"):
+        try:
+            folder = _folder_of_programs()
+            content = read_own(folder / name) if are_own(folder.parent) else None
+            if content is None:
+                continue
+            found: Finished = pickle.loads(content)
+            with autocast_off():
+                return found, load_autograd_result(found.result)
+        except Exception as reason:  # the program is compiled again, and its file replaced
+            log.info("a cached program cannot be used: %s", one_line(str(reason)))
+    return None
 
 
 def store(key: str, coordinate: str, finished: Finished) -> None:
     """Leave a program for later processes. Ranks may write the same file at once: it appears as a whole."""
     if finished.result is None:
         return
-    path = _path(key if not any(map(axis_part, finished.groups)) else f"{key}-{coordinate}")
     try:
         with disable_modes():
             content = pickle.dumps(finished)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(str(path), content)
+        folder = _folder_of_programs()
+        if are_own(folder.parent):
+            write_own(folder / (key if not any(map(axis_part, finished.groups)) else f"{key}-{coordinate}"), content)
     except Exception as reason:
-        log.info("not cached: %s", reason)
+        log.info("not cached: %s", one_line(str(reason)))
 
 
 def _enabled() -> bool:
     return bool(
-        torch._inductor.config.fx_graph_cache
+        os.name == "posix"  # elsewhere nothing tells who may write a file
+        and torch._inductor.config.fx_graph_cache
         and torch._functorch.config.enable_autograd_cache
         and not torch.compiler.config.force_disable_caches
     )
 
 
-def _path(key: str) -> Path:
-    return Path(cache_dir()) / "spcompile" / key
+def _folder_of_programs() -> Path:
+    return Path(cache_dir()).resolve() / "spcompile"
 
 
 def _input_facts(placeholder: fx.Node, value: Any) -> str:

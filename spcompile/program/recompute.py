@@ -15,7 +15,7 @@ import torch.fx as fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 import spcompile.collectives  # noqa: F401  (defines the ops)
-from spcompile.collectives.calls import AllToAllCall, ShardCall
+from spcompile.collectives.typed_calls import AllToAllCall, ShardCall
 from spcompile.graph.edit import operand
 from spcompile.graph.sizes import numel_hint
 

@@ -13,10 +13,10 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from spcompile.capture.capture import refuse_graph_break
 from spcompile.capture.dynamo_settings import ignore_library_logging
 from spcompile.capture.local_inputs import over_local_parts
 from spcompile.capture.python_floats import without_symbolic_floats
+from spcompile.capture.retrace import refuse_graph_break
 from spcompile.diagnostics import CaptureFailed, GraphBreak, IllegalMesh
 from spcompile.graph.edit import copy_graph
 from spcompile.machine.mesh import MeshShape

@@ -1,9 +1,10 @@
-"""Over dp a rank passes its own rows, and the program is that of the rows of all ranks.
+"""Over dp a rank passes its own entries, and the program is that of the entries of all ranks.
 
-Dynamo traces the model on one rank's rows. So its frame is traced once more, with `degree` times as many rows in the
-inputs that have them: that graph is about the whole batch, as the graphs of other axes are about the whole sequence.
-Numbers that the model computes from `x.shape[0]` count all rows, its branches are those of the plain model, and one row
-a rank is a dim like any other. On the placeholders stands what one rank passes; lowering starts from that.
+Dynamo traces the model on one rank's entries. So its frame is traced once more, with `degree` times as many entries in
+the inputs that have them: that graph is about the whole batch, as the graphs of other axes are about the whole
+sequence. Numbers that the model computes from `x.shape[0]` count all entries, its branches are those of the plain
+model, and one entry a rank is a dim like any other. On the placeholders stands what one rank passes; lowering starts
+from that.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ import torch.fx as fx
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from spcompile.capture.capture import OWN, fake_inputs, graph_break_of
 from spcompile.capture.frames import Frame, local_of, name_of, this_frame, traced_again
-from spcompile.diagnostics import BatchNotSplit, RanksDisagree
+from spcompile.capture.retrace import OWN, fake_inputs, graph_break_of
+from spcompile.diagnostics import BatchNotSplit, RanksDisagree, RanksMissing
 from spcompile.graph.sizes import expression, hint
-from spcompile.sharding.rows import NotTheBatch
-from spcompile.torch_private import TracingContext
+from spcompile.sharding.batch_entries import NotTheBatch
+from spcompile.torch_private import RestartAnalysis, TracingContext
 
 log = logging.getLogger(__name__)
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Any]
-_MOST_TRACES = 32  # that look for the inputs with rows
+_MOST_TRACES = 32  # that look for the inputs with entries
 
 
 def over_whole_batch(backend: Backend, degree: int) -> Backend:
-    """A Dynamo backend on graphs of the rows of all `degree` ranks of dp.
+    """A Dynamo backend on graphs of the entries of all `degree` ranks of dp.
 
-    A number of rows for which Dynamo has a symbol keeps it, where all of the compiler can do with one.
+    A number of entries for which Dynamo has a symbol keeps it, where all of the compiler can do with one.
     """
     if degree == 1:
         return backend
@@ -55,18 +56,18 @@ def over_whole_batch(backend: Backend, degree: int) -> Backend:
 
 @dataclass(frozen=True)
 class _Batch:
-    """The dim that the rows are in, how many of them a rank has, a number or a symbol, and how many ranks there are."""
+    """The dim that the entries are in, how many a rank has, a number or a symbol, and how many ranks there are."""
 
     dim: int
-    rows: Any
+    entries: Any
     degree: int
 
     def is_in(self, x: Tensor) -> bool:
-        """Whether a tensor may have these rows."""
-        return not x.requires_grad and x.ndim > self.dim and x.shape[self.dim] == hint(self.rows)
+        """Whether a tensor may have these entries."""
+        return not x.requires_grad and x.ndim > self.dim and x.shape[self.dim] == hint(self.entries)
 
     def whole(self, x: Tensor) -> Tensor:
-        """An empty tensor as `x` but with all ranks' rows, its dims in the same order in memory."""
+        """An empty tensor as `x` but with all ranks' entries, its dims in the same order in memory."""
         shape, strides, step = list(x.shape), [0] * x.ndim, 1
         shape[self.dim] = shape[self.dim] * self.degree
         for dim in sorted(range(x.ndim), key=lambda dim: (hint(x.stride(dim)), -dim)):
@@ -78,27 +79,27 @@ class _Batch:
 def _batches(degree: int) -> list[_Batch]:
     """What may be the batch: lengths of the user's tensors in their first dim, then in their second.
 
-    A length of 1 comes last, since it is also broadcast: to tensors with rows it may be added in any number.
+    A length of 1 comes last, since it is also broadcast: to tensors with entries it may be added in any number.
     """
     found: dict[tuple[int, int], _Batch] = {}
     for dim in (0, 1):
         for x in (x for x in _users_tensors() if x.ndim > dim and x.shape[dim] and not x.requires_grad):
             found.setdefault((dim, x.shape[dim]), _Batch(dim, _own(x).shape[dim], degree))
     if not found:
-        raise BatchNotSplit("no input of the model is a tensor with rows", legal="DDP over dp")
+        raise BatchNotSplit("no input of the model is a tensor with entries", legal="DDP over dp")
     return [found[key] for key in sorted(found, key=lambda key: (key[0], key[1] == 1))]
 
 
 def _with_symbols(backend: Backend, gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> Any:
     try:
         return _on_whole(backend, gm, inputs, batch)
-    except (NotTheBatch, RanksDisagree):
+    except (NotTheBatch, RanksDisagree, RanksMissing, RestartAnalysis):
         raise
     except Exception as error:
-        if not _is_symbol(batch.rows):
+        if not _is_symbol(batch.entries):
             raise
-        log.info("SPR104 compiled for %d rows, since not for a symbol: %s", hint(batch.rows), error)
-    int(batch.rows)  # a guard: another number of rows is another program
+        log.info("SPR104 compiled for %d entries, since not for a symbol: %s", hint(batch.entries), error)
+    int(batch.entries)  # a guard: another number of entries is another program
     return _on_whole(backend, gm, inputs, batch)
 
 
@@ -114,7 +115,7 @@ def _is_symbol(size: Any) -> bool:
 
 @dataclass
 class _Whole:
-    """A graph of the rows of all ranks. inputs: of that graph; places: of these among those of Dynamo's own graph."""
+    """A graph of the entries of all ranks. inputs: of that graph; places: of these among those of Dynamo's graph."""
 
     gm: fx.GraphModule
     inputs: list[Any]
@@ -141,7 +142,7 @@ def _own(x: Tensor) -> Tensor:
 
 
 def _whole(gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> _Whole:
-    """The graph with all ranks' rows in all inputs that have as many as the batch, but those that cannot have more.
+    """The graph with all ranks' entries in all inputs that have as many as the batch, but those that cannot have more.
 
     Raises:
         NotTheBatch: there is none.
@@ -160,10 +161,12 @@ def _whole(gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> _Whole:
             _keep_guards(frame, _sizes(tensors, chosen, batch) | numbers)
             return found
     names = ", ".join(name_of(tensors[x]) for x in candidates)
-    more = hint(batch.rows) * batch.degree
+    more = hint(batch.entries) * batch.degree
     why = str(failures[0]).strip().splitlines()[0]
-    text = f"the model does not run with {more} for {hint(batch.rows)} in dim {batch.dim} of {names}: {why}"
-    raise NotTheBatch(text, legal="inputs with rows of the batch in their first dim, or DDP over dp") from failures[0]
+    text = f"the model does not run with {more} for {hint(batch.entries)} in dim {batch.dim} of {names}: {why}"
+    raise NotTheBatch(text, legal="inputs with entries of the batch in their first dim, or DDP over dp") from failures[
+        0
+    ]
 
 
 def _numbers(own: Frame, inputs: Sequence[Any]) -> dict[str, Any]:
@@ -184,7 +187,7 @@ def _sizes(tensors: dict[Tensor, Any], chosen: Sequence[Tensor], batch: _Batch) 
 
 
 def _most_first(candidates: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """All of them, then all but one, and so on: an input as long as the batch by chance cannot have more rows."""
+    """All of them, then all but one, and so on: an input as long as the batch by chance cannot have more entries."""
     for number in range(len(candidates), 0, -1):
         yield from itertools.combinations(candidates, number)
 
@@ -192,24 +195,26 @@ def _most_first(candidates: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
 def _instead(
     tensors: dict[Tensor, Any], chosen: Sequence[Tensor], batch: _Batch
 ) -> tuple[dict[Tensor, Tensor], set[str]]:
-    """What stands for tensors with rows, and for those with symbols, which Dynamo would not find by itself again."""
+    """What stands for tensors with entries, and for those with symbols, which Dynamo would not find by itself again."""
     found, arguments = {}, set()
     for x, source in tensors.items():
         symbols = [dim for dim, size in enumerate(_own(x).shape) if _is_symbol(size)]
-        has_rows = any(x is y for y in chosen)
-        if has_rows or symbols:
-            found[x] = (batch if has_rows else replace(batch, dim=0, degree=1)).whole(x).requires_grad_(x.requires_grad)
+        has_entries = any(x is y for y in chosen)
+        if has_entries or symbols:
+            found[x] = (
+                (batch if has_entries else replace(batch, dim=0, degree=1)).whole(x).requires_grad_(x.requires_grad)
+            )
             for dim in symbols:
                 torch._dynamo.maybe_mark_dynamic(found[x], dim)
             arguments.add(str(local_of(source)))
     return found, arguments
 
 
-def _bound(own: Frame, whole: Frame, inputs: Sequence[Any], with_rows: set[str], batch: _Batch) -> _Whole:
-    """The graph over all rows on the inputs of the graph over one rank's.
+def _bound(own: Frame, whole: Frame, inputs: Sequence[Any], with_entries: set[str], batch: _Batch) -> _Whole:
+    """The graph over all entries on the inputs of the graph over one rank's.
 
     Raises:
-        BatchNotSplit: the model reads something else with all rows than with one rank's, or returns it otherwise.
+        BatchNotSplit: the model reads something else with all entries than with one rank's, or returns it otherwise.
     """
     places = {source: place for place, source in enumerate(own.sources())}
     placeholders = dict(zip(places, own.gm.graph.find_nodes(op="placeholder"), strict=True))
@@ -224,10 +229,10 @@ def _bound(own: Frame, whole: Frame, inputs: Sequence[Any], with_rows: set[str],
             raise _another_program([source])
         given, example = inputs[places[source]], placeholders[source].meta["example_value"]
         node.meta["grapharg"] = placeholders[source].meta["grapharg"]  # what the caller passed, where that is read
-        if source in with_rows:
+        if source in with_entries:
             node.meta[OWN] = own_value = _fixed(example)
             given = batch.whole(own_value)
-        elif source in {f"{name}.size()[{batch.dim}]" for name in with_rows}:
+        elif source in {f"{name}.size()[{batch.dim}]" for name in with_entries}:
             node.meta[OWN], given = given, given * batch.degree
         found.inputs.append(given)
         found.places.append(places[source])
@@ -237,8 +242,8 @@ def _bound(own: Frame, whole: Frame, inputs: Sequence[Any], with_rows: set[str],
 
 
 def _another_program(reads: list[str]) -> BatchNotSplit:
-    found = f"with the rows of all ranks the model is another program, which reads {', '.join(reads)} otherwise"
-    return BatchNotSplit(found, legal="a model that reads the same for every number of rows, or DDP over dp")
+    found = f"with the entries of all ranks the model is another program, which reads {', '.join(reads)} otherwise"
+    return BatchNotSplit(found, legal="a model that reads the same for every number of entries, or DDP over dp")
 
 
 def _shapes_of_outputs(gm: fx.GraphModule) -> list[Any]:
@@ -261,9 +266,9 @@ def _fixed(example: Tensor) -> Tensor:
 
 
 def _keep_guards(whole: Frame, sizes: Mapping[str, Any]) -> None:
-    """Let Dynamo check, of the sizes that it has symbols for, what the graph over all rows was traced for.
+    """Let Dynamo check, of the sizes that it has symbols for, what the graph over all entries was traced for.
 
-    sizes: of the user's tensors with all rows, by source.
+    sizes: of the user's tensors with all entries, by source.
     """
     fakes = [n.meta["example_value"] for n in whole.gm.graph.find_nodes(op="placeholder")]
     symbolic = next((x for x in fakes if isinstance(x, torch.SymInt)), None)

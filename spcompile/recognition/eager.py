@@ -17,7 +17,7 @@ import torch.fx as fx
 
 from spcompile.graph.edit import argument, is_tensor, shape_of
 from spcompile.graph.einsum import letters_of
-from spcompile.recognition.masks.views import sizes_of
+from spcompile.recognition.masks.index_maps import sizes_of
 
 aten = torch.ops.aten
 
@@ -110,7 +110,7 @@ def match_eager(softmax: fx.Node) -> EagerAttention:
         NotAttention: it is none.
         Refused: it is one, in a form that is not known.
     """
-    weights = _values(softmax)
+    weights = _product_with_values(softmax)
     rank = len(shape_of(softmax))
     dim = argument(softmax, 1, "dim")
     if weights.refusal is not None:
@@ -142,7 +142,7 @@ def rows_of_scores(softmax: fx.Node) -> int | None:
     return rows[0] - len(scores) if len(rows) == 1 else None
 
 
-def _values(softmax: fx.Node) -> _Weights:
+def _product_with_values(softmax: fx.Node) -> _Weights:
     """The product with the values, and what is on the way to it."""
     node = softmax
     found = _Weights(Product(softmax, softmax, softmax))
@@ -167,8 +167,12 @@ def _values(softmax: fx.Node) -> _Weights:
                 if found.dropout or p >= 1:
                     found.refusal = Refused("dropout of attention weights twice, or of all", user)
                 found.dropout = float(p)
-        elif user.target is aten.slice.Tensor and found.sinks_last is None and (cut := _cut(user)) is not None:
-            found.sinks_last = cut
+        elif (
+            user.target is aten.slice.Tensor
+            and found.sinks_last is None
+            and (drops_last := _drops_last_column(user)) is not None
+        ):
+            found.sinks_last = drops_last
         elif user.target is aten.slice.Tensor:
             found.refusal = Refused("attention weights are cut", user)
         elif not passes_weights(user) and not (user.target in _VIEWS and _keeps_last_two(user)):
@@ -181,7 +185,7 @@ def passes_weights(node: fx.Node) -> bool:
     return node.target in _CASTS or node.target is aten.dropout.default
 
 
-def _cut(node: fx.Node) -> bool | None:
+def _drops_last_column(node: fx.Node) -> bool | None:
     """Whether this slice drops the last (True) or the first (False) column; None if it does anything else."""
     source: Any = node.args[0]
     rank, size = len(shape_of(source)), sizes_of(source)[-1]
@@ -348,10 +352,10 @@ def _peel(node: fx.Node, factor: float, found: EagerAttention) -> None:
     elif node.target in (aten.div.Tensor, aten.div.Scalar):
         factor /= args[1]
     elif node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        found.terms.append(Term(args[1], node, factor, _number(args[2], node), masked=True))
+        found.terms.append(Term(args[1], node, factor, _scalar(args[2], node), masked=True))
     elif node.target in (aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.self):
         keeps = args[1] is below
-        found.terms.append(Term(args[0], node, factor, _number(args[2 if keeps else 1], node), masked=not keeps))
+        found.terms.append(Term(args[0], node, factor, _scalar(args[2 if keeps else 1], node), masked=not keeps))
     elif node.target in (aten.add.Tensor, aten.sub.Tensor):
         added = args[1] if args[0] is below else args[0]
         if is_tensor(added):
@@ -365,7 +369,7 @@ def _peel(node: fx.Node, factor: float, found: EagerAttention) -> None:
     _peel(below, factor, found)
 
 
-def _number(arg: Any, node: fx.Node) -> float:
+def _scalar(arg: Any, node: fx.Node) -> float:
     """A number, or a tensor that holds one number."""
     while is_tensor(arg) and arg.target in _CASTS | {
         aten.lift_fresh_copy.default,

@@ -115,7 +115,7 @@ def _rewrite(found: _Attention) -> None:
             sides = {n: heads.of_side(n, node) for n in node.all_input_nodes if n is not below and is_tensor(n)}
             new[node] = _on(node, {**sides, below: new[below]})
     at = found.result.node
-    out = _new(at, aten.matmul.default, new[found.chain[-1][0]], heads.repeated(_values(found.result), at))
+    out = _new(at, aten.matmul.default, new[found.chain[-1][0]], heads.repeated(_value_operand(found.result), at))
     replace(at, _as_written(heads.apart(out, at), found.result))
 
 
@@ -173,7 +173,7 @@ def _queries_keys(product: Product) -> tuple[fx.Node, fx.Node]:
     )
 
 
-def _values(product: Product) -> fx.Node:
+def _value_operand(product: Product) -> fx.Node:
     """Values [B, X or 1, Y or 1, T, V]."""
     if product.equation is None:
         return product.right

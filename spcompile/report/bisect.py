@@ -77,12 +77,12 @@ def _first_difference(trial: Trial, right: Snapshot, wrong: Snapshot) -> Culprit
 
 def _pairs(trial: Trial, right: Snapshot, wrong: Snapshot) -> Iterator[_Pair]:
     """Nodes that stand for the same value in both graphs, in the order of the wrong one."""
-    before, after = _values(trial, right), _values(trial, wrong)
+    before, after = _values_of_nodes(trial, right), _values_of_nodes(trial, wrong)
     crosses_lower = right.stage is not wrong.stage
     old = {node.name: node for node in before}
-    origins = {_origin(node): node for node in after} if crosses_lower else {}
+    origins = {_origin_name(node): node for node in after} if crosses_lower else {}
     for node, found in after.items():
-        name = _origin(node) if crosses_lower else node.name
+        name = _origin_name(node) if crosses_lower else node.name
         if name not in old or (crosses_lower and origins[name] is not node):
             continue
         expected = before[old[name]]
@@ -93,7 +93,7 @@ def _pairs(trial: Trial, right: Snapshot, wrong: Snapshot) -> Iterator[_Pair]:
             yield _Pair(node, found, expected, lambda a, b, matches=matches: matches(a[0], b))  # type: ignore[misc]
 
 
-def _values(trial: Trial, snapshot: Snapshot) -> dict[fx.Node, list[Tensor]]:
+def _values_of_nodes(trial: Trial, snapshot: Snapshot) -> dict[fx.Node, list[Tensor]]:
     """The values of all nodes with one tensor as result; those on the path of a gradient keep theirs."""
     kept: dict[fx.Node, list[Tensor]] = {}
 
@@ -108,7 +108,7 @@ def _values(trial: Trial, snapshot: Snapshot) -> dict[fx.Node, list[Tensor]]:
     return kept
 
 
-def _origin(node: fx.Node) -> str:
+def _origin_name(node: fx.Node) -> str:
     sources = node.meta.get("from_node") or []
     return sources[-1].name if sources else node.name
 

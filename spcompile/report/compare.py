@@ -17,19 +17,22 @@ from spcompile.options import Options
 from spcompile.passes_api import Pass, Stage
 from spcompile.program.trace import Inputs
 from spcompile.report.bisect import culprit_of
-from spcompile.report.trial import run_eager, trial_of
-from spcompile.report.verify_report import Report
+from spcompile.report.noise import Noise, allowance, noise_of
+from spcompile.report.trial import Trial, run_eager, trial_of
+from spcompile.report.verify_report import Report, is_exact, largest
 
-DEFAULT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+DEFAULT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 MIXED_TOLERANCE = 1e-6  # a float64 model that computes something in float32
 EXPECTED_OF_ONE_DEVICE = (
     "attention has dropout: expected is what one device gets from the same graph, not the plain model"
 )
 DRAWN_BY_RANKS = "over dp each rank draws its own random numbers, the plain model draws for all rows: they differ"
+NOISY = "rounding moves {name} by {part:.0%} of its largest element: little is compared there"
+NOISY_PART = 0.25
 ROUNDING = 8  # units in the last place of the largest gradient: what less is, is rounding
 
 
-def compare(
+def compare_with_plain(
     model: nn.Module,
     example_inputs: Inputs,
     mesh: MeshShape,
@@ -43,8 +46,16 @@ def compare(
     try:
         eager = run_eager(model, example_inputs, options)
         trial = trial_of(model, example_inputs, mesh, options, pipeline, eager, cpu_rng)
-        trial.tolerance, trial.rounding = _tolerances(trial.program.captured, tolerance)
         notes = [EXPECTED_OF_ONE_DEVICE] if trial.expect_of_one_device() else []
+        coarsest, is_mixed = _coarsest(trial.program.captured)
+        eps = torch.finfo(coarsest).eps
+        if tolerance is None and coarsest.itemsize < 4:
+            noise = noise_of(model, example_inputs, options, eager, eps, cpu_rng)
+            notes += _allow(trial, noise, eps)
+        else:
+            default = MIXED_TOLERANCE if is_mixed else DEFAULT_TOLERANCE.get(coarsest, eps)
+            trial.tolerance = default if tolerance is None else tolerance
+            trial.rounding = ROUNDING * eps if coarsest.itemsize >= 4 else eps
         last = [s for s in trial.program.history.snapshots if s.stage is not Stage.SCHEDULE][-1]
         rows = trial.errors("local", trial.run(last))
         final = trial.run_final(trial.traced.sharded.graphs)
@@ -70,11 +81,31 @@ def _require_real(model: nn.Module) -> None:
             raise IllegalModel(f"{name} has no data, and verify computes", legal=f"{legal}; explain() needs none")
 
 
-def _tolerances(captured: fx.GraphModule, wanted: float | None) -> tuple[float, float]:
-    """(tolerance, rounding) by the floating dtypes in the graph."""
+def _coarsest(captured: fx.GraphModule) -> tuple[torch.dtype, bool]:
+    """The floating dtype in the graph that rounds most; whether it is float32 beside float64."""
     vals = [v for n in captured.graph.nodes for v in pytree.tree_leaves(n.meta.get("val")) if isinstance(v, Tensor)]
     dtypes = {v.dtype for v in vals if v.is_floating_point()} or {torch.float32}
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    mixed = coarsest is torch.float32 and torch.float64 in dtypes
-    default = MIXED_TOLERANCE if mixed else DEFAULT_TOLERANCE.get(coarsest, 5e-2)
-    return default if wanted is None else wanted, ROUNDING * torch.finfo(coarsest).eps
+    return coarsest, coarsest is torch.float32 and torch.float64 in dtypes
+
+
+def _allow(trial: Trial, noise: Noise, eps: float) -> list[str]:
+    """Let each tensor differ by what noise makes of it; notes on those that are noise for the most part.
+
+    The trial's tolerance becomes the largest of them, relative to their tensors.
+    """
+    outputs = [("output", name, noise.outputs.get(name, 0.0), x) for name, x in trial.outputs.values()]
+    gradients = [
+        ("gradient", name, noise.gradients.get(trial.sources[i], 0.0), x) for i, (name, x) in trial.gradients.items()
+    ]
+    notes = []
+    for kind, name, moved, expected in [*outputs, *gradients]:
+        if expected is None or is_exact(expected):
+            continue
+        trial.allowed[kind, name] = allowed = allowance(moved, expected, eps)
+        part = allowed / largest(expected) if allowed else 0.0
+        if part > NOISY_PART:
+            notes.append(NOISY.format(name=name if kind == "output" else f"the gradient of {name}", part=part))
+        else:
+            trial.tolerance = max(trial.tolerance, part)
+    return notes

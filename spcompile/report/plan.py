@@ -13,6 +13,7 @@ from rich.table import Table
 
 from spcompile.diagnostics import Remark, SourceLine
 from spcompile.machine.mesh import MeshShape
+from spcompile.plain_text import one_line
 from spcompile.report.plan_html import page
 from spcompile.schedule.communication import Row
 from spcompile.schedule.memory import LargeTensor, Memory
@@ -92,7 +93,7 @@ class Plan:
 
     def save(self, path: str) -> None:
         """Write the plan as one HTML page that needs nothing else."""
-        title = f"{self.model} on mesh {self.mesh}"
+        title = one_line(f"{self.model} on mesh {self.mesh}")
         schedule = {row.name for row in self.passes if row.stage == "schedule"}
         remarks = [str(remark) for remark in self.remarks]
         with open(path, "w", encoding="utf-8") as file:
@@ -100,19 +101,19 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: sizes are ints, or the text of their expression where they depend on a dynamic length."""
-        memory = {name: _number(value) for name, value in vars(self.memory).items()}
+        memory = {name: _json_number(value) for name, value in vars(self.memory).items()}
         return {
             "schema_version": SCHEMA_VERSION,
             "model": self.model,
             "mesh": dict(self.mesh.axes),
             "options": {name: value for name, value in self.options.items() if _is_plain(value)},
             "symbols": self.symbols,
-            "sharding": {name: _number(value) for name, value in vars(self.sharding).items()},
+            "sharding": {name: _json_number(value) for name, value in vars(self.sharding).items()},
             "attention": [dict(vars(row)) for row in self.attention],
             "collectives": [
                 {
                     **{key: value for key, value in vars(row).items() if key != "at_most" or value},
-                    "bytes": _number(row.bytes),
+                    "bytes": _json_number(row.bytes),
                     "source": _source(row.source),
                 }
                 for row in self.collectives
@@ -128,8 +129,8 @@ class Plan:
                 {
                     "name": row.name,
                     "phase": row.phase,
-                    "shape": [_number(size) for size in row.shape],
-                    "numel": _number(row.numel),
+                    "shape": [_json_number(size) for size in row.shape],
+                    "numel": _json_number(row.numel),
                     "dtype": str(row.dtype).removeprefix("torch."),
                     "source": _source(row.source),
                 }
@@ -154,7 +155,7 @@ class Plan:
     def summary(self) -> list[str]:
         """The first lines of the report."""
         sharding = self.sharding
-        lines = [f"{self.model} on mesh {self.mesh}"]
+        lines = [one_line(f"{self.model} on mesh {self.mesh}")]
         if sharding.sharded_ops:
             split = f"{sharding.length} tokens, {sharding.local_length} on each rank, {sharding.order} order"
             lines.append(f"Sequence   {split}; {sharding.sharded_ops} of {sharding.ops} ops run on shards")
@@ -249,7 +250,7 @@ def _sent(row: Row) -> str:
     return f"at most {size_text(row.bytes)}" if row.at_most else size_text(row.bytes)
 
 
-def _number(value: Any) -> Any:
+def _json_number(value: Any) -> Any:
     if not isinstance(value, sympy.Basic):
         return value
     return int(value) if value.is_Integer else float(value) if value.is_number else str(value)
@@ -273,5 +274,5 @@ def _rich(title: str, header: list[str], rows: Iterable[list[str]]) -> Table:
         numeric = name in ("count", "elements", "rewrites", "ms", "compute", "communication", "hidden", "exposed")
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(one_line, row))
     return table

@@ -1,7 +1,8 @@
 """A plan as one HTML page: the tables of the report, and the graph after every pass with its differences.
 
 Needs no network and no other file. Everything that comes from a model is escaped: in HTML by `html.escape`, in the
-data of the script by writing `<` as an escape, and the script itself only ever sets `textContent`.
+data of the script by writing `<` as an escape, and the script itself only ever sets `textContent`. Characters that are
+not printable are written as escapes everywhere.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 
 from spcompile.graph.printer import unified_diff
+from spcompile.plain_text import one_line, some_lines
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, header, rows
 _BACKWARD = " (backward)"
@@ -71,15 +73,15 @@ def page(
     schedule: Collection[str],
 ) -> str:
     """The page's text. graphs: of a plan; schedule: the names of the passes that ran behind autograd."""
-    title = escape(title)
+    title = _shown(title)
     data = json.dumps(_with_differences(graphs, schedule)).replace("<", "\\u003c")
-    listed = "".join(f"<li><pre>{escape(remark)}</pre></li>" for remark in remarks)
+    listed = "".join(f"<li><pre>{escape(some_lines(remark))}</pre></li>" for remark in remarks)
     parts = [
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<style>{_STYLE}</style></head><body>",
         f"<h1>{title}</h1>",
-        "".join(f"<div>{escape(line)}</div>" for line in summary),
+        "".join(f"<div>{_shown(line)}</div>" for line in summary),
         "".join(_table(name, header, rows) for name, header, rows in tables),
         f"<h2>Remarks</h2><ul>{listed}</ul>" if listed else "",
         '<h2>Graphs</h2><label>after <select id="pick"></select></label>',
@@ -107,5 +109,9 @@ def _with_differences(graphs: Mapping[str, str], schedule: Collection[str]) -> l
 
 def _table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(f"<td>{_shown(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<h2>{escape(title)}</h2><div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _shown(text: str) -> str:
+    return escape(one_line(text))

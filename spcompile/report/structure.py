@@ -59,14 +59,14 @@ def folder_of(name: str) -> str:
     return package.partition(".")[2]
 
 
-def inside(name: str) -> set[str]:
+def own_imports(name: str) -> set[str]:
     """The modules of this project that a module imports."""
     return imports(name) & set(modules()) - {name}
 
 
 def reached(name: str, seen: frozenset[str] = frozenset()) -> set[str]:
     """What a module imports from folders, itself or through modules of the root."""
-    direct = inside(name) - seen
+    direct = own_imports(name) - seen
     roots = {other for other in direct if not folder_of(other)}
     return (direct - roots).union(*(reached(root, seen | roots) for root in roots))
 
@@ -112,4 +112,5 @@ def pipeline_drawing(pipeline: Sequence[Pass]) -> str:
 def _hanging(first: str, text: str) -> list[str]:
     """`text` behind `first`, wrapped under itself."""
     rest = "   |".ljust(len(first)) if first.startswith("   |") else " " * len(first)
-    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest) or [first.rstrip()]
+    lines = textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+    return lines or [first.rstrip()]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spcompile.diagnostics import Remark, SourceLine
 from spcompile.machine.mesh import MeshShape
+from spcompile.plain_text import one_line, some_lines
 
 SCHEMA_VERSION = 1
 
@@ -49,7 +50,7 @@ class Culprit:
     def __str__(self) -> str:
         text = f"first wrong after pass {self.pass_name}"
         if self.node is not None:
-            text += f": the {self.what} of {self.node}"
+            text += f": the {self.what} of {one_line(self.node)}"
         return text + (f"\n  at {self.source}" if self.source else "")
 
 
@@ -100,10 +101,10 @@ class Report:
             table.add_column(name, justify="right" if name in ("max abs", "relative") else "left", overflow="fold")
         for row in self.rows:
             verdict = "ok" if row.ok else "WRONG"
-            table.add_row(verdict, row.graph, row.kind, row.name, f"{row.max_abs:.2e}", f"{row.relative:.2e}")
+            table.add_row(verdict, row.graph, row.kind, one_line(row.name), f"{row.max_abs:.2e}", f"{row.relative:.2e}")
         console.print(table)
         for line in (*map(str, self.remarks), *self.notes):
-            console.print(line, soft_wrap=True)
+            console.print(some_lines(line), soft_wrap=True)
         wrong = sum(not row.ok for row in self.rows)
         count = len(self.rows)
         console.print(f"{wrong} of {count} tensors are wrong" if wrong else f"all {count} tensors agree")

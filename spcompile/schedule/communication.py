@@ -17,11 +17,11 @@ import torch.fx as fx
 from torch.utils import _pytree as pytree
 
 import spcompile.attention.op  # noqa: F401  (defines the ops)
-from spcompile.attention.ring.call import RingCall, ring_of
 from spcompile.attention.ring.ring import backward_bytes, forward_bytes, message_numbers
-from spcompile.attention.scores.call import Gradients
+from spcompile.attention.ring.ring_call import RingCall, ring_of
+from spcompile.attention.scores.attention_call import GradientCall
 from spcompile.collectives import COLLECTIVES, call_arguments
-from spcompile.collectives.pipelined_products import PIPELINED, all_gather_matmul
+from spcompile.collectives.pipelined_matmuls import PIPELINED, all_gather_matmul
 from spcompile.diagnostics import SourceLine, source_of
 from spcompile.graph.axes import axis_argument
 from spcompile.graph.sizes import expression
@@ -78,7 +78,7 @@ def communication(phase: str, gm: fx.GraphModule, mesh: MeshShape, trained: Sequ
         if sent is None:
             continue
         op, axis, amount = sent
-        why = _origin(node, phase, trained, node in gradient_path)
+        why = _sent_for(node, phase, trained, node in gradient_path)
         origin = "parameter gradient" if node in gradients else why
         key = (op, axis, phase, layer_of(node), source_of(node), origin, _asks_for_hops(node))
         count, total = found.get(key, (0, sympy.Integer(0)))
@@ -89,7 +89,7 @@ def communication(phase: str, gm: fx.GraphModule, mesh: MeshShape, trained: Sequ
     ]
 
 
-def _origin(node: fx.Node, phase: str, trained: Sequence[bool], of_gradient: bool) -> str:
+def _sent_for(node: fx.Node, phase: str, trained: Sequence[bool], of_gradient: bool) -> str:
     if ring_of(node) is not None:
         return "attention"
     if _moves_a_parameter(node, trained):
@@ -146,10 +146,10 @@ def sent_by(node: fx.Node, mesh: MeshShape) -> tuple[str, str, sympy.Expr] | Non
         return None
     operand, named = call_arguments(target, node.args, node.kwargs)
     if (ring := ring_of(node)) is not None:
-        return target._opname, ring.axis, _ring(ring)
+        return target._opname, ring.axis, _ring_bytes(ring)
     if target in PIPELINED:
         part = operand if target is all_gather_matmul else node
-        return target._opname, named["axis"], (named["degree"] - 1) * _bytes(part)
+        return target._opname, named["axis"], (named["degree"] - 1) * _operand_bytes(part)
     if target in COLLECTIVES:
         values = fx.node.map_arg((operand, named), lambda n: n.meta["val"])
         amount = expression(COLLECTIVES[target].sent(values[0], **values[1]))
@@ -157,22 +157,22 @@ def sent_by(node: fx.Node, mesh: MeshShape) -> tuple[str, str, sympy.Expr] | Non
     if target.namespace == "_c10d_functional":
         name, formula = _SENT[target._opname]
         axis = node.meta.get("axis") or named["group_name"]
-        return name, axis, formula(_bytes(operand), mesh.size(axis))
+        return name, axis, formula(_operand_bytes(operand), mesh.size(axis))
     assert target._opname in _COUNT_NOTHING, f"no formula for the bytes of {target}"
     return None
 
 
-def _bytes(operand: Any) -> sympy.Expr:
+def _operand_bytes(operand: Any) -> sympy.Expr:
     vals = [n.meta["val"] for n in pytree.tree_leaves(operand)]
     return sum((expression(v.numel()) * v.element_size() for v in vals), sympy.Integer(0))
 
 
-def _ring(ring: RingCall) -> sympy.Expr:
+def _ring_bytes(ring: RingCall) -> sympy.Expr:
     """Bytes of a ring. How far keys travel is computed for the traced length."""
     k, v = value_of(ring.k), value_of(ring.v)
     B, G, T, H = (expression(size) for size in k.shape)
     numbers = message_numbers(B, G, T, H, expression(v.shape[3]))
-    formula = backward_bytes if isinstance(ring, Gradients) else forward_bytes
+    formula = backward_bytes if isinstance(ring, GradientCall) else forward_bytes
     return sympy.sympify(formula(numbers, ring.most_hops, k.element_size()))
 
 

@@ -14,8 +14,8 @@ import torch.fx as fx
 
 from spcompile.collectives import call_arguments
 from spcompile.graph.edit import copy_graph
-from spcompile.schedule.cost import CostModel
 from spcompile.schedule.list_schedule import ListScheduler
+from spcompile.schedule.op_cost import CostModel
 from spcompile.schedule.timeline import timeline
 
 _spx, _c10d = torch.ops.spx, torch.ops._c10d_functional

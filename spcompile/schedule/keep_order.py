@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch.fx as fx
 
-from spcompile.schedule.cost import is_product
+from spcompile.schedule.op_cost import is_matmul
 from spcompile.schedule.timeline import is_wait, starts
 from spcompile.torch_private import CustomGraphPass, OrderedSet, get_hash_for_files, preserve_node_ordering
 
@@ -34,11 +34,11 @@ def dependencies(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
         if starts(node):
             flying.add(node)
             before.append(node)
-        elif is_wait(node) or is_product(node):
+        elif is_wait(node) or is_matmul(node):
             if before and flying:
                 found[node] = [n for n in before if n not in node.all_input_nodes]
             flying.difference_update(node.all_input_nodes)
-        if is_product(node):
+        if is_matmul(node):
             before = [node]
     return {node: others for node, others in found.items() if others}
 

@@ -78,7 +78,7 @@ def saved_bytes(graphs: Mapping[str, fx.GraphModule]) -> sympy.Expr:
     if "forward" not in graphs or "backward" not in graphs:
         return sympy.Integer(0)
     kept = {root_of(node) for node in saved_values(graphs["forward"].graph, graphs["backward"].graph)}
-    return sum((_bytes(node) for node in kept if node.op == "call_function"), sympy.Integer(0))
+    return sum((_result_bytes(node) for node in kept if node.op == "call_function"), sympy.Integer(0))
 
 
 def saved_values(forward: fx.Graph, backward: fx.Graph) -> list[fx.Node]:
@@ -137,7 +137,7 @@ def _outputs(graph: fx.Graph) -> list[Any]:
     return list(pytree.tree_leaves(output.args[0]))
 
 
-def _bytes(node: fx.Node) -> sympy.Expr:
+def _result_bytes(node: fx.Node) -> sympy.Expr:
     vals = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
     return sum((expression(v.numel()) * v.element_size() for v in vals), sympy.Integer(0))
 
@@ -156,7 +156,7 @@ def _peak(graph: fx.Graph) -> tuple[int, sympy.Expr]:
         change[dies[node] + 1] -= size
     alive = list(itertools.accumulate(change))
     at = alive.index(max(alive))
-    return alive[at], sum((_bytes(n) for n in values if order[n] <= at <= dies[n]), sympy.Integer(0))
+    return alive[at], sum((_result_bytes(n) for n in values if order[n] <= at <= dies[n]), sympy.Integer(0))
 
 
 def _is_parameter(node: fx.Node) -> bool:

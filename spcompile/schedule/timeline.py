@@ -1,7 +1,7 @@
 """What hides what: the nodes of a final graph, in their order, on one compute stream and one stream for each axis.
 
 A collective starts when the graph gets to it and the axis is free; its wait ends when it has arrived. What compute
-waits is exposed, the rest is hidden. Seconds come from `spcompile.schedule.cost`.
+waits is exposed, the rest is hidden. Seconds come from `spcompile.schedule.op_cost`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.fx as fx
 from spcompile.collectives import is_start
 from spcompile.machine.links import link_of
 from spcompile.schedule.communication import sent_by
-from spcompile.schedule.cost import CostModel
+from spcompile.schedule.op_cost import CostModel
 
 _c10d = torch.ops._c10d_functional
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spcompile.collectives.calls import AllGatherCall
+from spcompile.collectives.typed_calls import AllGatherCall
 from spcompile.graph.reshard import Place
 
 if TYPE_CHECKING:
@@ -87,5 +87,5 @@ def mark_parts(graph: fx.Graph) -> None:
 
 
 def states_of_inputs(graph: fx.Graph) -> dict[str, dict[str, str]]:
-    """Placeholder name -> axis -> "S", for the parameters and rows of the batch of which ranks hold parts."""
+    """Placeholder name -> axis -> "S", for the parameters and entries of the batch of which ranks hold parts."""
     return {n.name: n.meta["parts"] for n in graph.find_nodes(op="placeholder") if n.meta.get("parts")}

@@ -10,7 +10,7 @@ import torch.fx as fx
 from spcompile.graph.edit import is_getitem, operand, result_number
 from spcompile.graph.sizes import same
 from spcompile.sharding.rules import OpRule, rule_of
-from spcompile.sharding.rules.base import tensor_operands, tensor_results
+from spcompile.sharding.rules.rule import tensor_operands, tensor_results
 from spcompile.sharding.spaces import Space, leaves, unify
 
 Dims = list[list[Space]]  # of one tensor: the product of spaces of every dim

@@ -14,8 +14,8 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.attention.scores.call import AttentionCall
-from spcompile.capture.capture import OWN
+from spcompile.attention.scores.attention_call import AttentionCall
+from spcompile.capture.retrace import OWN
 from spcompile.check.states import OWN_PART
 from spcompile.graph.edit import operand
 from spcompile.graph.reshard import Place, Reshard, is_reshard, parse_place
@@ -24,7 +24,7 @@ from spcompile.machine.sequence import chunks_per_rank, local_length, pad
 from spcompile.sharding.global_view import is_view, part_of_view
 from spcompile.sharding.layout import NodeLayout, layout_of
 from spcompile.sharding.propagate import Choice, is_prefix, place_of, space_at
-from spcompile.sharding.rules.base import LocalCall, tensor_operands, tensor_results
+from spcompile.sharding.rules.rule import LocalCall, tensor_operands, tensor_results
 from spcompile.sharding.spaces import Space, leaves
 
 aten, spx = torch.ops.aten, torch.ops.spx

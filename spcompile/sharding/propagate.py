@@ -17,7 +17,7 @@ import torch.fx as fx
 from spcompile.graph.edit import is_getitem, operand, result_number
 from spcompile.graph.reshard import Place
 from spcompile.sharding.index_spaces import IndexSpaces, OpSpaces
-from spcompile.sharding.rules.base import tensor_operands
+from spcompile.sharding.rules.rule import tensor_operands
 from spcompile.sharding.spaces import Space, leaves
 
 UNREAD_ATTENTION = "spx_unread_attention"  # in meta["custom"] of a softmax: the dim of its query rows, from the end
@@ -204,7 +204,7 @@ def _seeds(spaces: IndexSpaces, key: str) -> dict[fx.Node, Choice]:
     seeds: dict[fx.Node, Choice] = {}
     for node, call in spaces.calls.items():
         rows = node.meta.get("custom", {}).get(key)
-        leader = _rows(call, rows) if rows else _leader(call)
+        leader = _row_factor(call, rows) if rows else _leader(call)
         if leader is not None:
             seeds[node] = Choice(leader)
     return seeds
@@ -216,7 +216,7 @@ def _leader(call: OpSpaces) -> str | None:
     return found[0] if found else None  # a query of length 1 has no factor
 
 
-def _rows(call: OpSpaces, dim: int) -> str | None:
+def _row_factor(call: OpSpaces, dim: int) -> str | None:
     """The factor of the rows of scores, [..., S, T] or with the rows elsewhere."""
     rows = call.rule.results[0][dim]
     return rows[0] if rows and rows[0] not in call.rule.replicated else None

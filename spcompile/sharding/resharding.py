@@ -9,10 +9,10 @@ import torch.fx as fx
 
 from spcompile.graph.reshard import Reshard, is_reshard, parse_place, reshard
 from spcompile.graph.sizes import divides, same
-from spcompile.sharding.cut import Use, uses_of
 from spcompile.sharding.global_view import part_of_view
 from spcompile.sharding.layout import NodeLayout, layout_of, show
 from spcompile.sharding.propagate import Choice, follow_prefix, place_of, sequence_families, space_at
+from spcompile.sharding.sharded_or_replicated import Use, uses_of
 from spcompile.sharding.spaces import Space, leaves
 
 

@@ -21,10 +21,10 @@ import torch.fx as fx
 
 from spcompile.graph.edit import is_getitem, operand
 from spcompile.graph.sizes import hint, numel_hint
-from spcompile.sharding.cut import bytes_of
 from spcompile.sharding.index_spaces import IndexSpaces, OpSpaces
 from spcompile.sharding.propagate import Choice, Placements, leaves_sums, place_of, propagate, sequence_families
-from spcompile.sharding.rules.base import tensor_operands, tensor_results
+from spcompile.sharding.rules.rule import tensor_operands, tensor_results
+from spcompile.sharding.sharded_or_replicated import estimated_bytes
 from spcompile.sharding.spaces import Space, leaves
 
 
@@ -44,7 +44,7 @@ def tensor_seeds(graph: fx.Graph, spaces: IndexSpaces, degree: int) -> TensorSee
     """The seeds of axis `tp` of `degree` ranks."""
     search = _Search(graph, spaces, degree)
     for node, call in spaces.calls.items():
-        choice = _heads(call, degree) if call.rule.paired else None
+        choice = _split_heads(call, degree) if call.rule.paired else None
         if choice is not None:
             search.take(node, choice, propagate(graph, spaces, {node: choice}))
     search.take_cheapest(search.contracted(), may_gather=False)
@@ -75,7 +75,7 @@ def heads_on_a_rank(heads: int, groups: int, degree: int) -> tuple[int, int]:
     return groups * -(-per_group // degree), groups
 
 
-def _heads(call: OpSpaces, degree: int) -> Choice | None:
+def _split_heads(call: OpSpaces, degree: int) -> Choice | None:
     groups, per_group = (hint(call.rule.sizes.get(name, 1)) for name in ("g", "r"))
     if groups * per_group == 1:
         return None
@@ -234,11 +234,11 @@ class _Search:
         for node, choice in region.choices.items():
             call = self.spaces.calls[node]
             if leaves_sums(call, choice):
-                moved += bytes_of(node)
+                moved += estimated_bytes(node)
             for x, dims in zip(tensor_operands(node), call.rule.operands, strict=True):
                 split = place_of(dims, call, choice) is not None
                 if x in self.weights:
                     weight += numel_hint(x.meta["val"]) if split and node not in self.weights else 0
                 elif not split and x.meta["val"].is_floating_point():
                     read_whole.add(x)
-        return (moved + sum(map(bytes_of, read_whole))) / weight
+        return (moved + sum(map(estimated_bytes, read_whole))) / weight

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from spcompile.attention.cost import Cost, Problem, cost
 from spcompile.attention.scores.mask import AttentionMask
 from spcompile.attention.strategy import Strategy
+from spcompile.attention.strategy_cost import Cost, Problem, cost
 from spcompile.machine.links import link_of
 from spcompile.machine.mesh import MeshShape
 

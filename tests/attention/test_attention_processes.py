@@ -11,7 +11,7 @@ from worker_pool import WorkerPool
 
 from spcompile.attention.op import attention, ring_attention
 from spcompile.attention.ring import hops as _hops  # noqa: F401  (defines spx::ring_hops)
-from spcompile.collectives.traffic import traffic_of
+from spcompile.collectives.counting import count_collectives
 from spcompile.diagnostics import RanksDisagree
 from spcompile.machine import sequence
 
@@ -76,7 +76,7 @@ def check_hops(group: dist.ProcessGroup, order: str) -> None:
         def backward(local=local, found=found) -> None:  # type: ignore[no-untyped-def]
             found += torch.autograd.grad(found[0].square().sum(), local)
 
-        counts = [sum(row.count for row in traffic_of(run)) for run in (forward, backward)]
+        counts = [sum(row.count for row in count_collectives(run)) for run in (forward, backward)]
         assert counts == list(sent), (order, lengths, counts)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, sequence.take(b, 2, rank, degree, order), rtol=1e-10, atol=1e-10)

@@ -14,7 +14,7 @@ from example_numerics import assert_equal, captured, on_one_device
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
-from spcompile.capture.capture import capture
+from spcompile.capture.retrace import capture
 from spcompile.diagnostics import CaptureFailed, source_of
 from spcompile.graph.printer import op_name
 from spcompile.report.example_runs import with_dynamo_graph

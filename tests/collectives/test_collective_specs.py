@@ -17,8 +17,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from spcompile import collectives
 from spcompile.check.simulate import Simulator
 from spcompile.collectives import COLLECTIVES, Call, Collective, erase_identities
-from spcompile.collectives.docs import collectives_markdown
 from spcompile.machine.mesh import MeshShape
+from spcompile.report.collectives_page import collectives_markdown
 
 T = torch.tensor
 ZIGZAG = {"axis": "cp", "degree": 2, "order": "zigzag"}
@@ -159,4 +159,4 @@ def test_erase_identities(strided: bool) -> None:
 
 def test_the_documentation_is_up_to_date() -> None:
     page = Path(__file__).parents[2] / "docs" / "collectives.md"
-    assert page.read_text() == collectives_markdown(), "run: python -m spcompile.collectives.docs > docs/collectives.md"
+    assert page.read_text() == collectives_markdown(), "run python -m spcompile.report.docs"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import spcompile
-from spcompile.command import cli, model_spec
+from spcompile.command import arguments, cli, model_spec
 from spcompile.diagnostics import IllegalMesh, IllegalModel, IllegalOption
 
 
@@ -25,23 +25,23 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 
 def test_factors_of_a_hybrid() -> None:
-    assert cli.parse_attention("ulysses=4,ring=2") == {"ulysses": 4, "ring": 2}
-    assert cli.parse_attention("hybrid") == "hybrid"
+    assert arguments.parse_attention("ulysses=4,ring=2") == {"ulysses": 4, "ring": 2}
+    assert arguments.parse_attention("hybrid") == "hybrid"
     for text in ("ulysses=4,ring", "ulysses=4,ulysses=2", "ulysses=-1,ring=2"):
         with pytest.raises(IllegalOption, match="ulysses=4,ring=2"):
-            cli.parse_attention(text)
+            arguments.parse_attention(text)
 
 
 def test_mesh_sizes() -> None:
-    assert cli.parse_mesh(["tp=2,cp=4"]) == cli.parse_mesh(["tp=2", "cp=4"]) == {"tp": 2, "cp": 4}
+    assert arguments.parse_mesh(["tp=2,cp=4"]) == arguments.parse_mesh(["tp=2", "cp=4"]) == {"tp": 2, "cp": 4}
     for wrong in ("cp", "cp=", "cp=x", "cp=2,cp=4", "cp=-1"):
         with pytest.raises(IllegalMesh):
-            cli.parse_mesh([wrong])
+            arguments.parse_mesh([wrong])
 
 
 def test_settings_are_literals_or_text() -> None:
     lines = ["layers=2", "theta=1e4", "hidden_act=relu", "tie_word_embeddings=False", "sizes=[1, 2]"]
-    assert model_spec.parse_settings(lines) == {
+    assert arguments.parse_settings(lines) == {
         "layers": 2,
         "theta": 1e4,
         "hidden_act": "relu",
@@ -49,12 +49,12 @@ def test_settings_are_literals_or_text() -> None:
         "sizes": [1, 2],
     }
     with pytest.raises(IllegalModel):
-        model_spec.parse_settings(["layers"])
+        arguments.parse_settings(["layers"])
 
 
 @pytest.mark.parametrize("spec", ["models:llama-tiny", "models:gpt-tiny", "models:bert-tiny", "hf:llama", "hf:bert"])
 def test_a_built_model_runs_on_its_example_inputs(spec: str) -> None:
-    built = model_spec.build(spec, seq=16, dtype="float64")
+    built = model_spec.build_model(spec, seq=16, dtype="float64")
     inputs = built.example_inputs(2, 16, "cpu")
     output: Any = built.model(**inputs)
     loss = output if isinstance(output, torch.Tensor) else output.loss
@@ -64,7 +64,7 @@ def test_a_built_model_runs_on_its_example_inputs(spec: str) -> None:
 
 
 def test_a_model_on_meta_has_sizes_but_no_values() -> None:
-    built = model_spec.build("models:llama3-8b", seq=131072, device="meta", dtype="bfloat16")
+    built = model_spec.build_model("models:llama3-8b", seq=131072, device="meta", dtype="bfloat16")
     parameters = list(built.model.parameters())
     assert sum(p.numel() for p in parameters) == 8_030_261_248
     assert {(p.device.type, p.dtype) for p in parameters} == {("meta", torch.bfloat16)}
@@ -75,7 +75,7 @@ def test_a_folder_with_a_config_is_built_without_weights(tmp_path: Path) -> None
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
     transformers.LlamaConfig(**sizes, intermediate_size=48).save_pretrained(tmp_path)
-    built = model_spec.build(f"hf:{tmp_path}", seq=16, settings={"num_hidden_layers": 1})
+    built = model_spec.build_model(f"hf:{tmp_path}", seq=16, settings={"num_hidden_layers": 1})
     assert built.vocab == 100
     assert len(built.model.get_submodule("model.layers")._modules) == 1
 
@@ -94,7 +94,7 @@ def test_a_folder_with_a_config_is_built_without_weights(tmp_path: Path) -> None
 )
 def test_a_model_that_does_not_exist_is_an_error(spec: str, settings: dict[str, Any]) -> None:
     with pytest.raises(IllegalModel, match="legal:"):
-        model_spec.build(spec, seq=16, settings=settings)
+        model_spec.build_model(spec, seq=16, settings=settings)
 
 
 def test_a_users_error_has_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +107,7 @@ def test_a_users_error_has_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 def test_train_prints_json(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = "train models:gpt-tiny --set vocab=256 --set layers=1 --steps 2 --seq 16 --backend aot_eager --json"
     assert call(monkeypatch, *words.split(), "--dump", str(tmp_path)) == 0
@@ -119,7 +119,7 @@ def test_train_prints_json(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 def test_a_rank_that_fails_ends_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,11 +14,11 @@ import torch.distributed._functional_collectives as functional
 from torch import Tensor, nn
 from worker_pool import WorkerPool
 
-from spcompile.collectives.traffic import Traffic, traffic_of
+from spcompile.collectives.counting import Traffic, count_collectives
 from spcompile.command import train
-from spcompile.command.model_spec import build
+from spcompile.command.model_spec import build_model
 from spcompile.command.train import Batches
-from spcompile.command.train_report import Run, TrainJob, TrainReport, relative
+from spcompile.command.train_report import TrainingRun, TrainJob, TrainReport, relative
 from spcompile.diagnostics import IllegalMesh, IllegalModel, IllegalOption, UnknownOption
 from spcompile.schedule.saved_bytes import saved_activation_bytes
 
@@ -77,7 +77,7 @@ def counted() -> list[Traffic]:
             work.wait()
         dist.all_reduce(x.clone(), group=group)
 
-    return traffic_of(run)
+    return count_collectives(run)
 
 
 def test_traffic_counts_compiled_and_eager_collectives(worker_pool: PoolOf) -> None:
@@ -97,7 +97,7 @@ def job(**changes: Any) -> TrainJob:
 
 def test_both_runs_see_the_same_batches_and_dp_ranks_their_rows() -> None:
     masked = job(model="models:bert-tiny", batch=4, mesh={"dp": 2})
-    built = build(masked.model, seq=32, settings=masked.settings)
+    built = build_model(masked.model, seq=32, settings=masked.settings)
     whole = Batches(masked, built, "cpu")(1)
     parts = [Batches(masked, built, "cpu", rank, 2)(1) for rank in range(2)]
     assert set(whole) == {"ids_BS", "labels_BS"}
@@ -108,6 +108,7 @@ def test_both_runs_see_the_same_batches_and_dp_ranks_their_rows() -> None:
     assert (whole["ids_BS"][masked_BS] == 0).all()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.slow
 def test_two_processes_train_and_agree(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
@@ -123,7 +124,7 @@ def test_two_processes_train_and_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(("attention", "collective"), [("ring", "send"), ("ulysses", "all_to_all")])
 def test_the_backend_trains_as_one_device_does_and_saves_less(attention: str, collective: str) -> None:
     report = train.launch(job(backend="spcompile", options={"attention": attention, "compiler": "eager"}))
@@ -134,7 +135,7 @@ def test_the_backend_trains_as_one_device_does_and_saves_less(attention: str, co
 
 @pytest.mark.parametrize(("off", "failures"), [(0.5e-5, 0), (2e-5, 1), (float("nan"), 1)])
 def test_losses_that_part_are_a_failure(off: float, failures: int) -> None:
-    single = Run([5.0, 4.0], 1.0, 1.0, 1, 1.0)
+    single = TrainingRun([5.0, 4.0], 1.0, 1.0, 1, 1.0)
     parallel = replace(single, losses=[5.0, 4.0 * (1 + off)])
     differences = [relative(a, b) for a, b in zip(parallel.losses, single.losses, strict=True)]
     report = TrainReport(job(), 1, single, parallel, [], differences, True)

@@ -10,46 +10,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import default_dtype
+from refusals import compiled, ids, refusal, same_text
 from torch import Tensor, nn
 from worker_pool import WorkerPool
 
 from spcompile import models
-from spcompile.diagnostics import SpcompileError
 
 PoolOf = Callable[[int], WorkerPool]
 SECONDS = 30.0
 
 
-def refusal(call: Callable[[], Any]) -> str:
-    """The text of the error of spcompile that `call` ends in, without what torch wraps around it."""
-    try:
-        call()
-    except Exception as raised:
-        found: BaseException | None = raised
-        while found is not None and not isinstance(found, SpcompileError):
-            found = getattr(found, "inner_exception", None) or found.__cause__
-        if found is None:
-            raise
-        return str(found)
-    raise AssertionError("nothing was refused")
-
-
 def gpt() -> nn.Module:
     return models.build("gpt-tiny", layers=1)
-
-
-def compiled(model: nn.Module, **options: Any) -> nn.Module:
-    model.compile(backend="spcompile", options={"compiler": "eager", **options})
-    return model
-
-
-def ids(length: int = 16) -> Tensor:
-    return torch.arange(2 * length).reshape(2, length) % 40
-
-
-def same_text(texts: list[str]) -> str:
-    assert len(set(texts)) == 1, texts
-    return texts[0]
 
 
 def other_lengths() -> str:
@@ -217,3 +189,15 @@ def test_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     text = refusal(lambda: compiled(gpt())(ids()))
     assert text.startswith("SP104 no process group: WORLD_SIZE is 2")
     assert "init_process_group()" in text
+
+
+def a_mode_on_one_rank() -> str:
+    mode = "max-autotune" if dist.get_rank() == 1 else None
+    model = torch.compile(models.build("gpt-tiny"), backend="spcompile", mode=mode)
+    return refusal(lambda: model(ids(), ids()))
+
+
+def test_a_mode_is_refused_by_name_on_every_rank(worker_pool: PoolOf) -> None:
+    text = same_text(worker_pool(2).run(a_mode_on_one_rank, timeout=SECONDS))
+    assert "SP102" in text
+    assert "mode='max-autotune': not supported" in text

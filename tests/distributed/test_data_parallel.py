@@ -1,4 +1,4 @@
-"""Axis dp on real processes: every rank passes its own rows, with another number of valid tokens; and DDP instead."""
+"""Axis dp on real processes: every rank passes its own entries, with other numbers of valid tokens; and DDP instead."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ PoolOf = Callable[[int], WorkerPool]
 IGNORED = -100
 
 
-def batch(rows: int, length: int) -> dict[str, Tensor]:
-    ids_BS = torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(0))
+def batch(entries: int, length: int) -> dict[str, Tensor]:
+    ids_BS = torch.randint(0, 64, (entries, length), generator=torch.Generator().manual_seed(0))
     labels_BS = ids_BS.clone()
-    for row in range(rows):
-        labels_BS[row, : 5 * row] = IGNORED
+    for entry in range(entries):
+        labels_BS[entry, : 5 * entry] = IGNORED
     return {"ids_BS": ids_BS, "labels_BS": labels_BS}
 
 
 def against_the_whole_batch(
-    build: Callable[[], nn.Module], axes: Mapping[str, int], length: int, compiler: str, rows: int = 2
+    build: Callable[[], nn.Module], axes: Mapping[str, int], length: int, compiler: str, entries: int = 2
 ) -> dict[str, float]:
-    """Errors of this rank's loss and of all gradients and parameters, against the plain model on all rows."""
+    """Errors of this rank's loss and of all gradients and parameters, against the plain model on all entries."""
     mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
     with default_dtype(torch.float64):
         plain = build()
         compiled: Any = copy.deepcopy(plain)
         compiled.compile(backend="spcompile", options={"mesh": mesh, "compiler": compiler})
-        whole = batch(rows * axes["dp"], length)
-        first = rows * mesh.get_local_rank("dp")
-        own = {name: x[first : first + rows] for name, x in whole.items()}
+        whole = batch(entries * axes["dp"], length)
+        first = entries * mesh.get_local_rank("dp")
+        own = {name: x[first : first + entries] for name, x in whole.items()}
         want, have = plain(**whole), compiled(**own)
         want.backward()
         have.backward()
@@ -62,7 +62,7 @@ SLOW = (pytest.mark.slow, pytest.mark.thinned(3))
         pytest.param("bert-tiny", {"tp": 2, "dp": 2}, "eager", marks=SLOW),
     ],
 )
-def test_own_rows(worker_pool: PoolOf, model: str, axes: dict[str, int], compiler: str) -> None:
+def test_own_entries(worker_pool: PoolOf, model: str, axes: dict[str, int], compiler: str) -> None:
     world = torch.Size(axes.values()).numel()
     build = partial(models.build, model)
     for errors in worker_pool(world).run(against_the_whole_batch, build, axes, 23, compiler):
@@ -79,35 +79,35 @@ def test_own_rows(worker_pool: PoolOf, model: str, axes: dict[str, int], compile
         ("gpt-tiny", {"dp": 2, "cp": 2}, "eager"),
     ],
 )
-def test_one_row_a_rank(worker_pool: PoolOf, model: str, axes: dict[str, int], compiler: str) -> None:
+def test_one_entry_a_rank(worker_pool: PoolOf, model: str, axes: dict[str, int], compiler: str) -> None:
     world = torch.Size(axes.values()).numel()
     build = partial(models.build, model)
     for errors in worker_pool(world).run(against_the_whole_batch, build, axes, 23, compiler, 1):
         assert max(errors.values()) <= EXACT, errors
 
 
-def logits_of_own_rows(axes: Mapping[str, int], outputs: str, rows: int) -> tuple[float, str]:
+def logits_of_own_entries(axes: Mapping[str, int], outputs: str, entries: int) -> tuple[float, str]:
     """(error of what this rank got against the plain model, its type)."""
     mesh = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
     with default_dtype(torch.float64):
         plain = models.build("gpt-tiny")
         compiled: Any = copy.deepcopy(plain)
         compiled.compile(backend="spcompile", options={"mesh": mesh, "compiler": "eager", "outputs": outputs})
-        ids_BS = batch(2 * rows, 11)["ids_BS"]
-        first = rows * mesh.get_local_rank("dp")
-        want, have = plain(ids_BS), compiled(ids_BS[first : first + rows])
+        ids_BS = batch(2 * entries, 11)["ids_BS"]
+        first = entries * mesh.get_local_rank("dp")
+        want, have = plain(ids_BS), compiled(ids_BS[first : first + entries])
         if outputs == "sharded":
             return (have.full_tensor() - want).abs().max().item(), type(have).__name__
-        return (have - want[first : first + rows]).abs().max().item(), type(have).__name__
+        return (have - want[first : first + entries]).abs().max().item(), type(have).__name__
 
 
 @pytest.mark.slow
 @pytest.mark.thinned(6)
 @pytest.mark.parametrize(
-    ("outputs", "kind", "rows"), [("full", "Tensor", 2), ("sharded", "DTensor", 1), ("sharded", "DTensor", 2)]
+    ("outputs", "kind", "entries"), [("full", "Tensor", 2), ("sharded", "DTensor", 1), ("sharded", "DTensor", 2)]
 )
-def test_outputs_are_own_rows(worker_pool: PoolOf, outputs: str, kind: str, rows: int) -> None:
-    for error, found in worker_pool(4).run(logits_of_own_rows, {"dp": 2, "cp": 2}, outputs, rows):
+def test_outputs_are_own_entries(worker_pool: PoolOf, outputs: str, kind: str, entries: int) -> None:
+    for error, found in worker_pool(4).run(logits_of_own_entries, {"dp": 2, "cp": 2}, outputs, entries):
         assert found == kind
         assert error <= EXACT
 
@@ -127,7 +127,7 @@ class PerToken(nn.Module):
 
 
 def over_batches_that_change(batches: Sequence[tuple[int, int]]) -> tuple[list[float], int]:
-    """(the largest error of a gradient for each batch of so many rows and tokens, how many programs were compiled)."""
+    """(the largest error of a gradient for each batch of so many entries and tokens, how many programs there were)."""
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
     torch._dynamo.reset()
     with default_dtype(torch.float64):
@@ -136,8 +136,8 @@ def over_batches_that_change(batches: Sequence[tuple[int, int]]) -> tuple[list[f
         compiled.compile(backend="spcompile", options={"mesh": mesh, "compiler": "eager"})
         found = []
         with observed() as programs:
-            for rows, length in batches:
-                ids_BS = torch.randint(0, 50, (rows, length), generator=torch.Generator().manual_seed(length))
+            for entries, length in batches:
+                ids_BS = torch.randint(0, 50, (entries, length), generator=torch.Generator().manual_seed(length))
                 plain.zero_grad()
                 compiled.zero_grad()
                 plain(ids_BS).backward()
@@ -148,16 +148,18 @@ def over_batches_that_change(batches: Sequence[tuple[int, int]]) -> tuple[list[f
 
 @pytest.mark.slow
 @pytest.mark.thinned(2)
-def test_counts_of_rows_in_batches_that_change(worker_pool: PoolOf) -> None:
+def test_counts_of_entries_in_batches_that_change(worker_pool: PoolOf) -> None:
     batches = ((8, 9), (8, 12), (8, 10), (4, 10), (12, 9))
     for errors, _ in worker_pool(2).run(over_batches_that_change, batches):
         assert max(errors) <= EXACT, errors
 
 
 @pytest.mark.thinned(2)
-def test_one_program_serves_every_number_of_rows(worker_pool: PoolOf) -> None:
-    """A ninth batch size is no recompilation, of which Dynamo makes eight. A single row a rank is another program."""
-    for errors, programs in worker_pool(2).run(over_batches_that_change, [(2 * rows, 9) for rows in range(1, 12)]):
+def test_one_program_serves_every_number_of_entries(worker_pool: PoolOf) -> None:
+    """A ninth batch size is no recompilation, of which Dynamo makes eight. A single entry a rank is another program."""
+    for errors, programs in worker_pool(2).run(
+        over_batches_that_change, [(2 * entries, 9) for entries in range(1, 12)]
+    ):
         assert max(errors) <= EXACT, errors
         assert programs <= 3
 

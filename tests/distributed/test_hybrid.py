@@ -58,7 +58,7 @@ def test_four_heads_on_three_ranks(worker_pool: PoolOf, compiler: str) -> None:
 @pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", ["first apart", "apart"])
 def test_heads_in_groups_on_two_ranks(worker_pool: PoolOf, way: str, compiler: str) -> None:
-    passes = {"split-exchanges": {"groups": 2, "way": way}}
+    passes = {"split-all-to-alls": {"groups": 2, "way": way}}
     options = {"attention": "ulysses", "passes": passes, "compiler": compiler}
     outcomes = assert_same(worker_pool(2), Case(pm.Scored, pm.sequence_first, options=options))
     assert "SPR205" in outcomes[0].remarks

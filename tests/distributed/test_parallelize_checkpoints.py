@@ -6,11 +6,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from oracle import ADAMW, EXACT, default_dtype, error, own_loss
+from refusals import refusal, same_text
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,6 +22,8 @@ from worker_pool import WorkerPool
 
 import spcompile
 from spcompile import models
+from spcompile.diagnostics import IllegalModel
+from spcompile.parameters.safetensors_files import SafetensorsFiles
 
 PoolOf = Callable[[int], WorkerPool]
 
@@ -109,3 +114,51 @@ def test_parts_are_read_from_safetensors(worker_pool: PoolOf, model: str, tmp_pa
     safetensors.save_file(named, file)
     for errors in worker_pool(2).run(from_safetensors, partial(models.build, model), file):
         assert not {name: e for name, e in errors.items() if e != 0.0}
+
+
+def refused_load(build: Callable[[], nn.Module], file: str, trouble: str) -> str:
+    """What ranks are told where rank 1 alone has trouble with a checkpoint."""
+    with torch.device("meta"):
+        empty = build()
+    is_mine = dist.get_rank() == 1
+    changed = {
+        "before": ("require", lambda *_: (_ for _ in ()).throw(IllegalModel("cannot be looked at"))),
+        "during": ("fill", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error"))),
+        "": ("require", SafetensorsFiles.require),
+    }[trouble if is_mine else ""]
+    with mock.patch.object(SafetensorsFiles, *changed):
+        text = refusal(lambda: parallelized(empty, {"tp": 2}, None, checkpoint=file))
+    if trouble == "before":
+        assert all(p.is_meta for p in empty.parameters())  # nothing of the model was changed
+    return text
+
+
+@pytest.mark.parametrize(
+    ("trouble", "word"), [("before", "cannot be looked at"), ("during", "Input/output error"), ("", "are NaN in")]
+)
+def test_a_failure_on_one_rank_reaches_all(worker_pool: PoolOf, tmp_path: Path, trouble: str, word: str) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    file = str(tmp_path / "model.safetensors")
+    named = {name: x.detach() for name, x in models.build("gpt-tiny").named_parameters()}
+    if not trouble:
+        next(x for x in named.values() if x.ndim == 2)[-1] = float("nan")  # in the part of one rank
+    safetensors.save_file(named, file)
+    text = same_text(worker_pool(2).run(refused_load, partial(models.build, "gpt-tiny"), file, trouble, timeout=90.0))
+    assert text.startswith("SP105 illegal model: ")
+    assert word in text
+
+
+def damaged_dcp(build: Callable[[], nn.Module], folder: str) -> str:
+    with torch.device("meta"):
+        empty = build()
+    return refusal(lambda: parallelized(empty, {"tp": 2}, None, checkpoint=folder))
+
+
+def test_damaged_data_of_dcp(worker_pool: PoolOf, tmp_path: Path) -> None:
+    dcp.save(models.build("gpt-tiny").state_dict(), checkpoint_id=tmp_path / "saved", no_dist=True)
+    (data,) = (tmp_path / "saved").glob("*.distcp")
+    data.write_bytes(bytes(data.stat().st_size))
+    text = same_text(
+        worker_pool(2).run(damaged_dcp, partial(models.build, "gpt-tiny"), str(tmp_path / "saved"), timeout=90.0)
+    )
+    assert text.startswith(f"SP105 illegal model: '{tmp_path / 'saved'}': ")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from worker_pool import WorkerPool
 
-from spcompile.collectives.pipelined_products import PIPELINED, all_gather_matmul, matmul_reduce_scatter
+from spcompile.collectives.pipelined_matmuls import PIPELINED, all_gather_matmul, matmul_reduce_scatter
 from spcompile.program.observed import observed
 
 PoolOf = Callable[[int], WorkerPool]
@@ -57,7 +57,7 @@ def against_plain(compiler: str, lengths: tuple[int, ...], batch: int) -> tuple[
     plain = Blocks().double()
     compiled: Any = copy.deepcopy(plain)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
-    passes = {"pipeline-products": {"min_gain": -math.inf}}
+    passes = {"pipeline-matmuls": {"min_gain": -math.inf}}
     compiled.compile(backend="spcompile", options={"mesh": mesh, "compiler": compiler, "passes": passes})
     pairs: list[tuple[Any, ...]] = []
     with observed() as programs:

@@ -17,8 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import spcompile.attention.op
 import spcompile.attention.ring.hops
-import spcompile.collectives.pipelined_products  # noqa: F401  (defines the ops)
-from spcompile.attention.scores.call import AttentionCall
+import spcompile.collectives.pipelined_matmuls  # noqa: F401  (defines the ops)
+from spcompile.attention.scores.attention_call import AttentionCall
 from spcompile.graph.printer import format_graph
 from spcompile.graph.reshard import Reshard, is_reshard, reshard
 from spcompile.graph.typed_call import TypedCall, named_arguments

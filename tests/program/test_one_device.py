@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from recognition import difference, qkv
-from torch import Tensor
+from torch import Tensor, nn
 
 import spcompile.program.one_device
 from spcompile.diagnostics import ChangedBuffer
@@ -232,3 +232,31 @@ def test_a_buffer_that_is_no_band_stays_data() -> None:
     run, programs = compiled(model, qkv())
     assert not programs
     check(model, run, qkv())
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_a_mode_is_refused_by_name(mode: str) -> None:
+    model = torch.compile(nn.Linear(2, 2), backend="spcompile", mode=mode)
+    with pytest.raises(Exception, match=f"SP102 .*mode='{mode}': not supported"):
+        model(torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(("dynamic", "compiles"), [(True, 1), (False, 2)])
+def test_dynamic_is_obeyed(dynamic: bool, compiles: int) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run = torch.compile(causal_by_hand, backend="spcompile", options={"compiler": "eager"}, dynamic=dynamic)
+    for length in (12, 14):
+        q = torch.randn(2, 2, length, 4)
+        assert difference(run(q, q, q, torch.ones(2)), causal_by_hand(q, q, q, torch.ones(2))) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiles
+
+
+def test_fullgraph_is_obeyed() -> None:
+    def broken(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x.sin()
+
+    run = torch.compile(broken, backend="spcompile", options={"compiler": "eager"}, fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        run(torch.ones(2))

@@ -126,7 +126,7 @@ def test_ulysses_saves_its_result_and_its_keys_once(
 @pytest.mark.parametrize("kv_heads", [4, 1])
 def test_heads_in_groups_save_no_more(kv_heads: int, way: str) -> None:
     """Results of both groups are exchanged again, and where two ranks read a key head, keys are."""
-    passes = {"split-exchanges": {"groups": 2, "way": way}}
+    passes = {"split-all-to-alls": {"groups": 2, "way": way}}
     emission = graphs_of(Mixed(kv_heads, None), 2, attention="ulysses", passes=passes)
     there = {"together": 2 if kv_heads == 4 else 3, "apart": 3, "first apart": 4}[way]
     keys_again = 0 if kv_heads == 4 else 1 if way == "together" else 2

@@ -14,7 +14,7 @@ from score_graphs import capped, causal, lowest_unless
 from torch import Tensor
 
 from spcompile.attention.scores.dropout import Dropout
-from spcompile.capture.capture import capture
+from spcompile.capture.retrace import capture
 
 sdpa = F.scaled_dot_product_attention
 

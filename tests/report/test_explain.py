@@ -8,6 +8,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import explained
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from spcompile import explain
 from spcompile.command import cli
-from spcompile.diagnostics import CaptureFailed, GraphBreak, IllegalMesh, StrictRemark, UnknownOption
+from spcompile.diagnostics import BatchNotSplit, CaptureFailed, GraphBreak, IllegalMesh, StrictRemark, UnknownOption
 from spcompile.report.plan import Plan
 
 
@@ -286,12 +287,12 @@ def test_the_text_and_the_dict_tell_the_same() -> None:
 @pytest.mark.thinned(3)
 def test_graphs_by_pass() -> None:
     plan = plan_of(2, attention="ring")
-    assert "spx.attention" in plan.graph("annotate-sharding")
-    assert "cp=S(1)" in plan.graph("annotate-sharding")
+    assert "spx.attention" in plan.graph("annotate-context-parallel")
+    assert "cp=S(1)" in plan.graph("annotate-context-parallel")
     assert "spx.ring_attention(" in plan.graph("forward")
     assert "spx.ring_attention_backward(" in plan.graph("backward")
     assert "backward" not in plan.graph("lower-collectives")
-    with pytest.raises(KeyError, match="annotate-sharding"):
+    with pytest.raises(KeyError, match="annotate-context-parallel"):
         plan.graph("nothing")
 
 
@@ -326,6 +327,52 @@ def test_the_page_is_one_file_that_escapes_everything(tmp_path: Path) -> None:
     assert "+" in graphs["parallelize-attention"]["diff"]
 
 
+def test_a_model_from_exec_has_no_lines_and_its_names_are_shown_escaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = """
+import torch
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        setattr(self, NAME, torch.nn.Linear(8, 8))
+    def forward(self, x):
+        h = getattr(self, NAME)(x)[:, None]
+        y = torch.nn.functional.scaled_dot_product_attention(h, h, h)
+        return y.roll(1, 2)
+"""
+    escape = "\x1b]0;title\x07\n"
+    notebook = ModuleType("notebook")  # Dynamo looks up what a model reads of its module
+    monkeypatch.setitem(sys.modules, "notebook", notebook)
+    notebook.NAME = f"linear{escape}"  # type: ignore[attr-defined]
+    exec(source, vars(notebook))
+    model = type(f"Model{escape}", (vars(notebook)["Model"],), {})()
+    plan = explain(model, (torch.ones(2, 8, 8),), mesh={"cp": 2})
+    assert [remark.where for remark in plan.remarks] == [None, None]
+    plan.save(str(tmp_path / "plan.html"))
+    for text in (str(plan), plan.graph("capture"), (tmp_path / "plan.html").read_text()):
+        assert "trace.py" not in text
+        assert not set(re.sub(r"[\n]", "", text)) & set(map(chr, (*range(32), 127)))
+    assert str(plan).startswith(r"Model\x1b]0;title\x07\n on mesh cp=2")
+
+
+def test_what_is_refused_of_a_model_from_exec_points_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = """
+import torch
+class Model(torch.nn.Module):
+    def forward(self, x):
+        h = x[:, None]
+        y = torch.nn.functional.scaled_dot_product_attention(h, h, h)
+        return y * 2 if x.shape[0] > 3 else y
+"""
+    notebook = ModuleType("notebook")
+    monkeypatch.setitem(sys.modules, "notebook", notebook)
+    exec(source, vars(notebook))
+    with pytest.raises(BatchNotSplit) as error:
+        explain(vars(notebook)["Model"](), (torch.ones(4, 8, 8, requires_grad=True),), mesh={"dp": 2})
+    assert error.value.where is None
+
+
 def test_import_is_cheap() -> None:
     code = "import sys, spcompile; spcompile.explain, spcompile.verify; print([m for m in sys.modules if 'torch' in m])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -346,8 +393,8 @@ def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert found["options"]["attention"] == "ring"
     assert "ring_attention" in {row["op"] for row in found["collectives"]}
     assert page.read_text().startswith("<!doctype html>")
-    assert call(f"explain {model} --graph annotate-sharding") == 0
-    assert "after annotate-sharding" in capsys.readouterr().out
+    assert call(f"explain {model} --graph annotate-context-parallel") == 0
+    assert "after annotate-context-parallel" in capsys.readouterr().out
     assert call(f"explain {model} --graph nothing") == 2
     assert capsys.readouterr().err.startswith("SP102")
     assert call(f"verify {model} --json") == 0

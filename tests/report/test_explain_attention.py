@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spcompile import explain
-from spcompile.attention.cost import Problem, cost
 from spcompile.attention.scores.mask import AttentionMask
 from spcompile.attention.strategy import Strategy
+from spcompile.attention.strategy_cost import Problem, cost
 from spcompile.machine.links import LINKS
 from spcompile.report.plan import Plan
 

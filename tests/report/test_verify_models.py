@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import spcompile
-from spcompile.command.model_spec import build
+from spcompile.command.model_spec import build_model
 
 EVERY_STRATEGY = pytest.mark.parametrize("attention", ["ring", "ulysses", "auto"])
 EVERY_DEGREE = pytest.mark.parametrize("degree", [3, 8])
@@ -30,7 +30,7 @@ def agrees(model: torch.nn.Module, inputs: Any, degree: int, attention: str) -> 
 @pytest.mark.parametrize("name", ["models:gpt-tiny", "models:llama-tiny", "models:bert-tiny"])
 def test_plain_models(name: str, attention: str, degree: int) -> None:
     torch.manual_seed(0)
-    built = build(name, seq=21, device="cpu", dtype="float64", settings={})
+    built = build_model(name, seq=21, device="cpu", dtype="float64", settings={})
     agrees(built.model, built.example_inputs(2, 21, "cpu"), degree, attention)
 
 

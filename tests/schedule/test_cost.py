@@ -16,7 +16,7 @@ from spcompile.attention.scores.mask import AttentionMask
 from spcompile.machine.accelerators import Accelerator
 from spcompile.machine.links import LINKS
 from spcompile.machine.mesh import MeshShape
-from spcompile.schedule.cost import CostModel, attention_flops, matmul_flops, visible
+from spcompile.schedule.op_cost import CostModel, attention_flops, matmul_flops, visible
 from spcompile.schedule.timeline import timeline
 
 c10d = torch.ops._c10d_functional

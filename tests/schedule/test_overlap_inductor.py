@@ -21,7 +21,7 @@ from spcompile.passes import PIPELINE
 from spcompile.program import emit
 from spcompile.program.build import build
 from spcompile.program.trace import through_dynamo
-from spcompile.schedule.cost import cost_model
+from spcompile.schedule.op_cost import cost_model
 from spcompile.schedule.timeline import is_wait, starts
 
 
@@ -100,7 +100,7 @@ def undone(gm: fx.GraphModule, code: str, mesh: dict[str, int]) -> list[tuple[Fl
     return [(w, k) for w, k in pairs if k.before_start > w.before_start or k.before_wait < w.before_wait]
 
 
-GROUPS = {"split-exchanges": {"groups": 2, "way": "first apart"}}
+GROUPS = {"split-all-to-alls": {"groups": 2, "way": "first apart"}}
 
 
 def check(pairs: list[tuple[fx.GraphModule, str]], mesh: dict[str, int]) -> None:

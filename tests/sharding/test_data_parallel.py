@@ -1,4 +1,4 @@
-"""Axis dp in the simulator: which rows are found, what is summed, and what is refused."""
+"""Axis dp in the simulator: which entries are found, what is summed, and what is refused."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from spcompile.diagnostics import BatchNotSplit
 IGNORED = -100
 
 
-class Rows(nn.Module):
-    """One attention over [B, S, D], then what `end` makes of the rows."""
+class Entries(nn.Module):
+    """One attention over [B, S, D], then what `end` makes of the entries."""
 
     def __init__(self, end: str) -> None:
         super().__init__()
@@ -28,13 +28,13 @@ class Rows(nn.Module):
         y_BSD = F.scaled_dot_product_attention(h_B1SD, h_B1SD, h_B1SD).squeeze(1)
         if self.end == "mean":
             return y_BSD.square().mean()
-        if self.end == "mean of rows":
+        if self.end == "mean of entries":
             return y_BSD.mean((0, 1)).square().sum()
         if self.end == "weighted":
             return (y_BSD.sum((1, 2)) * weight_B).sum() / weight_B.sum()
         if self.end == "weights alone":
             return y_BSD.square().sum() / weight_B.sum()
-        if self.end == "between rows":
+        if self.end == "between entries":
             return (y_BSD[0] * y_BSD[1]).sum()
         return y_BSD.sort(0).values.sum()
 
@@ -46,35 +46,35 @@ def inputs() -> dict[str, Tensor]:
 
 
 @pytest.mark.thinned(4, covers=["mesh"])
-@pytest.mark.parametrize("end", ["mean", "mean of rows", "weighted", "weights alone"])
+@pytest.mark.parametrize("end", ["mean", "mean of entries", "weighted", "weights alone"])
 @pytest.mark.parametrize("mesh", [{"dp": 2}, {"cp": 3, "dp": 2}])
-def test_sums_over_rows_are_sums_over_ranks(end: str, mesh: dict[str, int]) -> None:
-    report = spcompile.verify(Rows(end), inputs(), mesh=mesh)
+def test_sums_over_entries_are_sums_over_ranks(end: str, mesh: dict[str, int]) -> None:
+    report = spcompile.verify(Entries(end), inputs(), mesh=mesh)
     assert report.ok, str(report)
 
 
-@pytest.mark.parametrize("end", ["between rows", "sorted"])
-def test_what_mixes_rows_is_refused_with_its_line(end: str) -> None:
-    with pytest.raises(BatchNotSplit, match="mixes rows of the batch") as caught:
-        spcompile.verify(Rows(end), inputs(), mesh={"dp": 2})
+@pytest.mark.parametrize("end", ["between entries", "sorted"])
+def test_what_mixes_entries_is_refused_with_its_line(end: str) -> None:
+    with pytest.raises(BatchNotSplit, match="mixes entries of the batch") as caught:
+        spcompile.verify(Entries(end), inputs(), mesh={"dp": 2})
     assert "test_data_parallel.py" in str(caught.value)
 
 
-class Twice(Rows):
-    """Every row twice, as for two kinds of dropout."""
+class Twice(Entries):
+    """Every entry twice, as for two kinds of dropout."""
 
     def forward(self, x_BSD: Tensor, weight_B: Tensor) -> Tensor:
         return super().forward(x_BSD.repeat(2, 1, 1), weight_B)
 
 
-def test_repeated_rows() -> None:
+def test_repeated_entries() -> None:
     report = spcompile.verify(Twice("mean"), inputs(), mesh={"dp": 2})
     assert report.ok, str(report)
 
 
-def test_rows_must_divide() -> None:
-    with pytest.raises(BatchNotSplit, match="4 rows over dp = 3"):
-        spcompile.verify(Rows("mean"), inputs(), mesh={"dp": 3})
+def test_entries_must_divide() -> None:
+    with pytest.raises(BatchNotSplit, match="4 batch entries over dp = 3"):
+        spcompile.verify(Entries("mean"), inputs(), mesh={"dp": 3})
 
 
 @pytest.mark.thinned(4)
@@ -92,7 +92,7 @@ def test_ranks_with_other_numbers_of_valid_tokens(model: str) -> None:
 
 
 @pytest.mark.thinned(4)
-def test_outputs_are_each_ranks_own_rows() -> None:
+def test_outputs_are_each_ranks_own_entries() -> None:
     ids_BS = torch.randint(0, 64, (4, 13))
     report = spcompile.verify(models.build("gpt-tiny").double(), {"ids_BS": ids_BS}, mesh={"dp": 2, "cp": 2})
     assert report.ok, str(report)
@@ -100,12 +100,12 @@ def test_outputs_are_each_ranks_own_rows() -> None:
 
 def test_verify_sees_a_missing_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spcompile.passes.placement.insert_reshards._complete_sums", lambda node, axis: None)
-    assert not spcompile.verify(Rows("mean"), inputs(), mesh={"dp": 2}).ok
+    assert not spcompile.verify(Entries("mean"), inputs(), mesh={"dp": 2}).ok
 
 
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_one_device_has_the_rows_of_all_ranks(device: str) -> None:
+def test_one_device_has_the_entries_of_all_ranks(device: str) -> None:
     with torch.device(device):
         model, ids_BS = models.build("gpt-tiny"), torch.zeros(1, 16, dtype=torch.long)
     plan = spcompile.explain(model, {"ids_BS": ids_BS, "labels_BS": ids_BS}, mesh={"dp": 2})

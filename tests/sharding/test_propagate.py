@@ -10,10 +10,10 @@ import torch.fx as fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spcompile.graph.reshard import Place
-from spcompile.sharding.cut import needs_gradient, sharded_calls
 from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces
 from spcompile.sharding.layout import NodeLayout
 from spcompile.sharding.propagate import Choice, Placements, propagate, sequence_seeds
+from spcompile.sharding.sharded_or_replicated import sharded_calls, trained_values
 
 aten = torch.ops.aten
 
@@ -115,7 +115,7 @@ def test_calls_on_the_path_of_a_gradient_always_run_sharded() -> None:
     node = attention(b, doubled, doubled)
     b.graph.output((b.call(operator.getitem, node, 0), doubled))
     annotated(b)
-    assert needs_gradient(b.graph) >= {x, doubled, node}
+    assert trained_values(b.graph) >= {x, doubled, node}
     assert doubled in sharded_calls(b.graph, "cp")
 
 

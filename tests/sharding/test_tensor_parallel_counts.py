@@ -20,7 +20,7 @@ from worker_pool import WorkerPool
 
 import spcompile
 from spcompile import models
-from spcompile.collectives.traffic import traffic_of
+from spcompile.collectives.counting import count_collectives
 from spcompile.report.plan import Plan
 from spcompile.schedule.saved_bytes import saved_activation_bytes
 
@@ -109,7 +109,7 @@ def measure(name: str, layers: int, regather: bool, compiler: str) -> tuple[dict
     model.compile(backend="spcompile", options=options, dynamic=False)
     model(**inputs).backward()  # compiles
     kept = saved_activation_bytes(model, lambda: model(**inputs))
-    sent = {row.op: (row.count, row.bytes) for row in traffic_of(lambda: model(**inputs).backward())}
+    sent = {row.op: (row.count, row.bytes) for row in count_collectives(lambda: model(**inputs).backward())}
     torch._dynamo.reset()
     return sent, kept
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spcompile.sharding.rules.base import LocalCall
+from spcompile.sharding.rules.rule import LocalCall
 from spcompile.sharding.rules.vocabulary import vocabulary_parallel
 
 NONE, SUM = 0, 2

@@ -10,7 +10,7 @@ import torch.fx as fx
 from torch import Tensor
 
 import spcompile.check.attention_specs  # noqa: F401  (the simulator learns ring attention)
-from spcompile.capture.capture import capture
+from spcompile.capture.retrace import capture
 from spcompile.check.simulate import Simulator
 from spcompile.diagnostics import Remark
 from spcompile.graph.printer import op_name

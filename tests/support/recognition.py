@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from spcompile.attention.scores.mask import AttentionMask
-from spcompile.capture.capture import capture
+from spcompile.capture.retrace import capture
 from spcompile.diagnostics import Remarks
 from spcompile.graph.printer import format_graph
 from spcompile.machine.mesh import MeshShape

@@ -26,7 +26,7 @@ from spcompile.program.build import LocalProgram, build
 from spcompile.program.trace import through_dynamo
 from spcompile.sharding.layout import layout_of
 from spcompile.sharding.propagate import place_of
-from spcompile.sharding.rules.base import tensor_operands
+from spcompile.sharding.rules.rule import tensor_operands
 
 BEHIND = "annotate-tensor-parallel"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spcompile.attention.kernels import naive
 from spcompile.attention.kernels.triton.configs import Config, Configs
-from spcompile.attention.kernels.triton.provider import Triton
+from spcompile.attention.kernels.triton.hop_provider import Triton
 from spcompile.attention.scores.dropout import Dropout
 from spcompile.attention.scores.mask import AttentionMask
 from spcompile.attention.scores.provider import Rows, Scores
@@ -88,6 +88,8 @@ def check(case: Case) -> None:
     q_documents = k_documents = key_valid = None
     if case.mask.documents:
         q_documents, k_documents = (torch.randint(0, 3, (B, n), generator=random).sort(-1).values for n in (Sg, Tg))
+        if case.seed % 2:  # pairs of ids, of which int32 holds the second
+            q_documents, k_documents = (ids * 2**32 + 5 for ids in (q_documents, k_documents))
     if case.mask.key_padding:
         key_valid = torch.rand(B, Tg, generator=random) > 0.3
     bias = None

@@ -171,7 +171,7 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            function = _load(*source)
+            function = load_function(*source)
             torch._dynamo.reset()
             torch.manual_seed(0)
             good, value = True, function(*pickle.loads(arguments))
@@ -188,7 +188,7 @@ def _answer(pipe: Connection, good: bool, value: Any) -> None:
     pipe.send_bytes(payload)
 
 
-def _load(module_name: str, file: str, name: str) -> Any:
+def load_function(module_name: str, file: str, name: str) -> Any:
     """The function, out of the file that pytest loaded it from, under the same module name, so that pickle finds it."""
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, file)

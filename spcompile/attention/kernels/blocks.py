@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 PROVIDERS: tuple[Provider, ...] = (CpuFlash(), Tiled())  # best first
 
 
-def choose(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Provider:
+def provider_for(q: Tensor, k: Tensor, v: Tensor, block: Block) -> Provider:
     """The first provider that supports the block."""
     return next(provider for provider in PROVIDERS if provider.supports(q, k, v, block))
 
@@ -121,7 +121,7 @@ class ForwardState:
         """Let the rows see some blocks of keys."""
         for block in blocks:
             q_part, k_part, v_part = block_rows(q, block.q), block_rows(k, block.k), block_rows(v, block.k)
-            provider = choose(q_part, k_part, v_part, block)
+            provider = provider_for(q_part, k_part, v_part, block)
             out, lse = provider.block_forward(q_part, k_part, v_part, block, self.out.dtype)
             merge(block_rows(self.out, block.q), block_rows(self.lse, block.q), out, lse)
 
@@ -163,7 +163,7 @@ class BackwardState:
                 block_rows(k, block.k),
                 block_rows(v, block.k),
             )
-            provider = choose(part.q, k_part, v_part, block)
+            provider = provider_for(part.q, k_part, v_part, block)
             grads = provider.block_backward(part, k_part, v_part, block, self.dq.dtype, self.grad_bias)
             block_rows(self.dq, block.q).add_(grads.q)
             block_rows(dk, block.k).add_(grads.k)
@@ -178,7 +178,7 @@ def forward(
     blocks = plan(q_runs, k_runs, scores)
     if len(blocks) == 1 and blocks[0].q.length == q.shape[2] and scores.sinks is None:
         block, k, v = blocks[0], block_rows(k, blocks[0].k), block_rows(v, blocks[0].k)
-        return choose(q, k, v, block).block_forward(q, k, v, block, q.dtype)
+        return provider_for(q, k, v, block).block_forward(q, k, v, block, q.dtype)
     state = ForwardState.empty(q, v, scores.sinks)
     state.add(q, k, v, blocks)
     return state.out.to(q.dtype), state.lse
@@ -198,7 +198,7 @@ def backward(
     state = BackwardState.empty(rows.q, scores.bias, wants_grad_bias)
     whole = len(blocks) == 1 and blocks[0].q.length == rows.q.shape[2] and blocks[0].k.length == k.shape[2]
     if whole:
-        provider = choose(rows.q, k, v, blocks[0])
+        provider = provider_for(rows.q, k, v, blocks[0])
         return provider.block_backward(rows, k, v, blocks[0], rows.q.dtype, state.grad_bias), state.grad_bias
     dk, dv = state.add(rows, k, v, blocks)
     return Gradients(state.dq.to(k.dtype), dk.to(k.dtype), dv.to(v.dtype)), state.grad_bias

@@ -20,7 +20,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _scores(
+def _masked_scores(
     q: Tensor,
     k: Tensor,
     keep: Tensor | None,
@@ -68,7 +68,7 @@ def forward(
     B, N, S, _ = q.shape
     G, T, V = v.shape[1:]
     dtype = accumulation_dtype(q.dtype)
-    scores, _ = _scores(q.to(dtype), k.to(dtype), keep, bias, scale, softcap, rounded_by)
+    scores, _ = _masked_scores(q.to(dtype), k.to(dtype), keep, bias, scale, softcap, rounded_by)
     lse = scores.logsumexp(-1)
     weights = (scores - _finite(lse)[..., None]).exp()
     if dropout is not None:
@@ -100,7 +100,7 @@ def backward(
     G, T, V = v.shape[1:]
     dtype = accumulation_dtype(q.dtype)
     q, k, v, grad_out = (x.to(dtype) for x in (q, k, v, grad_out))
-    scores, slope = _scores(q, k, keep, bias, scale, softcap, rounded_by)
+    scores, slope = _masked_scores(q, k, keep, bias, scale, softcap, rounded_by)
     probabilities = (scores - _finite(lse)[..., None]).exp()
     grad_rows = grad_out.reshape(B, G, N // G * S, V)
     grad_probabilities = (grad_rows @ v.mT).view(B, N, S, T)

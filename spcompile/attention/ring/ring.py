@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from spcompile.attention.kernels import carry
+from spcompile.attention.kernels import hop_state
 from spcompile.attention.scores.runs import Run, shard_runs
 from spcompile.collectives.point_to_point import Requests, Shift, Wait
 from spcompile.diagnostics import IllegalOption
@@ -112,8 +112,8 @@ def ring_forward(
     stops = ring.stops(scores.mask, hops)
     q_runs = ring.q_runs(rank)
     if len(stops) == 1:
-        return carry.forward(q, k, v, q_runs, ring.k_runs(rank), scores)
-    state = carry.start_forward(q, k, v, scores)
+        return hop_state.forward(q, k, v, q_runs, ring.k_runs(rank), scores)
+    state = hop_state.start_forward(q, k, v, scores)
     message = pack(k, v)
     for here, further in itertools.zip_longest(stops, stops[1:]):
         handle = None if further is None else (yield Shift(message, further - here))
@@ -142,9 +142,9 @@ def ring_backward(
     stops = ring.stops(scores.mask, hops)
     q_runs = ring.q_runs(rank)
     if len(stops) == 1:
-        grads, grad_bias = carry.backward(rows, k, v, q_runs, ring.k_runs(rank), scores, wants_grad_bias)
+        grads, grad_bias = hop_state.backward(rows, k, v, q_runs, ring.k_runs(rank), scores, wants_grad_bias)
         return *grads, grad_bias
-    state = carry.start_backward(rows, k, v, scores, wants_grad_bias)
+    state = hop_state.start_backward(rows, k, v, scores, wants_grad_bias)
     message = pack(k, v)
     grad_handle = None
     for here, further in itertools.zip_longest(stops, stops[1:]):

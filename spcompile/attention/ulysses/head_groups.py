@@ -1,7 +1,7 @@
 """The heads of a rank in groups, each of which attention computes on its own while the others are on their way.
 
-A rank has heads of a grid (spcompile/attention/ulysses/heads.py): key heads, and query heads that read each of them.
-Groups cut the key heads where their number divides. Where not they cut the query heads of every key head, and all
+A rank has heads of a grid (spcompile/attention/ulysses/head_shares.py): key heads, and query heads that read each of
+them. Groups cut the key heads where their number divides. Where not they cut the query heads of every key head, and all
 groups read the same keys.
 
      8 query heads, 4 key heads, 2 groups    4 query heads and 2 key heads each
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from spcompile.attention.ulysses.heads import HeadSplit
+from spcompile.attention.ulysses.head_shares import HeadSplit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,9 +43,9 @@ class HeadGroups:
         if self.count == 1:
             return [x]
         if self.cuts_keys or self.split.local_kv_heads == 1:
-            return _cut(x, dim, self.count)
+            return _equal_parts(x, dim, self.count)
         x = x.unflatten(dim, (self.split.local_kv_heads, _per_key(self.split)))
-        return [part.flatten(dim, dim + 1) for part in _cut(x, dim + 1, self.count)]
+        return [part.flatten(dim, dim + 1) for part in _equal_parts(x, dim + 1, self.count)]
 
     def join_queries(self, parts: list[Tensor], dim: int) -> Tensor:
         """The inverse of `queries`."""
@@ -60,14 +60,14 @@ class HeadGroups:
         """[..., local_kv_heads, ...] -> what each group reads."""
         if self.count == 1 or not self.cuts_keys:
             return [x] * self.count
-        return _cut(x, dim, self.count)
+        return _equal_parts(x, dim, self.count)
 
 
 def _per_key(split: HeadSplit) -> int:
     return split.local_heads // split.local_kv_heads
 
 
-def _cut(x: Tensor, dim: int, count: int) -> list[Tensor]:
+def _equal_parts(x: Tensor, dim: int, count: int) -> list[Tensor]:
     """Views of equal parts."""
     size = x.shape[dim] // count
     return [x.narrow(dim, i * size, size) for i in range(count)]

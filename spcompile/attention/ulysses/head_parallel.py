@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 import spcompile.collectives  # noqa: F401  (defines the ops)
-from spcompile.attention.ring.call import RingCall
-from spcompile.attention.scores.call import AttentionCall
-from spcompile.attention.ulysses.exchanges import Exchanges, Message, together
+from spcompile.attention.ring.ring_call import RingCall
+from spcompile.attention.scores.attention_call import AttentionCall
 from spcompile.attention.ulysses.head_groups import HeadGroups
-from spcompile.attention.ulysses.heads import HeadSplit
+from spcompile.attention.ulysses.head_shares import HeadSplit
+from spcompile.attention.ulysses.messages import Exchanges, Message, together
 from spcompile.machine import sequence
 from spcompile.machine.mesh import inner_part, outer_part
 

@@ -17,10 +17,10 @@ import torch.fx as fx
 
 from spcompile.attention.scores.mask import EXCLUDES
 from spcompile.graph.edit import argument, is_tensor, shape_of
+from spcompile.recognition.masks.index_maps import Indices, sizes_of, step
 from spcompile.recognition.masks.match import H, K, Q
 from spcompile.recognition.masks.reader import Reader
 from spcompile.recognition.masks.values import Int, Unreadable, is_int
-from spcompile.recognition.masks.views import Indices, sizes_of, step
 
 aten = torch.ops.aten
 
@@ -68,7 +68,7 @@ def _computed(node: fx.Node, reader: Reader, at: Indices) -> Linear:
         return _linear(moved[0], reader, moved[1])
 
     def read(arg: Any) -> Linear:
-        return _linear(arg, reader, at) if is_tensor(arg) else {None: _number(arg, node)}
+        return _linear(arg, reader, at) if is_tensor(arg) else {None: _rational(arg, node)}
 
     args: tuple[Any, ...] = node.args
     if node.target in _CASTS:
@@ -78,20 +78,20 @@ def _computed(node: fx.Node, reader: Reader, at: Indices) -> Linear:
     if node.target in (aten.mul.Tensor, aten.mul.Scalar):
         return _product(read(args[0]), read(args[1]), node)
     if node.target in (aten.div.Tensor, aten.div.Scalar):
-        return _scaled(read(args[0]), 1 / _number(args[1], node))
+        return _scaled(read(args[0]), 1 / _rational(args[1], node))
     if node.target in (aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar):
         sign = -1 if node.target in (aten.sub.Tensor, aten.sub.Scalar) else 1
-        return _sum(read(args[0]), _scaled(read(args[1]), sign * _number(argument(node, 2, "alpha", 1), node)))
+        return _sum(read(args[0]), _scaled(read(args[1]), sign * _rational(argument(node, 2, "alpha", 1), node)))
     if node.target in (aten.rsub.Scalar, aten.rsub.Tensor):
-        return _sum(read(args[1]), _scaled(read(args[0]), -_number(argument(node, 2, "alpha", 1), node)))
+        return _sum(read(args[1]), _scaled(read(args[0]), -_rational(argument(node, 2, "alpha", 1), node)))
     if node.target in (aten.arange.default, aten.arange.start, aten.arange.start_step) and node.op == "call_function":
-        start = _number(args[0], node) if node.target is not aten.arange.default else sympy.Integer(0)
-        width = _number(args[2], node) if len(args) > 2 else sympy.Integer(1)
+        start = _rational(args[0], node) if node.target is not aten.arange.default else sympy.Integer(0)
+        width = _rational(args[2], node) if len(args) > 2 else sympy.Integer(1)
         return {None: start + width * at[0]}
     raise Unreadable(node)
 
 
-def _number(arg: Any, node: fx.Node) -> Int:
+def _rational(arg: Any, node: fx.Node) -> Int:
     if isinstance(arg, bool) or not isinstance(arg, int | float) or arg != arg or arg in (float("inf"), float("-inf")):
         raise Unreadable(node)
     return sympy.Rational(arg)  # a float is a binary fraction: nothing is rounded here
@@ -122,7 +122,7 @@ def slopes_of(value: Linear, is_causal: bool, has_sinks: bool) -> dict[fx.Node |
     """
     found = {}
     for head, e in value.items():
-        if head is not None and needs_gradient(head):
+        if head is not None and comes_from_trained_input(head):
             return None
         if is_causal:
             e = e.subs(sympy.Abs(Q - K), Q - K)
@@ -138,7 +138,7 @@ def slopes_of(value: Linear, is_causal: bool, has_sinks: bool) -> dict[fx.Node |
     return found
 
 
-def needs_gradient(node: fx.Node) -> bool:
+def comes_from_trained_input(node: fx.Node) -> bool:
     """Whether a value is made of an input that requires a gradient."""
     seen: set[fx.Node] = set()
     pending = [node]

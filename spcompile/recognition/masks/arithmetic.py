@@ -11,21 +11,21 @@ import torch
 import torch.fx as fx
 
 from spcompile.graph.edit import argument
+from spcompile.recognition.masks.index_maps import Indices
 from spcompile.recognition.masks.reader import Reader, as_dtype, reads
 from spcompile.recognition.masks.values import (
     Select,
     Unreadable,
     Value,
-    compare,
+    either,
     is_int,
     lift,
     negate,
-    select,
+    relation,
     to_condition,
     to_float,
     to_number,
 )
-from spcompile.recognition.masks.views import Indices
 
 aten = torch.ops.aten
 
@@ -131,7 +131,7 @@ def _abs(reader: Reader, node: fx.Node, indices: Indices) -> Value:
 def _extremum(reader: Reader, node: fx.Node, indices: Indices) -> Value:
     a, b = operands(reader, node, indices, ("self", "other"))
     first = "le" if node.target is aten.minimum.default else "ge"
-    return select(compare(first, a, b), to_number(a), to_number(b))
+    return either(relation(first, a, b), to_number(a), to_number(b))
 
 
 @reads("clamp.default", "clamp_min.default", "clamp_max.default")
@@ -142,10 +142,10 @@ def _clamp(reader: Reader, node: fx.Node, indices: Indices) -> Value:
     high = argument(node, place, "max") if node.target is not aten.clamp_min.default else None
     if low is not None:
         bound = reader.operand(low, ())
-        value = select(compare("lt", value, bound), bound, value)
+        value = either(relation("lt", value, bound), bound, value)
     if high is not None:
         bound = reader.operand(high, ())
-        value = select(compare("gt", value, bound), bound, value)
+        value = either(relation("gt", value, bound), bound, value)
     return value
 
 
@@ -154,7 +154,7 @@ def _comparison(*names: str) -> None:
         a, b = operands(reader, node, indices, ("self", "other"))
         if names[0] in ("eq", "ne") and (isinstance(a, Select) or isinstance(b, Select)):
             a, b = reader.two_elements(node, indices) or (a, b)
-        return compare(names[0], a, b)
+        return relation(names[0], a, b)
 
     reads(*(f"{name}.{overload}" for name in names for overload in ("Tensor", "Scalar")))(read)
 
@@ -194,11 +194,11 @@ def _xor(reader: Reader, node: fx.Node, indices: Indices) -> Value:
 def _where(reader: Reader, node: fx.Node, indices: Indices) -> Value:
     condition, then, other = operands(reader, node, indices, ("condition", "self", "other"))
     dtype = node.meta["val"].dtype
-    return select(to_condition(condition), as_dtype(then, dtype), as_dtype(other, dtype))
+    return either(to_condition(condition), as_dtype(then, dtype), as_dtype(other, dtype))
 
 
 @reads("masked_fill.Scalar", "masked_fill.Tensor")
 def _masked_fill(reader: Reader, node: fx.Node, indices: Indices) -> Value:
     value, mask, fill = operands(reader, node, indices, ("self", "mask", "value"))
     dtype = node.meta["val"].dtype
-    return select(to_condition(mask), as_dtype(fill, dtype), as_dtype(value, dtype))
+    return either(to_condition(mask), as_dtype(fill, dtype), as_dtype(value, dtype))

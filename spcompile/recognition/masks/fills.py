@@ -13,14 +13,14 @@ import torch.fx as fx
 from sympy.logic.boolalg import Boolean
 
 from spcompile.attention.scores.mask import EXCLUDES
-from spcompile.recognition.masks.alibi import needs_gradient, read_linear
+from spcompile.recognition.masks.alibi import comes_from_trained_input, read_linear
+from spcompile.recognition.masks.bias_terms import BiasTerm, Reading, Role, flipped, read_part
 from spcompile.recognition.masks.finite import is_finite
+from spcompile.recognition.masks.index_maps import IndexSpace, Indices, sizes_of
 from spcompile.recognition.masks.match import B, H, K, Q, clauses, every_row_has_a_key
-from spcompile.recognition.masks.parts import Part, Reading, Role, flipped, read_part
 from spcompile.recognition.masks.reader import Reader
 from spcompile.recognition.masks.rows_without_keys import LOWEST, absorbs
 from spcompile.recognition.masks.values import Unreadable
-from spcompile.recognition.masks.views import IndexSpace, Indices, sizes_of
 
 
 class NotKnown(Exception):
@@ -39,7 +39,7 @@ class Second:
     rounded_by: a number that was added, or put there before biases were added.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[BiasTerm, ...]
     are_scores: bool = True
     rounded_by: float | None = None
 
@@ -58,17 +58,17 @@ class WithoutKeys:
 
     average: bool = False
     seconds: tuple[Second, ...] = ()
-    unknown: tuple[Part, ...] = ()
-    hard: tuple[Part, ...] = ()
-    fills: Mapping[Part, float] = field(default_factory=dict)
-    of_bits: tuple[Part, ...] = ()
+    unknown: tuple[BiasTerm, ...] = ()
+    hard: tuple[BiasTerm, ...] = ()
+    fills: Mapping[BiasTerm, float] = field(default_factory=dict)
+    of_bits: tuple[BiasTerm, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Mask:
     """Parts that give the keys they exclude one finite number. is_put: in the place of the score, not added to it."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[BiasTerm, ...]
     fill: float
     is_put: bool
 
@@ -77,37 +77,37 @@ class _Mask:
 class _Terms:
     """The terms of a bias by what they do, the last one applied first. hard: they exclude for good."""
 
-    order: tuple[Part, ...]
-    readings: Mapping[Part, Reading | None]
+    order: tuple[BiasTerm, ...]
+    readings: Mapping[BiasTerm, Reading | None]
     masks: tuple[_Mask, ...]
-    hard: tuple[Part, ...]
-    biases: tuple[Part, ...]
-    unknown: tuple[Part, ...]
+    hard: tuple[BiasTerm, ...]
+    biases: tuple[BiasTerm, ...]
+    unknown: tuple[BiasTerm, ...]
 
     @property
-    def fills(self) -> dict[Part, float]:
+    def fills(self) -> dict[BiasTerm, float]:
         """The numbers of masks that are added."""
         finite = {part: mask.fill for mask in self.masks for part in mask.parts}
         hard = dict.fromkeys(self.hard, -math.inf)
         return {part: fill for part, fill in {**finite, **hard}.items() if part.role is Role.ADD}
 
-    def are_after(self, parts: Sequence[Part], mask: _Mask) -> bool:
+    def are_after(self, parts: Sequence[BiasTerm], mask: _Mask) -> bool:
         """Whether all of these are applied after the mask."""
         return all(self.order.index(part) < self.order.index(other) for part in parts for other in mask.parts)
 
-    def biases_on(self, mask: _Mask) -> tuple[Part, ...]:
+    def biases_on(self, mask: _Mask) -> tuple[BiasTerm, ...]:
         """Those that count where the mask excludes a key."""
         return tuple(bias for bias in self.biases if not mask.is_put or self.are_after([bias], mask))
 
-    def condition(self, parts: Sequence[Part]) -> Boolean | None:
+    def condition(self, parts: Sequence[BiasTerm]) -> Boolean | None:
         """The keys that all of these parts leave; None if one has no symbolic form."""
         known = [reading.condition for part in parts if (reading := self.readings.get(part)) is not None]
         return sympy.And(*known) if len(known) == len(parts) else None
 
 
 def rows_without_keys(
-    parts: Sequence[Part],
-    replaced: Mapping[Part, float],
+    parts: Sequence[BiasTerm],
+    replaced: Mapping[BiasTerm, float],
     q: fx.Node,
     k: fx.Node,
     dtype: torch.dtype,
@@ -144,7 +144,7 @@ def _without_keys(
         return WithoutKeys(unknown=unknown, hard=terms.hard, fills=terms.fills)
     mask = terms.masks[0]
     biases = terms.biases_on(mask)
-    if len(terms.masks) == 1 and not terms.hard and not any(needs_gradient(bias.node) for bias in biases):
+    if len(terms.masks) == 1 and not terms.hard and not any(comes_from_trained_input(bias.node) for bias in biases):
         if mask.is_put and (absorbs(mask.fill, dtype) or not biases):
             return WithoutKeys(average=True)
         is_simple = not has_softcap or (len(terms.order) == 1 and terms.order[0].is_one_for_all_heads)
@@ -160,13 +160,13 @@ def _without_keys(
 
 
 def _terms(
-    parts: Sequence[Part],
-    replaced: Mapping[Part, float],
-    readings: Mapping[Part, Reading | None],
+    parts: Sequence[BiasTerm],
+    replaced: Mapping[BiasTerm, float],
+    readings: Mapping[BiasTerm, Reading | None],
     reader: Reader,
     indices: Indices,
 ) -> _Terms:
-    put: dict[float, list[Part]] = {}
+    put: dict[float, list[BiasTerm]] = {}
     masks: list[_Mask] = []
     hard, biases, unknown = [], [], []
     for part in parts:
@@ -228,7 +228,7 @@ def _of_two(terms: _Terms, dtype: torch.dtype, q: fx.Node, k: fx.Node) -> tuple[
     return tuple(_second(mask, (*kept[mask], *terms.hard), terms, dtype) for mask in winners)
 
 
-def _second(mask: _Mask, kept: tuple[Part, ...], terms: _Terms, dtype: torch.dtype) -> Second:
+def _second(mask: _Mask, kept: tuple[BiasTerm, ...], terms: _Terms, dtype: torch.dtype) -> Second:
     """The keys that `kept` leaves, of which `mask` excludes all."""
     biases = terms.biases_on(mask)
     if mask.is_put and not biases:
@@ -256,7 +256,7 @@ def _reader(q: fx.Node, k: fx.Node) -> tuple[Reader, Indices]:
     return Reader(space), indices
 
 
-def _reading(part: Part, reader: Reader, indices: Indices) -> Reading | None:
+def _reading(part: BiasTerm, reader: Reader, indices: Indices) -> Reading | None:
     try:
         return read_part(part, reader, indices)
     except Unreadable:
@@ -268,7 +268,7 @@ def _every_row_has_a_key(terms: _Terms, q: fx.Node, k: fx.Node) -> bool:
     return _has_keys(terms.condition([part for part in terms.order if part not in terms.biases]), q, k)
 
 
-def _excludes_nothing(part: Part, reading: Reading | None, reader: Reader, indices: Indices) -> bool:
+def _excludes_nothing(part: BiasTerm, reading: Reading | None, reader: Reader, indices: Indices) -> bool:
     if reading is not None:
         return not reading.fills
     if is_finite(part.node):

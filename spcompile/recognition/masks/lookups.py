@@ -10,19 +10,19 @@ import torch
 import torch.fx as fx
 
 from spcompile.graph.edit import argument, shape_of
+from spcompile.recognition.masks.index_maps import Indices, from_end, size_expr, sizes_of
 from spcompile.recognition.masks.reader import Reader, as_dtype, reads, stop
 from spcompile.recognition.masks.values import (
     Unreadable,
     Value,
     at_least_zero,
+    either,
     is_bool,
     is_int,
     lift,
     negate,
-    select,
     to_number,
 )
-from spcompile.recognition.masks.views import Indices, from_end, size_expr, sizes_of
 
 aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ def _triangle(reader: Reader, node: fx.Node, indices: Indices) -> Value:
     above = column - row - size_expr(argument(node, 1, "diagonal", 0))
     keep = at_least_zero(-above if node.target is aten.tril.default else above)
     dtype = node.meta["val"].dtype
-    return select(keep, reader.operand(node.args[0], indices), as_dtype(sympy.Integer(0), dtype))
+    return either(keep, reader.operand(node.args[0], indices), as_dtype(sympy.Integer(0), dtype))
 
 
 @reads("cat.default", "concat.default")
@@ -64,7 +64,7 @@ def _concatenated(reader: Reader, parts: list[fx.Node], indices: Indices, dim: i
     inside = reader.element(first, _at(indices, dim, indices[dim], first))
     if past == sympy.false:
         return inside
-    return select(negate(past), inside, _concatenated(reader, rest, _at(indices, dim, indices[dim] - size), dim))
+    return either(negate(past), inside, _concatenated(reader, rest, _at(indices, dim, indices[dim] - size), dim))
 
 
 def _at(indices: Indices, dim: int, new: Any, part: fx.Node | None = None) -> Indices:

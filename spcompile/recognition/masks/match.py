@@ -35,13 +35,13 @@ from spcompile.recognition.masks.values import (
     Select,
     Unreadable,
     at_least_zero,
-    index,
+    index_symbol,
     negate,
     substitute,
     to_condition,
 )
 
-B, H, Q, K = (index(name) for name in "bhqk")
+B, H, Q, K = (index_symbol(name) for name in "bhqk")
 _LARGEST_CNF = 6  # literals of a disjunction of conjunctions; beyond, the normal form explodes
 
 

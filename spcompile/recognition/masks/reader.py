@@ -17,20 +17,20 @@ from sympy.core.symbol import Str
 
 from spcompile.capture.module_buffer import KEY, Band
 from spcompile.graph.edit import is_tensor
+from spcompile.recognition.masks.index_maps import IndexSpace, Indices, size_expr, sizes_of, step
 from spcompile.recognition.masks.values import (
     Element,
     Scaled,
     Unreadable,
     Value,
     at_least_zero,
+    either,
     lift,
-    select,
     size,
     to_condition,
     to_float,
     to_number,
 )
-from spcompile.recognition.masks.views import IndexSpace, Indices, size_expr, sizes_of, step
 
 aten = torch.ops.aten
 LARGEST = 64  # parts of a value that is read on; choices between choices grow exponentially
@@ -141,7 +141,7 @@ def _of_band(band: Band, indices: Indices) -> Value:
     q, k = indices[-2:]
     bounds = [at_least_zero(q - k + band.ahead)] if band.ahead is not None else []
     bounds += [at_least_zero(k - q + band.behind)] if band.behind is not None else []
-    return select(sympy.And(*bounds), _constant(band.inside), _constant(band.outside))
+    return either(sympy.And(*bounds), _constant(band.inside), _constant(band.outside))
 
 
 def _constant_attribute(node: fx.Node) -> Value:

@@ -120,7 +120,7 @@ class Unreadable(Exception):
         self.node = node
 
 
-def index(name: str) -> sympy.Symbol:
+def index_symbol(name: str) -> sympy.Symbol:
     """An index symbol."""
     return sympy.Symbol(name, integer=True, nonnegative=True)
 
@@ -193,7 +193,7 @@ def substitute(condition: Boolean, values: dict[sympy.Symbol, Int]) -> Boolean:
     return equal_zero(e) if isinstance(condition, sympy.Eq) else negate(equal_zero(e))
 
 
-def select(condition: Boolean, then: Value, other: Value) -> Value:
+def either(condition: Boolean, then: Value, other: Value) -> Value:
     """`then` where `condition` holds, `other` elsewhere, simplified."""
     if condition == sympy.true:
         return then
@@ -218,7 +218,7 @@ def lift(function: Callable[..., Value], *operands: Value) -> Value:
             choice = operand
             then = [_under(choice.condition, o) for o in operands]
             other = [_under(negate(choice.condition), o) for o in operands]
-            return select(choice.condition, lift(function, *then), lift(function, *other))
+            return either(choice.condition, lift(function, *then), lift(function, *other))
     return function(*operands)
 
 
@@ -236,7 +236,7 @@ def size(value: Value) -> int:
 def to_condition(value: Value) -> Boolean:
     """The value converted to bool: different from zero."""
     if isinstance(value, Select):
-        return select(value.condition, to_condition(value.then), to_condition(value.other))
+        return either(value.condition, to_condition(value.then), to_condition(value.other))
     if isinstance(value, float):
         return sympy.true if value != 0 else sympy.false
     if isinstance(value, Scaled):
@@ -249,7 +249,7 @@ def to_condition(value: Value) -> Boolean:
 
 def to_number(value: Value) -> Value:
     """A condition as 0 or 1; anything else as it is."""
-    return select(value, sympy.Integer(1), sympy.Integer(0)) if is_bool(value) else value
+    return either(value, sympy.Integer(1), sympy.Integer(0)) if is_bool(value) else value
 
 
 def to_float(value: Value) -> Value:
@@ -261,7 +261,7 @@ def to_float(value: Value) -> Value:
     return lift(_float, to_number(value))
 
 
-def compare(name: str, left: Value, right: Value) -> Boolean:
+def relation(name: str, left: Value, right: Value) -> Boolean:
     """One of le, lt, ge, gt, eq, ne.
 
     Raises:
@@ -340,7 +340,7 @@ def _under(condition: Boolean, value: Value) -> Value:
         return _under(condition, value.then)
     if value.condition == negate(condition):
         return _under(condition, value.other)
-    return select(value.condition, _under(condition, value.then), _under(condition, value.other))
+    return either(value.condition, _under(condition, value.then), _under(condition, value.other))
 
 
 def _same(a: Value, b: Value) -> bool:

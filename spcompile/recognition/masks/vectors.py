@@ -16,9 +16,9 @@ import torch
 import torch.fx as fx
 from sympy.logic.boolalg import Boolean
 
+from spcompile.recognition.masks.index_maps import size_expr, sizes_of
 from spcompile.recognition.masks.match import B, K
 from spcompile.recognition.masks.values import Element, Int
-from spcompile.recognition.masks.views import size_expr, sizes_of
 
 aten = torch.ops.aten
 

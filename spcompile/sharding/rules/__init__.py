@@ -22,7 +22,7 @@ from spcompile.sharding.rules import (
     reductions,
     views,
 )
-from spcompile.sharding.rules.base import (
+from spcompile.sharding.rules.rule import (
     Dims,
     LocalCall,
     OpRule,

@@ -6,9 +6,9 @@ import torch
 import torch.fx as fx
 
 import spcompile.attention.op  # noqa: F401  (defines the op)
-from spcompile.attention.scores.call import AttentionCall
+from spcompile.attention.scores.attention_call import AttentionCall
 from spcompile.graph.sizes import Size, quotient, same
-from spcompile.sharding.rules.base import Dims, OpRule, register
+from spcompile.sharding.rules.rule import Dims, OpRule, register
 
 
 @register(torch.ops.spx.attention.default)

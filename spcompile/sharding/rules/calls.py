@@ -8,8 +8,9 @@ import torch
 import torch.fx as fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from spcompile.graph.sizes import same
 from spcompile.graph.typed_call import named_arguments
-from spcompile.sharding.rules.base import Size
+from spcompile.sharding.rules.rule import Size
 
 
 def overloads(names: str) -> list[Any]:
@@ -27,16 +28,11 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return named_arguments(node.target, args, kwargs)
 
 
-def same(a: Size, b: Size) -> bool:
-    """Whether two sizes are known to be equal."""
-    return bool(statically_known_true(a == b))
-
-
 def at_least(a: Size, b: Size) -> bool:
     """Whether `a >= b` is known."""
     return bool(statically_known_true(a >= b))
 
 
-def divides(a: Size, b: Size) -> bool:
+def known_multiple(a: Size, b: Size) -> bool:
     """Whether `b` is known to be a multiple of `a`; never for a size that may be 0."""
     return not same(a, 0) and bool(statically_known_true(b % a == 0))

@@ -8,16 +8,16 @@ from __future__ import annotations
 import torch.fx as fx
 
 from spcompile.collectives import ALL_GATHER, ALL_REDUCE, MASK_PADDING, REDUCE_SCATTER, REORDER, SHARD, VARY
-from spcompile.sharding.rules.base import OpRule, register, tensor_results
 from spcompile.sharding.rules.calls import arguments
-from spcompile.sharding.rules.factors import Factor, build, factors
+from spcompile.sharding.rules.factors import Factor, factors, make_rule
+from spcompile.sharding.rules.rule import OpRule, register, tensor_results
 
 
 @register(ALL_REDUCE.op, VARY.op)
 def whole(node: fx.Node) -> OpRule:
     """`a b -> a b`."""
     dims = factors(arguments(node)["x"].shape)
-    return build(node, {"x": dims}, [dims])
+    return make_rule(node, {"x": dims}, [dims])
 
 
 @register(ALL_GATHER.op, MASK_PADDING.op, REDUCE_SCATTER.op, REORDER.op, SHARD.op)
@@ -28,4 +28,4 @@ def along_a_dim(node: fx.Node) -> OpRule:
     dims[args["dim"]].replicated = True
     out = list(dims)
     out[args["dim"]] = Factor(tensor_results(node)[0].shape[args["dim"]], replicated=True)
-    return build(node, {"x": dims}, [out])
+    return make_rule(node, {"x": dims}, [out])

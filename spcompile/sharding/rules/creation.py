@@ -8,10 +8,10 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.sharding.rules.base import LocalCall, OpRule, register, tensor_results
 from spcompile.sharding.rules.calls import arguments, overloads
 from spcompile.sharding.rules.elementwise import overwritten
-from spcompile.sharding.rules.factors import build, factors
+from spcompile.sharding.rules.factors import factors, make_rule
+from spcompile.sharding.rules.rule import LocalCall, OpRule, register, tensor_results
 
 CONSTANT = """
     empty.memory_format full ones zeros
@@ -38,13 +38,13 @@ def constant(node: fx.Node) -> OpRule:
     def local(call: LocalCall) -> Any:
         return node.target(*call.args[:at], list(call.shapes[0]), *call.args[at + 1 :], **call.kwargs)  # type: ignore[operator]
 
-    return build(node, operands, [out], local=local, unread=operands)
+    return make_rule(node, operands, [out], local=local, unread=operands)
 
 
 @register(torch.ops.aten.scalar_tensor.default)
 def scalar(node: fx.Node) -> OpRule:
     """`-> ()`."""
-    return build(node, {}, [[]])
+    return make_rule(node, {}, [[]])
 
 
 @register(*overloads(LIKE))
@@ -56,4 +56,4 @@ def like(node: fx.Node) -> OpRule | None:
 @register(*overloads(BY_POSITION))
 def by_position(node: fx.Node) -> OpRule:
     """`-> [a]`."""
-    return build(node, {}, [factors(tensor_results(node)[0].shape, replicated=True)])
+    return make_rule(node, {}, [factors(tensor_results(node)[0].shape, replicated=True)])

@@ -9,9 +9,9 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.sharding.rules.base import LocalCall, OpRule, register, tensor_results
 from spcompile.sharding.rules.calls import arguments, overloads
-from spcompile.sharding.rules.factors import broadcast, build, factors
+from spcompile.sharding.rules.factors import broadcast_factors, factors, make_rule
+from spcompile.sharding.rules.rule import LocalCall, OpRule, register, tensor_results
 
 UNARY = """
     abs absolute acos acosh alias angle arccos arcsin arctan asin asinh atan atanh bitwise_not ceil celu clone conj
@@ -54,10 +54,10 @@ CHOICES = """
 def pointwise(node: fx.Node, *, unread: Collection[str] = (), local: Any = None) -> OpRule | None:
     """All tensor arguments broadcast to the shape of every result."""
     out = factors(tensor_results(node)[0].shape)
-    operands = {name: broadcast(v.shape, out) for name, v in arguments(node).items() if isinstance(v, Tensor)}
+    operands = {name: broadcast_factors(v.shape, out) for name, v in arguments(node).items() if isinstance(v, Tensor)}
     if any(layout is None for layout in operands.values()):
         return None
-    return build(node, operands, [out for _ in tensor_results(node)], unread=unread, local=local)
+    return make_rule(node, operands, [out for _ in tensor_results(node)], unread=unread, local=local)
 
 
 @register(*overloads(UNARY + CLAMPS + ARITHMETIC + COMPARISONS + BITS + CHOICES))
@@ -82,7 +82,7 @@ def converted(node: fx.Node) -> OpRule | None:
     """Only the dtype and the device of the second operand matter: `a b, c -> a b`."""
     args = arguments(node)
     out = factors(args["self"].shape)
-    return build(node, {"self": out, "other": factors(args["other"].shape)}, [out], unread=("other",))
+    return make_rule(node, {"self": out, "other": factors(args["other"].shape)}, [out], unread=("other",))
 
 
 @register(torch.ops.aten.view.dtype)

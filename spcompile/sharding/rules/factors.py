@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from spcompile.sharding.rules.base import Dims, LocalCall, OpRule, Size, tensor_operands, tensor_results
-from spcompile.sharding.rules.calls import same
+from spcompile.graph.sizes import same
+from spcompile.sharding.rules.rule import Dims, LocalCall, OpRule, Size, tensor_operands, tensor_results
 
 
 @dataclass(eq=False)
@@ -32,7 +32,7 @@ def factors(shape: Iterable[Size], replicated: bool = False) -> list[Factor]:
     return [Factor(size, replicated) for size in shape]
 
 
-def broadcast(shape: Sequence[Size], onto: Sequence[Factor]) -> list[Dim] | None:
+def broadcast_factors(shape: Sequence[Size], onto: Sequence[Factor]) -> list[Dim] | None:
     """The dims of an operand of `shape` that broadcasts to `onto`; None if some size is not known to fit."""
     if len(shape) > len(onto):
         return None
@@ -44,7 +44,7 @@ def broadcast(shape: Sequence[Size], onto: Sequence[Factor]) -> list[Dim] | None
     return dims
 
 
-def build(
+def make_rule(
     node: fx.Node,
     operands: Mapping[str, Any],
     results: Sequence[Layout],

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch.fx as fx
 
-from spcompile.sharding.rules.base import OpRule, register, tensor_operands, tensor_results
-from spcompile.sharding.rules.factors import build, factors
+from spcompile.sharding.rules.factors import factors, make_rule
+from spcompile.sharding.rules.rule import OpRule, register, tensor_operands, tensor_results
 
 
 @register("aten::_grouped_mm", "transformers::grouped_mm_fallback")
@@ -24,4 +24,4 @@ def grouped_mm(node: fx.Node) -> OpRule | None:
     rows.replicated = groups.replicated = True
     operands = {names[0]: [rows, contracted], names[1]: [groups, contracted, columns], "offs": [groups]}
     fills = dict.fromkeys(names[:2], 0.0)
-    return build(node, operands, [[rows, columns]], sums=[contracted], fills=fills)
+    return make_rule(node, operands, [[rows, columns]], sums=[contracted], fills=fills)

@@ -12,10 +12,11 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.graph.sizes import same
 from spcompile.graph.typed_call import named_arguments
-from spcompile.sharding.rules.base import LocalCall, OpRule, register, tensor_results
-from spcompile.sharding.rules.calls import arguments, overloads, same
-from spcompile.sharding.rules.factors import Dim, Factor, broadcast, build, factors
+from spcompile.sharding.rules.calls import arguments, overloads
+from spcompile.sharding.rules.factors import Dim, Factor, broadcast_factors, factors, make_rule
+from spcompile.sharding.rules.rule import LocalCall, OpRule, register, tensor_results
 
 aten = torch.ops.aten
 
@@ -33,7 +34,7 @@ def embedding(node: fx.Node) -> OpRule:
         return aten.embedding.default(*call.args, **call.kwargs)
 
     operands = {"weight": [rows, width], "indices": places}
-    rule = build(node, operands, [[*places, width]], sums=[rows], fills={}, local=local)
+    rule = make_rule(node, operands, [[*places, width]], sums=[rows], fills={}, local=local)
     return rule
 
 
@@ -55,12 +56,12 @@ def index_select(node: fx.Node) -> OpRule:
     args = arguments(node)
     dims = factors(args["self"].shape)
     if not dims:
-        return build(node, {"self": dims, "index": factors(args["index"].shape, replicated=True)}, [dims])
+        return make_rule(node, {"self": dims, "index": factors(args["index"].shape, replicated=True)}, [dims])
     index = factors(args["index"].shape) or [Factor(1)]
     out = list(dims)
     out[args["dim"]] = index[0]
     dims[args["dim"]].replicated = True
-    return build(node, {"self": dims, "index": index[: args["index"].ndim]}, [out])
+    return make_rule(node, {"self": dims, "index": index[: args["index"].ndim]}, [out])
 
 
 @register(aten.index.Tensor)
@@ -78,7 +79,7 @@ def index(node: fx.Node) -> OpRule | None:
     dims, out, layouts = _indexed(args["self"].shape, indices)
     ranges = [d for d, read in enumerate(node.args[1]) if is_range(read, args["self"].shape[d])]  # type: ignore[arg-type]
     if len(ranges) != 1:
-        return build(node, {"self": dims, "indices": layouts}, [out])
+        return make_rule(node, {"self": dims, "indices": layouts}, [out])
     (at,) = ranges
     layout = layouts[sum(i is not None for i in indices[:at])]
     (dims[at],) = (factor for factor in layout if isinstance(factor, Factor) and not same(factor.size, 1))
@@ -89,7 +90,7 @@ def index(node: fx.Node) -> OpRule | None:
         own[at] = rows.reshape([-1 if not same(size, 1) else 1 for size in indices[at].shape])
         return aten.index.Tensor(x, own)
 
-    return build(node, {"self": dims, "indices": layouts}, [out], local=local)
+    return make_rule(node, {"self": dims, "indices": layouts}, [out], local=local)
 
 
 def is_range(index: fx.Node | None, length: Any) -> bool:
@@ -122,7 +123,7 @@ def _indexed(shape: Sequence[Any], indices: Sequence[Tensor | None]) -> tuple[li
     for d in used:
         dims[d].replicated = True
     places = factors(torch.broadcast_shapes(*(index.shape for index in indices if index is not None)))
-    layouts = [broadcast(index.shape, places) for index in indices if index is not None]
+    layouts = [broadcast_factors(index.shape, places) for index in indices if index is not None]
     adjacent = used == list(range(used[0], used[-1] + 1))
     at = used[0] if adjacent else 0
     kept = [factor for d, factor in enumerate(dims) if d not in used]
@@ -140,12 +141,12 @@ def index_put(node: fx.Node) -> OpRule | None:
             return None
         dims = factors(args["self"].shape)
         operands = {"self": dims, "indices": [dims[: masks[0].ndim]], "values": [() for _ in values.shape]}
-        return build(node, operands, [dims])
+        return make_rule(node, operands, [dims])
     dims, written, layouts = _indexed(args["self"].shape, indices)
     for factor in written:
         factor.replicated = factor.replicated or factor not in dims
-    source = broadcast(values.shape, written)
-    return build(node, {"self": dims, "indices": layouts, "values": source}, [dims]) if source is not None else None
+    source = broadcast_factors(values.shape, written)
+    return make_rule(node, {"self": dims, "indices": layouts, "values": source}, [dims]) if source is not None else None
 
 
 @register(aten.gather.default)
@@ -153,7 +154,7 @@ def gather(node: fx.Node) -> OpRule:
     """`a [c], a b -> a b`; dims that the index covers only in part are replicated."""
     args = arguments(node)
     out = factors(args["index"].shape)
-    return build(node, {"self": _around(args["self"].shape, out, args["dim"]), "index": out}, [out])
+    return make_rule(node, {"self": _around(args["self"].shape, out, args["dim"]), "index": out}, [out])
 
 
 @register(aten.take_along_dim.default)
@@ -165,9 +166,9 @@ def take_along_dim(node: fx.Node) -> OpRule | None:
     out = factors(tensor_results(node)[0].shape)
     dim = args["dim"] % len(out)
     picked = Factor(args["self"].shape[dim], replicated=True)
-    indices = broadcast(args["indices"].shape, out)
-    source = broadcast(args["self"].shape, [picked if d == dim else factor for d, factor in enumerate(out)])
-    return None if indices is None or source is None else build(node, {"self": source, "indices": indices}, [out])
+    indices = broadcast_factors(args["indices"].shape, out)
+    source = broadcast_factors(args["self"].shape, [picked if d == dim else factor for d, factor in enumerate(out)])
+    return None if indices is None or source is None else make_rule(node, {"self": source, "indices": indices}, [out])
 
 
 @register(*overloads("scatter.reduce scatter.src scatter.value scatter.value_reduce scatter_add scatter_reduce.two"))
@@ -176,14 +177,14 @@ def scatter(node: fx.Node) -> OpRule:
     args = arguments(node)
     dims = factors(args["self"].shape)
     if not dims:
-        return build(node, {name: [] for name in ("self", "index", "src")}, [[]])
+        return make_rule(node, {name: [] for name in ("self", "index", "src")}, [[]])
     others = [args[name] for name in ("index", "src") if isinstance(args.get(name), Tensor)]
     dim = args["dim"] % len(dims)
     for d, factor in enumerate(dims):
         factor.replicated = d == dim or not all(same(other.shape[d], factor.size) for other in others)
     index = [Factor(s, True) if f.replicated else f for s, f in zip(args["index"].shape, dims, strict=True)]
     src = [f if same(s, f.size) else Factor(s, True) for s, f in zip(others[-1].shape, index, strict=True)]
-    return build(node, {"self": dims, "index": index, "src": src}, [dims])
+    return make_rule(node, {"self": dims, "index": index, "src": src}, [dims])
 
 
 def _around(shape: Sequence[Any], out: Sequence[Factor], dim: int) -> list[Dim]:
@@ -210,7 +211,7 @@ def index_add(node: fx.Node) -> OpRule:
     if dims:
         dims[args["dim"]].replicated = True
         source[args["dim"]] = (places or [Factor(1)])[0]
-    return build(node, {"self": dims, "index": places, "source": source[: args["source"].ndim]}, [dims])
+    return make_rule(node, {"self": dims, "index": places, "source": source[: args["source"].ndim]}, [dims])
 
 
 @register(*overloads("index_fill.int_Scalar index_fill.int_Tensor"))
@@ -219,7 +220,7 @@ def index_fill(node: fx.Node) -> OpRule:
     args = arguments(node)
     dims = factors(args["self"].shape)
     dims[args["dim"]].replicated = True
-    return build(node, {"self": dims, "index": factors(args["index"].shape, replicated=True), "value": []}, [dims])
+    return make_rule(node, {"self": dims, "index": factors(args["index"].shape, replicated=True), "value": []}, [dims])
 
 
 @register(aten.one_hot.default)
@@ -227,7 +228,7 @@ def one_hot(node: fx.Node) -> OpRule:
     """`a b -> a b [c]`."""
     *places, classes = factors(tensor_results(node)[0].shape)
     classes.replicated = True
-    return build(node, {"self": places}, [[*places, classes]])
+    return make_rule(node, {"self": places}, [[*places, classes]])
 
 
 @register(*overloads("tril triu"))
@@ -236,7 +237,7 @@ def triangle(node: fx.Node) -> OpRule:
     dims = factors(arguments(node)["self"].shape)
     for factor in dims[-2:]:
         factor.replicated = True
-    return build(node, {"self": dims}, [dims])
+    return make_rule(node, {"self": dims}, [dims])
 
 
 @register(*overloads("bucketize.Tensor isin.Tensor_Tensor"))
@@ -245,7 +246,7 @@ def looked_up(node: fx.Node) -> OpRule:
     args = arguments(node)
     names = [name for name, value in args.items() if isinstance(value, Tensor)]
     out = factors(args[names[0]].shape)
-    return build(node, {names[0]: out, names[1]: factors(args[names[1]].shape, replicated=True)}, [out])
+    return make_rule(node, {names[0]: out, names[1]: factors(args[names[1]].shape, replicated=True)}, [out])
 
 
 @register(aten.searchsorted.Tensor)
@@ -256,11 +257,11 @@ def searchsorted(node: fx.Node) -> OpRule | None:
         return None
     out = factors(args["self"].shape)
     table = factors(args["sorted_sequence"].shape, replicated=True)
-    return build(node, {"sorted_sequence": [*(out[:-1] if len(table) > 1 else []), table[-1]], "self": out}, [out])
+    return make_rule(node, {"sorted_sequence": [*(out[:-1] if len(table) > 1 else []), table[-1]], "self": out}, [out])
 
 
 @register(*overloads("masked_select nonzero histc bincount"))
 def data_dependent(node: fx.Node) -> OpRule:
     """`[b] [c] -> [a]`: every element counts for every result."""
     operands = {k: factors(v.shape, True) for k, v in arguments(node).items() if isinstance(v, Tensor)}
-    return build(node, operands, [factors(tensor_results(node)[0].shape, replicated=True)])
+    return make_rule(node, operands, [factors(tensor_results(node)[0].shape, replicated=True)])

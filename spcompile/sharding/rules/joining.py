@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from spcompile.sharding.rules.base import LocalCall, OpRule, register, tensor_results
-from spcompile.sharding.rules.calls import arguments, at_least, overloads, same
-from spcompile.sharding.rules.factors import Factor, build, factors
+from spcompile.graph.sizes import same
+from spcompile.sharding.rules.calls import arguments, at_least, overloads
+from spcompile.sharding.rules.factors import Factor, factors, make_rule
+from spcompile.sharding.rules.rule import LocalCall, OpRule, register, tensor_results
 
 aten = torch.ops.aten
 
@@ -27,7 +28,7 @@ def cut(node: fx.Node, operand: str, dims: Sequence[int]) -> OpRule:
     for d in positions:
         layout[d].replicated = True
     parts = [[Factor(s, True) if d in positions else layout[d] for d, s in enumerate(shape)] for shape in shapes]
-    return build(node, {operand: layout}, parts)
+    return make_rule(node, {operand: layout}, parts)
 
 
 @register(*overloads("chunk split.Tensor split.sizes split_with_sizes tensor_split.sections tensor_split.indices"))
@@ -60,26 +61,26 @@ def slice_(node: fx.Node) -> OpRule:
     args = arguments(node)
     start, whole = args["start"], args["self"].shape[args["dim"]]
     from_zero = start is None or same(start, 0) or at_least(-whole, start)  # a start before the first is the first
-    return _part(node, args["dim"], step=args["step"], from_zero=from_zero)
+    return _slice(node, args["dim"], step=args["step"], from_zero=from_zero)
 
 
 @register(aten.narrow.default)
 def narrow(node: fx.Node) -> OpRule:
     """`a [c] -> a [b]`, as slice."""
     args = arguments(node)
-    return _part(node, args["dim"], step=1, from_zero=same(args["start"], 0))
+    return _slice(node, args["dim"], step=1, from_zero=same(args["start"], 0))
 
 
-def _part(node: fx.Node, dim: int, *, step: int, from_zero: bool) -> OpRule:
+def _slice(node: fx.Node, dim: int, *, step: int, from_zero: bool) -> OpRule:
     operand = factors(arguments(node)["self"].shape)
     length = tensor_results(node)[0].shape[dim]
     if same(step, 1) and same(length, operand[dim].size):
-        return build(node, {"self": operand}, [operand], local=_identity)
+        return make_rule(node, {"self": operand}, [operand], local=_identity)
     result = list(operand)
     operand[dim].replicated = True
     result[dim] = Factor(length, replicated=True)
     prefix = {result[dim]: operand[dim]} if from_zero and same(step, 1) else None
-    return build(node, {"self": operand}, [result], prefix_of=prefix)
+    return make_rule(node, {"self": operand}, [result], prefix_of=prefix)
 
 
 @register(*overloads("select.int unbind.int"))
@@ -90,7 +91,7 @@ def select(node: fx.Node) -> OpRule:
     chosen = dims[args["dim"]]
     chosen.replicated = True
     out = [factor for factor in dims if factor is not chosen]
-    return build(node, {"self": dims}, [out for _ in tensor_results(node)])
+    return make_rule(node, {"self": dims}, [out for _ in tensor_results(node)])
 
 
 @register(*overloads("slice_scatter select_scatter"))
@@ -105,7 +106,7 @@ def scatter_part(node: fx.Node) -> OpRule:
         del part[dim]
     else:
         part[dim] = Factor(args["src"].shape[dim], replicated=True)
-    return build(node, {"self": dims, "src": part}, [dims])
+    return make_rule(node, {"self": dims, "src": part}, [dims])
 
 
 @register(*overloads("cat concat concatenate"))
@@ -124,7 +125,7 @@ def cat(node: fx.Node) -> OpRule:
         if tensor.ndim == len(out):  # not so for the empty 1-D tensor that cat ignores
             layout = [layout[d] if d == dim else factor for d, factor in enumerate(out)]
         layouts.append(out if len(filled) == 1 and tensor is filled[0] else layout)
-    return build(node, {"tensors": layouts}, [out])
+    return make_rule(node, {"tensors": layouts}, [out])
 
 
 @register(aten.stack.default)
@@ -135,7 +136,7 @@ def stack(node: fx.Node) -> OpRule:
     new = out[args["dim"]]
     new.replicated = True
     dims = [factor for factor in out if factor is not new]
-    return build(node, {"tensors": [dims for _ in args["tensors"]]}, [out])
+    return make_rule(node, {"tensors": [dims for _ in args["tensors"]]}, [out])
 
 
 @register(*overloads("hstack vstack"))
@@ -148,7 +149,7 @@ def stacked(node: fx.Node) -> OpRule | None:
     dim = 1 if node.target is aten.hstack.default and len(out) > 1 else 0
     out[dim].replicated = True
     layouts = [[Factor(t.shape[d], True) if d == dim else f for d, f in enumerate(out)] for t in tensors]
-    return build(node, {"tensors": layouts}, [out])
+    return make_rule(node, {"tensors": layouts}, [out])
 
 
 @register(aten.diff.default)
@@ -163,7 +164,7 @@ def diff(node: fx.Node) -> OpRule:
         if args[name] is not None:
             operands[name] = [Factor(args[name].shape[d], True) if d == dim else f for d, f in enumerate(dims)]
     out = [Factor(shape[d], True) if d == dim else f for d, f in enumerate(dims)]
-    return build(node, operands, [out])
+    return make_rule(node, operands, [out])
 
 
 @register(aten.meshgrid.default, aten.meshgrid.indexing)
@@ -174,4 +175,4 @@ def meshgrid(node: fx.Node) -> OpRule | None:
     if any(t.ndim != 1 for t in args["tensors"]):
         return None
     order = [1, 0, *range(2, len(out))] if args.get("indexing") == "xy" and len(out) > 1 else range(len(out))
-    return build(node, {"tensors": [[out[d]] for d in order]}, [out for _ in tensor_results(node)])
+    return make_rule(node, {"tensors": [[out[d]] for d in order]}, [out for _ in tensor_results(node)])

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 import torch.fx as fx
 
-from spcompile.sharding.rules.base import tensor_operands
 from spcompile.sharding.rules.calls import arguments, overloads
+from spcompile.sharding.rules.rule import tensor_operands
 from spcompile.sharding.rules.views import EXPANDS, PERMUTES, RESHAPES
 
 aten = torch.ops.aten

@@ -14,10 +14,10 @@ import torch.fx as fx
 from torch import Tensor
 
 from spcompile.graph.typed_call import named_arguments
-from spcompile.sharding.rules.base import LocalCall, OpRule, register
 from spcompile.sharding.rules.calls import arguments, overloads
-from spcompile.sharding.rules.factors import broadcast, build, factors
+from spcompile.sharding.rules.factors import broadcast_factors, factors, make_rule
 from spcompile.sharding.rules.reductions import global_count, partial_mean
+from spcompile.sharding.rules.rule import LocalCall, OpRule, register
 from spcompile.sharding.rules.vocabulary import vocabulary_parallel
 
 aten = torch.ops.aten
@@ -64,7 +64,7 @@ def classification(node: fx.Node) -> OpRule | None:
         return node.target(*call.args, **call.kwargs)  # type: ignore[operator]
 
     fills = {"target": float(args["ignore_index"])}
-    rule = build(node, operands, [out], sums=sums, completes=[classes], fills=fills, local=local)
+    rule = make_rule(node, operands, [out], sums=sums, completes=[classes], fills=fills, local=local)
     return rule
 
 
@@ -73,13 +73,13 @@ def elementwise_loss(node: fx.Node) -> OpRule | None:
     """`a b, a b -> () | a: sum, b: sum`; weights broadcast, but both sides must have one shape."""
     args = arguments(node)
     dims = factors(args["self"].shape)
-    operands = {name: broadcast(value.shape, dims) for name, value in args.items() if isinstance(value, Tensor)}
+    operands = {name: broadcast_factors(value.shape, dims) for name, value in args.items() if isinstance(value, Tensor)}
     if any(layout is None for layout in operands.values()) or operands["target"] != operands["self"]:
         return None
     if args["reduction"] == NONE:
-        return build(node, operands, [dims])
+        return make_rule(node, operands, [dims])
     local = _mean(node, lambda: rule) if args["reduction"] == MEAN else None
-    rule = build(node, operands, [[]], sums=dims, fills=ELEMENTWISE[node.target], local=local)
+    rule = make_rule(node, operands, [[]], sums=dims, fills=ELEMENTWISE[node.target], local=local)
     return rule
 
 

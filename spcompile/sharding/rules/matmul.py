@@ -11,9 +11,10 @@ import torch
 import torch.fx as fx
 
 from spcompile.graph.einsum import letters_of
-from spcompile.sharding.rules.base import OpRule, register, tensor_results
-from spcompile.sharding.rules.calls import arguments, overloads, same
-from spcompile.sharding.rules.factors import Dim, Factor, broadcast, build, factors
+from spcompile.graph.sizes import same
+from spcompile.sharding.rules.calls import arguments, overloads
+from spcompile.sharding.rules.factors import Dim, Factor, broadcast_factors, factors, make_rule
+from spcompile.sharding.rules.rule import OpRule, register, tensor_results
 
 aten = torch.ops.aten
 
@@ -28,7 +29,7 @@ def linear(node: fx.Node) -> OpRule:
     operands = {"input": [*rows, contracted], "weight": [*columns, contracted]}
     if args["bias"] is not None:
         operands["bias"] = columns if args["bias"].ndim else []
-    return build(node, operands, [[*rows, *columns]], sums=[contracted], fills={"input": 0.0, "weight": 0.0})
+    return make_rule(node, operands, [[*rows, *columns]], sums=[contracted], fills={"input": 0.0, "weight": 0.0})
 
 
 @register(*overloads("matmul mm bmm mv dot vdot inner"))
@@ -44,14 +45,14 @@ def matmul(node: fx.Node) -> OpRule | None:
     row = [out[-1 if len(y) == 1 else -2]] if len(x) > 1 else []
     column = [out[-1]] if len(y) > 1 else []
     batch = out[: len(out) - len(row) - len(column)]
-    x_batch, y_batch = broadcast(x[:-2], batch), broadcast(y[:-2], batch)
+    x_batch, y_batch = broadcast_factors(x[:-2], batch), broadcast_factors(y[:-2], batch)
     if x_batch is None or y_batch is None:
         return None
     operands = {
         names[0]: [*x_batch, *row, contracted],
         names[1]: [*y_batch, contracted, *column],
     }
-    return build(node, operands, [out], sums=[contracted], fills=dict.fromkeys(names, 0.0))
+    return make_rule(node, operands, [out], sums=[contracted], fills=dict.fromkeys(names, 0.0))
 
 
 @register(*overloads("addmm baddbmm addmv"))
@@ -60,21 +61,21 @@ def matmul_with_bias(node: fx.Node) -> OpRule | None:
     args = arguments(node)
     out = factors(tensor_results(node)[0].shape)
     x, y = [name for name, value in args.items() if isinstance(value, torch.Tensor)][1:]
-    bias = broadcast(args["self"].shape, out)
+    bias = broadcast_factors(args["self"].shape, out)
     if bias is None:
         return None
     contracted = Factor(args[x].shape[-1], replicated=True)
     if node.target is aten.addmv.default:
-        return build(node, {"self": bias, x: [*out, contracted], y: [contracted]}, [out])
+        return make_rule(node, {"self": bias, x: [*out, contracted], y: [contracted]}, [out])
     *batch, row, column = out
-    return build(node, {"self": bias, x: [*batch, row, contracted], y: [*batch, contracted, column]}, [out])
+    return make_rule(node, {"self": bias, x: [*batch, row, contracted], y: [*batch, contracted, column]}, [out])
 
 
 @register(*overloads("outer ger"))
 def outer(node: fx.Node) -> OpRule:
     """`a, b -> a b`."""
     row, column = factors(tensor_results(node)[0].shape)
-    return build(node, {"self": [row], "vec2": [column]}, [[row, column]])
+    return make_rule(node, {"self": [row], "vec2": [column]}, [[row, column]])
 
 
 @register(aten.tensordot.default)
@@ -90,7 +91,7 @@ def tensordot(node: fx.Node) -> OpRule:
         else:  # one of them is 1, the other is summed alone
             contracted += [x[i], y[j]]
     out = [factor for factor in [*x, *y] if factor not in contracted]
-    return build(node, {"self": x, "other": y}, [out], sums=contracted, fills={"self": 0.0, "other": 0.0})
+    return make_rule(node, {"self": x, "other": y}, [out], sums=contracted, fills={"self": 0.0, "other": 0.0})
 
 
 @register(aten.einsum.default)
@@ -112,7 +113,7 @@ def einsum(node: fx.Node) -> OpRule | None:
         layouts.append(layout)
     sums = [factor for letter, factor in known.items() if letter not in output]
     out = [known.get(letter, ()) for letter in output]
-    return build(node, {"tensors": layouts}, [out], sums=sums, fills={"tensors": 0.0})
+    return make_rule(node, {"tensors": layouts}, [out], sums=sums, fills={"tensors": 0.0})
 
 
 @register(*overloads("conv1d conv2d conv3d conv1d.padding conv2d.padding conv3d.padding"))
@@ -134,4 +135,4 @@ def convolution(node: fx.Node) -> OpRule:
     operands: dict[str, Any] = {"input": [*batch, channels, *places], "weight": [rows, row_channels, *taps]}
     if args["bias"] is not None:
         operands["bias"] = [rows]
-    return build(node, operands, [[*batch, rows, *steps]], sums=[channels], fills={"input": 0.0, "weight": 0.0})
+    return make_rule(node, operands, [[*batch, rows, *steps]], sums=[channels], fills={"input": 0.0, "weight": 0.0})

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 import torch
 import torch.fx as fx
 
-from spcompile.sharding.rules.base import OpRule, register, tensor_results
-from spcompile.sharding.rules.calls import arguments, overloads, same
-from spcompile.sharding.rules.factors import Factor, Layout, build, factors
+from spcompile.graph.sizes import same
+from spcompile.sharding.rules.calls import arguments, overloads
+from spcompile.sharding.rules.factors import Factor, Layout, factors, make_rule
+from spcompile.sharding.rules.rule import OpRule, register, tensor_results
 
 ALONG_LAST_DIM = """
     adaptive_avg_pool1d adaptive_max_pool1d avg_pool1d max_pool1d max_pool1d_with_indices upsample_linear1d
@@ -36,7 +37,7 @@ def mixed(node: fx.Node, dims: Iterable[int]) -> OpRule:
         Factor(size, replicated=True) if dim in places and not same(size, before[dim].size) else before[dim]
         for dim, size in enumerate(results[0].shape)
     ]
-    return build(node, {name: before}, [after for _ in results])
+    return make_rule(node, {name: before}, [after for _ in results])
 
 
 @register(*overloads(ALONG_LAST_DIM))
@@ -73,7 +74,7 @@ def instance_norm(node: fx.Node) -> OpRule | None:
         return None
     batch, channels, *rest = args["input"].shape
     dims = [Factor(batch), Factor(channels), *factors(rest, replicated=True)]
-    return build(node, {"input": dims, "weight": dims[1:2], "bias": dims[1:2]}, [dims])
+    return make_rule(node, {"input": dims, "weight": dims[1:2], "bias": dims[1:2]}, [dims])
 
 
 @register(torch.ops.aten.cdist.default)
@@ -85,7 +86,7 @@ def distances(node: fx.Node) -> OpRule | None:
         return None
     batch, rows, columns = factors(x1[:-2]), Factor(x1[-2]), Factor(x2[-2])
     width = Factor(x1[-1], replicated=True)
-    return build(node, {"x1": [*batch, rows, width], "x2": [*batch, columns, width]}, [[*batch, rows, columns]])
+    return make_rule(node, {"x1": [*batch, rows, width], "x2": [*batch, columns, width]}, [[*batch, rows, columns]])
 
 
 @register(*overloads("im2col col2im"))
@@ -99,4 +100,4 @@ def windows(node: fx.Node) -> OpRule:
     places, count = Factor(math.prod(args["kernel_size"]), replicated=True), Factor(columns.shape[-1], replicated=True)
     layouts: list[Layout] = [[*leading, channel, *spatial], [*leading, (channel, places), count]]
     before, after = layouts if columns is result else layouts[::-1]
-    return build(node, {"self": before}, [after])
+    return make_rule(node, {"self": before}, [after])

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from spcompile.graph.sizes import same
 from spcompile.graph.typed_call import named_arguments
-from spcompile.sharding.rules.base import LocalCall, OpRule, register, tensor_results
-from spcompile.sharding.rules.calls import arguments, overloads, same
-from spcompile.sharding.rules.factors import Dim, Factor, Layout, broadcast, build, factors
+from spcompile.sharding.rules.calls import arguments, overloads
+from spcompile.sharding.rules.factors import Dim, Factor, Layout, broadcast_factors, factors, make_rule
+from spcompile.sharding.rules.rule import LocalCall, OpRule, register, tensor_results
 
 SOFTMAXES = """
     _log_softmax _safe_softmax _softmax log_softmax.int softmax.int special_log_softmax special_softmax
@@ -27,7 +28,7 @@ def softmax(node: fx.Node) -> OpRule:
     dims = factors(args["self"].shape)
     if dims:
         dims[args["dim"]].replicated = True
-    return build(node, {"self": dims}, [dims])
+    return make_rule(node, {"self": dims}, [dims])
 
 
 @register(*overloads(LAYER_NORMS))
@@ -40,7 +41,7 @@ def layer_norm(node: fx.Node) -> OpRule:
         factor.replicated = True
     statistics: list[Dim] = [() if factor.replicated else factor for factor in dims]
     results: list[Layout] = [dims, *(statistics for _ in tensor_results(node)[1:])]
-    return build(node, {"input": dims, "weight": normalized, "bias": normalized}, results)
+    return make_rule(node, {"input": dims, "weight": normalized, "bias": normalized}, results)
 
 
 @register(torch.ops.aten.group_norm.default)
@@ -57,7 +58,7 @@ def group_norm(node: fx.Node) -> OpRule:
         count = shard["input"].shape[1] // members.size
         return torch.group_norm(shard["input"], count, shard["weight"], shard["bias"], shard["eps"])
 
-    return build(node, {"input": dims, "weight": affine, "bias": affine}, [dims], local=local)
+    return make_rule(node, {"input": dims, "weight": affine, "bias": affine}, [dims], local=local)
 
 
 @register(torch.ops.aten.cosine_similarity.default)
@@ -70,8 +71,8 @@ def cosine_similarity(node: fx.Node) -> OpRule | None:
     dim = args["dim"] % rank
     size = next((s[dim - rank] for s in shapes if len(s) >= rank - dim and not same(s[dim - rank], 1)), 1)
     dims = [*out[:dim], Factor(size, replicated=True), *out[dim:]]
-    x1, x2 = (broadcast(shape, dims) for shape in shapes)
-    return None if x1 is None or x2 is None else build(node, {"x1": x1, "x2": x2}, [out])
+    x1, x2 = (broadcast_factors(shape, dims) for shape in shapes)
+    return None if x1 is None or x2 is None else make_rule(node, {"x1": x1, "x2": x2}, [out])
 
 
 @register(torch.ops.aten.scaled_dot_product_attention.default)
@@ -110,8 +111,8 @@ def attention(node: fx.Node) -> OpRule | None:
     if args["attn_mask"] is not None:
         mask = args["attn_mask"].shape
         head_dims = [heads if len(mask) >= 3 and not same(mask[-3], 1) else ()] if len(mask) >= 3 else []
-        leading, trailing = broadcast(mask[:-3], batch), broadcast(mask[-2:], [rows, columns])
+        leading, trailing = broadcast_factors(mask[:-3], batch), broadcast_factors(mask[-2:], [rows, columns])
         if leading is None or trailing is None:
             return None
         operands["attn_mask"] = [*leading, *head_dims, *trailing]
-    return build(node, operands, [[*batch, heads, rows, features]])
+    return make_rule(node, operands, [[*batch, heads, rows, features]])

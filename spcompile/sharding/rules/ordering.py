@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.fx as fx
 
-from spcompile.sharding.rules.base import OpRule, register
 from spcompile.sharding.rules.calls import arguments, overloads
-from spcompile.sharding.rules.factors import Factor, build, factors
+from spcompile.sharding.rules.factors import Factor, factors, make_rule
 from spcompile.sharding.rules.mixing import mixed
+from spcompile.sharding.rules.rule import OpRule, register
 
 ALONG_ONE_DIM = """
     argsort argsort.stable cummax cummin cumprod cumsum logcumsumexp sort sort.stable
@@ -35,8 +35,8 @@ def topk(node: fx.Node) -> OpRule:
     args = arguments(node)
     dims = factors(args["self"].shape)
     if not dims:
-        return build(node, {"self": dims}, [[], []])
+        return make_rule(node, {"self": dims}, [[], []])
     out = list(dims)
     dims[args["dim"]].replicated = True
     out[args["dim"]] = Factor(args["k"], replicated=True)
-    return build(node, {"self": dims}, [out, out])
+    return make_rule(node, {"self": dims}, [out, out])

@@ -11,10 +11,10 @@ from typing import Any
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.sharding.rules.base import LocalCall, OpRule, register, tensor_results
 from spcompile.sharding.rules.calls import arguments, overloads
 from spcompile.sharding.rules.elementwise import pointwise
-from spcompile.sharding.rules.factors import build, factors
+from spcompile.sharding.rules.factors import factors, make_rule
+from spcompile.sharding.rules.rule import LocalCall, OpRule, register, tensor_results
 
 SAME_SHAPE = """
     bernoulli bernoulli.p native_dropout rand_like randint_like randn_like
@@ -46,7 +46,7 @@ def random_like(node: fx.Node) -> OpRule:
 def _whole(node: fx.Node) -> OpRule:
     (operand, value) = next((name, v) for name, v in arguments(node).items() if isinstance(v, Tensor))
     dims = factors(value.shape, replicated=True)
-    rule = build(node, {operand: dims}, [dims for _ in tensor_results(node)])
+    rule = make_rule(node, {operand: dims}, [dims for _ in tensor_results(node)])
     return replace(rule, drawn=node.target not in _FOR_SEVERAL)
 
 
@@ -58,7 +58,7 @@ def random(node: fx.Node) -> OpRule:
     def local(call: LocalCall) -> Any:
         return node.target(*call.args[:at], list(call.shapes[0]), *call.args[at + 1 :], **call.kwargs)  # type: ignore[operator]
 
-    rule = build(node, {}, [factors(tensor_results(node)[0].shape, replicated=True)], local=local)
+    rule = make_rule(node, {}, [factors(tensor_results(node)[0].shape, replicated=True)], local=local)
     return replace(rule, drawn=True)
 
 
@@ -66,4 +66,4 @@ def random(node: fx.Node) -> OpRule:
 def drawn_together(node: fx.Node) -> OpRule:
     """`[a] -> [b]`."""
     operands = {name: factors(v.shape, True) for name, v in arguments(node).items() if isinstance(v, Tensor)}
-    return build(node, operands, [factors(tensor_results(node)[0].shape, replicated=True)])
+    return make_rule(node, operands, [factors(tensor_results(node)[0].shape, replicated=True)])

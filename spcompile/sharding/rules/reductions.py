@@ -9,10 +9,11 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.graph.sizes import same
 from spcompile.graph.typed_call import named_arguments
-from spcompile.sharding.rules.base import Dims, LocalCall, OpRule, Size, register, tensor_results
-from spcompile.sharding.rules.calls import arguments, overloads, same
-from spcompile.sharding.rules.factors import Dim, Factor, build, factors
+from spcompile.sharding.rules.calls import arguments, overloads
+from spcompile.sharding.rules.factors import Dim, Factor, factors, make_rule
+from spcompile.sharding.rules.rule import Dims, LocalCall, OpRule, Size, register, tensor_results
 
 SUMS = """
     count_nonzero count_nonzero.dim_IntList nansum sum sum.dim_IntList
@@ -48,7 +49,9 @@ def _reduce(node: fx.Node, *, sums: bool, local: Any = None) -> OpRule | None:
     out = kept if len(shapes[0]) == len(dims) and over else [dims[d] for d in range(len(dims)) if d not in over]
     if any(len(shape) != len(out) or not all(map(same, shape, map(_size, out))) for shape in shapes):
         return None  # an overload that reads `dim` in another way
-    return build(node, {"self": dims}, [out for _ in shapes], sums=[dims[d] for d in over] if sums else (), local=local)
+    return make_rule(
+        node, {"self": dims}, [out for _ in shapes], sums=[dims[d] for d in over] if sums else (), local=local
+    )
 
 
 def _size(dim: Dim) -> Size:

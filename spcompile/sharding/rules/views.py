@@ -7,10 +7,11 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from spcompile.graph.sizes import same
 from spcompile.graph.typed_call import named_arguments
-from spcompile.sharding.rules.base import LocalCall, OpRule, Size, register, tensor_results
-from spcompile.sharding.rules.calls import arguments, divides, overloads, same
-from spcompile.sharding.rules.factors import Dim, Factor, build, factors
+from spcompile.sharding.rules.calls import arguments, known_multiple, overloads
+from spcompile.sharding.rules.factors import Dim, Factor, factors, make_rule
+from spcompile.sharding.rules.rule import LocalCall, OpRule, Size, register, tensor_results
 
 RESHAPES = """
     _reshape_alias _unsafe_view flatten.using_ints ravel reshape reshape_as squeeze squeeze.dim squeeze.dims
@@ -41,9 +42,9 @@ def split_dims(shape: list[Size], new_shape: list[Size]) -> tuple[list[Dim], lis
             continue
         if same(rest[i], new_rest[j]):
             size = rest[i]
-        elif divides(new_rest[j], rest[i]):
+        elif known_multiple(new_rest[j], rest[i]):
             size = new_rest[j]
-        elif divides(rest[i], new_rest[j]):
+        elif known_multiple(rest[i], new_rest[j]):
             size = rest[i]
         else:
             end, new_end = _common_end(rest[i:], new_rest[j:])
@@ -91,7 +92,7 @@ def reshape(node: fx.Node) -> OpRule:
     else:
         left, right = split_dims(shape, new_shape)
     like = {"other": factors(args["other"].shape)} if "other" in args else {}
-    return build(node, {"self": left, **like}, [right], local=to_local_shape, unread=like)
+    return make_rule(node, {"self": left, **like}, [right], local=to_local_shape, unread=like)
 
 
 @register(*overloads(PERMUTES))
@@ -100,7 +101,7 @@ def permute(node: fx.Node) -> OpRule:
     dims = factors(arguments(node)["self"].shape)
     probe = torch.empty(list(range(2, 2 + len(dims))), device="meta")
     order = [size - 2 for size in node.target(probe, *node.args[1:], **node.kwargs).shape]  # type: ignore[operator]
-    return build(node, {"self": dims}, [[dims[i] for i in order]])
+    return make_rule(node, {"self": dims}, [[dims[i] for i in order]])
 
 
 def _expand(call: LocalCall) -> Any:
@@ -116,7 +117,7 @@ def expand(node: fx.Node) -> OpRule:
     kept = out[len(out) - len(shape) :]
     dims = [() if same(size, 1) else factor for size, factor in zip(shape, kept, strict=True)]
     like = {"other": out} if "other" in args else {}
-    return build(node, {"self": dims, **like}, [out], local=_expand, unread=like)
+    return make_rule(node, {"self": dims, **like}, [out], local=_expand, unread=like)
 
 
 def _repeat(call: LocalCall) -> Any:
@@ -135,7 +136,7 @@ def repeat(node: fx.Node) -> OpRule:
     times = [1] * (len(dims) - len(times)) + times
     new = [(Factor(n),) for n in times]
     leading = len(times) - len(dims)
-    return build(
+    return make_rule(
         node,
         {"self": dims},
         [[*new[:leading], *((*n, d) for n, d in zip(new[leading:], dims, strict=True))]],
@@ -150,11 +151,11 @@ def repeat_interleave(node: fx.Node) -> OpRule:
     dims = factors(args["self"].shape)
     copies = Factor(args["repeats"])
     if args["dim"] is None:
-        return build(node, {"self": dims}, [[(*dims, copies)]], local=_repeat_interleave)
+        return make_rule(node, {"self": dims}, [[(*dims, copies)]], local=_repeat_interleave)
     out: list[Dim] = list(dims)
     dim = args["dim"] % len(dims)
     out[dim] = (dims[dim], copies)
-    return build(node, {"self": dims}, [out], local=_repeat_interleave)
+    return make_rule(node, {"self": dims}, [out], local=_repeat_interleave)
 
 
 def _repeat_interleave(call: LocalCall) -> Any:
@@ -171,9 +172,9 @@ def complex_view(node: fx.Node) -> OpRule:
     parts = Factor(2, replicated=True)
     if result.ndim > x.ndim:
         dims = factors(x.shape)
-        return build(node, {"self": dims}, [[*dims, parts]])
+        return make_rule(node, {"self": dims}, [[*dims, parts]])
     dims = factors(result.shape)
-    return build(node, {"self": [*dims, parts]}, [dims])
+    return make_rule(node, {"self": [*dims, parts]}, [dims])
 
 
 @register(torch.ops.aten.unfold.default)
@@ -186,4 +187,4 @@ def unfold(node: fx.Node) -> OpRule:
     out = [*dims, Factor(shape[-1], replicated=True)]
     out[dim] = Factor(shape[dim], replicated=True)
     dims[dim].replicated = True
-    return build(node, {"self": dims}, [out])
+    return make_rule(node, {"self": dims}, [out])

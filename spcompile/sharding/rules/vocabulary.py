@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from spcompile.graph.typed_call import named_arguments
-from spcompile.sharding.rules.base import LocalCall
-from spcompile.sharding.rules.calls import divides
+from spcompile.sharding.rules.calls import known_multiple
+from spcompile.sharding.rules.rule import LocalCall
 
 aten = torch.ops.aten
 SUM = 2  # at::Reduction
@@ -34,7 +34,7 @@ def vocabulary_parallel(call: LocalCall) -> Tensor:
     if logits.dtype.itemsize < 4:
         x_NC = x_NC.to(torch.float32)
     present_C = None
-    if not divides(call.degree, classes):
+    if not known_multiple(call.degree, classes):
         present_C = torch.arange(x_NC.shape[1], device=logits.device) + first < classes
         x_NC = x_NC.where(present_C, torch.finfo(x_NC.dtype).min)
     rows = [*_partial_logsumexp(x_NC), _target_logit(x_NC, target_N, first)]

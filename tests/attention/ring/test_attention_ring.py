@@ -11,7 +11,7 @@ import torch
 from ring_requests import noted
 from torch import Tensor
 
-from spcompile.attention.kernels import carry
+from spcompile.attention.kernels import hop_state
 from spcompile.attention.op import spec_ring_attention, spec_ring_attention_backward
 from spcompile.attention.ring.ring import (
     Ring,
@@ -23,7 +23,7 @@ from spcompile.attention.ring.ring import (
 )
 from spcompile.attention.scores.mask import AttentionMask, Kind
 from spcompile.attention.scores.provider import Rows, Scores
-from spcompile.collectives.point_to_point import Requests, RingDeadlock, Shift, Wait, simulate
+from spcompile.collectives.point_to_point import Requests, RingDeadlock, Shift, Wait, drive_all
 from spcompile.diagnostics import IllegalOption
 from spcompile.machine import sequence
 
@@ -180,12 +180,12 @@ def test_bytes_on_the_wire(dtype: torch.dtype, text: str, order: str) -> None:
     q, k, v = (torch.zeros(2, n, 16, d, dtype=dtype) for n, d in ((4, 6), (2, 6), (2, 10)))
     sizes = (message_numbers(2, 2, 16, 6, 10), len(ring.distances(mask)), dtype.itemsize)
     sent: list[list[Shift]] = [[] for _ in range(4)]
-    results = simulate([noted(ring_forward(q, k, v, Scores(mask, 1.0), ring, r), sent[r]) for r in range(4)])
+    results = drive_all([noted(ring_forward(q, k, v, Scores(mask, 1.0), ring, r), sent[r]) for r in range(4)])
     assert [sum(shift.message.nbytes for shift in shifts) for shifts in sent] == [forward_bytes(*sizes)] * 4
     assert [len(shifts) for shifts in sent] == [len(ring.distances(mask))] * 4
     sent = [[] for _ in range(4)]
     rows = [Rows(q, out, torch.zeros_like(out), lse, None) for out, lse in results]
-    simulate([noted(ring_backward(rows[r], k, v, Scores(mask, 1.0), ring, r, False), sent[r]) for r in range(4)])
+    drive_all([noted(ring_backward(rows[r], k, v, Scores(mask, 1.0), ring, r, False), sent[r]) for r in range(4)])
     assert [sum(shift.message.nbytes for shift in shifts) for shifts in sent] == [backward_bytes(*sizes)] * 4
 
 
@@ -243,14 +243,14 @@ def test_the_next_keys_are_on_their_way_while_a_block_is_computed(monkeypatch: p
     degree, log = 8, []
     ring, mask = Ring(64, 64, degree, "contiguous"), AttentionMask()
     q, k, v = (torch.zeros(1, 2, 8, 4) for _ in range(3))
-    start = carry.start_forward
+    start = hop_state.start_forward
 
     def started(*args: Any) -> Any:
         state = start(*args)
         monkeypatch.setattr(state, "add", lambda *a, add=state.add, **more: (log.append("block"), add(*a, **more))[1])
         return state
 
-    monkeypatch.setattr(carry, "start_forward", started)
+    monkeypatch.setattr(hop_state, "start_forward", started)
     requests = ring_forward(q, k, v, Scores(mask, 1.0), ring, 0)
     alive: list[weakref.ref[Tensor]] = []
     most, answer = 0, None
@@ -300,5 +300,5 @@ def test_simulator_finds_broken_rings() -> None:
 
     for broken in (waits_for_nobody, overwrites, differs):
         with pytest.raises(RingDeadlock):
-            simulate([broken(rank) for rank in range(2)])
-    assert all(bool(early.isnan().all()) for early in simulate([reads_early(rank) for rank in range(2)]))
+            drive_all([broken(rank) for rank in range(2)])
+    assert all(bool(early.isnan().all()) for early in drive_all([reads_early(rank) for rank in range(2)]))

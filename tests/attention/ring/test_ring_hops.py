@@ -135,9 +135,9 @@ def shifts(monkeypatch: pytest.MonkeyPatch) -> list[list[Shift]]:
 
     def counting(ranks: list[Requests[Any]]) -> list[Any]:
         found.append([])
-        return point_to_point.simulate([noted(ranks[0], found[-1]), *ranks[1:]])
+        return point_to_point.drive_all([noted(ranks[0], found[-1]), *ranks[1:]])
 
-    monkeypatch.setattr(op, "simulate", counting)
+    monkeypatch.setattr(op, "drive_all", counting)
     return found
 
 

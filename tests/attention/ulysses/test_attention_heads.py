@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from spcompile.attention.ulysses.heads import HeadSplit
+from spcompile.attention.ulysses.head_shares import HeadSplit
 
 COUNTS = [(n * g, g) for n, g in itertools.product((1, 2, 3, 7), (1, 2, 3, 4, 6))]
 

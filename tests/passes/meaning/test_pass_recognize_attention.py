@@ -14,7 +14,7 @@ from recognition import qkv, rewrite, run_passes
 from score_graphs import capped, causal
 from torch import Tensor
 
-from spcompile.capture.capture import capture
+from spcompile.capture.retrace import capture
 from spcompile.passes.meaning.recognize_attention import EXAMPLES
 
 sdpa = F.scaled_dot_product_attention

@@ -22,7 +22,7 @@ from spcompile.machine.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.passes.schedule.overlap_collectives import OverlapCollectives
 from spcompile.passes_api import Context, Stage
-from spcompile.schedule.cost import CostModel, cost_model
+from spcompile.schedule.op_cost import CostModel, cost_model
 from spcompile.schedule.timeline import is_wait, starts, timeline
 from spcompile.sharding.global_view import Part, global_view
 

@@ -14,7 +14,7 @@ from score_graphs import Layers, capped, causal
 from torch import Tensor, nn
 
 from spcompile import verify
-from spcompile.recognition.masks.values import Element, Scaled, Unreadable, index
+from spcompile.recognition.masks.values import Element, Scaled, Unreadable, index_symbol
 
 B, N, S, H = 3, 4, 12, 6
 LOWEST = torch.finfo(torch.float64).min
@@ -221,4 +221,4 @@ def test_scaled_integers() -> None:
 
 
 def read(name: str) -> Element:
-    return Element(sympy.core.symbol.Str(name), index("k"))
+    return Element(sympy.core.symbol.Str(name), index_symbol("k"))

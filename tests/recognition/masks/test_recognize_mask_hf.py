@@ -12,7 +12,7 @@ import torch
 from recognition import Rewritten, difference, run_passes
 from torch import Tensor
 
-from spcompile.capture.capture import capture
+from spcompile.capture.retrace import capture
 
 
 def transformers_models() -> dict[str, tuple[str, str, dict[str, Any]]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from spcompile.attention.scores.mask import AttentionMask
-from spcompile.recognition.heads import before_repeat, heads_in_batch
+from spcompile.recognition.masks.index_maps import IndexSpace, sizes_of, step
 from spcompile.recognition.masks.match import B as b
 from spcompile.recognition.masks.match import K as k
 from spcompile.recognition.masks.match import Q as q
@@ -29,14 +29,14 @@ from spcompile.recognition.masks.values import (
     Unreadable,
     Value,
     at_least_zero,
-    compare,
+    either,
     equal_zero,
     is_bool,
     negate,
-    select,
+    relation,
     substitute,
 )
-from spcompile.recognition.masks.views import IndexSpace, sizes_of, step
+from spcompile.recognition.repeated_heads import before_repeat, heads_in_batch
 
 Graph = tuple[fx.GraphModule, fx.Node]
 
@@ -264,8 +264,8 @@ def test_random_masks(seed: int) -> None:
 class TestConditions:
     def test_equal_meanings_are_one_object(self) -> None:
         causal = at_least_zero(q - k)
-        assert compare("le", k, q) == compare("ge", q, k) == compare("lt", k - 1, q) == causal
-        assert negate(compare("gt", k, q)) == causal
+        assert relation("le", k, q) == relation("ge", q, k) == relation("lt", k - 1, q) == causal
+        assert negate(relation("gt", k, q)) == causal
         assert negate(negate(causal)) == causal
 
     def test_what_assumptions_decide(self) -> None:
@@ -274,13 +274,13 @@ class TestConditions:
         assert equal_zero(q + 1) == sympy.false
 
     def test_absolute_values_open_into_two_bounds(self) -> None:
-        inside = compare("lt", sympy.Abs(q - k), sympy.Integer(3))
+        inside = relation("lt", sympy.Abs(q - k), sympy.Integer(3))
         assert inside == sympy.And(at_least_zero(2 + q - k), at_least_zero(2 + k - q))
-        assert negate(inside) == compare("ge", sympy.Abs(q - k), sympy.Integer(3))
+        assert negate(inside) == relation("ge", sympy.Abs(q - k), sympy.Integer(3))
 
     def test_select_where_both_sides_meet(self) -> None:
-        assert select(at_least_zero(-q), sympy.Integer(-1), q - 1) == q - 1
-        assert isinstance(select(at_least_zero(-q), sympy.Integer(0), q - 1), Select)
+        assert either(at_least_zero(-q), sympy.Integer(-1), q - 1) == q - 1
+        assert isinstance(either(at_least_zero(-q), sympy.Integer(0), q - 1), Select)
 
     def test_substitution_normalises_again(self) -> None:
         assert substitute(at_least_zero(q - k), {k: q}) == sympy.true

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from spcompile.machine.sequence import positions
 from spcompile.sharding.rules import LocalCall, OpRule, rule_of
-from spcompile.sharding.rules.base import Dims
+from spcompile.sharding.rules.rule import Dims
 
 DEGREE = 2
 UNDEFINED = ("empty", "empty_like", "new_empty")  # ops whose elements mean nothing: only shapes are compared

@@ -25,7 +25,7 @@ from spcompile.attention.kernels.triton.scores import (
     ScoreArgs,
     SegmentArgs,
 )
-from spcompile.attention.kernels.triton.tiles import Places, segments, tile_kinds
+from spcompile.attention.kernels.triton.tile_tables import Places, segments, tile_kinds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +58,7 @@ class Launch(NamedTuple):
 Layout = tuple[int, tuple[tuple[int, int, int], ...]]  # local length; start, length and first position of runs
 
 
-def layout_of(runs: Sequence[Run], length: int) -> Layout | None:
+def runs_key(runs: Sequence[Run], length: int) -> Layout | None:
     """What `runs` say of `length` local elements, as a key of a cache; None if a run has gaps."""
     if any(run.gaps is not None for run in runs):
         return None
@@ -76,7 +76,7 @@ def _cached_positions(layout: Layout, device: torch.device) -> Tensor:
 
 def positions_of(runs: Sequence[Run], length: int, device: torch.device) -> Tensor:
     """int32 [length]: the position of each local element, -1 where it is padding."""
-    layout = layout_of(runs, length)
+    layout = runs_key(runs, length)
     if layout is not None:
         return _cached_positions(layout, device)
     positions = torch.full((length,), -1, dtype=torch.int32, device=device)
@@ -107,7 +107,7 @@ def _segment_args(full: Tensor, partial: Tensor, by_keys: bool) -> SegmentArgs:
     return SegmentArgs(*found, lines if batches > 1 else 0, most)
 
 
-def operand(x: Tensor) -> Operand:
+def kernel_operand(x: Tensor) -> Operand:
     """`x` [B, N, S, H] as kernels take it; its last dim is dense."""
     assert x.stride(3) == 1 or x.shape[3] == 1
     return Operand(x, x.stride(0), x.stride(1), x.stride(2))
@@ -123,9 +123,9 @@ def describable(x: Tensor) -> bool:
 
 
 def tiled(x: Tensor, rows: int, wanted: bool) -> TileOperand:
-    """`x` as an `operand` that the kernel reads in tiles of `rows` rows: by descriptor if wanted and possible."""
+    """`x` as an operand that the kernel reads in tiles of `rows` rows: by descriptor if wanted and possible."""
     if not wanted or not describable(x):
-        return operand(x)
+        return kernel_operand(x)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, width_of(x.shape[3])])
 
 
@@ -156,6 +156,21 @@ class RowTensors(NamedTuple):
         return tiled(self.grad_out, config.block_m, config.tma), self.lse, self.delta
 
 
+_WITHIN_INT32 = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32)
+
+
+def numbered(q_documents: Tensor, k_documents: Tensor) -> tuple[Tensor, Tensor]:
+    """int32 numbers that are equal, or greater, where the ids are: those that int32 does not hold are counted."""
+    if all(x.dtype in _WITHIN_INT32 for x in (q_documents, k_documents)):
+        return q_documents.to(torch.int32), k_documents.to(torch.int32)
+    ordered, order = torch.cat([q_documents.flatten(), k_documents.flatten()]).sort()
+    begins = torch.cat([ordered.new_zeros(1, dtype=torch.bool), ordered[1:] != ordered[:-1]])
+    ranks = begins.cumsum(0, dtype=torch.int32)  # no size depends on the ids: nothing waits for the GPU
+    numbers = torch.empty_like(ranks).scatter_(0, order, ranks)
+    q_numbers, k_numbers = numbers.split([q_documents.numel(), k_documents.numel()])
+    return q_numbers.view(q_documents.shape), k_numbers.view(k_documents.shape)
+
+
 @dataclass(frozen=True, eq=False)
 class Hop:
     """Rows of q against the keys of one hop. The strides of q, k, v are free, but for a dense last dim."""
@@ -181,8 +196,10 @@ class Hop:
         if scores.key_valid is not None:
             valid = _at(scores.key_valid, self.columns)
             k_positions = torch.where(valid, k_positions, -1)
-        q_documents = None if scores.q_documents is None else _at(scores.q_documents, q_positions[0]).to(torch.int32)
-        k_documents = None if scores.k_documents is None else _at(scores.k_documents, self.columns).to(torch.int32)
+        if scores.q_documents is None or scores.k_documents is None:
+            return Places(q_positions, None), Places(k_positions, None)
+        ids = _at(scores.q_documents, q_positions[0]), _at(scores.k_documents, self.columns)
+        q_documents, k_documents = numbered(*ids)
         return Places(q_positions, q_documents), Places(k_positions, k_documents)
 
     def kinds(self, config: Config) -> tuple[Tensor, Tensor]:
@@ -200,7 +217,7 @@ class Hop:
         return _segment_args(*self.kinds(config), by_keys)
 
     def _cache_key(self) -> tuple[AttentionMask, Layout, Layout] | None:
-        q, k = layout_of(self.q_runs, self.q.shape[2]), layout_of(self.k_runs, self.k.shape[2])
+        q, k = runs_key(self.q_runs, self.q.shape[2]), runs_key(self.k_runs, self.k.shape[2])
         return None if self.scores.mask.needs_data or q is None or k is None else (self.scores.mask, q, k)
 
     @functools.cached_property
@@ -263,11 +280,11 @@ class Hop:
         config = self.configs.forward
         B, N, S, _ = self.q.shape
         only_read = last and not first
-        acc = tiled(state.acc, config.block_m, config.tma) if only_read else operand(state.acc)
+        acc = tiled(state.acc, config.block_m, config.tma) if only_read else kernel_operand(state.acc)
         return Launch(
             forward_kernel,
             (-(-S // config.block_m), N, B),
-            (*self._operands(config), operand(state.out), state.lse, acc,
+            (*self._operands(config), kernel_operand(state.out), state.lse, acc,
              state.peak, state.mass, self.scores.sinks, *self._place_args(), self.segments(config, False),
              self.score_args, S, self.k.shape[2]),
             {**self._sizes, "FIRST": first, "LAST": last, **_options(config)},
@@ -280,7 +297,7 @@ class Hop:
         return Launch(
             row_kernel,
             (-(-S // config.block_m), N, B),
-            (*self._operands(config), *rows.args(config), operand(dq_state), operand(dq),
+            (*self._operands(config), *rows.args(config), kernel_operand(dq_state), kernel_operand(dq),
              *self._place_args(), self.segments(config, False), self.score_args, self.scores.scale,
              S, self.k.shape[2]),
             {**self._sizes, "FIRST": first, "LAST": last, **_options(config)},
@@ -293,7 +310,7 @@ class Hop:
         return Launch(
             key_kernel,
             (-(-T // config.block_n), G, B),
-            (*self._operands(config), *rows.args(config), operand(dk), operand(dv),
+            (*self._operands(config), *rows.args(config), kernel_operand(dk), kernel_operand(dv),
              *self._place_args(), self.segments(config, True), self.score_args, self.scores.scale,
              self.q.shape[2], T),
             {**self._sizes, **_options(config)},
@@ -322,7 +339,7 @@ def delta_launch(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, delta: 
     """`Rows.delta` into float32 [B, N, S]."""
     B, N, S, V = out.shape
     block = 64
-    args = (operand(out), operand(grad_out), grad_lse, delta, S)
+    args = (kernel_operand(out), kernel_operand(grad_out), grad_lse, delta, S)
     sizes = {"V_SIZE": V, "V_WIDTH": width_of(V), "BLOCK_M": block}
     return Launch(delta_kernel, (-(-S // block), N, B), args, sizes)
 

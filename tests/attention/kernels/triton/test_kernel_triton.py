@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spcompile.attention.kernels.triton.tiles import Places, segments, tile_kinds
+from spcompile.attention.kernels.triton.tile_tables import Places, segments, tile_kinds
 from spcompile.attention.scores.mask import AttentionMask
 
 INTERPRETED = Path(__file__).with_name("triton_interpreted.py")
@@ -94,3 +94,27 @@ def test_segments_cover_what_was_chosen(tiles: int) -> None:
                 assert not found[max(first - 1, 0) : stop + 1].any()  # maximal, so apart
                 found[first:stop] = True
             assert torch.equal(found, chosen[batch, row])
+
+
+IDS = {
+    "above 2**31": torch.tensor([[3, 3 + 2**32, 2**31, 2**31 + 2**32]]),
+    "pairs": torch.tensor([[5, 5 + 2**32, 7 + 2**32, -(2**40)]]),
+    "floats": torch.tensor([[0.25, 0.5, -0.5, 1e10]]),
+    "small": torch.tensor([[4, 2, 2, -1]], dtype=torch.int32),
+    "bools": torch.tensor([[True, False, True, True]]),
+}
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_document_ids_keep_what_is_equal_and_what_is_greater(name: str) -> None:
+    """Which tiles two documents share is told from the least and the greatest id of each."""
+    pytest.importorskip("triton")
+    from spcompile.attention.kernels.triton.launch import numbered
+
+    q, k = IDS[name], IDS[name][:, torch.tensor([3, 0, 1, 1, 2])].expand(2, -1)
+    q_numbers, k_numbers = numbered(q, k)
+    assert (q_numbers.dtype, k_numbers.dtype) == (torch.int32, torch.int32)
+    assert (q_numbers.shape, k_numbers.shape) == (q.shape, k.shape)
+    for compare in (torch.eq, torch.lt):
+        wanted = compare(q[:, :, None], k[:, None].to(q.dtype))
+        assert torch.equal(compare(q_numbers[:, :, None], k_numbers[:, None]), wanted)

@@ -16,8 +16,8 @@ from spcompile.attention.kernels.triton.configs import (
     Config,
     architecture,
 )
+from spcompile.attention.kernels.triton.hop_provider import variant_of
 from spcompile.attention.kernels.triton.launch import Launch
-from spcompile.attention.kernels.triton.provider import variant_of
 
 SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes that one program may have, CUDA programming guide
 PRODUCTS = {80: ("mma.sync",), 90: ("mma.sync", "wgmma.mma_async"), 100: ("mma.sync", "tcgen05.mma")}
@@ -110,7 +110,7 @@ def test_every_configuration(arch: str, element: int, size: int, variant: str) -
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_rounded_scores(capability: int) -> None:
     for kernel in ("forward", "rows", "keys"):

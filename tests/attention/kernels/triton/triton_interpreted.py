@@ -20,7 +20,7 @@ from triton_cases import ROUNDINGS, TILES, Case, check
 
 from spcompile.attention.kernels import naive
 from spcompile.attention.kernels.triton.configs import Config, Configs
-from spcompile.attention.kernels.triton.provider import Triton
+from spcompile.attention.kernels.triton.hop_provider import Triton
 from spcompile.attention.scores.mask import AttentionMask
 from spcompile.attention.scores.provider import Rows, Scores
 from spcompile.attention.scores.runs import Run, natural_runs

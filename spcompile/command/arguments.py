@@ -1,0 +1,124 @@
+"""Words of the command line as values, checked before anything that is slow to import.
+
+Each error names the option as it was written and what it may be.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spcompile.diagnostics import IllegalMesh, IllegalModel, IllegalOption
+from spcompile.machine.mesh import MeshShape
+
+MOST_TOKENS = 1 << 30
+_COUNT = re.compile(r"[0-9]{1,18}")
+_OWN_FLAGS = {"mesh": "--mesh", "dump": "--dump"}
+
+
+def parse_mesh(parts: Sequence[str]) -> dict[str, int]:
+    """`["tp=2,cp=4"]` or `["tp=2", "cp=4"]` as axis sizes.
+
+    Raises:
+        IllegalMesh: a part that is no `axis=size`, or more ranks than there can be.
+    """
+    sizes: dict[str, int] = {}
+    for part in ",".join(parts).split(","):
+        axis, _, size = part.partition("=")
+        if not _COUNT.fullmatch(size) or axis in sizes:
+            raise IllegalMesh(f"--mesh {part!r}", legal="axis=size, each axis once, as cp=8 or tp=2,cp=4")
+        sizes[axis] = int(size)
+    MeshShape.of(sizes)
+    return sizes
+
+
+def parse_attention(text: str | None) -> str | dict[str, int] | None:
+    """`"ulysses=4,ring=2"` as factors of a hybrid; names as they are.
+
+    Raises:
+        IllegalOption: a part that is no `name=size`.
+    """
+    if text is None or "=" not in text:
+        return text
+    factors: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if not _COUNT.fullmatch(size) or name in factors:
+            raise IllegalOption(f"--attention {text!r}", legal="auto, ring, ulysses, hybrid, or as ulysses=4,ring=2")
+        factors[name] = int(size)
+    return factors
+
+
+def parse_settings(lines: Sequence[str]) -> dict[str, Any]:
+    """`["layers=2", "hidden_act=relu"]` as a dict: Python literals where they are ones, else text.
+
+    Raises:
+        IllegalModel: a line without `=`, or a key that was given before.
+    """
+    settings: dict[str, Any] = {}
+    for line in lines:
+        key, equals, value = line.partition("=")
+        if not equals or not key or key in settings:
+            raise IllegalModel(f"setting {line!r}", legal="key=value, each key once")
+        try:
+            settings[key] = ast.literal_eval(value)
+        except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+            settings[key] = value
+    return settings
+
+
+def parse_options(lines: Sequence[str]) -> dict[str, Any]:
+    """`["strict=True"]` as options of the backend.
+
+    Raises:
+        IllegalModel: a line without `=`.
+        IllegalOption: what the command line has a flag of its own for.
+    """
+    options = parse_settings(lines)
+    for name in options:
+        if name in _OWN_FLAGS:
+            raise IllegalOption(f"--option {name}", legal=_OWN_FLAGS[name])
+    return options
+
+
+def require_between(name: str, value: int | None, least: int, most: int) -> None:
+    """Raises IllegalOption where a number was given that is outside of these."""
+    if value is not None and not least <= value <= most:
+        raise IllegalOption(f"{name} {value}", legal=f"{least} to {most}")
+
+
+def require_rate(name: str, value: float) -> None:
+    """Raises IllegalOption for what is no positive finite number."""
+    if not (math.isfinite(value) and value > 0):
+        raise IllegalOption(f"{name} {value}", legal="a positive finite number")
+
+
+def require_file(name: str, path: Path | None) -> None:
+    """Raises IllegalOption for what is no plain file that can be read."""
+    if path is None:
+        return
+    try:
+        found = "a folder" if path.is_dir() else "no plain file" if path.exists() else "no such file"
+        if path.is_file():
+            found = "" if os.access(path, os.R_OK) else "no permission to read it"
+    except OSError as error:  # the name is too long
+        found = error.strerror or str(error)
+    if found:
+        raise IllegalOption(f"{name} {str(path)!r}: {found}", legal="a file that can be read")
+
+
+def require_place_for_file(name: str, path: Path | None) -> None:
+    """Raises IllegalOption where no file can be written."""
+    if path is None:
+        return
+    folder = path.parent
+    found = "a folder" if path.is_dir() else "" if folder.is_dir() else f"no such folder: {str(folder)!r}"
+    if not found and not os.access(path if path.exists() else folder, os.W_OK):
+        found = "no permission to write it"
+    if found:
+        raise IllegalOption(f"{name} {str(path)!r}: {found}", legal="a file in a folder that can be written to")

@@ -1,0 +1,94 @@
+"""Ranks in processes of their own, for tests in which some of them die or sleep: they cannot share a pool's.
+
+    answers = run_ranks(function, world_size)    # rank -> what function() returned; None if it died
+
+Processes are forked from a server that has imported torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from worker_pool import load_function
+
+PRELOADED = ["torch._dynamo", "torch.distributed", "spcompile.backend", "spcompile.models"]
+GRACE_SECONDS = 20.0  # how long the others may still take after one has answered
+START_SECONDS = 90.0  # also the timeout of the process group, until `shorten_timeout`
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, until: float = 60.0) -> list[Any]:
+    """Call `function(*arguments)` on new ranks; answers after `until` seconds are none."""
+    os.environ.update(TORCH_DISTRIBUTED_DEBUG="DETAIL", OMP_NUM_THREADS="1")
+    source = (function.__module__, inspect.getfile(function), function.__qualname__)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with tempfile.TemporaryDirectory(prefix="spcompile-ranks-") as folder:
+        pipes: list[Connection] = []
+        processes = []
+        for rank in range(world_size):
+            here, there = context.Pipe()
+            given = (rank, world_size, f"{folder}/store", there, source, arguments)
+            processes.append(context.Process(target=_live, args=given, daemon=True))
+            processes[-1].start()
+            there.close()
+            pipes.append(here)
+        answers = _collect(pipes, START_SECONDS + until)
+        for process in processes:
+            process.kill()
+            process.join()
+    return answers
+
+
+def shorten_timeout(seconds: float) -> None:
+    """The process group's timeout from now on: what was slow to start, has."""
+    import torch
+    import torch.distributed as dist
+
+    dist.barrier()
+    assert dist.group.WORLD is not None
+    checked: Any = dist.group.WORLD._get_backend(torch.device("cpu"))
+    checked.wrapped_pg._set_default_timeout(timedelta(seconds=seconds))
+
+
+def _collect(pipes: list[Connection], seconds: float) -> list[Any]:
+    answers: list[Any] = [None] * len(pipes)
+    waiting = dict(enumerate(pipes))
+    deadline = time.monotonic() + seconds
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        ready = wait(list(waiting.values()), timeout=left)
+        for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
+            try:
+                answers[rank] = waiting.pop(rank).recv()
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+            except EOFError:
+                answers[rank] = None
+    return answers
+
+
+def _live(rank: int, world_size: int, store: str, pipe: Connection, source: Any, arguments: tuple[Any, ...]) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    start = timedelta(seconds=START_SECONDS)
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size, timeout=start)
+    torch.manual_seed(0)
+    try:
+        value = load_function(*source)(*arguments)
+    except BaseException:
+        value = traceback.format_exc()
+    pipe.send(value)
+    pipe.close()

@@ -108,6 +108,7 @@ def test_both_runs_see_the_same_batches_and_dp_ranks_their_rows() -> None:
     assert (whole["ids_BS"][masked_BS] == 0).all()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.slow
 def test_two_processes_train_and_agree(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
@@ -123,7 +124,7 @@ def test_two_processes_train_and_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(("attention", "collective"), [("ring", "send"), ("ulysses", "all_to_all")])
 def test_the_backend_trains_as_one_device_does_and_saves_less(attention: str, collective: str) -> None:
     report = train.launch(job(backend="spcompile", options={"attention": attention, "compiler": "eager"}))

@@ -110,7 +110,7 @@ def test_every_configuration(arch: str, element: int, size: int, variant: str) -
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_rounded_scores(capability: int) -> None:
     for kernel in ("forward", "rows", "keys"):

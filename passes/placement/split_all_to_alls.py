@@ -33,7 +33,7 @@ from spcompile.attention.scores.attention_call import AttentionCall
 from spcompile.attention.ulysses.head_groups import HeadGroups
 from spcompile.attention.ulysses.head_parallel import keys_travel_apart
 from spcompile.attention.ulysses.head_shares import HeadSplit
-from spcompile.attention.ulysses.messages import WAYS, Exchanges, Times, candidates, together
+from spcompile.attention.ulysses.messages import WAYS, Messages, Times, candidates, together
 from spcompile.diagnostics import IllegalOption
 from spcompile.graph.typed_call import value_of
 from spcompile.machine.links import link_of
@@ -98,7 +98,7 @@ class SplitAllToAlls(Pass):
             gm.graph.eliminate_dead_code()
         return count
 
-    def _choose(self, node: fx.Node, heads: HeadSplit, times: Times, keys_apart: bool) -> Exchanges:
+    def _choose(self, node: fx.Node, heads: HeadSplit, times: Times, keys_apart: bool) -> Messages:
         """The one that takes least; of equal ones that with fewest messages."""
         if self.groups is not None:
             counts = [max(n for n in range(1, self.groups + 1) if HeadGroups.divides(heads, n))]

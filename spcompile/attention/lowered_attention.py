@@ -12,7 +12,7 @@ from spcompile.attention.ring.ring_call import RingCall
 from spcompile.attention.scores.attention_call import AttentionCall
 from spcompile.attention.strategy import Strategy
 from spcompile.attention.ulysses.head_parallel import head_parallel_attention
-from spcompile.attention.ulysses.messages import Exchanges
+from spcompile.attention.ulysses.messages import Messages
 from spcompile.collectives.typed_calls import AllGatherCall, PositionsCall
 from spcompile.graph.splice import splice
 
@@ -40,7 +40,7 @@ def before_gathers(node: fx.Node) -> RingCall:
 
 
 def to_head_parallel(
-    node: fx.Node, inner: int, exchanges: Exchanges | None = None, traced: dict[Any, fx.Graph] | None = None
+    node: fx.Node, inner: int, exchanges: Messages | None = None, traced: dict[Any, fx.Graph] | None = None
 ) -> None:
     """Put head-parallel attention over `inner` neighbours in place of a gathered attention.
 
@@ -56,5 +56,5 @@ def to_head_parallel(
     node.graph.erase_node(node)
 
 
-def _head_parallel(inner: int, has_rows: bool, exchanges: Exchanges | None, *values: Any) -> Any:
+def _head_parallel(inner: int, has_rows: bool, exchanges: Messages | None, *values: Any) -> Any:
     return head_parallel_attention(RingCall.bind(*values), inner, has_rows, exchanges)

@@ -28,7 +28,7 @@ from spcompile.attention.ring.ring_call import RingCall
 from spcompile.attention.scores.attention_call import AttentionCall
 from spcompile.attention.ulysses.head_groups import HeadGroups
 from spcompile.attention.ulysses.head_shares import HeadSplit
-from spcompile.attention.ulysses.messages import Exchanges, Message, together
+from spcompile.attention.ulysses.messages import Message, Messages, together
 from spcompile.machine import sequence
 from spcompile.machine.mesh import inner_part, outer_part
 
@@ -36,7 +36,7 @@ spx = torch.ops.spx
 
 
 def head_parallel_attention(
-    call: RingCall, inner: int, bias_has_rows: bool, exchanges: Exchanges | None = None
+    call: RingCall, inner: int, bias_has_rows: bool, exchanges: Messages | None = None
 ) -> tuple[Tensor, Tensor]:
     """The attention of a ring with heads split over `inner` neighbours and rows over the others.
 

@@ -37,7 +37,7 @@ Message = tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
-class Exchanges:
+class Messages:
     """messages: to the ranks of the heads, in order. groups: of heads; each result travels back in its own message."""
 
     messages: tuple[Message, ...]
@@ -47,25 +47,25 @@ class Exchanges:
         return " | ".join("+".join(map(str, message)) for message in self.messages)
 
 
-def together(heads: HeadSplit, groups: int = 1, *, keys_apart: bool = False) -> Exchanges:
+def together(heads: HeadSplit, groups: int = 1, *, keys_apart: bool = False) -> Messages:
     """As few messages as there are groups. keys_apart: none of them carries both queries and keys."""
     messages = [m for group in range(groups) for m in _of_group(heads, groups, group, keys_apart)]
-    return Exchanges(tuple(messages), groups)
+    return Messages(tuple(messages), groups)
 
 
-def apart(groups: int = 1) -> Exchanges:
+def apart(groups: int = 1) -> Messages:
     """q, k and v each in one message, in the order in which models project them; results by groups."""
-    return Exchanges(((Piece("q"),), (Piece("k"),), (Piece("v"),)), groups)
+    return Messages(((Piece("q"),), (Piece("k"),), (Piece("v"),)), groups)
 
 
-def first_apart(heads: HeadSplit, groups: int, *, keys_apart: bool = False) -> Exchanges:
+def first_apart(heads: HeadSplit, groups: int, *, keys_apart: bool = False) -> Messages:
     """The first group, which nothing but projections can hide, in a message each for q, k and v; then as `together`."""
     if groups == 1:
         return apart()
     own = 0 if HeadGroups(heads, groups).cuts_keys else None
     first: tuple[Message, ...] = ((Piece("q", 0),), (Piece("k", own),), (Piece("v", own),))
     rest = [m for group in range(1, groups) for m in _of_group(heads, groups, group, keys_apart)]
-    return Exchanges((*first, *rest), groups)
+    return Messages((*first, *rest), groups)
 
 
 def _of_group(heads: HeadSplit, groups: int, group: int, keys_apart: bool) -> list[Message]:
@@ -82,7 +82,7 @@ WAYS = ("together", "apart", "first apart")
 
 def candidates(
     heads: HeadSplit, groups: Sequence[int], ways: Sequence[str] = WAYS, *, keys_apart: bool
-) -> Iterator[Exchanges]:
+) -> Iterator[Messages]:
     """The exchanges in some of WAYS, for the numbers of groups that the heads allow."""
     for count in groups:
         if HeadGroups.divides(heads, count):
@@ -108,7 +108,7 @@ class Times:
     kernel: float
     link: Link
 
-    def until_back(self, exchanges: Exchanges) -> float:
+    def until_back(self, exchanges: Messages) -> float:
         """From when q is projected until all results are back, with what more kernels take in a step."""
         free, arrivals = 0.0, []
         for message in exchanges.messages:

@@ -31,7 +31,7 @@ from spcompile.attention.ulysses.head_groups import HeadGroups
 from spcompile.attention.ulysses.head_shares import HeadSplit
 from spcompile.attention.ulysses.messages import (
     WAYS,
-    Exchanges,
+    Messages,
     Piece,
     Times,
     apart,
@@ -189,7 +189,7 @@ def test_times_added_by_hand() -> None:
     assert times.until_back(apart()) == pytest.approx(3 + 10 + 1, abs=5 * latency)
     assert times.until_back(together(heads, 2)) == pytest.approx(2 + 1.5 + 10 + 0.5, abs=5 * latency)
     assert times.until_back(first_apart(heads, 2)) == pytest.approx(2 + 0.5 + 10 + 0.5, abs=5 * latency)
-    late = Exchanges(((Piece("k"),), (Piece("v"),), (Piece("q"),)))
+    late = Messages(((Piece("k"),), (Piece("v"),), (Piece("q"),)))
     assert times.until_back(late) == pytest.approx(2 + 2 + 10 + 1, abs=5 * latency)
     best = min(candidates(heads, (1, 2, 4), keys_apart=False), key=times.until_back)
     assert best == first_apart(heads, 4)

@@ -126,8 +126,12 @@ class Trial:
         with torch.no_grad():
             inputs = [[*constants, *self.inputs(rank, mesh)] for rank in ranks]
             found = Simulator(mesh, in_flight).run(forward, inputs)
-            if len(found[0]) != len(computed) + len(saved):
+            updated = (
+                len(found[0]) - len(computed) - len(saved)
+            )  # inputs that the model writes to: new values come first
+            if not 0 <= updated <= _written(program.captured.graph):
                 return "final graphs not run: they return more than outputs and saved values"
+            found = [values[updated:] for values in found]
             outputs = {i: [found[rank][at] for rank in ranks] for at, i in enumerate(computed)}
             dims = self._dims(mesh)
             whole = {i: self._whole(i, values, dims[i], mesh) for i, values in outputs.items()}
@@ -236,8 +240,11 @@ def run_eager(model: nn.Module, example_inputs: Inputs, options: Options) -> Eag
 
 
 def named_leaves(result: Any) -> dict[str, Any]:
-    """The leaves of a model's result by path."""
-    paths, _ = pytree.tree_flatten_with_path(result)
+    """The leaves of a model's result by path; by number where a container was registered without names of its parts."""
+    try:
+        paths, _ = pytree.tree_flatten_with_path(result)
+    except ValueError:
+        return {f"output {i}": leaf for i, leaf in enumerate(pytree.tree_leaves(result))}
     return {pytree.keystr(path).strip("[]'.") or "output": leaf for path, leaf in paths}
 
 
@@ -306,6 +313,11 @@ def trial_of(
             trial.gradients[i] = (names.get(number, f"input {i}"), eager.gradients[number])
             trial.sources[i] = number
     return trial
+
+
+def _written(graph: fx.Graph) -> int:
+    """How many inputs a graph writes to."""
+    return len({node.args[0] for node in graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)})
 
 
 def _communicates(graph: fx.Graph) -> bool:

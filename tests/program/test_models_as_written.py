@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from spcompile import verify
 
@@ -134,3 +135,43 @@ def test_every_gradient(case: str, mesh: dict[str, int]) -> None:
     build, inputs = CASES[case]
     report = verify(build().double(), inputs, mesh)
     assert report.ok, report
+
+
+class Result(dict[str, Tensor]):
+    """A container that its library registered without names of its parts, as that of diffusers."""
+
+
+def parts(found: Result) -> tuple[list[Tensor], list[str]]:
+    return list(found.values()), list(found)
+
+
+pytree.register_pytree_node(Result, parts, lambda values, names: Result(zip(names, values, strict=True)))
+
+
+class ReturnsResult(Attention):
+    def forward(self, x_BSD: Tensor) -> Result:  # type: ignore[override]
+        return Result(sample=super().forward(x_BSD))
+
+
+def test_outputs_in_a_container_without_names() -> None:
+    report = verify(ReturnsResult().double(), [tokens(9)], {"cp": 2})
+    assert report.ok, report
+    assert "output 0" in {row.name for row in report.rows}
+
+
+class Averages(Attention):
+    """A buffer holds a running mean, which the forward updates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.randn(WIDTH))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:  # type: ignore[override]
+        self.mean.mul_(0.9).add_(x_BSD.detach().mean((0, 1)), alpha=0.1)
+        return (super().forward(x_BSD) * self.mean).square().mean()
+
+
+def test_final_graphs_are_compared_where_a_buffer_is_updated() -> None:
+    report = verify(Averages().double(), [tokens(9)], {"cp": 2})
+    assert report.ok, report
+    assert {row.graph for row in report.rows} == {"local", "final"}

@@ -27,6 +27,7 @@ from spcompile.program.outputs import NotComputedTensor
 from spcompile.program.pipeline import Snapshot
 from spcompile.program.trace import Inputs, Traced, compile_for, through_dynamo
 from spcompile.program.whole_batch import over_whole_batch
+from spcompile.report.put_back import put_back
 from spcompile.report.verify_report import TensorError, difference, is_exact, largest
 from spcompile.schedule.memory import saved_values
 from spcompile.sharding.batch_entries import inputs_with_batch
@@ -223,7 +224,8 @@ def run_eager(model: nn.Module, example_inputs: Inputs, options: Options) -> Eag
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
     tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     before = [(x, x.detach().clone()) for x in (*model.buffers(), *tensors)]
-    outputs = named_leaves(model(*args, **kwargs))
+    with put_back(model):
+        outputs = named_leaves(model(*args, **kwargs))
     weights = _weights(outputs, options)
     leaves = [*model.parameters(), *tensors]
     wanted = [x for x in leaves if x.requires_grad and x.is_leaf]
@@ -297,7 +299,8 @@ def trial_of(
         return run
 
     known = over_whole_batch(backend, mesh.size("dp"))
-    result = named_leaves(through_dynamo(model, per_rank[0], known))
+    with put_back(model):
+        result = named_leaves(through_dynamo(model, per_rank[0], known))
     trial = trials[0]
     place = {id(x): i for i, x in enumerate(returned)}
     for name, leaf in result.items():

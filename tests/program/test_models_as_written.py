@@ -175,3 +175,31 @@ def test_final_graphs_are_compared_where_a_buffer_is_updated() -> None:
     report = verify(Averages().double(), [tokens(9)], {"cp": 2})
     assert report.ok, report
     assert {row.graph for row in report.rows} == {"local", "final"}
+
+
+class Caches(Attention):
+    """A table in a buffer, and beside it how much of it is filled; a list of what was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(32, WIDTH), persistent=False)
+        self.filled, self.asked = 0, [0]
+
+    def positions(self, length: int) -> Tensor:
+        if length > self.filled:
+            at = torch.arange(length, dtype=self.table.dtype)
+            self.table[:length] = torch.outer(at, torch.arange(1.0, WIDTH + 1, dtype=at.dtype) / WIDTH).sin()
+            self.filled = length
+            self.asked[0] = length
+        return self.table[:length]
+
+    def forward(self, x_BSD: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x_BSD + self.positions(x_BSD.shape[1])).square().mean()
+
+
+def test_what_a_model_caches_is_put_back() -> None:
+    model = Caches().double()
+    for _ in range(2):
+        report = verify(model, [tokens(9)], {"cp": 2})
+        assert report.ok, report
+        assert (model.filled, model.asked, int(model.table.count_nonzero())) == (0, [0], 0)

@@ -67,6 +67,7 @@ NOT_BUILT = {
     "llama4": "not a text decoder",
     "longcat_flash": "has no layers at these settings",
     "phi4_multimodal": "too many parameters at these settings",
+    "phimoe": "the gradient of its router's own autograd function is no factor: refused, SP302",
 }
 FAST = ("llama", "phi3", "gpt_neox", "mixtral", "deepseek_v3", "olmo2", "aria_text")
 

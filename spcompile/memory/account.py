@@ -99,7 +99,7 @@ def memory_of(
 def _held(parameter: torch.Tensor) -> torch.Tensor:
     """What this rank has of a parameter."""
     local: Any = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return local  # type: ignore[no-any-return]
+    return local
 
 
 def saved_bytes(graphs: Mapping[str, fx.GraphModule]) -> sympy.Expr:

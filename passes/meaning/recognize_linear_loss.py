@@ -18,8 +18,8 @@ import torch.fx as fx
 from torch import Tensor
 
 import spcompile.losses.linear_cross_entropy  # noqa: F401  (defines the op)
-from spcompile.graph.edit import argument, call, erase_dead, operand, shape_of
-from spcompile.graph.sizes import hint
+from spcompile.graph.edit import argument, call, erase_dead, is_tensor, operand, shape_of
+from spcompile.graph.sizes import hint, same
 from spcompile.graph.splice import splice
 from spcompile.graph.typed_call import named_arguments
 from spcompile.losses.linear_loss_call import LinearCrossEntropyCall
@@ -28,7 +28,7 @@ from spcompile.recognition.linear_heads import LinearHead, Moved, linear_head, r
 
 aten = torch.ops.aten
 NONE, MEAN, SUM = 0, 1, 2  # at::Reduction
-_ENTROPY, _LOGSUMEXP = aten.cross_entropy_loss.default, aten.logsumexp.default
+_ENTROPY, _LOGSUMEXP, _SIZE = aten.cross_entropy_loss.default, aten.logsumexp.default, aten.sym_size.int
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,11 @@ class RecognizeLinearLoss(Pass):
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         """Rewrite every head whose logits only losses read; returns how many losses and normalizers that are."""
         heads = [head for node in gm.graph.nodes if (head := self._wide_head(node)) is not None]
+        products = {head.logits for head in heads}
         rewrites = 0
-        for head in heads:
+        for head in (head for head in heads if products.isdisjoint(head.logits.users)):  # else it lacks its bias
             reads = list(readers(head))
-            if not any(user.target is _ENTROPY for _, user in reads):
+            if not any(_leads_to_loss(user, head.classes) for _, user in reads):
                 continue
             others = [(user, why) for moved, user in reads if (why := _obstacle(moved, user)) is not None]
             if others:
@@ -88,6 +89,19 @@ def _is_of_the_model(weight: fx.Node) -> bool:
     return True
 
 
+def _leads_to_loss(user: fx.Node, classes: int) -> bool:
+    """Whether a cross entropy is behind a reader of logits, through values that have the classes as a dim."""
+    pending, seen = [user], set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        if node.target is _ENTROPY:
+            return True
+        if node not in seen and is_tensor(node) and any(same(size, classes) for size in shape_of(node)):
+            pending += node.users
+        seen.add(node)
+    return False
+
+
 def _obstacle(logits: Moved, user: fx.Node) -> str | None:
     """Why what `user` reads must be built; None where the op has it."""
     if user.op == "output":
@@ -96,6 +110,8 @@ def _obstacle(logits: Moved, user: fx.Node) -> str | None:
         dims: Any = argument(user, 1, "dim")
         rank = len(shape_of(logits.value))
         return None if [dim % rank for dim in dims] == [logits.dim] else "a logsumexp runs over rows as well"
+    if user.target is _SIZE and int(user.args[1]) != logits.dim:  # type: ignore[arg-type]
+        return None
     if user.target is not _ENTROPY or operand(user, 0) is not logits.value:
         return f"{user.name} reads them"
     labels = operand(user, 1).meta["val"]
@@ -136,6 +152,8 @@ def _rewrite(head: LinearHead, reads: Sequence[tuple[Moved, fx.Node]]) -> int:
     """One op for each loss; a normalizer of the same rows reads the op of the first of them."""
     groups: dict[Any, list[tuple[Moved, fx.Node]]] = {}
     for logits, user in reads:
+        if user.target is _SIZE:
+            user.replace_input_with(logits.value, logits.of(head.x, head.width, like=user))
         rows = logits.rows
         groups.setdefault((rows.moves, rows.dim, rows.steps), []).append((logits, user))
     for members in groups.values():

@@ -123,8 +123,14 @@ def _present_classes(call: LinearLoss, z_RC: Tensor) -> Tensor | None:
 
 def _class_weights(call: LinearLoss, z_RC: Tensor) -> Tensor:
     """What each column counts in `total` [C]; padding counts nothing."""
-    weights_C = z_RC.new_ones(z_RC.shape[1]) if call.class_weight is None else call.class_weight.to(z_RC.dtype)
     present_C = _present_classes(call, z_RC)
+    if call.class_weight is None:
+        weights_C = z_RC.new_ones(z_RC.shape[1])
+    elif call.first is None:
+        weights_C = call.class_weight.to(z_RC.dtype)
+    else:
+        columns_C = torch.arange(z_RC.shape[1], device=z_RC.device) + call.first
+        weights_C = call.class_weight.to(z_RC.dtype)[columns_C.clamp(max=call.classes - 1)]
     return weights_C if present_C is None else weights_C.where(present_C, 0)
 
 

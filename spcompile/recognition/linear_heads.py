@@ -19,6 +19,7 @@ from spcompile.losses.logit_steps import LogitStep, LogitSteps
 
 aten = torch.ops.aten
 _TRANSPOSES = (aten.t.default, aten.transpose.int, aten.permute.default)
+_FLATTENS = (aten.reshape.default, aten.flatten.using_ints)
 _COPIES = (aten.clone.default, aten.contiguous.default)
 _CASTS = (aten.to.dtype, aten._to_copy.default)
 _SCALES = {
@@ -71,7 +72,7 @@ class Moved:
         while moves:
             before = operand(moves[-1], 0)
             rank = len(shape_of(before))
-            if moves[-1].target is aten.reshape.default:
+            if moves[-1].target in _FLATTENS:
                 dim = rank - 1
             else:
                 order = _order(moves[-1], rank)
@@ -157,6 +158,10 @@ def _order(move: fx.Node, rank: int) -> list[int] | None:
         first, second = (int(move.args[place]) % rank for place in (1, 2))  # type: ignore[arg-type]
         order[first], order[second] = second, first
         return order
+    if move.target is aten.movedim.int:
+        source, goal = (int(move.args[place]) % rank for place in (1, 2))  # type: ignore[arg-type]
+        order.insert(goal, order.pop(source))
+        return order
     if move.target is aten.permute.default:
         given: Any = move.args[1]
         return [place % rank for place in given]
@@ -187,7 +192,7 @@ def _dim_behind(logits: Moved, user: fx.Node) -> int | None:
     """Where the classes are behind a view that leaves them alone."""
     before, after = shape_of(logits.value), shape_of(user)
     dim, rank = logits.dim, len(before)
-    if user.target is aten.reshape.default:
+    if user.target in _FLATTENS:
         is_last = dim == rank - 1 and len(after) > 0 and same(before[-1], after[-1])
         return len(after) - 1 if is_last else None
     if (order := _order(user, rank)) is not None:

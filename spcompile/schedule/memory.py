@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from spcompile.diagnostics import SourceLine, source_of
-from spcompile.graph.sizes import expression, numel_hint
+from spcompile.graph.sizes import expression, hint, numel_hint
+from spcompile.losses.scratch import scratch_bytes
 
 _c10d = torch.ops._c10d_functional
 
@@ -154,9 +155,11 @@ def _peak(graph: fx.Graph) -> tuple[int, sympy.Expr]:
         size = _size_hint(node)
         change[order[node]] += size
         change[dies[node] + 1] -= size
-    alive = list(itertools.accumulate(change))
+    inside = [int(scratch_bytes(node, hint)) for node in order]
+    alive = [held + more for held, more in zip(itertools.accumulate(change[:-1]), inside, strict=True)]
     at = alive.index(max(alive))
-    return alive[at], sum((_result_bytes(n) for n in values if order[n] <= at <= dies[n]), sympy.Integer(0))
+    busy = next(node for node, place in order.items() if place == at)
+    return alive[at], sum((_result_bytes(n) for n in values if order[n] <= at <= dies[n]), scratch_bytes(busy))
 
 
 def _is_parameter(node: fx.Node) -> bool:

@@ -20,15 +20,18 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 @register(torch.ops.spx.linear_cross_entropy.default)
 def linear_loss(node: fx.Node) -> OpRule:
-    """`a b [d], c [d], c, a b, c -> a b, a b, a b | c: complete`; classes that are split already are not again."""
+    """`a b [d], c [d], c, a b, [e] -> a b, a b, a b | c: complete`; classes that are split are not split again.
+
+    Weights of classes are read whole: sums over them stand beside the op.
+    """
     args = arguments(node)
     *sizes, width = args["x"].shape
     rows, d, classes = factors(sizes), Factor(width, replicated=True), Factor(args["weight"].shape[0])
     classes.replicated = args["first"] is not None
-    operands = {"x": [*rows, d], "weight": [classes, d], "bias": [classes], "labels": rows, "class_weight": [classes]}
-    rule = make_rule(
-        node, {**operands, "first": []}, [rows] * 3, completes=[classes], contracts=[d], local=lambda call: run(call)
-    )
+    operands = {"x": [*rows, d], "weight": [classes, d], "bias": [classes], "labels": rows, "first": []}
+    if args["class_weight"] is not None:
+        operands["class_weight"] = [Factor(args["class_weight"].shape[0], replicated=True)]
+    rule = make_rule(node, operands, [rows] * 3, completes=[classes], contracts=[d], local=lambda call: run(call))
 
     def run(call: LocalCall) -> Three:
         own = LinearCrossEntropyCall.bind(*call.args, **call.kwargs)

@@ -21,7 +21,8 @@ class LinearLoss(TypedCall):
     ignore_index: the label that counts as no class; any other that is none is an error where the op runs.
     classes: of all ranks. first: the class that this rank's first one is, int32 []; None: 0. Classes of this rank at or
     past `classes` are padding.
-    class_weight [classes]: what each logit counts in `total`, of all ranks' classes. with_total: whether `total` is wanted.
+    class_weight [classes]: what each logit counts in `total`, on every rank for all classes.
+    with_total: whether `total` is wanted.
     """
 
     x: Operand

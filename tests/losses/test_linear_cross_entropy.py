@@ -8,12 +8,11 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
+from made_tensors import MadeTensors
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from spcompile.losses.linear_cross_entropy import linear_cross_entropy, wide
-from spcompile.losses.linear_loss_call import LinearCrossEntropyBackwardCall, LinearCrossEntropyCall
+from spcompile.losses.linear_loss_call import LinearCrossEntropyCall
 from spcompile.losses.logit_steps import LogitSteps
 from spcompile.losses.row_chunks import chunks_of_rows, rows_of_chunk, symbolic_rows_of_chunk
 
@@ -187,27 +186,11 @@ def test_steps_are_read_back() -> None:
     assert LogitSteps.parse("") == LogitSteps()
 
 
-class Elements(TorchDispatchMode):
-    """The number of elements of every tensor that any op makes, also inside of the loss ops."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (linear_cross_entropy, LinearCrossEntropyBackwardCall.target()):
-            with self:
-                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
-        self.most = max(self.most, *[x.numel() for x in tree_leaves(result) if isinstance(x, Tensor)], 0)
-        return result
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("steps", ["", f"to float32, {SOFTCAP}"])
 def test_no_tensor_has_as_many_elements_as_the_logits(dtype: torch.dtype, steps: str) -> None:
     call = LinearCrossEntropyCall(**operands(dtype, (2, 30)), steps=steps, with_total=True)
-    with Elements() as elements:
+    with MadeTensors() as elements:
         results = call.run()
         gradients(call, results)
     assert C * D <= elements.most < 60 * C
@@ -215,6 +198,6 @@ def test_no_tensor_has_as_many_elements_as_the_logits(dtype: torch.dtype, steps:
 
 def test_the_logits_are_found_where_they_stand() -> None:
     call = LinearCrossEntropyCall(**operands(torch.float32, (2, 30)))
-    with Elements() as elements:
+    with MadeTensors() as elements:
         built(call)
     assert elements.most >= 60 * C

@@ -18,7 +18,7 @@ PASS, OP = "recognize-linear-loss", "spx.linear_cross_entropy"
 
 
 def inputs() -> list[Any]:
-    """x [B, S, D], weight of the head [C, D], its bias [C], labels [B, S], some ignored."""
+    """Rows [B, S, D], weight of the head [C, D], its bias [C], labels [B, S], some ignored."""
     torch.manual_seed(0)
     x, head, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((B, S, D), (C, D), (C,)))
     labels = torch.randint(0, C, (B, S))

@@ -223,8 +223,7 @@ def _write_normalizer(head: LinearHead, rows: Moved, like: fx.Node) -> fx.Node:
 def _as_written(lse: fx.Node, node: fx.Node) -> fx.Node:
     """`lse` in the shape and dtype of a logsumexp."""
     found, written = lse.meta["val"], node.meta["val"]
-    if found.ndim != written.ndim:
-        lse = splice(lambda lse, written: lse.reshape(written.shape), (lse, node), like=node)
+    lse = splice(lambda lse, written: _in_shape(lse, written.shape), (lse, node), like=node)
     return lse if found.dtype == written.dtype else call(node.graph, aten.to.dtype, (lse, written.dtype), like=node)
 
 
@@ -242,7 +241,7 @@ def entropy_of_rows(
 ) -> tuple[Tensor, Tensor]:
     """(cross entropy, lse of the rows). x has its width in `dim`; labels have the other dims, or are flat."""
     x, classes = _width_last(x, dim), weight.shape[0]
-    rows = labels if labels.ndim == x.ndim - 1 else labels.reshape(x.shape[:-1])
+    rows = _in_shape(labels, x.shape[:-1])
     sums = LinearCrossEntropyCall(
         x=x,
         weight=weight,
@@ -256,7 +255,8 @@ def entropy_of_rows(
     )
     lse, picked, total = sums.run()
     valid = aten.ne.Scalar(rows, ignore_index)
-    loss, of_all = lse - picked, classes
+    loss: Tensor = lse - picked
+    of_all: Any = classes
     if class_weight is not None:
         wide = class_weight.to(lse.dtype)
         loss = loss * wide.index_select(0, aten.where.ScalarOther(valid, rows, 0).reshape(-1)).reshape(rows.shape)
@@ -266,7 +266,12 @@ def entropy_of_rows(
     loss = aten.where.ScalarOther(valid, loss, 0.0)
     if reduction == SUM:
         return loss.sum(), lse
-    return loss if labels.ndim == rows.ndim else loss.reshape(labels.shape), lse
+    return _in_shape(loss, labels.shape), lse
+
+
+def _in_shape(x: Tensor, shape: Sequence[Any]) -> Tensor:
+    is_so = x.ndim == len(shape) and all(map(same, x.shape, shape))
+    return x if is_so else x.reshape(shape)
 
 
 def _width_last(x: Tensor, dim: int) -> Tensor:

@@ -51,7 +51,7 @@ def _forward(*args: Any) -> Three:
     lse_N, picked_N, total_N = (x_ND.new_empty(len(x_ND), dtype=_dtype_of(call)) for _ in range(3))
     if not call.with_total:
         total_N.zero_()
-    for rows in chunks_of_rows(*x_ND.shape, len(call.weight)):
+    for rows in chunks_of_rows(len(x_ND), x_ND.shape[1], len(call.weight)):
         z_RC = _logits(call, x_ND[rows])
         place_R1, is_here_R1 = _places(call, labels_N[rows], z_RC.shape[1])
         picked_N[rows] = z_RC.gather(1, place_R1).where(is_here_R1, 0).squeeze(1)
@@ -73,7 +73,7 @@ def _backward(*args: Any) -> Three:
     sums = wide(call.weight.dtype)
     dw_CD = call.weight.new_zeros(call.weight.shape if call.weight_gradient else 0, dtype=sums)
     db_C = x_ND.new_zeros(0 if call.bias is None else len(call.bias), dtype=sums)
-    for rows in chunks_of_rows(*x_ND.shape, len(call.weight)):
+    for rows in chunks_of_rows(len(x_ND), x_ND.shape[1], len(call.weight)):
         kept: list[Tensor] = []
         z_RC = _logits(call, x_ND[rows], kept)
         dz_RC = z_RC.sub_(lse_N[rows, None]).exp_().mul_(grad_lse_N[rows, None])

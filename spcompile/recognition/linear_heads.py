@@ -104,14 +104,14 @@ def linear_head(node: fx.Node) -> LinearHead | None:
     if node.target in (aten.matmul.default, aten.mm.default):
         return _by_columns(node, operand(node, 0), operand(node, 1), None)
     if node.target is aten.add.Tensor and argument(node, 2, "alpha", 1) == 1 and all(map(is_tensor, node.args[:2])):
-        for product, bias in (node.args[:2], node.args[1::-1]):
-            head = linear_head(product) if bias.meta["val"].ndim == 1 else None  # type: ignore[union-attr, arg-type]
+        for product, bias in ((operand(node, 0), operand(node, 1)), (operand(node, 1), operand(node, 0))):
+            head = linear_head(product) if bias.meta["val"].ndim == 1 else None
             if head is not None and head.bias is None and _is_bias(bias, head) and len(head.logits.users) == 1:
                 return replace(head, logits=node, bias=bias)
     return None
 
 
-def _is_bias(bias: Any, head: LinearHead) -> bool:
+def _is_bias(bias: fx.Node, head: LinearHead) -> bool:
     own, value = head.logits.meta["val"], bias.meta["val"]
     return same(value.shape[0], own.shape[-1]) and value.dtype == own.dtype
 

@@ -42,6 +42,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "rows first": lambda x, w, b, t: flat(x @ w.reshape(D, C), t) + b.sum(),
     "addmm": lambda x, w, b, t: F.cross_entropy(torch.addmm(b, x.flatten(0, 1), w.t()), t.flatten()),
     "classes second": lambda x, w, b, t: F.cross_entropy(F.linear(x, w, b).transpose(1, 2), t),
+    "other rows": lambda x, w, b, t: F.cross_entropy(F.linear(x, w, b).view(S, B, C).transpose(1, 2), t.reshape(S, B)),
     "permuted": lambda x, w, b, t: F.cross_entropy(F.linear(x, w, b).permute(0, 2, 1), t),
     "shifted": lambda x, w, b, t: flat(F.linear(x, w, b)[:, :-1].contiguous(), t[:, 1:]),
     "sequence first": lambda x, w, b, t: flat(F.linear(x, w, b).transpose(0, 1), t.t()),
@@ -195,7 +196,7 @@ MESHES = [{"cp": 2}, {"cp": 3}, {"tp": 2}, {"tp": 3}, {"dp": 2}, {"tp": 2, "cp":
 
 @pytest.mark.thinned(4, covers=["mesh"])
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("cast", "one position", "rows first")])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("cast", "one position", "rows first", "other rows")])
 def test_every_rank_has_the_loss_and_the_gradients(name: str, mesh: dict[str, int]) -> None:
     program = check_pipeline(model(LOSSES[name]), inputs(), mesh, attention="ring" if "cp" in mesh else "auto")
     (node,) = nodes_of(program, OP)

@@ -169,6 +169,10 @@ def _check_targets(call: LinearCrossEntropyCall) -> None:
 
 def _fake_forward(*args: Any) -> Three:
     call = LinearCrossEntropyCall.bind(*args)
+    rows = call.x.shape[:-1]
+    torch._check(len(rows) == call.labels.dim(), lambda: f"labels of {call.labels.shape} for rows of {rows}")
+    for one, other in zip(rows, call.labels.shape, strict=True):
+        torch._check(one == other, lambda: f"labels of {call.labels.shape} for rows of {rows}")
     lse, picked, total = (call.x.new_empty(call.labels.shape, dtype=_dtype_of(call)) for _ in range(3))
     return lse, picked, total
 

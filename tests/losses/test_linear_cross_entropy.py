@@ -155,6 +155,14 @@ def test_the_op_is_registered_as_torch_wants_it() -> None:
     torch.library.opcheck(linear_cross_entropy, tuple(given.named().values()))
 
 
+@pytest.mark.parametrize("shape", [(1, N), (3, N - 1), (3 * N,)])
+def test_labels_of_other_rows_are_refused(shape: tuple[int, ...]) -> None:
+    given = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in operands(torch.float32).items()}
+    given["labels"] = torch.zeros(shape, dtype=torch.int64, device="meta")
+    with pytest.raises(RuntimeError, match="for rows of"):
+        LinearCrossEntropyCall(**given).run()
+
+
 def test_double_backward_is_refused() -> None:
     call = LinearCrossEntropyCall(**operands(torch.float64))
     lse, *_ = call.run()

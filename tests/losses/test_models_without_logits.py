@@ -101,6 +101,12 @@ def test_losses_and_gradients_on_all_ranks(name: str, mesh: dict[str, int]) -> N
     agrees(made(MODELS[name]), batch(13), mesh)
 
 
+def test_one_entry_on_each_rank_of_dp() -> None:
+    """Rows and labels of one number of entries: that each rank has its own is certain."""
+    given = {name: x[:2] for name, x in batch(13).items()}
+    agrees(made(Decoder), given, {"dp": 2})
+
+
 def test_a_model_that_returns_logits_builds_them_and_says_so() -> None:
     report = agrees(made(AlsoLogits), batch(13), {"cp": 2}, tolerance=1e-6)
     (remark,) = [remark for remark in report.remarks if remark.code == "SPR208"]

@@ -196,7 +196,9 @@ MESHES = [{"cp": 2}, {"cp": 3}, {"tp": 2}, {"tp": 3}, {"dp": 2}, {"tp": 2, "cp":
 
 @pytest.mark.thinned(4, covers=["mesh"])
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("cast", "one position", "rows first", "other rows")])
+@pytest.mark.parametrize(
+    "name", [name for name in LOSSES if name not in ("cast", "one position", "rows first", "other rows")]
+)
 def test_every_rank_has_the_loss_and_the_gradients(name: str, mesh: dict[str, int]) -> None:
     program = check_pipeline(model(LOSSES[name]), inputs(), mesh, attention="ring" if "cp" in mesh else "auto")
     (node,) = nodes_of(program, OP)

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from spcompile.graph.sizes import hint
 from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
-from spcompile.sharding.batch_blocks import write_blocks
 from spcompile.sharding.batch_entries import inputs_with_batch, require_batch
 from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces
 from spcompile.sharding.layout import annotate
@@ -53,22 +52,21 @@ class AnnotateSharding(AxisPass):
     }
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        """Annotate. Returns how many joins and cuts of rows were rewritten, on `dp`; nothing else is.
+        """Annotate; nothing is rewritten.
 
         Raises:
-            BatchNotSplit: rows that cannot be told from something else.
+            BatchNotSplit: entries that cannot be told from something else.
         """
-        rewrites = write_blocks(gm.graph, inputs_with_batch(gm.graph)) if self.axis == "dp" else 0
-        spaces = find_index_spaces(gm.graph, drawn_apart=self.axis == "dp")
-        place = {"dp": _place_rows, "cp": _place_sequence, "tp": _place_weights}[self.axis]
+        spaces = find_index_spaces(gm.graph, apart=self.axis == "dp")
+        place = {"dp": _place_batch, "cp": _place_sequence, "tp": _place_weights}[self.axis]
         annotate(gm.graph, self.axis, spaces, place(gm.graph, spaces, ctx))
-        return rewrites
+        return 0
 
 
-def _place_rows(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placements:
+def _place_batch(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placements:
     found = propagate(graph, spaces, {}, inputs_with_batch(graph))
     if ctx.mesh.size("dp") > 1:
-        require_batch(graph, spaces, found)
+        require_batch(graph, spaces, found, ctx.mesh.size("dp"))
     return found
 
 

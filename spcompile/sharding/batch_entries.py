@@ -21,7 +21,7 @@ from spcompile.capture.retrace import OWN
 from spcompile.check.states import needs_gradient, trainable_names
 from spcompile.diagnostics import BatchNotSplit, source_of
 from spcompile.graph.edit import is_getitem, shape_of
-from spcompile.graph.sizes import hint, same
+from spcompile.graph.sizes import divides, hint, same
 from spcompile.sharding.index_spaces import IndexSpaces
 from spcompile.sharding.propagate import (
     UNREAD_ATTENTION,
@@ -31,6 +31,7 @@ from spcompile.sharding.propagate import (
     place_of,
     propagate,
     shards_results,
+    space_at,
 )
 from spcompile.sharding.rules.rule import tensor_operands, tensor_results
 
@@ -66,14 +67,21 @@ def _is_users(placeholder: fx.Node) -> bool:
     return not placeholder.meta.get("state") and not placeholder.meta.get("trainable")
 
 
-def require_batch(graph: fx.Graph, spaces: IndexSpaces, placements: Placements) -> None:
+def require_batch(graph: fx.Graph, spaces: IndexSpaces, placements: Placements, degree: int) -> None:
     """Check that every attention is over entries, and that an entry of which each rank passes one is certainly its own.
+
+    Groups that the entries are cut into must be whole ones on every of the `degree` ranks.
 
     Raises:
         BatchNotSplit: names the attention, or the inputs.
     """
     inputs = inputs_with_batch(graph)
     names = " and ".join(f"dim {place.dim} of {n.name}" for n, place in inputs.items())
+    for node, place in inputs.items():
+        groups = space_at(spaces.values[node][0], place).size
+        if not divides(degree, groups):
+            found = f"the model makes {hint(groups)} groups of entries over dp = {degree}"
+            raise NotTheBatch(found, legal="groups of entries that no two ranks share")
     attentions = [n for n in graph.nodes if n in spaces.calls and _is_attention(n, spaces)]
     read = _read_by(graph)
     for node in (n for n in attentions if n in read):

@@ -65,6 +65,38 @@ def test_blocks_of_blocks(entries: int) -> None:
     assert report.ok, str(report)
 
 
+JOINS: dict[str, Callable[[Tensor], Tensor]] = {
+    "joined twice": lambda z: torch.cat([torch.cat([z, z.tanh()]), z * 2])[len(z) :],
+    "a part with more entries": lambda z: torch.cat([z.repeat(2, 1), z * 2])[: 2 * len(z)],
+    "behind the sequence": lambda z: torch.cat([z.T, z.T * 2], 1)[:, len(z) :],
+    "beside what all ranks hold": lambda z: torch.cat([z.sum(1), torch.ones(len(z), dtype=z.dtype)]),
+}
+
+
+class Joined(Preferences):
+    """The logarithms of one answer, of which `cut` makes something."""
+
+    def forward(self, ids: Tensor, reference: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (pm.HEADS, -1)).transpose(1, 2) for t in self.qkv(self.embedding(ids)).chunk(3, -1))
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return self.cut(self.head(x).sum(-1), len(ids)).square().exp().mean() * reference.mean()
+
+
+@pytest.mark.thinned(4)
+@pytest.mark.parametrize("name", JOINS)
+def test_joins(name: str) -> None:
+    (ids,), reference = inputs(4, 1)
+    report = spcompile.verify(Joined(lambda z, _: JOINS[name](z)).double(), (ids, reference), mesh={"dp": 2})
+    assert report.ok, str(report)
+
+
+def test_groups_that_several_ranks_share_are_refused() -> None:
+    model = Joined(lambda z, n: z.view(2, -1).mean(1)).double()
+    (ids,), reference = inputs(8, 1)
+    with pytest.raises(BatchNotSplit, match="2 groups of entries over dp = 4"):
+        spcompile.verify(model, (ids, reference), mesh={"dp": 4})
+
+
 def test_a_cut_inside_of_a_block_is_refused() -> None:
     model = Preferences(lambda x, n: (x[1 : n + 1], x[:n])).double()
     with pytest.raises(BatchNotSplit, match=r"aten.slice.Tensor mixes entries of the batch"):

@@ -83,18 +83,6 @@ def traced_again(instead: Mapping[Tensor, Tensor], arguments: set[str], numbers:
     symbols = ",".join(map(re.escape, numbers))
     compiler_config: Any = torch.compiler.config
     with compiler_config.patch(dynamic_sources=symbols), under_function_modes(), contextlib.suppress(_Stop):
-        again(*_positional(frame.f_code, given), **_named(frame.f_code, given))
+        bound = inspect.BoundArguments(inspect.signature(function), given)  # type: ignore[arg-type]
+        again(*bound.args, **bound.kwargs)
     return found[0]
-
-
-def _positional(code: types.CodeType, given: Mapping[str, Any]) -> list[Any]:
-    rest = code.co_varnames[code.co_argcount + code.co_kwonlyargcount] if code.co_flags & inspect.CO_VARARGS else None
-    return [*[given[name] for name in code.co_varnames[: code.co_argcount]], *(given[rest] if rest else ())]
-
-
-def _named(code: types.CodeType, given: Mapping[str, Any]) -> dict[str, Any]:
-    end = code.co_argcount + code.co_kwonlyargcount
-    found = {name: given[name] for name in code.co_varnames[code.co_argcount : end]}
-    if code.co_flags & inspect.CO_VARKEYWORDS:
-        found |= given[code.co_varnames[end + bool(code.co_flags & inspect.CO_VARARGS)]]
-    return found

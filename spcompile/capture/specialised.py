@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from spcompile.capture.retrace import fake_inputs
+from spcompile.diagnostics import RanksDisagree, RanksMissing
 from spcompile.torch_private import RestartAnalysis, TracingContext, trace_again
+
+_STATIC = "_dynamo_static_indices"
 
 
 @contextlib.contextmanager
@@ -27,15 +30,22 @@ def numbers_where_specialised(inputs: Sequence[Any]) -> Iterator[None]:
     symbols = list(_symbols(inputs))
     try:
         yield
-    except RestartAnalysis:
+    except (RestartAnalysis, RanksDisagree, RanksMissing):
         raise
     except Exception:
         fixed = [(x, dim) for x, dim, size in symbols if size.node.maybe_as_int() is not None]
-        if not fixed:
-            raise
-        for x, dim in fixed:  # as torch._dynamo.mark_static, which does something else while Dynamo compiles
-            x.__dict__.setdefault("_dynamo_static_indices", set()).add(dim)
+        new = [(x, dim) for x, dim in fixed if dim not in x.__dict__.get(_STATIC, ())]
+        if not new:
+            raise  # or the user wants a symbol there, come what may
+        for x, dim in new:
+            _make_number(x, dim)
         trace_again("a length is a number")
+
+
+def _make_number(x: Tensor, dim: int) -> None:
+    """As torch._dynamo.mark_static, which does something else while Dynamo compiles."""
+    x.__dict__.setdefault(_STATIC, set()).add(dim)
+    x.__dict__.get("_dynamo_weak_dynamic_indices", set()).discard(dim)  # of maybe_mark_dynamic
 
 
 def _symbols(inputs: Sequence[Any]) -> Iterator[tuple[Tensor, int, torch.SymInt]]:

@@ -11,7 +11,6 @@ import torch.fx as fx
 
 from spcompile.capture.autocast import autocast_off
 from spcompile.capture.retrace import OWN, capture
-from spcompile.capture.specialised import numbers_where_specialised
 from spcompile.diagnostics import BatchNotSplit, Remarks, source_of
 from spcompile.graph.edit import copy_module
 from spcompile.graph.reshard import Place, parse_place
@@ -87,12 +86,11 @@ def build(
     check_order(passes)
     ctx = Context(mesh, options, Remarks(strict=options.strict))
     history = history or History()
-    with numbers_where_specialised(inputs):
-        captured = capture(gm, inputs)
-        mark_parts(captured.graph)
-        mark_batch(captured.graph, mesh.size("dp"))
-        with autocast_off():
-            return _build(captured, inputs, ctx, passes, history)
+    captured = capture(gm, inputs)
+    mark_parts(captured.graph)
+    mark_batch(captured.graph, mesh.size("dp"))
+    with autocast_off():
+        return _build(captured, inputs, ctx, passes, history)
 
 
 def _build(

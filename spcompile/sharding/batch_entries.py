@@ -77,11 +77,6 @@ def require_batch(graph: fx.Graph, spaces: IndexSpaces, placements: Placements, 
     """
     inputs = inputs_with_batch(graph)
     names = " and ".join(f"dim {place.dim} of {n.name}" for n, place in inputs.items())
-    for node, place in inputs.items():
-        groups = space_at(spaces.values[node][0], place).size
-        if not divides(degree, groups):
-            found = f"the model makes {hint(groups)} groups of entries over dp = {degree}"
-            raise NotTheBatch(found, legal="groups of entries that no two ranks share")
     attentions = [n for n in graph.nodes if n in spaces.calls and _is_attention(n, spaces)]
     read = _read_by(graph)
     for node in (n for n in attentions if n in read):
@@ -93,6 +88,11 @@ def require_batch(graph: fx.Graph, spaces: IndexSpaces, placements: Placements, 
     if not attentions and first is not None and inputs.get(first) != Place(0):
         found = f"no attention tells which inputs have entries, and {first.name} is not as long as {names}"
         raise NotTheBatch(found, legal="the entries in the first input, or DDP over dp")
+    for node, place in inputs.items():
+        groups = space_at(spaces.values[node][0], place).size
+        if not divides(degree, groups):
+            found = f"the model makes {hint(groups)} groups of entries over dp = {degree}"
+            raise BatchNotSplit(found, legal="groups of entries that no two ranks share")
     if len(inputs) > 1 and all(same(n.meta[OWN].shape[place.dim], 1) for n, place in inputs.items()):
         _require_own_entries(graph, spaces, placements, {n for n in attentions if n in placements.choices})
 

@@ -137,6 +137,16 @@ class InBlocks(PerToken):
         return (first_B - second_B * ids_BS.sum(1)).tanh().mean()
 
 
+class InGroups(PerToken):
+    """Two entries a group. How many ranks have whole groups a symbol does not tell."""
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.table(ids_BS)).chunk(3, -1))
+        y_BSD = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        scores_G2 = self.head(y_BSD).logsumexp((1, 2)).view(-1, 2)
+        return (scores_G2 - scores_G2.mean(1, keepdim=True)).square().mean()
+
+
 def over_batches_that_change(
     batches: Sequence[tuple[int, int]], model: type[PerToken] = PerToken
 ) -> tuple[list[float], int]:
@@ -160,10 +170,11 @@ def over_batches_that_change(
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(2)
-def test_counts_of_entries_in_batches_that_change(worker_pool: PoolOf) -> None:
+@pytest.mark.thinned(4)
+@pytest.mark.parametrize("model", [PerToken, InGroups])
+def test_counts_of_entries_in_batches_that_change(worker_pool: PoolOf, model: type[PerToken]) -> None:
     batches = ((8, 9), (8, 12), (8, 10), (4, 10), (12, 9))
-    for errors, _ in worker_pool(2).run(over_batches_that_change, batches):
+    for errors, _ in worker_pool(2).run(over_batches_that_change, batches, model):
         assert max(errors) <= EXACT, errors
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import plain_models as pm
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 import spcompile
 from spcompile.diagnostics import BatchNotSplit
+from spcompile.machine.mesh import MeshShape
+from spcompile.options import Options
+from spcompile.passes import PIPELINE
+from spcompile.program.trace import compile_for, through_dynamo
+from spcompile.program.whole_batch import over_whole_batch
 
 PAIRS: dict[str, Callable[[Tensor, int], tuple[Tensor, ...]]] = {
     "slices": lambda x, n: (x[:n], x[n:]),
@@ -95,6 +102,28 @@ def test_groups_that_several_ranks_share_are_refused() -> None:
     (ids,), reference = inputs(8, 1)
     with pytest.raises(BatchNotSplit, match="2 groups of entries over dp = 4"):
         spcompile.verify(model, (ids, reference), mesh={"dp": 4})
+
+
+def test_a_number_where_a_symbol_does_not_tell_whole_groups(caplog: pytest.LogCaptureFixture) -> None:
+    """Then Dynamo traces again, with the number of entries as a number."""
+    found: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> None:
+        compile_for(gm, inputs, MeshShape.of({"dp": 2}), Options(), PIPELINE)
+        assert not any(isinstance(x, torch.SymInt) for x in inputs)
+        found.extend(x.shape[0] for x in inputs if not x.requires_grad)
+
+    (ids,), reference = inputs(4, 1)
+    for x in (ids, reference):
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    with caplog.at_level("INFO", "spcompile.program.whole_batch"):
+        model = Joined(lambda z, n: z.sum(1).view(-1, 2).mean(1)).double()
+        through_dynamo(model, (ids, reference), over_whole_batch(backend, 2))
+    assert "SPR104" in caplog.text
+    assert found == [8, 8]
+    torch._dynamo.mark_dynamic(ids, 0)  # the user wants a symbol, come what may
+    with pytest.raises(ConstraintViolationError):
+        through_dynamo(model, (ids, reference), over_whole_batch(backend, 2))
 
 
 def test_a_cut_inside_of_a_block_is_refused() -> None:

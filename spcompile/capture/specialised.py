@@ -27,7 +27,7 @@ def numbers_where_specialised(inputs: Sequence[Any]) -> Iterator[None]:
     Raises:
         RestartAnalysis: instead of what the block raised.
     """
-    symbols = list(_symbols(inputs))
+    symbols = list(_symbolic_dims(inputs))
     try:
         yield
     except (RestartAnalysis, RanksDisagree, RanksMissing):
@@ -48,7 +48,7 @@ def _make_number(x: Tensor, dim: int) -> None:
     x.__dict__.get("_dynamo_weak_dynamic_indices", set()).discard(dim)  # of maybe_mark_dynamic
 
 
-def _symbols(inputs: Sequence[Any]) -> Iterator[tuple[Tensor, int, torch.SymInt]]:
+def _symbolic_dims(inputs: Sequence[Any]) -> Iterator[tuple[Tensor, int, torch.SymInt]]:
     """The dims of the caller's tensors that are symbols now."""
     context = TracingContext.try_get()
     for x, fake in zip(inputs, fake_inputs(inputs)[1], strict=True):

@@ -99,7 +99,7 @@ class Trial:
     def run(self, snapshot: Snapshot, observe: Observer | None = None) -> Outcome:
         """A graph before autograd: a GLOBAL one on one device, a LOCAL one on all ranks."""
         assert snapshot.gm is not None
-        mesh = self.mesh if snapshot.stage is Stage.LOCAL or _communicates(snapshot.gm.graph) else MeshShape(())
+        mesh = self.mesh if snapshot.stage is Stage.LOCAL or _has_collectives(snapshot.gm.graph) else MeshShape(())
         everything = snapshot.name == "capture"
         places = {i: i if everything else out.index for i, out in enumerate(self.program.outputs)}
         ranks = range(mesh.world_size)
@@ -130,7 +130,7 @@ class Trial:
             updated = (
                 len(found[0]) - len(computed) - len(saved)
             )  # inputs that the model writes to: new values come first
-            if not 0 <= updated <= _written(program.captured.graph):
+            if not 0 <= updated <= _number_written(program.captured.graph):
                 return "final graphs not run: they return more than outputs and saved values"
             found = [values[updated:] for values in found]
             outputs = {i: [found[rank][at] for rank in ranks] for at, i in enumerate(computed)}
@@ -318,12 +318,12 @@ def trial_of(
     return trial
 
 
-def _written(graph: fx.Graph) -> int:
+def _number_written(graph: fx.Graph) -> int:
     """How many inputs a graph writes to."""
     return len({node.args[0] for node in graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)})
 
 
-def _communicates(graph: fx.Graph) -> bool:
+def _has_collectives(graph: fx.Graph) -> bool:
     return any(axis_argument(n.target) is not None for n in graph.nodes)
 
 

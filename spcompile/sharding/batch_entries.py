@@ -21,7 +21,7 @@ from spcompile.capture.retrace import OWN
 from spcompile.check.states import needs_gradient, trainable_names
 from spcompile.diagnostics import BatchNotSplit, source_of
 from spcompile.graph.edit import is_getitem, shape_of
-from spcompile.graph.sizes import divides, hint, same
+from spcompile.graph.sizes import divides, hint, same, same_shape
 from spcompile.sharding.index_spaces import IndexSpaces
 from spcompile.sharding.propagate import (
     UNREAD_ATTENTION,
@@ -187,9 +187,7 @@ def _must_have_entries(node: fx.Node, value: fx.Node, placements: Placements) ->
     except Exception:
         return True
     wanted = node.meta["val"]
-    if not isinstance(wanted, torch.Tensor):
-        return False
-    return result.ndim != wanted.ndim or not all(map(same, result.shape, wanted.shape))
+    return isinstance(wanted, torch.Tensor) and not same_shape(result, wanted)
 
 
 def _evaluate(node: fx.Node, instead: Mapping[fx.Node, torch.Tensor]) -> Any:

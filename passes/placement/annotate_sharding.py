@@ -64,7 +64,7 @@ class AnnotateSharding(AxisPass):
 
 
 def _place_batch(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placements:
-    found = propagate(graph, spaces, {}, inputs_with_batch(graph))
+    found = propagate(spaces, {}, inputs_with_batch(graph))
     if ctx.mesh.size("dp") > 1:
         require_batch(graph, spaces, found, ctx.mesh.size("dp"))
     return found
@@ -77,7 +77,7 @@ def _place_sequence(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Place
     for node in (n for n in seeds if SCORES in n.meta.get("custom", {})):
         text = f"attention at {node.name}: what reads the weights is no product with values; split by query rows"
         ctx.remarks.add("SPR202", text, node)
-    return propagate(graph, spaces, seeds if ctx.mesh.size("cp") > 1 else {})
+    return propagate(spaces, seeds if ctx.mesh.size("cp") > 1 else {})
 
 
 def _remark_no_sequence(graph: fx.Graph, ctx: Context) -> None:
@@ -91,7 +91,7 @@ def _remark_no_sequence(graph: fx.Graph, ctx: Context) -> None:
 def _place_weights(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placements:
     degree = ctx.mesh.size("tp")
     found = tensor_seeds(graph, spaces, degree)
-    placements = propagate(graph, spaces, found.seeds)
+    placements = propagate(spaces, found.seeds)
     for node, call in spaces.calls.items():
         groups = hint(call.rule.sizes.get("g", 1)) if call.rule.paired else degree
         if groups % degree:

@@ -101,7 +101,7 @@ def _where_the_batch_is(graph: fx.Graph, spaces: IndexSpaces, attention: fx.Node
     """In words, from the batch of an attention."""
     if "b" not in spaces.calls[attention].rule.sizes:
         return "no input has the batch of an attention"
-    found = propagate(graph, spaces, {attention: Choice("b")}).places
+    found = propagate(spaces, {attention: Choice("b")}).places
     inputs = [n for n in graph.find_nodes(op="placeholder") if _is_users(n) and (n, 0) in found]
     return " and ".join(f"{n.name} has the batch in dim {found[n, 0].dim}" for n in inputs) or "no input has a batch"
 

@@ -46,7 +46,7 @@ def tensor_seeds(graph: fx.Graph, spaces: IndexSpaces, degree: int) -> TensorSee
     for node, call in spaces.calls.items():
         choice = _split_heads(call, degree) if call.rule.paired else None
         if choice is not None:
-            search.take(node, choice, propagate(graph, spaces, {node: choice}))
+            search.take(node, choice, propagate(spaces, {node: choice}))
     search.take_cheapest(search.contracted(), may_gather=False)
     search.take_cheapest(search.widening(), may_gather=True)
     search.take_cheapest(search.lookups(), may_gather=True)
@@ -116,7 +116,7 @@ class _Search:
             if space in tried or hint(space.size) < self.degree:
                 continue
             tried.add(space)
-            region = propagate(self.graph, self.spaces, {candidate.node: candidate.choice})
+            region = propagate(self.spaces, {candidate.node: candidate.choice})
             if self._fits(region, may_gather):
                 fitting.append((self._cost(region), len(fitting), candidate, region))
         for _, _, candidate, region in sorted(fitting, key=lambda entry: entry[:2]):

@@ -103,7 +103,7 @@ def _place_weights(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placem
     return placements
 
 
-def _attention_over_flat_rows(x_BSD: Tensor, w_DD: Tensor) -> Tensor:
+def _attention_over_flat_tokens(x_BSD: Tensor, w_DD: Tensor) -> Tensor:
     B, S, D = x_BSD.shape
     h_RD = x_BSD.reshape(B * S, D) @ w_DD
     h_B1SD = h_RD.reshape(B, 1, S, D)
@@ -111,7 +111,8 @@ def _attention_over_flat_rows(x_BSD: Tensor, w_DD: Tensor) -> Tensor:
     return y_B1SD.squeeze(1) + x_BSD
 
 
-def _loss_of_rows(x_BSD: Tensor, w_DD: Tensor, labels_BS: Tensor) -> Tensor:
+def attention_and_loss(x_BSD: Tensor, w_DD: Tensor, labels_BS: Tensor) -> Tensor:
+    """The EXAMPLE of passes that want all kinds of dims: batch, sequence, and both in one."""
     h_B1SD = (x_BSD @ w_DD).unsqueeze(1)
     y_BSD = torch.nn.functional.scaled_dot_product_attention(h_B1SD, h_B1SD, h_B1SD, is_causal=True).squeeze(1)
     return torch.nn.functional.cross_entropy(y_BSD[:, :-1].flatten(0, 1), labels_BS[:, 1:].flatten())
@@ -128,14 +129,14 @@ def _of_shapes(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
 
 
-def _rows() -> tuple[Tensor, ...]:
+def _batch() -> tuple[Tensor, ...]:
     return torch.randn(28, 7, 4, dtype=torch.float64), *_of_shapes((4, 4)), torch.randint(0, 4, (28, 7))
 
 
-LOSS_OF_ROWS = Example(_loss_of_rows, _rows, mesh=(("dp", 2),))
+LOSS_OF_ENTRIES = Example(attention_and_loss, _batch, mesh=(("dp", 2),))
 MLP = Example(_mlp, lambda: _of_shapes((2, 7, 4), (4, 6), (6, 4)), mesh=(("tp", 2),))
 EXAMPLE = {
-    "dp": LOSS_OF_ROWS,
-    "cp": Example(_attention_over_flat_rows, lambda: _of_shapes((2, 7, 4), (4, 4))),
+    "dp": LOSS_OF_ENTRIES,
+    "cp": Example(_attention_over_flat_tokens, lambda: _of_shapes((2, 7, 4), (4, 4))),
     "tp": MLP,
 }

@@ -75,7 +75,7 @@ def cost(problem: Problem, strategy: Strategy, order: str, inner: Link, outer: L
     order: of the sequence; inner, outer: what its parts of the axis run over; flops: a second, of a rank, in attention.
     """
     heads = HeadSplit(problem.heads, problem.kv_heads, strategy.inner)
-    inner_bytes, messages = _exchanges(problem, strategy, order, heads)
+    inner_bytes, messages = _all_to_alls(problem, strategy, order, heads)
     length = (problem.q_length, problem.k_length)
     ring = Ring(*length, strategy.outer, order, strategy.inner)
     pairs = max(
@@ -99,7 +99,7 @@ def cost(problem: Problem, strategy: Strategy, order: str, inner: Link, outer: L
     return Cost(strategy, inner_bytes, outer_bytes, seconds + forward + backward)
 
 
-def _exchanges(problem: Problem, strategy: Strategy, order: str, heads: HeadSplit) -> tuple[int, int]:
+def _all_to_alls(problem: Problem, strategy: Strategy, order: str, heads: HeadSplit) -> tuple[int, int]:
     """(bytes, messages that wait for one another) of all-to-alls among the inner ranks."""
     n = strategy.inner
     if n == 1:

@@ -1,7 +1,7 @@
 """Lengths for which Dynamo has a symbol, and which a trace turned into a number after all.
 
-A short length leaves one row on a rank, and torch asks whether a size is 1. The answer ties the symbol to its number
-in the middle of a trace, which then fails. Dynamo traces once more, with that length a number from the start.
+A short length leaves one position on a rank, and torch asks whether a size is 1. The answer ties the symbol to its
+number in the middle of a trace, which then fails. Dynamo traces once more, with that length a number from the start.
 """
 
 from __future__ import annotations

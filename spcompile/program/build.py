@@ -29,7 +29,7 @@ class Output:
     """What became of one output of the user's graph.
 
     index: its place among the outputs of the local graph; None if it is not computed.
-    dims: the tensor dims over which axes leave it split: `dp` its rows, `cp` under outputs="sharded".
+    dims: the tensor dims over which axes leave it split: `dp` its entries, `cp` under outputs="sharded".
     shape: of the whole over all axes, where it is split or not computed.
     """
 
@@ -155,16 +155,16 @@ def _note_split_outputs(gm: fx.GraphModule, outputs: list[Output], axis: str, ct
             if output.shape is None:
                 output.shape = tuple(value.meta["val"].shape)
         if own is not None and axis == "dp":
-            _require_own_rows(value, place, own[number], ctx.mesh.size(axis))
+            _require_own_shape(value, place, own[number], ctx.mesh.size(axis))
 
 
-def _require_own_rows(value: Any, place: Place | None, own: Sequence[Any] | None, degree: int) -> None:
-    """A caller gets of each output what the model makes of its rows: the shape is that of Dynamo's own graph."""
+def _require_own_shape(value: Any, place: Place | None, own: Sequence[Any] | None, degree: int) -> None:
+    """A caller gets of each output what the model makes of its entries: the shape is that of Dynamo's own graph."""
     if own is None or not isinstance(value, fx.Node):
         return
     shape = [hint(size) for size in value.meta["val"].shape]
     if place is not None:
         shape[place.dim] //= degree
     if shape != [hint(size) for size in own]:
-        found = f"the output {value.name} would be {shape} on a rank, but its own rows give {list(own)}"
+        found = f"the output {value.name} would be {shape} on a rank, but its own entries give {list(own)}"
         raise BatchNotSplit(found, where=source_of(value), legal="outputs with entries of inputs, or DDP over dp")

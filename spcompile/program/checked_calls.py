@@ -49,7 +49,7 @@ class CheckedCalls:
     """A program whose ranks must be about to do the same.
 
     Random numbers are drawn for whole tensors on every rank: their state must be the same as well, but over dp, whose
-    ranks have other rows.
+    ranks have other entries.
     """
 
     def __init__(

@@ -23,6 +23,7 @@ from spcompile.diagnostics import IllegalOption
 from spcompile.graph.axes import axes_of, bind_axes
 from spcompile.graph.printer import format_graph
 from spcompile.machine.mesh import RuntimeMesh, runtime_mesh
+from spcompile.memory.planner import Wish
 from spcompile.options import Options
 from spcompile.passes import PIPELINE
 from spcompile.program import observed, program_cache
@@ -31,6 +32,7 @@ from spcompile.program.build import Output, build
 from spcompile.program.checked_calls import CheckedCalls, Inputs
 from spcompile.program.emit import Emission, callable_of, emit
 from spcompile.program.facts import Fact, Record
+from spcompile.program.memory_remarks import require_memory
 from spcompile.program.one_device import recognise
 from spcompile.program.outputs import restore_outputs
 from spcompile.program.pipeline import History
@@ -97,16 +99,24 @@ def _over(
 
 
 def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    program = recognise(gm, inputs, options, PIPELINE)
+    wish = _memory_wish(options, _device_type(inputs))
+    program = recognise(gm, inputs, options, PIPELINE, always=wish.is_bounded)
     if program is None:
         return plain(gm, inputs, options.compiler)
     for remark in program.ctx.remarks.rows:
         log.info("%s", remark)
-    emission = Emission(program, bind=lambda graph: None)
+    emission = Emission(program, bind=lambda graph: None, wish=wish)
     with autocast_off():
         compiled = emit(emission, options.compiler)
+    require_memory(emission.memory, program.ctx.mesh)
     observed.announce(program, emission)
     return watched(compiled, relied_on(program.captured.graph), inputs)
+
+
+def _memory_wish(options: Options, device_type: str) -> Wish:
+    """Without a budget of the user's a step may take what the accelerator has; a CPU's memory has no limit."""
+    wish = Wish.of(options)
+    return replace(wish, bytes=None) if options.memory == "auto" and device_type == "cpu" else wish
 
 
 def plain(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: str) -> Callable[..., Any]:
@@ -172,11 +182,12 @@ def _made(
     program = build(gm, inputs, mesh.shape, options, PIPELINE, history)
     if dump is not None:
         dump.require_written()
+    remarks = program.ctx.remarks.rows
     finished = Finished(
         program.outputs,
         relied_on(program.captured.graph),
         program.draws_random_numbers,
-        [str(remark) for remark in program.ctx.remarks.rows],
+        [str(remark) for remark in remarks],
     )
     if not program.is_sharded:
         as_they_are = [Output(place) for place in range(len(program.outputs))]
@@ -197,10 +208,13 @@ def _made(
         finished.text += text
         agreement.require(_compiled(text))
 
-    emission = Emission(program, bind=bind, finished=agree, keep=key is not None)
+    wish = _memory_wish(options, mesh.device_mesh.device_type)
+    emission = Emission(program, bind=bind, finished=agree, wish=wish, keep=key is not None)
     with autocast_off():
         compiled = emit(emission, options.compiler)
+    require_memory(emission.memory, mesh.shape)
     observed.announce(program, emission)
+    finished.remarks = [str(remark) for remark in remarks]
     finished.result = emission.result
     if key is not None:
         program_cache.store(key, mesh.coordinate, finished)

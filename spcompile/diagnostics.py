@@ -118,6 +118,12 @@ class IllegalModel(SpcompileError, ValueError):
     code, title = "SP105", "illegal model"
 
 
+class OutOfMemory(SpcompileError, RuntimeError):
+    """A step does not fit into the memory that it may take, whatever is made again instead of saved."""
+
+    code, title = "SP106", "a step does not fit"
+
+
 class RanksDisagree(SpcompileError, RuntimeError):
     """Ranks do not do the same: other options, graphs, inputs, parameters or versions, or another order of calls."""
 
@@ -209,6 +215,9 @@ REMARKS: dict[str, str] = {
     "SPR503": "heads do not divide by tp: some ranks compute padding, or key/value heads are replicated",
     "SPR504": "a parameter that is split over tp is gathered: this graph wants it whole, or split otherwise",
     "SPR505": "weights stay whole on every rank of tp unless the model is parallelized: what that costs",
+    "SPR601": "values are made again in the backward instead of saved: what that wins and costs",
+    "SPR602": "no blocks that repeat were found: what can be made again without reaching far back is",
+    "SPR603": "a step does not fit into memory",
     "SPR401": "world size 1: compiled without sharding",
     "SPR402": "world size 1: the graph cannot be captured, so attention and masks stay as they are",
 }

@@ -80,10 +80,12 @@ def _remark_weight_memory(model: nn.Module, program: LocalProgram, inputs: Seque
 
 
 def _plan(model: nn.Module, traced: Traced, options: Options, trained: Sequence[bool]) -> Plan:
+    from spcompile.machine.optimizers import OPTIMIZERS
+    from spcompile.memory.account import memory_of
+    from spcompile.memory.largest import largest_tensors
     from spcompile.program.trace import on_one_device
     from spcompile.report.plan import Plan
     from spcompile.schedule.communication import communication
-    from spcompile.schedule.memory import largest_tensors, memory_of
     from spcompile.schedule.op_cost import cost_model
     from spcompile.schedule.timeline import predict
 
@@ -97,7 +99,13 @@ def _plan(model: nn.Module, traced: Traced, options: Options, trained: Sequence[
         sharding=_sharding(program),
         attention=_attention_rows(program),
         collectives=[r for phase, gm in final.items() for r in communication(phase, gm, program.ctx.mesh, trained)],
-        memory=memory_of(final, on_one_device(traced).graphs, model.parameters()),
+        memory=memory_of(
+            final,
+            on_one_device(traced).graphs,
+            list(model.parameters()),
+            OPTIMIZERS[options.optimizer],
+            traced.sharded.memory,
+        ),
         remarks=list(program.ctx.remarks.rows),
         passes=passes,
         largest_tensors=largest_tensors(final, LARGEST),

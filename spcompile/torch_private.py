@@ -46,7 +46,7 @@ from torch._guards import TracingContext, detect_fake_mode
 
 # torch 2.13: torch/_inductor/compile_fx.py, custom_graph_pass.py
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn, get_hash_for_files
 
 # torch 2.13: torch/_inductor/decomposition.py. What compile_fx hands to AOTAutograd.
 from torch._inductor.decomposition import select_decomp_table as inductor_decompositions
@@ -90,6 +90,7 @@ NODES_ABOVE = 16  # views and conversions between an output and the compiled nod
 __all__ = [
     "VMAP_SWITCHES",
     "CustomGraphPass",
+    "CustomPartitionerFn",
     "FunctionalTensor",
     "FunctionalTensorMode",
     "LazyGraphModule",

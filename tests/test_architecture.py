@@ -35,6 +35,7 @@ FOLDERS = (
     "sharding.rules",
     "sharding",
     "schedule",
+    "memory",
     "parameters",
     "passes.meaning",
     "passes.placement",

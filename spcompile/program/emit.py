@@ -13,12 +13,16 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from spcompile.collectives import erase_identities
 from spcompile.graph.edit import copy_module
+from spcompile.memory.planner import MemoryPlan, Wish
 from spcompile.passes_api import PassReport, Stage
 from spcompile.program import recompute
 from spcompile.program.build import LocalProgram
+from spcompile.program.memory_remarks import remark_memory
+from spcompile.program.partition import Partitioner
 from spcompile.program.pipeline import run_passes
 from spcompile.program.program_cache import sources
 from spcompile.schedule.keep_order import KEEP_THE_ORDER
+from spcompile.schedule.op_cost import cost_model
 from spcompile.torch_private import (
     CustomGraphPass,
     aot_autograd,
@@ -39,6 +43,7 @@ class Emission:
     bind: replaces axis names by this process's groups in a finished graph (nothing for a dry run).
     finished: called with ("forward" | "backward" | "inference", graph) when a graph is final, before it is bound.
     graphs: the final graphs by phase, unbound.
+    wish: how much memory a step may take. memory: what was chosen, where there is a backward.
     keep: leave in `result` what AOTAutograd made, to be stored, if it can be; the backward is then compiled with the
         forward, not when it is first called.
     """
@@ -47,8 +52,19 @@ class Emission:
     bind: Callable[[fx.Graph], Any]
     finished: Callable[[str, fx.GraphModule], None] = lambda phase, gm: None
     graphs: dict[str, fx.GraphModule] = field(default_factory=dict)
+    wish: Wish = field(default_factory=Wish)
+    memory: MemoryPlan | None = None
     keep: bool = False
     result: Any = None
+
+    def partitioner(self, base: Callable[..., Any]) -> Partitioner:
+        """`base`, under a plan of memory, which is left in `memory`."""
+        context = self.program.ctx
+        return Partitioner(base, self.wish, cost_model(context.mesh, context.options), self._planned)
+
+    def _planned(self, plan: MemoryPlan) -> None:
+        self.memory = plan
+        remark_memory(plan, self.program.ctx.remarks)
 
     def schedule(self, gm: fx.GraphModule, phase: str) -> None:
         """The SCHEDULE stage on one graph after autograd, in place."""
@@ -123,9 +139,11 @@ def _eager(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
 
         return run
 
+    partitioner = emission.partitioner(min_cut_rematerialization_partition)
+
     def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
         prepare_joint(joint.graph, regather)
-        return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+        return partitioner(joint, joint_inputs, **kwargs)
 
     def inference(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         prepare_joint(graph_module.graph, regather)
@@ -156,7 +174,11 @@ def _inductor(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> 
         emission.schedule(graph_module, phase)
         return compile_fx_inner(graph_module, example_inputs, **kwargs)
 
-    patches: dict[str, Any] = {"joint_custom_pre_pass": _PrepareJoint(emission.program.ctx.options.regather)}
+    partitioner = torch._inductor.config.custom_partitioner_fn or min_cut_rematerialization_partition
+    patches: dict[str, Any] = {
+        "joint_custom_pre_pass": _PrepareJoint(emission.program.ctx.options.regather),
+        "custom_partitioner_fn": emission.partitioner(partitioner),
+    }
     if any(p.name == "overlap-collectives" for p in emission.program.schedule):
         patches |= KEEP_THE_ORDER
     for name in ("joint_custom_pre_pass", "post_grad_custom_post_pass"):

@@ -28,9 +28,11 @@ RECOGNITION = ("recognize-softmax", "recognize-attention", "recognize-mask")
 
 
 def recognise(
-    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, pipeline: Sequence[Pass]
+    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, pipeline: Sequence[Pass], *, always: bool = False
 ) -> LocalProgram | None:
     """The program of one device; None where it would hold as many dense masks and scores as the graph itself.
+
+    always: also then, since memory is to be planned.
 
     Attention that one kernel of PyTorch computes as well goes back to it. Nothing is an error here: what cannot be
     captured is compiled as it is.
@@ -43,7 +45,7 @@ def recognise(
     except Exception as error:
         log.warning("SPR402 attention is not looked for, the graph cannot be captured: %s", error)
         return None
-    if _dense(program.gm) >= _dense(program.captured):
+    if not always and _dense(program.gm) >= _dense(program.captured):
         return None
     _use_plain_kernels(program.gm)
     return program

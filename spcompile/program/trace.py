@@ -20,6 +20,7 @@ from spcompile.capture.retrace import refuse_graph_break
 from spcompile.diagnostics import CaptureFailed, GraphBreak, IllegalMesh
 from spcompile.graph.edit import copy_graph
 from spcompile.machine.mesh import MeshShape
+from spcompile.memory.planner import Wish
 from spcompile.options import Options
 from spcompile.passes_api import Pass
 from spcompile.program.build import LocalProgram, build
@@ -138,7 +139,7 @@ def compile_for(
     program = build(gm, inputs, mesh, options, pipeline, History(keep_graphs=True, keep_texts=keep_texts))
     if mesh.world_size == 1:
         program.ctx.remarks.add("SPR401", "one rank: nothing is sharded", strict_error=False)
-    return Traced(program, emitted(program), serial)
+    return Traced(program, emitted(program, Wish.of(options)), serial)
 
 
 def on_one_device(traced: Traced) -> Emission:
@@ -155,9 +156,9 @@ def on_one_device(traced: Traced) -> Emission:
     )
 
 
-def emitted(program: LocalProgram) -> Emission:
+def emitted(program: LocalProgram, wish: Wish | None = None) -> Emission:
     """The final graphs of a program, not bound to processes; forward and backward are both made at once."""
-    emission = Emission(program, bind=lambda graph: None)
+    emission = Emission(program, bind=lambda graph: None, wish=wish or Wish())
     with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
         emit(emission, "eager")
     return emission

@@ -12,11 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from spcompile.diagnostics import Remark, SourceLine
+from spcompile.machine.byte_sizes import bytes_text
 from spcompile.machine.mesh import MeshShape
+from spcompile.memory.account import Memory
+from spcompile.memory.largest import LargeTensor
 from spcompile.plain_text import one_line
 from spcompile.report.plan_html import page
 from spcompile.schedule.communication import Row
-from spcompile.schedule.memory import LargeTensor, Memory
 from spcompile.schedule.timeline import Prediction
 
 SCHEMA_VERSION = 1
@@ -101,7 +103,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: sizes are ints, or the text of their expression where they depend on a dynamic length."""
-        memory = {name: _json_number(value) for name, value in vars(self.memory).items()}
+        memory = {name: _json_number(value) for name, value in vars(self.memory).items() if name != "actions"}
+        memory["actions"] = [{**vars(row), "source": _source(row.source)} for row in self.memory.actions]
         return {
             "schema_version": SCHEMA_VERSION,
             "model": self.model,
@@ -196,9 +199,13 @@ class Plan:
                     ["saved for backward", size_text(kept) + ratio],
                     ["parameters", size_text(memory.parameter_bytes)],
                     ["gradients", size_text(memory.gradient_bytes)],
-                    ["peak, if nothing is fused", size_text(memory.peak_bytes)],
+                    ["optimizer", size_text(memory.optimizer_bytes)],
+                    ["transient, at the peak", f"{size_text(memory.transient_bytes)} ({memory.peak_at})"],
+                    ["peak, if nothing is fused, without the optimizer", size_text(memory.peak_bytes)],
+                    ["peak of everything", size_text(memory.total_bytes) + _against(memory)],
                 ],
             ),
+            *_actions_table(memory),
             (
                 "Predicted time of one step without the optimizer",
                 ["phase", "ms", "compute", "communication", "hidden", "exposed", "bytes sent", "bytes exposed"],
@@ -236,14 +243,22 @@ class Plan:
 
 def size_text(size: sympy.Expr) -> str:
     """`1.50 MiB`, or the expression of a size that is not known."""
-    if not size.is_number:
-        return str(size)
-    number, unit = float(size), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if number < 1024:
-            break
-        number, unit = number / 1024, larger
-    return f"{number:.0f} B" if unit == "B" else f"{number:.2f} {unit}"
+    return bytes_text(float(size)) if size.is_number else str(size)
+
+
+def _against(memory: Memory) -> str:
+    if memory.budget_bytes is None:
+        return ""
+    return f", {'fits' if memory.fits else 'does not fit'} into {bytes_text(memory.budget_bytes)}"
+
+
+def _actions_table(memory: Memory) -> list[tuple[str, list[str], list[list[str]]]]:
+    """What was done to save memory; no table where nothing was."""
+    rows = [
+        [f"{row.kind} {row.op}", str(row.count), bytes_text(row.bytes), f"{1e3 * row.seconds:.4g}", _place(row.source)]
+        for row in memory.actions
+    ]
+    return [("Not saved for backward", ["what", "count", "bytes", "ms", "source"], rows)] if rows else []
 
 
 def _sent(row: Row) -> str:

@@ -18,6 +18,7 @@ from spcompile.check.simulate import InFlight, Simulator
 from spcompile.check.states import needs_gradient, trainable_names
 from spcompile.diagnostics import BatchNotSplit, IllegalOption
 from spcompile.graph.axes import axis_argument
+from spcompile.graph.storage import saved_values
 from spcompile.machine.mesh import MeshShape
 from spcompile.machine.rank_parts import coordinates, part_of, split_batch, whole_of
 from spcompile.options import Options
@@ -29,7 +30,6 @@ from spcompile.program.trace import Inputs, Traced, compile_for, through_dynamo
 from spcompile.program.whole_batch import over_whole_batch
 from spcompile.report.put_back import put_back
 from spcompile.report.verify_report import TensorError, difference, is_exact, largest
-from spcompile.schedule.memory import saved_values
 from spcompile.sharding.batch_entries import inputs_with_batch
 
 Observer = Callable[[fx.Node, list[Any]], None]

@@ -21,7 +21,7 @@ import torch
 import torch.fx as fx
 
 from spcompile.graph.edit import is_getitem
-from spcompile.schedule.memory import root_of
+from spcompile.graph.storage import root_of
 from spcompile.schedule.op_cost import CostModel, bytes_of
 from spcompile.schedule.timeline import is_wait, starts, transfer
 

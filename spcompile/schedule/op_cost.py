@@ -32,13 +32,13 @@ from spcompile.collectives.pipelined_matmuls import PIPELINED
 from spcompile.collectives.typed_calls import AllGatherMatmulCall, MatmulReduceScatterCall
 from spcompile.graph.edit import is_getitem
 from spcompile.graph.sizes import hint, numel_hint
+from spcompile.graph.storage import root_of
 from spcompile.graph.typed_call import value_of
 from spcompile.machine.accelerators import ACCELERATORS, Accelerator
 from spcompile.machine.links import link_of
 from spcompile.machine.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.schedule.communication import sent_by
-from spcompile.schedule.memory import root_of
 
 _BEFORE_AUTOGRAD = (torch.ops.aten.linear.default, torch.ops.aten.matmul.default)
 _SAMPLES = 64  # query rows at which a mask is looked at

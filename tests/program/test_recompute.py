@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from worker_pool import WorkerPool
 
+from spcompile.graph.storage import root_of, saved_values
 from spcompile.options import Options
 from spcompile.passes import PIPELINE
 from spcompile.program.emit import Emission
 from spcompile.program.trace import compile_for, mesh_shape, through_dynamo
-from spcompile.schedule.memory import root_of, saved_values
 
 c10d = torch.ops._c10d_functional
 Mix = Callable[[Tensor, Tensor], Tensor]

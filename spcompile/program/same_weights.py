@@ -91,13 +91,13 @@ def record_of_values(names: Sequence[str], tensors: Sequence[Tensor], where: str
     summed = [i for i, value in enumerate(tensors) if can_be_summed(value)]
     numbers = checksums([tensors[i] for i in summed])()
     facts = [
-        Fact(f"{_kind(tensors[i])} {names[i]}", f"checksum {number % 2**64:016x}", split_axes(tensors[i]), _LEGAL)
+        Fact(f"{_kind_of(tensors[i])} {names[i]}", f"checksum {number % 2**64:016x}", split_axes(tensors[i]), _LEGAL)
         for i, number in zip(summed, numbers, strict=True)
     ]
     return Record(f"compares the parameters for {where}", tuple(facts))
 
 
-def _kind(tensor: Tensor) -> str:
+def _kind_of(tensor: Tensor) -> str:
     return "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
 
 

@@ -42,7 +42,7 @@ class TensorSeeds:
 
 def tensor_seeds(graph: fx.Graph, spaces: IndexSpaces, degree: int) -> TensorSeeds:
     """The seeds of axis `tp` of `degree` ranks."""
-    search = _Search(graph, spaces, degree)
+    search = _SeedSearch(graph, spaces, degree)
     for node, call in spaces.calls.items():
         choice = _split_heads(call, degree) if call.rule.paired else None
         if choice is not None:
@@ -90,7 +90,7 @@ class _Candidate:
     space: Space
 
 
-class _Search:
+class _SeedSearch:
     """Takes one region of calls after the other; regions never overlap."""
 
     def __init__(self, graph: fx.Graph, spaces: IndexSpaces, degree: int) -> None:

@@ -38,10 +38,10 @@ PIPELINE: tuple[Pass, ...] = (
     WidenSums(),  # what recognize-loss left, and sums that were written by hand
     RecognizeLinearLoss(),  # the losses that these three left, with sums in float32
     SplitDropout(),  # behind recognize-attention, which looks for the dropout of eager attention
-    # Axis dp: whole rows, of which each rank has its own.
+    # Axis dp: entries of the batch, of which each rank has its own.
     AnnotateSharding("dp"),  # reads what the losses sum over
     InsertReshards("dp"),  # losses and gradients of weights are summed
-    LowerToLocal("dp"),  # shapes change: one rank's rows
+    LowerToLocal("dp"),  # shapes change: one rank's entries
     # Axis cp: the sequence.
     ChooseAttention(),  # reads masks and head counts; the order of the sequence follows from it
     AnnotateSharding("cp"),  # on the final global ops, since it holds their factors

@@ -94,7 +94,7 @@ def _over(
 ) -> Callable[..., Any]:
     chosen = _options_of(options, others)
     refuse_graph_break(gm)
-    agreement.require(_signature(gm, inputs, chosen))
+    agreement.require(_what_is_compiled(gm, inputs, chosen))
     return _compile(gm, inputs, chosen, mesh, agreement, shared_dump(chosen.dump, mesh, agreement))
 
 
@@ -226,7 +226,7 @@ def _agreement(world: Any, mesh: RuntimeMesh) -> Agreement:
     return Agreement(mesh)
 
 
-def _signature(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Record:
+def _what_is_compiled(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Record:
     """What a rank compiles: what callers pass, then what modules own, then the options."""
     named = Inputs.of(gm)
     facts = [Fact(f"input {named.names[i]}", shape_text(inputs[i])) for i in named.passed]

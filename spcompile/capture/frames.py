@@ -36,7 +36,7 @@ class Frame:
         return [name_of(node.meta["grapharg"].source) for node in self.gm.graph.find_nodes(op="placeholder")]
 
 
-class _Stop(BaseException):
+class _LeaveDynamo(BaseException):
     """Leaves Dynamo when it has the graph, before anything runs. Not an Exception: nobody may catch it."""
 
 
@@ -75,26 +75,14 @@ def traced_again(instead: Mapping[Tensor, Tensor], arguments: set[str], numbers:
 
     def keep(gm: fx.GraphModule, inputs: Sequence[Any]) -> NoReturn:
         found.append(this_frame(fx.GraphModule(gm, copy_graph(gm.graph))))  # Dynamo forgets where inputs come from
-        raise _Stop
+        raise _LeaveDynamo
 
     # New code, so that what is compiled for it is not found for the frame itself.
     function = types.FunctionType(frame.f_code.replace(), frame.f_globals, closure=frame.closure)
     again = torch.compile(function, backend=keep, fullgraph=True, dynamic=False)
     symbols = ",".join(map(re.escape, numbers))
     compiler_config: Any = torch.compiler.config
-    with compiler_config.patch(dynamic_sources=symbols), under_function_modes(), contextlib.suppress(_Stop):
-        again(*_positional(frame.f_code, given), **_named(frame.f_code, given))
+    with compiler_config.patch(dynamic_sources=symbols), under_function_modes(), contextlib.suppress(_LeaveDynamo):
+        bound = inspect.BoundArguments(inspect.signature(function), given)
+        again(*bound.args, **bound.kwargs)
     return found[0]
-
-
-def _positional(code: types.CodeType, given: Mapping[str, Any]) -> list[Any]:
-    rest = code.co_varnames[code.co_argcount + code.co_kwonlyargcount] if code.co_flags & inspect.CO_VARARGS else None
-    return [*[given[name] for name in code.co_varnames[: code.co_argcount]], *(given[rest] if rest else ())]
-
-
-def _named(code: types.CodeType, given: Mapping[str, Any]) -> dict[str, Any]:
-    end = code.co_argcount + code.co_kwonlyargcount
-    found = {name: given[name] for name in code.co_varnames[code.co_argcount : end]}
-    if code.co_flags & inspect.CO_VARKEYWORDS:
-        found |= given[code.co_varnames[end + bool(code.co_flags & inspect.CO_VARARGS)]]
-    return found

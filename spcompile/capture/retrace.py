@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from spcompile.capture.flex_attention import without_block_sizes, written_out
 from spcompile.capture.module_buffer import KEY, ModuleBuffer, may_be_read
 from spcompile.capture.vmapped import without_vmaps
 from spcompile.diagnostics import CaptureFailed, GraphBreak, source_of
-from spcompile.graph.sizes import same
+from spcompile.graph.sizes import same_shape
 from spcompile.torch_private import FunctionalTensor, FunctionalTensorMode, TracingContext, detect_fake_mode
 
 aten = torch.ops.aten
@@ -252,7 +251,7 @@ def _replace_copy(node: fx.Node) -> None:
     target, value = node.args[:2]
     assert isinstance(value, fx.Node)
     with node.graph.inserting_before(node):
-        if not _same_shape(value, node):
+        if not same_shape(value.meta["val"], node.meta["val"]):
             example = node.meta["val"].to(value.meta["val"].dtype)
             value = node.graph.call_function(aten.expand_as.default, (value, target))
             value.meta = {**node.meta, "val": example}
@@ -268,10 +267,10 @@ def _broadcast_one_by_one(node: fx.Node) -> None:
     operands: Any = node.args[0]
     for user in list(node.users):
         value = operands[user.args[1]]
-        largest = next((x for x in operands if _same_shape(x, user)), None)
+        largest = next((x for x in operands if same_shape(x.meta["val"], user.meta["val"])), None)
         if largest is None:
             continue
-        if not _same_shape(value, user):
+        if not same_shape(value.meta["val"], user.meta["val"]):
             with node.graph.inserting_before(user):
                 value = node.graph.call_function(aten.expand_as.default, (value, largest))
             value.meta = dict(user.meta)
@@ -279,10 +278,6 @@ def _broadcast_one_by_one(node: fx.Node) -> None:
         node.graph.erase_node(user)
     if not node.users:
         node.graph.erase_node(node)
-
-
-def _same_shape(a: fx.Node, b: fx.Node) -> bool:
-    return all(same(m, n) for m, n in zip_longest(a.meta["val"].shape, b.meta["val"].shape, fillvalue=0))
 
 
 def _read_before_writing(graph: fx.Graph) -> None:

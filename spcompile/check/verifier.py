@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statica
 from spcompile.check.states import check_states, invalid
 from spcompile.collectives import is_start
 from spcompile.diagnostics import InvalidGraph
+from spcompile.graph.edit import fake_mode_of
 from spcompile.graph.printer import type_text
 from spcompile.machine.mesh import MeshShape
 from spcompile.passes_api import Stage
@@ -64,7 +65,7 @@ def verify_graph(
 
 def check_shapes(gm: fx.GraphModule) -> None:
     """Run every op on the example values of its operands and compare with its own example value."""
-    mode = _fake_mode(gm.graph)
+    mode = fake_mode_of([n.meta.get("val") for n in gm.graph.nodes])
     if mode is None:
         return
     shape_env = mode.shape_env
@@ -90,7 +91,7 @@ def _check_shape(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, right:
     if description is not None and description in right:
         node.meta["verified"] = call
         return
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _example(gm, n, mode))
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _example_value(gm, n, mode))
     target: Any = node.target
     try:
         found = target(*args, **kwargs)
@@ -141,7 +142,7 @@ def _same_call(seen: tuple[Any, ...] | None, call: tuple[Any, ...]) -> bool:
     return seen is not None and len(seen) == len(call) and all(map(operator.is_, seen, call))
 
 
-def _example(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> Any:
+def _example_value(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> Any:
     if "val" in node.meta:
         val = node.meta["val"]
     elif node.op == "get_attr":
@@ -150,14 +151,6 @@ def _example(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> Any:
         raise invalid(node, 'no example value in meta["val"]')
     real = isinstance(val, torch.Tensor) and not isinstance(val, FakeTensor)
     return mode.from_tensor(val, static_shapes=True) if real else val
-
-
-def _fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
-    for node in graph.nodes:
-        for val in torch.utils._pytree.tree_leaves(node.meta.get("val")):
-            if isinstance(val, FakeTensor):
-                return val.fake_mode
-    return None
 
 
 def _agree(a: Any, b: Any) -> bool:

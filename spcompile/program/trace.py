@@ -32,7 +32,7 @@ Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any] | None]
 Inputs = Mapping[str, Any] | Sequence[Any]
 
 
-class _Stop(BaseException):
+class _LeaveModel(BaseException):
     """Leaves the model at its first compiled call. Not an Exception: the model's own handlers must not catch it."""
 
 
@@ -101,7 +101,7 @@ def through_dynamo(model: nn.Module, example_inputs: Inputs, backend: Backend) -
     entry = types.FunctionType(_entry.__code__.replace(), globals())
     result = None
     # Sizes seen in an earlier call of this function must not make those of this call symbols.
-    with torch._dynamo.config.patch(automatic_dynamic_shapes=False), contextlib.suppress(_Stop):
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False), contextlib.suppress(_LeaveModel):
         result = torch.compile(entry, backend=once)(model, args, kwargs)
     if failures:
         raise failures[0]
@@ -115,7 +115,7 @@ def _entry(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 
 def _stop(*_: Any) -> Any:
-    raise _Stop
+    raise _LeaveModel
 
 
 def compile_for(

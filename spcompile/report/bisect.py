@@ -48,10 +48,10 @@ def culprit_of(trial: Trial) -> Culprit:
         if not all(row.ok for row in trial.errors("", trial.run(snapshot))):
             return _first_difference(trial, right, snapshot) if right is not None else Culprit(snapshot.name)
         right = snapshot
-    return _after_autograd(trial)
+    return _first_wrong_after_autograd(trial)
 
 
-def _after_autograd(trial: Trial) -> Culprit:
+def _first_wrong_after_autograd(trial: Trial) -> Culprit:
     """Run the graphs after each pass of the SCHEDULE stage, which are made anew each time."""
     program = trial.program
     for count in range(len(program.schedule) + 1):

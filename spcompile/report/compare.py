@@ -26,7 +26,7 @@ MIXED_TOLERANCE = 1e-6  # a float64 model that computes something in float32
 EXPECTED_OF_ONE_DEVICE = (
     "attention has dropout: expected is what one device gets from the same graph, not the plain model"
 )
-DRAWN_BY_RANKS = "over dp each rank draws its own random numbers, the plain model draws for all rows: they differ"
+DRAWN_BY_RANKS = "over dp each rank draws its own random numbers, the plain model draws for all entries: they differ"
 NOISY = "rounding moves {name} by {part:.0%} of its largest element: little is compared there"
 NOISY_PART = 0.25
 ROUNDING = 8  # units in the last place of the largest gradient: what less is, is rounding
@@ -63,7 +63,7 @@ def compare_with_plain(
         rows += [] if isinstance(final, str) else trial.errors("final", final)
         late = trial.run_final(trial.traced.sharded.graphs, "late") if all(row.ok for row in rows) else ""
         rows += [] if isinstance(late, str) else [row for row in trial.errors("late", late) if not row.ok]
-        if trial.rows and trial.program.draws_random_numbers and not all(row.ok for row in rows):
+        if trial.entries and trial.program.draws_random_numbers and not all(row.ok for row in rows):
             notes.append(DRAWN_BY_RANKS)
         report = Report(mesh, trial.tolerance, rows, remarks=list(trial.program.ctx.remarks.rows), notes=notes)
         report.culprit = None if report.ok else culprit_of(trial)

@@ -53,7 +53,7 @@ def noise_of(model: nn.Module, inputs: Inputs, options: Options, still: Eager, e
     try:
         for _ in range(DRAWS):
             for x, old in zip(leaves, before, strict=True):
-                x.data.copy_(_moved(old, eps, generator))
+                x.data.copy_(_nudged(old, eps, generator))
             torch.set_rng_state(rng)
             noise.add(run_eager(model, inputs, options), still)
     finally:
@@ -80,7 +80,7 @@ def _is_measured(x: Tensor) -> bool:
     return x.is_floating_point() and not bool(((x == x.round()) | ~x.isfinite()).all())
 
 
-def _moved(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+def _nudged(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
     """Each element one unit up or down; zeros and infinities stay."""
     exact = x.to(torch.float64)
     unit = torch.ldexp(torch.full_like(exact, eps), torch.frexp(exact.abs()).exponent - 1)

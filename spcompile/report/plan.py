@@ -109,7 +109,7 @@ class Plan:
             "schema_version": SCHEMA_VERSION,
             "model": self.model,
             "mesh": dict(self.mesh.axes),
-            "options": {name: value for name, value in self.options.items() if _is_plain(value)},
+            "options": {name: value for name, value in self.options.items() if _fits_json(value)},
             "symbols": self.symbols,
             "sharding": {name: _json_number(value) for name, value in vars(self.sharding).items()},
             "attention": [dict(vars(row)) for row in self.attention],
@@ -271,7 +271,7 @@ def _json_number(value: Any) -> Any:
     return int(value) if value.is_Integer else float(value) if value.is_number else str(value)
 
 
-def _is_plain(value: Any) -> bool:
+def _fits_json(value: Any) -> bool:
     return value is None or isinstance(value, (str, int, float, bool, dict, list))
 
 

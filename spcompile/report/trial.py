@@ -56,7 +56,7 @@ class Outcome:
 class Trial:
     """One traced model with the inputs of one call, and the results it should have.
 
-    arguments: of dp's first rank; rows: by place among them, those that are each dp rank's own.
+    arguments: of dp's first rank; entries: by place among them, those that are each dp rank's own.
     outputs, weights: by place among the outputs of the user's graph; gradients: by place among its inputs.
     sources: of gradients, the id of the plain model's parameter or input.
     allowed: by kind and name, the absolute difference that is rounding; other tensors have `tolerance`, `rounding`.
@@ -64,7 +64,7 @@ class Trial:
 
     traced: Traced
     arguments: list[Any]
-    rows: dict[int, list[Tensor]]
+    entries: dict[int, list[Tensor]]
     rng: Tensor
     outputs: dict[int, tuple[str, Tensor]] = field(default_factory=dict)
     weights: dict[int, Tensor] = field(default_factory=dict)
@@ -86,12 +86,12 @@ class Trial:
 
     def inputs(self, rank: int, mesh: MeshShape) -> list[Any]:
         """The arguments of one rank, as new leaves."""
-        degree, row = self.mesh.size("dp"), coordinates(mesh, rank).get("dp", 0)
+        degree, place = self.mesh.size("dp"), coordinates(mesh, rank).get("dp", 0)
         values = list(self.arguments)
         for i, node in enumerate(self.program.captured.graph.find_nodes(op="placeholder")):
-            parts = self.rows.get(i, [values[i]] * degree)
+            parts = self.entries.get(i, [values[i]] * degree)
             if mesh.size("dp") == degree:
-                values[i] = parts[row]
+                values[i] = parts[place]
             elif OWN in node.meta:  # on one device
                 values[i] = torch.cat(parts) if isinstance(values[i], Tensor) else values[i] * degree
         return [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in values]
@@ -99,7 +99,7 @@ class Trial:
     def run(self, snapshot: Snapshot, observe: Observer | None = None) -> Outcome:
         """A graph before autograd: a GLOBAL one on one device, a LOCAL one on all ranks."""
         assert snapshot.gm is not None
-        mesh = self.mesh if snapshot.stage is Stage.LOCAL or _communicates(snapshot.gm.graph) else MeshShape(())
+        mesh = self.mesh if snapshot.stage is Stage.LOCAL or _has_collectives(snapshot.gm.graph) else MeshShape(())
         everything = snapshot.name == "capture"
         places = {i: i if everything else out.index for i, out in enumerate(self.program.outputs)}
         ranks = range(mesh.world_size)
@@ -130,7 +130,7 @@ class Trial:
             updated = (
                 len(found[0]) - len(computed) - len(saved)
             )  # inputs that the model writes to: new values come first
-            if not 0 <= updated <= _written(program.captured.graph):
+            if not 0 <= updated <= _number_written(program.captured.graph):
                 return "final graphs not run: they return more than outputs and saved values"
             found = [values[updated:] for values in found]
             outputs = {i: [found[rank][at] for rank in ranks] for at, i in enumerate(computed)}
@@ -156,12 +156,12 @@ class Trial:
         The plain model draws other numbers there. Which those of the graph are, does not depend on ranks.
 
         Raises:
-            IllegalOption: over dp, where one device has other rows than a rank.
+            IllegalOption: over dp, where one device has other entries than a rank.
         """
         before = self.traced.model_itself
         if before.gm is None or not _has_attention_dropout(before.gm):
             return False
-        if self.rows:
+        if self.entries:
             raise IllegalOption("verify over dp of attention with dropout", legal="a mesh without dp, or model.eval()")
         found = self.run(before)
         self.outputs = {i: (name, found.outputs[i][0]) for i, (name, _) in self.outputs.items() if i in found.outputs}
@@ -180,7 +180,7 @@ class Trial:
                 like = self.arguments[i]
                 wanted = gradient if gradient is not None else torch.zeros_like(like)
                 found = [torch.zeros_like(like) if g is None else g for g in outcome.gradients[i]]
-                if i in self.rows and gradient is not None and len(found) == self.mesh.world_size:
+                if i in self.entries and gradient is not None and len(found) == self.mesh.world_size:
                     found = whole_of(found, {"dp": 0}, wanted.shape, self.mesh)
                 rows.append(self._error(graph, "gradient", name, found, wanted, self.rounding * top))
         return rows
@@ -274,7 +274,7 @@ def trial_of(
     """Trace the model on the entries of dp's first rank; find which of its inputs and outputs are the plain model's."""
     (given,), per_rank = split_batch(example_inputs, 1), split_batch(example_inputs, mesh.size("dp"))
     parts = [pytree.tree_leaves(inputs) for inputs in per_rank]
-    rows = {id(own[0]): own for own in zip(*parts, strict=True) if own[0] is not own[-1]}
+    entries = {id(own[0]): own for own in zip(*parts, strict=True) if own[0] is not own[-1]}
     whole = {id(part): id(x) for part, x in zip(parts[0], pytree.tree_leaves(given), strict=True)}
     trials: list[Trial] = []
     returned: list[Tensor] = []
@@ -285,10 +285,10 @@ def trial_of(
         for node, batch in inputs_with_batch(traced.program.captured.graph).items():
             if batch.dim != 0:
                 found = f"{node.name} has the batch in dim {batch.dim}; the entries of dp's ranks were cut from dim 0"
-                raise BatchNotSplit(found, legal="a mesh without dp here; compiled, each rank passes its own rows")
+                raise BatchNotSplit(found, legal="a mesh without dp here; compiled, each rank passes its own entries")
 
         def run(*arguments: Any) -> list[Tensor]:
-            own = {i: list(rows[id(x)]) for i, x in enumerate(arguments) if id(x) in rows}
+            own = {i: list(entries[id(x)]) for i, x in enumerate(arguments) if id(x) in entries}
             trial = Trial(traced, list(arguments), own, rng)
             trials.append(trial)
             found = trial.run(captured).outputs
@@ -318,12 +318,12 @@ def trial_of(
     return trial
 
 
-def _written(graph: fx.Graph) -> int:
+def _number_written(graph: fx.Graph) -> int:
     """How many inputs a graph writes to."""
     return len({node.args[0] for node in graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)})
 
 
-def _communicates(graph: fx.Graph) -> bool:
+def _has_collectives(graph: fx.Graph) -> bool:
     return any(axis_argument(n.target) is not None for n in graph.nodes)
 
 

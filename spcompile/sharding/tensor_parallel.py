@@ -42,11 +42,11 @@ class TensorSeeds:
 
 def tensor_seeds(graph: fx.Graph, spaces: IndexSpaces, degree: int) -> TensorSeeds:
     """The seeds of axis `tp` of `degree` ranks."""
-    search = _Search(graph, spaces, degree)
+    search = _SeedSearch(graph, spaces, degree)
     for node, call in spaces.calls.items():
         choice = _split_heads(call, degree) if call.rule.paired else None
         if choice is not None:
-            search.take(node, choice, propagate(graph, spaces, {node: choice}))
+            search.take(node, choice, propagate(spaces, {node: choice}))
     search.take_cheapest(search.contracted(), may_gather=False)
     search.take_cheapest(search.widening(), may_gather=True)
     search.take_cheapest(search.lookups(), may_gather=True)
@@ -95,7 +95,7 @@ class _Candidate:
     space: Space
 
 
-class _Search:
+class _SeedSearch:
     """Takes one region of calls after the other; regions never overlap."""
 
     def __init__(self, graph: fx.Graph, spaces: IndexSpaces, degree: int) -> None:
@@ -121,7 +121,7 @@ class _Search:
             if space in tried or hint(space.size) < self.degree:
                 continue
             tried.add(space)
-            region = propagate(self.graph, self.spaces, {candidate.node: candidate.choice})
+            region = propagate(self.spaces, {candidate.node: candidate.choice})
             if self._fits(region, may_gather):
                 fitting.append((self._cost(region), len(fitting), candidate, region))
         for _, _, candidate, region in sorted(fitting, key=lambda entry: entry[:2]):

@@ -102,7 +102,7 @@ MESHES = {
     "tp x cp": ({"tp": 2, "cp": 2}, "cp"),
     "tp at rest": ({"tp": 2}, "tp"),
     "tp and cp at rest": ({"tp": 2, "cp": 2}, ("cp", "tp")),
-    "dp": ({"dp": 2}, "dp"),  # all ranks pass the same rows: the mean over them is that of one
+    "dp": ({"dp": 2}, "dp"),  # all ranks pass the same entries: the mean over them is that of one
 }
 MODELS_ON_MESHES = pytest.mark.parametrize(
     ("model", "mesh"),

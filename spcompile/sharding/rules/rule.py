@@ -75,8 +75,8 @@ class OpRule:
         start at 0): both are replicated for this op, but the engine may lay them out together.
     unread: operands of which the op reads only the shape, dtype or device (zeros_like, type_as): they may be sharded in
         any way, whatever their dims say.
-    drawn: each element is a random number of its own. All ranks draw all of them, so that they are one device's, unless
-        ranks may draw other numbers than it.
+    apart: the rule where every rank has parts of its own from the start, as over dp, and cannot have the whole. It is
+        told the sizes of the finest factors of every dim of the first operand.
     """
 
     operands: tuple[Dims, ...]
@@ -91,7 +91,7 @@ class OpRule:
     prefix_of: Mapping[str, str] = field(default_factory=dict)
     local: Callable[[LocalCall], Any] | None = None
     unread: frozenset[int] = frozenset()
-    drawn: bool = False
+    apart: Callable[[Sequence[Sequence[Size]]], OpRule] | None = None
 
     def text(self) -> str:
         """The rule as one line."""

@@ -207,6 +207,7 @@ REMARKS: dict[str, str] = {
     "SPR204": "the attention strategy that was asked for does not fit, another was taken",
     "SPR205": "the all-to-alls of Ulysses are split into messages that hide behind compute",
     "SPR207": "the integers of a mask are taken to be 0 and 1, as it multiplies them with a large number",
+    "SPR208": "logits are built, which a loss could do without: somebody else reads them",
     "SPR301": "query length 1 (decoding): the graph runs replicated",
     "SPR302": "random numbers are drawn for the whole tensor on every rank, so that they equal one device's",
     "SPR303": "dropout of attention weights follows from seeds and positions: equal on any number of ranks",

@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     import torch.fx as fx
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
     from spcompile.attention.scores.attention_call import AttentionCall
+    from spcompile.machine.mesh import MeshShape
     from spcompile.options import Options
+    from spcompile.parameters.sharded_modules import Parts
     from spcompile.program.build import LocalProgram
     from spcompile.program.pipeline import Snapshot
     from spcompile.program.trace import Traced
@@ -26,12 +29,15 @@ def explain(
     model: nn.Module,
     example_inputs: Mapping[str, Any] | Sequence[Any],
     mesh: Mapping[str, int] | DeviceMesh,
+    *,
+    shard_parameters: str | Sequence[str] | None = None,
     **options: Any,
 ) -> Plan:
     """What the backend would make of a model on a mesh; needs no process group, and computes nothing.
 
     model: its weights may be real, fake or on `meta`. It is compiled for training if gradients are enabled.
     example_inputs: keyword arguments (a dict) or positional ones; torch._dynamo.mark_dynamic works on them.
+    shard_parameters: explains the model as `parallelize` leaves it, with these axes; () for none; None: drop-in.
     options: those of the backend, but `mesh`.
 
     Raises:
@@ -39,18 +45,23 @@ def explain(
     """
     from spcompile.capture.meta_device import off_meta
     from spcompile.options import Options
+    from spcompile.parameters.planned_parts import over_planned_parts
     from spcompile.passes import PIPELINE
     from spcompile.program.trace import compile_for, mesh_shape, through_dynamo
     from spcompile.program.whole_batch import over_whole_batch
 
     shape, chosen = mesh_shape(mesh), Options.parse(options)
+    parts = _planned_parts(model, example_inputs, shape, chosen, shard_parameters)
     plans: list[Plan] = []
 
     def describe(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        split = [parts.get(id(value), ()) for value in inputs]
         own = {id(p) for p in model.parameters()}
-        traced = compile_for(*off_meta(gm, inputs), shape, chosen, PIPELINE)
-        _remark_weight_memory(model, traced.program, inputs)
-        plans.append(_plan(model, traced, chosen, [id(value) in own for value in inputs]))
+        moved = off_meta(gm, inputs)
+        traced = compile_for(*over_planned_parts(*moved, split), shape, chosen, PIPELINE)
+        if shard_parameters is None:
+            _remark_weight_memory(model, traced.program, inputs)
+        plans.append(_plan(model, traced, chosen, [id(value) in own for value in inputs], _held(model, parts)))
 
     through_dynamo(model, example_inputs, over_whole_batch(describe, shape.size("dp")))
     return plans[0]
@@ -79,7 +90,40 @@ def _remark_weight_memory(model: nn.Module, program: LocalProgram, inputs: Seque
     )
 
 
-def _plan(model: nn.Module, traced: Traced, options: Options, trained: Sequence[bool]) -> Plan:
+def _planned_parts(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any] | Sequence[Any],
+    shape: MeshShape,
+    options: Options,
+    shard_parameters: str | Sequence[str] | None,
+) -> dict[int, Parts]:
+    """By the id of a parameter: how `parallelize` splits it. Nothing where the model is used as it is."""
+    from spcompile.parallelize import planned_weights, require_axes
+
+    if shard_parameters is None:
+        return {}
+    axes = (shard_parameters,) if isinstance(shard_parameters, str) else tuple(shard_parameters)
+    require_axes(axes, shape)
+    parts = planned_weights(model, example_inputs, shape, options, axes).parts
+    return {id(p): parts[name] for name, p in model.named_parameters()}
+
+
+def _held(model: nn.Module, parts: Mapping[int, Parts]) -> list[torch.Tensor]:
+    """What a rank has of each parameter, without values."""
+    import torch
+
+    from spcompile.parameters.sharded_modules import local_shape
+
+    def part(p: torch.Tensor) -> torch.Tensor:
+        own = torch.empty(local_shape(p.shape, parts[id(p)]), dtype=p.dtype, device="meta")
+        return own.requires_grad_(p.requires_grad)
+
+    return [part(p) if parts.get(id(p)) else p for p in model.parameters()]
+
+
+def _plan(
+    model: nn.Module, traced: Traced, options: Options, trained: Sequence[bool], held: Sequence[torch.Tensor]
+) -> Plan:
     from spcompile.machine.optimizers import OPTIMIZERS
     from spcompile.memory.account import memory_of
     from spcompile.memory.largest import largest_tensors
@@ -102,7 +146,7 @@ def _plan(model: nn.Module, traced: Traced, options: Options, trained: Sequence[
         memory=memory_of(
             final,
             on_one_device(traced).graphs,
-            list(model.parameters()),
+            held,
             OPTIMIZERS[options.optimizer],
             traced.sharded.memory,
         ),

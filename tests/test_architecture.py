@@ -21,6 +21,7 @@ MAX_LINES = 400
 FOLDERS = (
     "machine",
     "graph",
+    "losses",
     "collectives",
     "attention.scores",
     "attention.kernels.triton",

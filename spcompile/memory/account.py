@@ -16,7 +16,9 @@ import torch.fx as fx
 from torch.distributed.tensor import DTensor
 
 from spcompile.diagnostics import SourceLine, source_of
+from spcompile.graph.sizes import hint
 from spcompile.graph.storage import outputs_of, root_of, saved_values, storage_bytes, storage_size
+from spcompile.losses.scratch import scratch_bytes
 from spcompile.machine.optimizers import Optimizer
 from spcompile.memory.liveness import Lives
 from spcompile.memory.planner import MemoryPlan
@@ -128,15 +130,16 @@ def _high_water(phase: str, graphs: Mapping[str, fx.GraphModule]) -> _High:
     returned = {root_of(node) for node in outputs_of(graph) if isinstance(node, fx.Node)}
     lives = Lives.of(order, before, returned, root_of)
     sizes = {root: 0 if _is_held(root) else storage_bytes(root) for root in lives.born}
-    levels = lives.bytes(sizes.__getitem__) or [0]
+    levels = lives.bytes(sizes.__getitem__, [int(scratch_bytes(node, hint)) for node in order]) or [0]
     at = levels.index(max(levels))
     there = [root for root in lives.during(at) if not _is_held(root)]
     stay = set(before) | returned
+    inside = scratch_bytes(order[at]) if order else sympy.Integer(0)
     outside = _given_to_caller(graphs) if phase == "backward" else []
     return _High(
         levels[at] + sum(map(storage_bytes, outside)),
-        _total([*there, *outside]),
-        _total(root for root in there if root not in stay),
+        _total([*there, *outside]) + inside,
+        _total(root for root in there if root not in stay) + inside,
         _where(phase, order[at]) if order else phase,
     )
 

@@ -8,7 +8,9 @@ from functools import cached_property
 
 import torch.fx as fx
 
+from spcompile.graph.sizes import hint
 from spcompile.graph.storage import outputs_of, root_of, storage_bytes
+from spcompile.losses.scratch import scratch_bytes
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Joint:
     def bytes_of(self) -> dict[fx.Node, int]:
         """What each node allocates."""
         return {node: storage_bytes(node) for node in self.storage}
+
+    @cached_property
+    def scratch(self) -> dict[fx.Node, int]:
+        """What each node takes besides while it runs."""
+        return {node: int(scratch_bytes(node, hint)) for node in self.storage}
 
     @cached_property
     def is_forward(self) -> frozenset[fx.Node]:

@@ -54,13 +54,14 @@ class Lives:
         dies.update((storage, len(order) - 1) for storage in kept if storage in born)
         return cls(born, {storage: dies[storage] for storage in born}, len(order))
 
-    def bytes(self, size: Callable[[fx.Node], int]) -> list[int]:
-        """Alive during each call."""
+    def bytes(self, size: Callable[[fx.Node], int], scratch: Sequence[int]) -> list[int]:
+        """Alive during each call. scratch: what each call takes besides while it runs."""
         change = [0] * (self.calls + 1)
         for storage, start in self.born.items():
             change[start] += size(storage)
             change[self.dies[storage] + 1] -= size(storage)
-        return list(itertools.accumulate(change))[:-1]
+        held = itertools.accumulate(change[:-1])
+        return [bytes_held + inside for bytes_held, inside in zip(held, scratch, strict=True)]
 
     def during(self, call: int) -> list[fx.Node]:
         """The storages that are there during a call."""
@@ -107,6 +108,7 @@ def _largest(
 ) -> Peak:
     if not order:
         return Peak(0, phase, None)
-    levels = Lives.of(order, before, kept, joint.storage.__getitem__).bytes(joint.bytes_of.__getitem__)
+    lives = Lives.of(order, before, kept, joint.storage.__getitem__)
+    levels = lives.bytes(joint.bytes_of.__getitem__, [joint.scratch[node] for node in order])
     at = levels.index(max(levels))
     return Peak(levels[at], phase, order[at])

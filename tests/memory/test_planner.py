@@ -113,8 +113,9 @@ def test_what_is_alive_when() -> None:
     order = [a, b, view, c]
     roots = {a: a, b: b, view: a, c: c, x: x}
     lives = Lives.of(order, (), (), roots.__getitem__)
-    assert lives.bytes({a: 4, b: 4, c: 4, view: 0}.__getitem__) == [4, 8, 8, 12]
-    assert Lives.of(order, (), (b,), roots.__getitem__).bytes({a: 4, b: 4, c: 4, view: 0}.__getitem__)[-1] == 12
+    sizes = {a: 4, b: 4, c: 4, view: 0}
+    assert lives.bytes(sizes.__getitem__, [0, 0, 1, 0]) == [4, 8, 9, 12]
+    assert Lives.of(order, (), (b,), roots.__getitem__).bytes(sizes.__getitem__, [0] * 4)[-1] == 12
     assert lives.during(1) == [a, b]
 
 

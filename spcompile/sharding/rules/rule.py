@@ -66,6 +66,7 @@ class OpRule:
         through a plain all-reduce).
     completed: factors that are only in operands, and over which `local` gives the complete result, not a partial one.
     replicated: factors that this op cannot compute on shards.
+    contracted: those of them that it sums over inside, as a product with a weight does.
     fills: for a reduction over a padded factor: {operand index: value the padding must have}. Default: 0 for operand 0.
     paired: operand dims that are sharded together with a factor although they are another index space:
         {factor: other factor} (attention's key length follows its query length).
@@ -84,6 +85,7 @@ class OpRule:
     reductions: Mapping[str, str] = field(default_factory=dict)
     completed: frozenset[str] = frozenset()
     replicated: frozenset[str] = frozenset()
+    contracted: frozenset[str] = frozenset()
     fills: Mapping[int, float] = field(default_factory=lambda: {0: 0.0})
     paired: Mapping[str, str] = field(default_factory=dict)
     prefix_of: Mapping[str, str] = field(default_factory=dict)

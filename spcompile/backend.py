@@ -34,6 +34,7 @@ from spcompile.program.facts import Fact, Record
 from spcompile.program.one_device import recognise
 from spcompile.program.outputs import restore_outputs
 from spcompile.program.pipeline import History
+from spcompile.program.plain_calls import PlainCalls, Target
 from spcompile.program.program_cache import Finished
 from spcompile.program.same_inputs import shape_text
 from spcompile.program.shared_dump import SharedDump, shared_dump
@@ -59,6 +60,13 @@ def spcompile(
     Raises:
         SpcompileError: before any collective of the model runs, with the same text on every rank.
     """
+    with _PLAIN_CALLS.noting_errors():
+        return _PLAIN_CALLS.counted(_program(gm, example_inputs, options, others))
+
+
+def _program(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None, others: Mapping[str, Any]
+) -> Callable[..., Any]:
     mesh = runtime_mesh((options or {}).get("mesh"), _device_type(example_inputs))
     # Over dp the frame is traced once more, where a float of the caller's is a number.
     without_symbolic_floats(gm, all_are_numbers=mesh is not None and mesh.shape.size("dp") > 1)
@@ -225,5 +233,14 @@ def _compiled(text: str) -> Record:
     return Record("has compiled", (Fact("the compiled graphs", text),))
 
 
+def _target_of(options: Mapping[str, Any] | None, device_type: str) -> Target | None:
+    mesh = runtime_mesh((options or {}).get("mesh"), device_type)
+    return None if mesh is None else Target(mesh.shape, _agreement(dist.group.WORLD, mesh), Options.parse(options))
+
+
 def _device_type(inputs: Sequence[Any]) -> str:
     return next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
+
+
+_PLAIN_CALLS = PlainCalls(_target_of)
+_PLAIN_CALLS.watch(spcompile)

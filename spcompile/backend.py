@@ -114,6 +114,7 @@ def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Calla
     with autocast_off():
         compiled = emit(emission, options.compiler)
     observed.announce(program, emission)
+    program.forget_inputs()
     return watched(compiled, relied_on(program.captured.graph), inputs)
 
 
@@ -209,6 +210,7 @@ def _made(
     with autocast_off():
         compiled = emit(emission, options.compiler)
     observed.announce(program, emission)
+    program.forget_inputs()
     finished.result = emission.result
     if key is not None:
         program_cache.store(key, mesh.coordinate, finished)

@@ -105,8 +105,8 @@ def _with_symbols(backend: Backend, gm: fx.GraphModule, inputs: Sequence[Any], b
 
 def _on_whole(backend: Backend, gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> Any:
     whole = _whole(gm, inputs, batch)
-    run = backend(whole.gm, whole.inputs)
-    return run and (lambda *args: run(*[args[i] for i in whole.places]))
+    run, places = backend(whole.gm, whole.inputs), whole.places
+    return run and (lambda *args: run(*[args[i] for i in places]))
 
 
 def _is_symbol(size: Any) -> bool:

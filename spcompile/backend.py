@@ -29,7 +29,8 @@ from spcompile.program import observed, program_cache
 from spcompile.program.agreement import Agreement
 from spcompile.program.build import Output, build
 from spcompile.program.checked_calls import CheckedCalls, Inputs
-from spcompile.program.emit import Emission, callable_of, emit
+from spcompile.program.dump import Dump, own_dump
+from spcompile.program.emit import Emission, as_it_is, emit
 from spcompile.program.facts import Fact, Record
 from spcompile.program.one_device import recognise
 from spcompile.program.outputs import restore_outputs
@@ -39,7 +40,6 @@ from spcompile.program.program_cache import Finished
 from spcompile.program.same_inputs import shape_text
 from spcompile.program.shared_dump import SharedDump, shared_dump
 from spcompile.program.whole_batch import over_whole_batch
-from spcompile.torch_private import aot_autograd, compile_fx
 
 log = logging.getLogger(__name__)
 ignore_library_logging()  # torch.compile(..., backend="spcompile") imports this module before it traces
@@ -105,24 +105,33 @@ def _over(
 
 
 def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    program = recognise(gm, inputs, options, PIPELINE)
+    dump = own_dump(options.dump)
+    history = History(on_snapshot=dump.snapshot if dump else None, keep_texts=dump is not None)
+    program = recognise(gm, inputs, options, PIPELINE, history)
     if program is None:
-        return plain(gm, inputs, options.compiler)
+        return plain(gm, inputs, options.compiler, dump)
     for remark in program.ctx.remarks.rows:
         log.info("%s", remark)
     emission = Emission(program, bind=lambda graph: None)
+    if dump is not None:
+        emission.finished = dump.python
     with autocast_off():
         compiled = emit(emission, options.compiler)
+    if dump is not None:
+        dump.require_written()
     observed.announce(program, emission)
     program.forget_inputs()
     return watched(compiled, relied_on(program.captured.graph), inputs)
 
 
-def plain(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: str) -> Callable[..., Any]:
+def plain(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: str, dump: Dump | None = None
+) -> Callable[..., Any]:
     """Compile without sharding."""
-    if compiler == "inductor":
-        return callable_of(compile_fx(gm, example_inputs))
-    return aot_autograd(fw_compiler=lambda graph_module, _: graph_module.forward)(gm, example_inputs)
+    compiled = as_it_is(gm, example_inputs, compiler, dump.final if dump is not None else None)
+    if dump is not None:
+        dump.require_written()
+    return compiled
 
 
 def _compile(

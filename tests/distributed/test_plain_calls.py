@@ -206,6 +206,30 @@ def another_model_beyond_the_limit() -> str:
         return refusal(lambda: two(x))
 
 
+class Weighted(Averaged):
+    def forward(self, x: Tensor, weight: float) -> Tensor:  # type: ignore[override]
+        return weight * super().forward(x)
+
+
+def numbers_that_change() -> str:
+    """Over dp each number of the caller's is another program: right ones up to the limit, then an error."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    with default_dtype(torch.float64):
+        x = torch.randn(2, 8, pm.WIDTH, generator=torch.Generator().manual_seed(3))
+        plain = Weighted()
+        model: Any = copy.deepcopy(plain)
+        model.compile(backend="spcompile", options={"mesh": mesh, "compiler": "eager"})
+        own = x.chunk(2)[dist.get_rank()]
+        with torch._dynamo.config.patch(recompile_limit=2):
+            for weight in (0.5, 0.25):
+                want, have = plain(x, weight), model(own, weight)
+                want.backward()
+                have.backward()
+                errors = compare_parameters(plain, model)
+                assert max(errors.values()) <= EXACT, errors
+            return refusal(lambda: model(own, 0.125))
+
+
 def strict() -> str:
     model = Averaged()
     model.compile(backend="spcompile", options={"compiler": "eager", "strict": True})
@@ -256,6 +280,7 @@ def other_seeds() -> str:
     [
         (skipped_by_rule, ["SP305", "TransformerEncoder on dp=2", "fullgraph=True"]),
         (another_model_beyond_the_limit, ["SP305", "Averaged on dp=2", "recompile_limit"]),
+        (numbers_that_change, ["SP305", "Weighted on dp=2", "recompile_limit", "tensors for numbers"]),
         (strict, ["SP401", "SPR403 Averaged ran uncompiled"]),
         (forced_on_one_rank, ["SP201", "rank 0: runs call 2 of", "rank 1: runs Averaged uncompiled"]),
         (fails_on_one_rank, ["SP201", "rank 1: stopped with RuntimeError Detected recompile", "rank 0: went on"]),

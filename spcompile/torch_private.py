@@ -307,18 +307,20 @@ def runs_whole_call(is_plumbing: Callable[[str], bool]) -> bool:
     """
     frame, running = sys._getframe(1), 0
     while frame is not None and not _is_wrapper(frame.f_code):
-        file = frame.f_code.co_filename
-        running += not (is_plumbing(file) or file in _CALL_ON or (file.startswith(_TORCH) and not _is_layer(file)))
+        running += not _calls_on(frame.f_code.co_filename, is_plumbing)
         frame = frame.f_back  # type: ignore[assignment]
     return running <= 1  # the frame that has become the program
 
 
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")
-_CALL_ON = (torch.nn.modules.module.__file__, contextlib.__file__)
+_LAYERS = os.path.join(_TORCH, "nn", "modules", "")  # of torch, but as a user's: they compute
 
 
-def _is_layer(file: str) -> bool:
-    return file.startswith(os.path.join(_TORCH, "nn", "modules", ""))
+@functools.lru_cache(maxsize=4096)
+def _calls_on(file: str, is_plumbing: Callable[[str], bool]) -> bool:
+    if file in (torch.nn.modules.module.__file__, contextlib.__file__):
+        return True
+    return is_plumbing(file) or (file.startswith(_TORCH) and not file.startswith(_LAYERS))
 
 
 def compiler_stance() -> str:

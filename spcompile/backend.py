@@ -30,17 +30,18 @@ from spcompile.program import observed, program_cache
 from spcompile.program.agreement import Agreement
 from spcompile.program.build import Output, build
 from spcompile.program.checked_calls import CheckedCalls, Inputs
-from spcompile.program.emit import Emission, callable_of, emit
+from spcompile.program.dump import Dump, own_dump
+from spcompile.program.emit import Emission, as_it_is, emit
 from spcompile.program.facts import Fact, Record
 from spcompile.program.memory_remarks import require_memory
 from spcompile.program.one_device import recognise
 from spcompile.program.outputs import restore_outputs
 from spcompile.program.pipeline import History
+from spcompile.program.plain_calls import PlainCalls, Target
 from spcompile.program.program_cache import Finished
 from spcompile.program.same_inputs import shape_text
 from spcompile.program.shared_dump import SharedDump, shared_dump
 from spcompile.program.whole_batch import over_whole_batch
-from spcompile.torch_private import aot_autograd, compile_fx
 
 log = logging.getLogger(__name__)
 ignore_library_logging()  # torch.compile(..., backend="spcompile") imports this module before it traces
@@ -61,6 +62,13 @@ def spcompile(
     Raises:
         SpcompileError: before any collective of the model runs, with the same text on every rank.
     """
+    with _PLAIN_CALLS.noting_errors():
+        return _PLAIN_CALLS.counted(_program(gm, example_inputs, options, others))
+
+
+def _program(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None, others: Mapping[str, Any]
+) -> Callable[..., Any]:
     mesh = runtime_mesh((options or {}).get("mesh"), _device_type(example_inputs))
     # Over dp the frame is traced once more, where a float of the caller's is a number.
     without_symbolic_floats(gm, all_are_numbers=mesh is not None and mesh.shape.size("dp") > 1)
@@ -100,16 +108,23 @@ def _over(
 
 def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     wish = _memory_wish(options, _device_type(inputs))
-    program = recognise(gm, inputs, options, PIPELINE, always=wish.is_bounded)
+    dump = own_dump(options.dump)
+    history = History(on_snapshot=dump.snapshot if dump else None, keep_texts=dump is not None)
+    program = recognise(gm, inputs, options, PIPELINE, history, always=wish.is_bounded)
     if program is None:
-        return plain(gm, inputs, options.compiler)
+        return plain(gm, inputs, options.compiler, dump)
     for remark in program.ctx.remarks.rows:
         log.info("%s", remark)
     emission = Emission(program, bind=lambda graph: None, wish=wish)
+    if dump is not None:
+        emission.finished = dump.python
     with autocast_off():
         compiled = emit(emission, options.compiler)
+    if dump is not None:
+        dump.require_written()
     require_memory(emission.memory, program.ctx.mesh)
     observed.announce(program, emission)
+    program.forget_inputs()
     return watched(compiled, relied_on(program.captured.graph), inputs)
 
 
@@ -119,11 +134,14 @@ def _memory_wish(options: Options, device_type: str) -> Wish:
     return replace(wish, bytes=None) if options.memory == "auto" and device_type == "cpu" else wish
 
 
-def plain(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: str) -> Callable[..., Any]:
+def plain(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: str, dump: Dump | None = None
+) -> Callable[..., Any]:
     """Compile without sharding."""
-    if compiler == "inductor":
-        return callable_of(compile_fx(gm, example_inputs))
-    return aot_autograd(fw_compiler=lambda graph_module, _: graph_module.forward)(gm, example_inputs)
+    compiled = as_it_is(gm, example_inputs, compiler, dump.final if dump is not None else None)
+    if dump is not None:
+        dump.require_written()
+    return compiled
 
 
 def _compile(
@@ -214,6 +232,7 @@ def _made(
         compiled = emit(emission, options.compiler)
     require_memory(emission.memory, mesh.shape)
     observed.announce(program, emission)
+    program.forget_inputs()
     finished.remarks = [str(remark) for remark in remarks]
     finished.result = emission.result
     if key is not None:
@@ -239,5 +258,14 @@ def _compiled(text: str) -> Record:
     return Record("has compiled", (Fact("the compiled graphs", text),))
 
 
+def _target_of(options: Mapping[str, Any] | None, device_type: str) -> Target | None:
+    mesh = runtime_mesh((options or {}).get("mesh"), device_type)
+    return None if mesh is None else Target(mesh.shape, _agreement(dist.group.WORLD, mesh), Options.parse(options))
+
+
 def _device_type(inputs: Sequence[Any]) -> str:
     return next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
+
+
+_PLAIN_CALLS = PlainCalls(_target_of)
+_PLAIN_CALLS.watch(spcompile)

@@ -172,6 +172,12 @@ class BatchNotSplit(SpcompileError, RuntimeError):
     code, title = "SP304", "the batch cannot be split over dp"
 
 
+class RunsUncompiled(SpcompileError, RuntimeError):
+    """A call ran as plain code where that is wrong: over dp, with a part of the batch in the place of the whole."""
+
+    code, title = "SP305", "ran uncompiled"
+
+
 class StrictRemark(SpcompileError, RuntimeError):
     """A remark, raised since `strict=True`."""
 
@@ -221,6 +227,7 @@ REMARKS: dict[str, str] = {
     "SPR603": "a step does not fit into memory",
     "SPR401": "world size 1: compiled without sharding",
     "SPR402": "world size 1: the graph cannot be captured, so attention and masks stay as they are",
+    "SPR403": "a call ran uncompiled: every rank computes and keeps all of it",
 }
 
 

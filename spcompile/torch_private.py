@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import inspect
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -16,8 +21,14 @@ import torch.distributed._symmetric_memory  # torch 2.13: torch.ops.symm_mem
 # torch 2.13: torch/_dispatch/python.py
 from torch._dispatch.python import no_python_dispatcher
 
+# torch 2.13: torch/_dynamo/eval_frame.py. What torch.compile returns is made here.
+from torch._dynamo import eval_frame
+
 # torch 2.13: torch/_functorch/aot_autograd.py, partitioners.py; torch/_dynamo/backends/common.py
 from torch._dynamo.backends.common import aot_autograd
+
+# torch 2.13: torch/_dynamo/eval_frame.py. The programs that Dynamo keeps for code.
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
 # torch 2.13: torch/_dynamo/exc.py. Asks Dynamo to trace again, as with numbers in place of symbolic floats.
 from torch._dynamo.exc import RestartAnalysis, TensorifyScalarRestartAnalysis
@@ -89,6 +100,7 @@ NODES_ABOVE = 16  # views and conversions between an output and the compiled nod
 
 __all__ = [
     "VMAP_SWITCHES",
+    "CompiledCall",
     "CustomGraphPass",
     "CustomPartitionerFn",
     "FunctionalTensor",
@@ -104,6 +116,7 @@ __all__ = [
     "autograd_result",
     "compile_fx",
     "compile_fx_inner",
+    "compiler_stance",
     "default_store",
     "detect_fake_mode",
     "detect_is_causal_mask",
@@ -120,8 +133,10 @@ __all__ = [
     "make_boxed_func",
     "min_cut_rematerialization_partition",
     "no_python_dispatcher",
+    "on_compiled_calls",
     "preserve_node_ordering",
     "resolve_process_group",
+    "runs_whole_call",
     "trace_again",
     "traced_function",
     "under_function_modes",
@@ -203,6 +218,118 @@ def load_autograd_result(result: Any) -> Callable[..., Any]:
         return run(list(args))
 
     return call
+
+
+class CompiledCall(NamedTuple):
+    """A call of what torch.compile returned. options: those of the backend."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    options: Mapping[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """The class of a model, or the name of a function."""
+        owner = getattr(self.function, "__self__", None)
+        if isinstance(owner, torch.nn.Module):
+            return type(owner).__qualname__
+        return str(getattr(self.function, "__qualname__", self.function))
+
+    def programs(self) -> int:
+        """How many programs Dynamo keeps for the code that is called."""
+        owner = getattr(self.function, "__self__", None)
+        function: Any = owner.forward if isinstance(owner, torch.nn.Module) else self.function
+        found = [function, inspect.unwrap(function), getattr(function, "_torchdynamo_inline", None)]
+        codes = {code for f in found if isinstance(code := getattr(f, "__code__", None), types.CodeType)}
+        return max((len(_debug_get_cache_entry_list(code)) for code in codes), default=0)
+
+
+def on_compiled_calls(
+    backend: Callable[..., Any],
+    begins: Callable[[CompiledCall], None],
+    ends: Callable[[CompiledCall, BaseException | None], None],
+) -> None:
+    """From now on what torch.compile makes for `backend` says when it is called, and how that ended.
+
+    It says so whether Dynamo then runs a program, makes one, or runs plain code. What `begins` or `ends` raises ends
+    the call; `ends` gets the error that the call ended in.
+    """
+    context = eval_frame.OptimizeContext
+    make = context.__init__
+
+    @functools.wraps(make)
+    def make_and_watch(self: Any, callback: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, callback, *args, **kwargs)
+        chosen = eval_frame.innermost_backend(callback)
+        if getattr(chosen, "compiler_fn", None) is not backend:
+            return
+        options = getattr(chosen, "kwargs", {}).get("options")
+
+        def first() -> Callable[[], None]:
+            begins(_current_call(options))
+            return _nothing
+
+        def last() -> Callable[[], None]:
+            call, before = _current_call(options), sys.exc_info()[1]
+
+            def cleanup() -> None:
+                error = sys.exc_info()[1]
+                ends(call, error if error is not before else None)
+
+            return cleanup
+
+        # The first may end the call before others of the list have changed anything, the last after they are undone.
+        self.enter_exit_hooks[:] = [first, *self.enter_exit_hooks, last]
+
+    context.__init__ = make_and_watch  # type: ignore[method-assign]
+
+
+def _nothing() -> None:
+    return None
+
+
+def _is_wrapper(code: types.CodeType) -> bool:
+    return code.co_name == "compile_wrapper" and code.co_filename == eval_frame.__file__
+
+
+def _current_call(options: Mapping[str, Any] | None) -> CompiledCall:
+    frame = sys._getframe(1)
+    while frame is not None and not _is_wrapper(frame.f_code):
+        frame = frame.f_back  # type: ignore[assignment]
+    given = frame.f_locals if frame is not None else {}
+    return CompiledCall(given.get("fn", "a function"), given.get("args", ()), given.get("kwargs", {}), options)
+
+
+def runs_whole_call(is_plumbing: Callable[[str], bool]) -> bool:
+    """Whether the program that calls this is all of a call of something compiled: no code above it runs plainly.
+
+    is_plumbing: whether code of a file, besides torch's own, only calls on.
+    """
+    frame, running = sys._getframe(1), 0
+    while frame is not None and not _is_wrapper(frame.f_code):
+        running += not _calls_on(frame.f_code.co_filename, is_plumbing)
+        frame = frame.f_back  # type: ignore[assignment]
+    return running <= 1  # the frame that has become the program
+
+
+_TORCH = os.path.join(os.path.dirname(torch.__file__), "")
+_LAYERS = os.path.join(_TORCH, "nn", "modules", "")  # of torch, but as a user's: they compute
+
+
+@functools.lru_cache(maxsize=4096)
+def _calls_on(file: str, is_plumbing: Callable[[str], bool]) -> bool:
+    if file in (torch.nn.modules.module.__file__, contextlib.__file__):
+        return True
+    return is_plumbing(file) or (file.startswith(_TORCH) and not file.startswith(_LAYERS))
+
+
+def compiler_stance() -> str:
+    """What `torch.compiler.set_stance` was told last, as it is written."""
+    stance = eval_frame._stance
+    if stance.backend is not None:
+        return f"{stance.stance!r}, force_backend={stance.backend!r}"
+    return stance.stance if stance.stance == "default" else repr(stance.stance)
 
 
 def default_store() -> dist.Store:

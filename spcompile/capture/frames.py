@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 import torch.fx as fx
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from spcompile.graph.edit import copy_graph
 from spcompile.torch_private import InstructionTranslator, TracingContext, under_function_modes
@@ -70,7 +71,12 @@ def traced_again(instead: Mapping[Tensor, Tensor], arguments: set[str], numbers:
     frame = InstructionTranslator.current_tx()
     memo: dict[int, Any] = {id(x): x for x in TracingContext.get().tensor_to_context}
     memo |= {id(x): new for x, new in instead.items()}
-    given = {k: copy.deepcopy(v, memo) if k in arguments else v for k, v in frame.f_locals.items()}
+    replaced = {id(x) for x in instead}
+
+    def holds(value: Any) -> bool:  # one tensor may be passed twice, of which Dynamo tells one place
+        return any(id(x) in replaced for x in pytree.tree_leaves(value))
+
+    given = {k: copy.deepcopy(v, memo) if k in arguments or holds(v) else v for k, v in frame.f_locals.items()}
     found: list[Frame] = []
 
     def keep(gm: fx.GraphModule, inputs: Sequence[Any]) -> NoReturn:

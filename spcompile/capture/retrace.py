@@ -6,6 +6,7 @@ node each, with the user's source line. Mutations are functionalised, so every l
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -168,7 +169,7 @@ def _name_placeholders(captured: fx.GraphModule, original: fx.GraphModule, input
         node.meta["trainable"] = isinstance(given, torch.Tensor) and given.requires_grad
         node.meta["state"] = is_state(source)
         if node.meta["state"] and may_be_read(given) and node not in written:
-            node.meta[KEY] = ModuleBuffer(given)
+            node.meta[KEY] = ModuleBuffer(weakref.ref(given))
         node._rename(source.name)
         node.target = node.name
         for key in ("grapharg", "tensor_dict", OWN):

@@ -40,7 +40,9 @@ from spcompile.torch_private import (
 
 log = logging.getLogger(__name__)
 _TEXTS_ARRIVE = timedelta(seconds=30)
-_COLLECTIVE = re.compile(r"gloo|nccl|DistBackendError|DistNetworkError|Connection (closed|reset)|collective", re.I)
+_COLLECTIVE = re.compile(
+    r"gloo|nccl|DistBackendError|DistNetworkError|Connection (closed|reset)|collective|monitoredBarrier", re.I
+)
 
 
 class Agreement:

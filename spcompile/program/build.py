@@ -62,6 +62,10 @@ class LocalProgram:
         tag = torch.Tag.nondeterministic_seeded
         return any(tag in getattr(n.target, "tags", ()) for n in self.gm.graph.nodes)
 
+    def forget_inputs(self) -> None:
+        """When it is compiled: Dynamo keeps what was compiled, for later models, which may not keep this one alive."""
+        self.inputs, self.all_inputs = [], []
+
 
 def _has_axis(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)

@@ -91,7 +91,7 @@ class CheckedCalls:
             [inputs.names[i] for i in passed], [args[i] for i in passed], with_values=self._compare_values
         )
         if self._random:
-            which.append(_random_fact(agreement.device_type))
+            which.append(random_fact(agreement.device_type))
         wishes = is_new or self._last.written_to(tensors)
 
         def record() -> Record:
@@ -145,7 +145,8 @@ class CheckedCalls:
         return compared
 
 
-def _random_fact(device_type: str) -> Fact:
+def random_fact(device_type: str) -> Fact:
+    """The state of a device's random numbers."""
     state = torch.get_rng_state() if device_type == "cpu" else torch.get_device_module(device_type).get_rng_state()
     digest = hashlib.sha256(state.numpy().tobytes()).hexdigest()[:8]
     legal = "torch.manual_seed with one seed on all ranks of cp and tp, and the same draws everywhere"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,8 +170,7 @@ def _reshape_views(gm: fx.GraphModule) -> None:
 
 def _inductor(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     def inner(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
-        phase = "backward" if kwargs.get("is_backward") else "inference" if kwargs.get("is_inference") else "forward"
-        emission.schedule(graph_module, phase)
+        emission.schedule(graph_module, _phase(kwargs))
         return compile_fx_inner(graph_module, example_inputs, **kwargs)
 
     partitioner = torch._inductor.config.custom_partitioner_fn or min_cut_rematerialization_partition
@@ -198,6 +197,42 @@ def _inductor(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> 
     if emission.keep:
         emission.result = autograd_result(compiled)
     return compiled
+
+
+def as_it_is(
+    gm: fx.GraphModule, inputs: Sequence[Any], compiler: str, final: Callable[[str, fx.GraphModule], None] | None = None
+) -> Callable[..., Any]:
+    """A Dynamo graph compiled as a backend of torch does it. final: gets its graphs after autograd, by phase."""
+    if compiler == "inductor" and final is None:
+        return callable_of(compile_fx(gm, inputs))
+
+    def tell(phase: str, graph_module: fx.GraphModule) -> None:
+        if final is not None:
+            final(phase, graph_module)
+
+    if compiler == "inductor":
+
+        def inner(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+            tell(_phase(kwargs), graph_module)
+            return compile_fx_inner(graph_module, example_inputs, **kwargs)
+
+        with torch._functorch.config.patch(enable_autograd_cache=False):  # a hit would tell nothing
+            return callable_of(compile_fx(gm, inputs, inner_compile=inner))
+
+    def run(phase: str) -> Callable[..., Any]:
+        def compile_graph(graph_module: fx.GraphModule, _: Sequence[Any]) -> Any:
+            tell(phase, graph_module)
+            return make_boxed_func(graph_module.forward)
+
+        return compile_graph
+
+    backend = aot_autograd(fw_compiler=run("forward"), bw_compiler=run("backward"), inference_compiler=run("inference"))
+    return backend(gm, inputs)
+
+
+def _phase(kwargs: Mapping[str, Any]) -> str:
+    """What Inductor compiles, from what it hands to its inner compiler."""
+    return "backward" if kwargs.get("is_backward") else "inference" if kwargs.get("is_inference") else "forward"
 
 
 def callable_of(compiled: Any) -> Callable[..., Any]:

@@ -28,7 +28,13 @@ RECOGNITION = ("recognize-softmax", "recognize-attention", "recognize-mask")
 
 
 def recognise(
-    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, pipeline: Sequence[Pass], *, always: bool = False
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    pipeline: Sequence[Pass],
+    history: History,
+    *,
+    always: bool = False,
 ) -> LocalProgram | None:
     """The program of one device; None where it would hold as many dense masks and scores as the graph itself.
 
@@ -41,7 +47,7 @@ def recognise(
     wishes = {name: wish for name, wish in options.passes.items() if name in RECOGNITION}
     chosen = replace(options, passes=wishes, strict=False, outputs="full")
     try:
-        program = build(gm, inputs, MeshShape(()), chosen, passes, History())
+        program = build(gm, inputs, MeshShape(()), chosen, passes, history)
     except Exception as error:
         log.warning("SPR402 attention is not looked for, the graph cannot be captured: %s", error)
         return None

@@ -189,6 +189,26 @@ def test_one_program_serves_every_number_of_entries(worker_pool: PoolOf, model: 
         assert programs <= 3
 
 
+def one_tensor_twice() -> dict[str, float]:
+    """Errors where the labels are the ids, the same object, as trainers pass them."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    with default_dtype(torch.float64):
+        plain = models.build("gpt-tiny")
+        compiled: Any = copy.deepcopy(plain)
+        compiled.compile(backend="spcompile", options={"mesh": mesh, "compiler": "eager"})
+        ids_BS = batch(4, 11)["ids_BS"]
+        own_BS = ids_BS.tensor_split(2)[mesh.get_local_rank("dp")]
+        want, have = plain(ids_BS, ids_BS), compiled(own_BS, labels_BS=own_BS)
+        want.backward()
+        have.backward()
+        return compare_tensors({"loss": want}, {"loss": have}) | compare_parameters(plain, compiled)
+
+
+def test_one_tensor_may_be_passed_twice(worker_pool: PoolOf) -> None:
+    for errors in worker_pool(2).run(one_tensor_twice):
+        assert max(errors.values()) <= EXACT, errors
+
+
 def wrapped_in_ddp() -> dict[str, float]:
     """Errors of a cp model wrapped in DDP over dp, whose ranks have equally many valid tokens."""
     # torch 2.13: DDP over a group that was made at level DETAIL crashes, whatever the module.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import multiprocessing
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -26,8 +27,17 @@ GRACE_SECONDS = 20.0  # how long the others may still take after one has answere
 START_SECONDS = 90.0  # also the timeout of the process group, until `shorten_timeout`
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, until: float = 60.0) -> list[Any]:
-    """Call `function(*arguments)` on new ranks; answers after `until` seconds are none."""
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    until: float = 60.0,
+    store_in_rank_0: bool = False,
+) -> list[Any]:
+    """Call `function(*arguments)` on new ranks; answers after `until` seconds are none.
+
+    store_in_rank_0: the store of the process group dies with rank 0; else it is a file.
+    """
     os.environ.update(TORCH_DISTRIBUTED_DEBUG="DETAIL", OMP_NUM_THREADS="1")
     source = (function.__module__, inspect.getfile(function), function.__qualname__)
     context = multiprocessing.get_context("forkserver")
@@ -35,9 +45,10 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, un
     with tempfile.TemporaryDirectory(prefix="spcompile-ranks-") as folder:
         pipes: list[Connection] = []
         processes = []
+        store = f"tcp://127.0.0.1:{_free_port()}" if store_in_rank_0 else f"file://{folder}/store"
         for rank in range(world_size):
             here, there = context.Pipe()
-            given = (rank, world_size, f"{folder}/store", there, source, arguments)
+            given = (rank, world_size, store, there, source, arguments)
             processes.append(context.Process(target=_live, args=given, daemon=True))
             processes[-1].start()
             there.close()
@@ -47,6 +58,12 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, un
             process.kill()
             process.join()
     return answers
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def shorten_timeout(seconds: float) -> None:
@@ -84,7 +101,7 @@ def _live(rank: int, world_size: int, store: str, pipe: Connection, source: Any,
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     start = timedelta(seconds=START_SECONDS)
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size, timeout=start)
+    dist.init_process_group("gloo", store, rank=rank, world_size=world_size, timeout=start)
     torch.manual_seed(0)
     try:
         value = load_function(*source)(*arguments)

@@ -51,7 +51,7 @@ class Emission:
     result: Any = None
 
     def schedule(self, gm: fx.GraphModule, phase: str) -> None:
-        """The SCHEDULE stage on one graph after autograd, in place."""
+        """The SCHEDULE stage on one graph after autograd, in place. The module's code is left as it was."""
         program = self.program
         for node in gm.graph.nodes:
             if "stack_trace" not in node.meta:
@@ -62,7 +62,6 @@ class Emission:
         self.graphs[phase] = kept
         self.finished(phase, kept)
         self.bind(gm.graph)
-        gm.recompile()
 
 
 def prepare_joint(graph: fx.Graph, regather: bool = True) -> None:
@@ -118,7 +117,8 @@ def _eager(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
     def compiler(phase: str) -> Callable[..., Any]:
         def run(graph_module: fx.GraphModule, _: Sequence[Any]) -> Any:
             emission.schedule(graph_module, phase)
-            _reshape_views(graph_module)
+            _reshape_views(graph_module.graph)
+            graph_module.recompile()
             return make_boxed_func(graph_module.forward)
 
         return run
@@ -140,20 +140,20 @@ def _eager(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
     return backend(gm, inputs)
 
 
-def _reshape_views(gm: fx.GraphModule) -> None:
+def _reshape_views(graph: fx.Graph) -> None:
     """`view` becomes `reshape`: some kernels, softplus_backward's is one, leave other strides than their fakes say.
 
     Inductor makes the strides that it was told.
     """
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default
-    gm.recompile()
 
 
 def _inductor(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     def inner(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         phase = "backward" if kwargs.get("is_backward") else "inference" if kwargs.get("is_inference") else "forward"
         emission.schedule(graph_module, phase)
+        graph_module.recompile()
         return compile_fx_inner(graph_module, example_inputs, **kwargs)
 
     patches: dict[str, Any] = {"joint_custom_pre_pass": _PrepareJoint(emission.program.ctx.options.regather)}

@@ -26,8 +26,13 @@ GRACE_SECONDS = 20.0  # how long the others may still take after one has answere
 START_SECONDS = 90.0  # also the timeout of the process group, until `shorten_timeout`
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, until: float = 60.0) -> list[Any]:
-    """Call `function(*arguments)` on new ranks; answers after `until` seconds are none."""
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *arguments: Any, until: float = 60.0, enough: int | None = None
+) -> list[Any]:
+    """Call `function(*arguments)` on new ranks; answers after `until` seconds are none.
+
+    enough: so many ranks answer, and the others are not waited for; by default all.
+    """
     os.environ.update(TORCH_DISTRIBUTED_DEBUG="DETAIL", OMP_NUM_THREADS="1")
     source = (function.__module__, inspect.getfile(function), function.__qualname__)
     context = multiprocessing.get_context("forkserver")
@@ -42,7 +47,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, un
             processes[-1].start()
             there.close()
             pipes.append(here)
-        answers = _collect(pipes, START_SECONDS + until)
+        answers = _collect(pipes, START_SECONDS + until, world_size if enough is None else enough)
         for process in processes:
             process.kill()
             process.join()
@@ -60,15 +65,16 @@ def shorten_timeout(seconds: float) -> None:
     checked.wrapped_pg._set_default_timeout(timedelta(seconds=seconds))
 
 
-def _collect(pipes: list[Connection], seconds: float) -> list[Any]:
+def _collect(pipes: list[Connection], seconds: float, enough: int) -> list[Any]:
     answers: list[Any] = [None] * len(pipes)
     waiting = dict(enumerate(pipes))
     deadline = time.monotonic() + seconds
-    while waiting and (left := deadline - time.monotonic()) > 0:
+    while waiting and enough and (left := deadline - time.monotonic()) > 0:
         ready = wait(list(waiting.values()), timeout=left)
         for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
             try:
                 answers[rank] = waiting.pop(rank).recv()
+                enough -= 1
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
             except EOFError:
                 answers[rank] = None

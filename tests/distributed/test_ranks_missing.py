@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from spcompile.program.checked_calls import CheckedCalls
 
+pytestmark = pytest.mark.xdist_group("processes")  # where one server is that has imported torch
 TIMEOUT = 4.0
 SOON = TIMEOUT + 10.0
 MISSING = 1

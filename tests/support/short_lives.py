@@ -2,7 +2,7 @@
 
     answers = run_ranks(function, world_size)    # rank -> what function() returned; None if it died
 
-Processes are forked from a server that has imported torch.
+Processes are forked from the server that the pools' are forked from.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from worker_pool import load_function
+from worker_pool import IMPORTED, environment_of_ranks, load_function
 
-PRELOADED = ["torch._dynamo", "torch.distributed", "spcompile.backend", "spcompile.models"]
 GRACE_SECONDS = 20.0  # how long the others may still take after one has answered
 START_SECONDS = 90.0  # also the timeout of the process group, until `shorten_timeout`
 
@@ -33,10 +32,9 @@ def run_ranks(
 
     enough: so many ranks answer, and the others are not waited for; by default all.
     """
-    os.environ.update(TORCH_DISTRIBUTED_DEBUG="DETAIL", OMP_NUM_THREADS="1")
     source = (function.__module__, inspect.getfile(function), function.__qualname__)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(IMPORTED)
     with tempfile.TemporaryDirectory(prefix="spcompile-ranks-") as folder:
         pipes: list[Connection] = []
         processes = []
@@ -44,7 +42,8 @@ def run_ranks(
             here, there = context.Pipe()
             given = (rank, world_size, f"{folder}/store", there, source, arguments)
             processes.append(context.Process(target=_live, args=given, daemon=True))
-            processes[-1].start()
+            with environment_of_ranks():
+                processes[-1].start()
             there.close()
             pipes.append(here)
         answers = _collect(pipes, START_SECONDS + until, world_size if enough is None else enough)

@@ -223,10 +223,13 @@ def _last_global(program: LocalProgram) -> fx.Graph:
 
 
 def _last_global_graph(program: LocalProgram) -> fx.Graph:
-    """The last graph with the whole sequence."""
+    """The last graph with the whole sequence; on one device the program before autograd."""
     from itertools import takewhile
 
-    gm = list(takewhile(lambda s: s.name != "lower", program.history.snapshots))[-1].gm
+    from spcompile.passes_api import Stage
+
+    whole = takewhile(lambda s: s.name != "lower" and s.stage is not Stage.SCHEDULE, program.history.snapshots)
+    gm = list(whole)[-1].gm
     assert gm is not None
     return gm.graph
 

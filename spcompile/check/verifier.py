@@ -11,6 +11,7 @@ import operator
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.fx as fx
@@ -26,6 +27,8 @@ from spcompile.machine.mesh import MeshShape
 from spcompile.passes_api import Stage
 
 _c10d = torch.ops._c10d_functional
+# Of each fake mode, whose symbols they are about: descriptions of calls that were found right, in whichever graph.
+_RIGHT: WeakKeyDictionary[FakeTensorMode, set[str]] = WeakKeyDictionary()
 
 
 def verify_graph(
@@ -71,15 +74,15 @@ def check_shapes(gm: fx.GraphModule) -> None:
     shape_env = mode.shape_env
     guards = shape_env.suppress_guards() if shape_env is not None else nullcontext()
     fresh = shape_env.ignore_fresh_unbacked_symbols() if shape_env is not None else nullcontext()
-    right: set[Any] = set()
+    right = _RIGHT.setdefault(mode, set())
     with mode, guards, fresh, torch.no_grad():
         for node in gm.graph.nodes:
             if node.op == "call_function" and not isinstance(node.target, torch._ops.HigherOrderOperator):
                 _check_shape(gm, node, mode, right)
 
 
-def _check_shape(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, right: set[Any]) -> None:
-    """right: descriptions of calls that were found right; those of other layers are equal."""
+def _check_shape(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, right: set[str]) -> None:
+    """right: descriptions of calls that were found right; those of other layers, and behind other passes, are equal."""
     if "val" not in node.meta:
         if _returns_nothing(node):
             return
@@ -100,7 +103,8 @@ def _check_shape(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, right:
     if not _agree(found, node.meta["val"]):
         raise invalid(node, f"{target} gives {type_text(found)}, the graph says {type_text(node.meta['val'])}")
     node.meta["verified"] = call
-    right.add(description)
+    if description is not None:
+        right.add(description)
 
 
 def _description(node: fx.Node) -> str | None:

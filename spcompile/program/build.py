@@ -112,6 +112,7 @@ def _build(
             _note_split_outputs(work, outputs, p.axis or "cp", ctx, captured.graph)
             done = index
     run_passes(work, before_autograd[done:], ctx, history)
+    work.recompile()
     schedule = [p for p in passes if p.stage is Stage.SCHEDULE]
     given = zip(captured.graph.find_nodes(op="placeholder"), inputs, strict=True)
     own = [node.meta.get(OWN, x) for node, x in given]

@@ -67,7 +67,7 @@ class Emission:
         remark_memory(plan, self.program.ctx.remarks)
 
     def schedule(self, gm: fx.GraphModule, phase: str) -> None:
-        """The SCHEDULE stage on one graph after autograd, in place."""
+        """The SCHEDULE stage on one graph after autograd, in place. The module's code is left as it was."""
         program = self.program
         for node in gm.graph.nodes:
             if "stack_trace" not in node.meta:
@@ -78,7 +78,6 @@ class Emission:
         self.graphs[phase] = kept
         self.finished(phase, kept)
         self.bind(gm.graph)
-        gm.recompile()
 
 
 def prepare_joint(graph: fx.Graph, regather: bool = True) -> None:
@@ -134,7 +133,8 @@ def _eager(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
     def compiler(phase: str) -> Callable[..., Any]:
         def run(graph_module: fx.GraphModule, _: Sequence[Any]) -> Any:
             emission.schedule(graph_module, phase)
-            _reshape_views(graph_module)
+            _reshape_views(graph_module.graph)
+            graph_module.recompile()
             return make_boxed_func(graph_module.forward)
 
         return run
@@ -158,19 +158,19 @@ def _eager(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
     return backend(gm, inputs)
 
 
-def _reshape_views(gm: fx.GraphModule) -> None:
+def _reshape_views(graph: fx.Graph) -> None:
     """`view` becomes `reshape`: some kernels, softplus_backward's is one, leave other strides than their fakes say.
 
     Inductor makes the strides that it was told.
     """
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default
-    gm.recompile()
 
 
 def _inductor(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     def inner(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         emission.schedule(graph_module, _phase(kwargs))
+        graph_module.recompile()
         return compile_fx_inner(graph_module, example_inputs, **kwargs)
 
     partitioner = torch._inductor.config.custom_partitioner_fn or min_cut_rematerialization_partition

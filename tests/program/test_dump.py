@@ -37,7 +37,7 @@ def started(folder: Path) -> Dump:
 
 def test_dump_files(tmp_path: Path) -> None:
     gm = captured(attend, torch.randn(2, 8, 4))
-    history = History(on_snapshot=started(tmp_path).snapshot)
+    history = History(on_snapshot=started(tmp_path).snapshot, keep_texts=True)
     ctx = Context(MeshShape.of({"cp": 2}), Options(), Remarks())
     run_passes(gm, PIPELINE[1:3], ctx, history)
     (folder,) = (tmp_path / "rank0").iterdir()

@@ -65,6 +65,7 @@ def test_one_rank_sends_nothing_and_saves_what_one_device_saves() -> None:
     assert plan.collectives == []
     assert plan.memory.saved_activation_bytes == plan.memory.saved_activation_bytes_one_device > 0
     assert "SPR401" in {remark.code for remark in plan.remarks}
+    assert [row.strategy for row in plan.attention] == ["one device"]
     assert "not sharded" in str(plan)
 
 

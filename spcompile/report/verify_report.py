@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -16,6 +16,7 @@ from spcompile.machine.mesh import MeshShape
 from spcompile.plain_text import one_line, some_lines
 
 SCHEMA_VERSION = 1
+Kind = Literal["output", "gradient", "new value"]
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,12 @@ class TensorError:
 
     graph: "local" (before autograd), "final" (forward and backward as they run), or "late": final graphs that are only
         wrong where a collective reads its operand as late as it may.
-    kind: "output" or "gradient". relative: max_abs over the largest element of the plain model's tensor.
+    kind: a "new value" is that of a buffer, parameter or input which the model writes to.
+    relative: max_abs over the largest element of the plain model's tensor.
     """
 
     graph: str
-    kind: str
+    kind: Kind
     name: str
     max_abs: float
     relative: float

@@ -49,10 +49,12 @@ class Term:
     node: the added bias, or the mask. at: the scores after it.
     fill: None for a bias, else what replaces the score where the mask equals `masked`.
     factor: what the scores, this term among them, are multiplied with afterwards.
+    dtype: the one that rounds most of those that the scores have from here to the softmax.
     """
 
     node: fx.Node
     at: fx.Node
+    dtype: torch.dtype
     factor: float = 1.0
     fill: float | None = None
     masked: bool = True
@@ -123,7 +125,7 @@ def match_eager(softmax: fx.Node) -> EagerAttention:
     logits = without_maximum(logits) if sinks is None else logits
     found = EagerAttention(softmax, logits, _scores_below(logits), weights.product)
     found.sinks, found.dropout = sinks, weights.dropout
-    _peel(logits, 1.0, found)
+    _peel(logits, 1.0, _dtype(softmax), found)
     return found
 
 
@@ -320,9 +322,10 @@ def _leads_to_scores(node: fx.Node) -> bool:
     return True
 
 
-def _peel(node: fx.Node, factor: float, found: EagerAttention) -> None:
+def _peel(node: fx.Node, factor: float, dtype: torch.dtype, found: EagerAttention) -> None:
     """Collect what is done to the scores between `node` and their product into `found`."""
     args: tuple[Any, ...] = node.args
+    dtype = max(dtype, _dtype(node), key=lambda x: torch.finfo(x).eps)
     if node is found.scores.node:
         found.scale = factor
         if node.target is aten.baddbmm.default:
@@ -330,7 +333,7 @@ def _peel(node: fx.Node, factor: float, found: EagerAttention) -> None:
             if beta != 0 and found.softcap:
                 raise Refused("a bias inside of a softcap", node)
             if beta != 0:
-                found.terms.append(Term(args[0], node, factor * float(beta)))  # type: ignore[arg-type]
+                found.terms.append(Term(args[0], node, dtype, factor * float(beta)))  # type: ignore[arg-type]
             found.scale = factor * float(alpha)  # type: ignore[arg-type]
         return
     below = scores_operand(node)
@@ -352,21 +355,25 @@ def _peel(node: fx.Node, factor: float, found: EagerAttention) -> None:
     elif node.target in (aten.div.Tensor, aten.div.Scalar):
         factor /= args[1]
     elif node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        found.terms.append(Term(args[1], node, factor, _scalar(args[2], node), masked=True))
+        found.terms.append(Term(args[1], node, dtype, factor, _scalar(args[2], node), masked=True))
     elif node.target in (aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.self):
         keeps = args[1] is below
-        found.terms.append(Term(args[0], node, factor, _scalar(args[2 if keeps else 1], node), masked=not keeps))
+        found.terms.append(Term(args[0], node, dtype, factor, _scalar(args[2 if keeps else 1], node), masked=not keeps))
     elif node.target in (aten.add.Tensor, aten.sub.Tensor):
         added = args[1] if args[0] is below else args[0]
         if is_tensor(added):
-            found.terms.append(Term(added, node, -factor if node.target is aten.sub.Tensor else factor))
+            found.terms.append(Term(added, node, dtype, -factor if node.target is aten.sub.Tensor else factor))
         elif added != 0 and (inside_cap or inside_factor or found.sinks is not None):
             raise Refused("a number is added to scores inside of a softcap or beside sinks", node)
     if (inside_cap or inside_factor) and len(found.terms) > count:
         raise Refused(
             f"a bias or a mask inside of {'a softcap' if inside_cap else 'a factor that is no constant'}", node
         )
-    _peel(below, factor, found)
+    _peel(below, factor, dtype, found)
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    return node.meta["val"].dtype
 
 
 def _scalar(arg: Any, node: fx.Node) -> float:

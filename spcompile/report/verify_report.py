@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from spcompile.diagnostics import Remark, SourceLine
+from spcompile.diagnostics import Remark, SourceLine, remark_lines
 from spcompile.machine.mesh import MeshShape
 from spcompile.plain_text import one_line, some_lines
 
@@ -105,7 +105,7 @@ class Report:
             verdict = "ok" if row.ok else "WRONG"
             table.add_row(verdict, row.graph, row.kind, one_line(row.name), f"{row.max_abs:.2e}", f"{row.relative:.2e}")
         console.print(table)
-        for line in (*map(str, self.remarks), *self.notes):
+        for line in (*remark_lines(self.remarks), *self.notes):
             console.print(some_lines(line), soft_wrap=True)
         wrong = sum(not row.ok for row in self.rows)
         count = len(self.rows)

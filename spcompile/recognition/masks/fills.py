@@ -132,8 +132,8 @@ def rows_without_keys(
     Raises:
         NotKnown: there may be such rows, and nothing here makes them.
     """
-    reader, indices = _reader(q, k)
-    readings = {part: _reading(part, reader, indices) for part in parts}
+    reader, indices = reader_of(q, k)
+    readings = {part: reading_of(part, reader, indices) for part in parts}
     terms = _terms(parts, replaced, readings, reader, indices, applied)
     without = _without_keys(terms, q, k, has_sinks, has_softcap)
     of_bits = tuple(part for part, reading in readings.items() if reading is not None and reading.of_bits)
@@ -267,14 +267,16 @@ def _has_keys(condition: Boolean | None, q: fx.Node, k: fx.Node) -> bool:
     return condition is not None and every_row_has_a_key(condition, sizes_of(q)[2], sizes_of(k)[2])
 
 
-def _reader(q: fx.Node, k: fx.Node) -> tuple[Reader, Indices]:
+def reader_of(q: fx.Node, k: fx.Node) -> tuple[Reader, Indices]:
+    """A reader of masks of this attention, and the indices of batch, head, query and key."""
     space = IndexSpace()
     sizes = (*sizes_of(q)[:3], sizes_of(k)[2])
     indices = tuple(space.add(symbol.name, size) for symbol, size in zip((B, H, Q, K), sizes, strict=True))
     return Reader(space), indices
 
 
-def _reading(part: BiasTerm, reader: Reader, indices: Indices) -> Reading | None:
+def reading_of(part: BiasTerm, reader: Reader, indices: Indices) -> Reading | None:
+    """What the part means; None where it has no symbolic form."""
     try:
         return read_part(part, reader, indices)
     except Unreadable:

@@ -8,13 +8,15 @@ attention stays as it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.fx as fx
 
 from spcompile.graph.edit import argument, shape_of
+from spcompile.recognition.masks.finite import is_finite
 from spcompile.recognition.masks.index_maps import sizes_of
 from spcompile.recognition.scores_chain import (
     CASTS,
@@ -42,13 +44,15 @@ class NotAttention(Exception):
 class _Weights:
     """What lies between the softmax and the product with the values.
 
-    sinks_last: whether the last column is cut or, False, the first; None for neither.
+    sinks_last: whether the last column is cut or, False, the first; None for neither. zeroed: a mask where weights are
+    set to 0.
     """
 
     product: Product
     refusal: Refused | None = None
     sinks_last: bool | None = None
     dropout: float = 0.0
+    zeroed: Any = None
 
 
 def match_eager(softmax: fx.Node) -> EagerAttention:
@@ -72,7 +76,17 @@ def match_eager(softmax: fx.Node) -> EagerAttention:
     found = EagerAttention(softmax, logits, product_below(logits), weights.product)
     found.sinks, found.dropout = sinks, weights.dropout
     peel(logits, 1.0, softmax.meta["val"].dtype, found)
+    if weights.zeroed is not None:
+        _exclude_for_good(weights.zeroed, found)
     return found
+
+
+def _exclude_for_good(mask: fx.Node, found: EagerAttention) -> None:
+    """Take a mask that weights are set to 0 by: its scores have been replaced before, and rows of these alone are 0."""
+    others = [term for term in found.terms if not (term.node is mask and term.masked and term.fill is not None)]
+    if len(others) == len(found.terms) or not all(term.fill is None and is_finite(term.node) for term in others):
+        raise Refused("attention weights are masked where scores are not", found.result.node)
+    found.terms = [term if term in others else replace(term, fill=-math.inf) for term in found.terms]
 
 
 def rows_of_scores(softmax: fx.Node) -> int | None:
@@ -121,6 +135,10 @@ def _product_with_values(softmax: fx.Node) -> _Weights:
             and (drops_last := _drops_last_column(user)) is not None
         ):
             found.sinks_last = drops_last
+        elif user.target is aten.masked_fill.Scalar and user.args[0] is node and user.args[2] == 0:
+            if found.zeroed is not None or found.dropout:
+                found.refusal = Refused("attention weights are masked twice, or behind dropout", user)
+            found.zeroed = user.args[1]
         elif user.target is aten.slice.Tensor:
             found.refusal = Refused("attention weights are cut", user)
         elif not passes_weights(user) and not (user.target in VIEWS and keeps_last_two(user)):

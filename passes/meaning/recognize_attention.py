@@ -248,7 +248,7 @@ def _einsum_queries_keys(product: Product, new: Builder) -> tuple[fx.Node, fx.No
     assert product.equation is not None
     left, right, scores = product.equation
     head = (set(left) & set(right)) - set(scores)
-    row, key = scores[-2:]
+    row, key = scores[-2], scores[-1]
     if len(head) != 1 or key not in right or key in left or row not in left or row in right:
         raise Refused("an einsum that is not queries times keys", product.node)
     (h,) = head

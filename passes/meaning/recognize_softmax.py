@@ -22,9 +22,9 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.graph.edit import argument, call, erase_dead, replace, shape_of
+from spcompile.graph.edit import argument, call, erase_dead, operand, replace, shape_of
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.recognition.normalizers import SUM, exponent, normalizer, quotient, reduction, weighted
+from spcompile.recognition.normalizers import SUM, divided, exponent, normalizer, reduction, weighted
 from spcompile.recognition.scores_chain import without_maximum
 
 aten = torch.ops.aten
@@ -55,7 +55,7 @@ class RecognizeSoftmax(Pass):
 
 def _by_hand_softmax(node: fx.Node) -> fx.Node | None:
     """E / sum(e)."""
-    parts = quotient(node)
+    parts = divided(node)
     return _softmax(*parts, like=node) if parts is not None else None
 
 
@@ -84,10 +84,10 @@ def _of_logarithm(node: fx.Node) -> fx.Node | None:
 
 def _behind_product(node: fx.Node) -> fx.Node | None:
     """(e @ v) / sum(e): one number divides each row, before the product or behind it."""
-    parts = quotient(node)
+    parts = divided(node)
     if parts is None or parts[0].target not in (aten.matmul.default, aten.bmm.default):
         return None
-    exponentials, values = parts[0].args[:2]
+    exponentials, values = operand(parts[0], 0), operand(parts[0], 1)
     total = reduction(parts[1])
     rank = len(shape_of(exponentials))
     if total is None or total.dim != rank - 1 or len(shape_of(values)) != rank or rank < 2:

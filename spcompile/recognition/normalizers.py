@@ -101,7 +101,7 @@ def weighted(node: Any) -> Weighted | None:
     return None
 
 
-def quotient(node: Any) -> tuple[fx.Node, fx.Node] | None:
+def divided(node: Any) -> tuple[fx.Node, fx.Node] | None:
     """The a and b of a / b, also where it is a product with the reciprocal."""
     if not is_tensor(node) or node.target not in (aten.div.Tensor, aten.mul.Tensor):
         return None

@@ -19,7 +19,7 @@ from spcompile.capture.module_buffer import relied_on, watched
 from spcompile.capture.python_floats import without_symbolic_floats
 from spcompile.capture.retrace import refuse_graph_break
 from spcompile.collectives import gathers_on_gloo
-from spcompile.diagnostics import IllegalOption
+from spcompile.diagnostics import IllegalOption, remark_lines
 from spcompile.graph.axes import axes_of, bind_axes
 from spcompile.graph.printer import format_graph
 from spcompile.machine.mesh import RuntimeMesh, runtime_mesh
@@ -113,7 +113,7 @@ def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Calla
     program = recognise(gm, inputs, options, PIPELINE, history, always=wish.is_bounded)
     if program is None:
         return plain(gm, inputs, options.compiler, dump)
-    for remark in program.ctx.remarks.rows:
+    for remark in remark_lines(program.ctx.remarks.rows):
         log.info("%s", remark)
     emission = Emission(program, bind=lambda graph: None, wish=wish)
     if dump is not None:
@@ -205,7 +205,7 @@ def _made(
         program.outputs,
         relied_on(program.captured.graph),
         program.draws_random_numbers,
-        [str(remark) for remark in remarks],
+        remark_lines(remarks),
     )
     if not program.is_sharded:
         as_they_are = [Output(place) for place in range(len(program.outputs))]
@@ -233,7 +233,7 @@ def _made(
     require_memory(emission.memory, mesh.shape)
     observed.announce(program, emission)
     program.forget_inputs()
-    finished.remarks = [str(remark) for remark in remarks]
+    finished.remarks = remark_lines(remarks)
     finished.result = emission.result
     if key is not None:
         program_cache.store(key, mesh.coordinate, finished)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import os
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from spcompile.plain_text import one_line, some_lines
@@ -231,14 +232,21 @@ REMARKS: dict[str, str] = {
 }
 
 
+PLACES = 6  # lines that are shown of remarks that say the same
+
+
 @dataclass(frozen=True)
 class Remark:
-    """One decision worth knowing about. `strict_error` is False for pure information."""
+    """One decision worth knowing about, of one line. `strict_error` is False for pure information.
+
+    values: the nodes of the graph that it is about, one for each layer that the line is part of.
+    """
 
     code: str
     text: str
     where: SourceLine | None = None
     strict_error: bool = True
+    values: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.code in REMARKS, self.code
@@ -251,24 +259,50 @@ class Remark:
     def to_dict(self) -> dict[str, Any]:
         where = self.where
         source = {"file": where.file, "line": where.line, "text": where.text} if where else None
-        return {"code": self.code, "text": self.text, "source": source}
+        return {"code": self.code, "text": self.text, "values": list(self.values), "source": source}
+
+
+def remark_lines(remarks: Iterable[Remark]) -> list[str]:
+    """Remarks as people read them: those that say the same of several values or lines are one, with their places."""
+    groups: dict[tuple[str, str], list[Remark]] = {}
+    for remark in remarks:
+        groups.setdefault((remark.code, remark.text), []).append(remark)
+    return [_as_one(group) for group in groups.values()]
+
+
+def _as_one(group: list[Remark]) -> str:
+    times = sum(max(1, len(remark.values)) for remark in group)
+    places = [f"\n  at {place}" for place in dict.fromkeys(remark.where for remark in group) if place is not None]
+    more = f"\n  and at {len(places) - PLACES} other lines" if len(places) > PLACES else ""
+    count = f" ({times} times)" if times > 1 else ""
+    return f"{group[0].code} {group[0].text}{count}{''.join(places[:PLACES])}{more}"
 
 
 @dataclass
 class Remarks:
-    """The remarks of one compile, in order, each once."""
+    """The remarks of one compile, in order, one for each text and line."""
 
     strict: bool = False
     rows: list[Remark] = field(default_factory=list)
 
-    def add(self, code: str, text: str, node: fx.Node | None = None, *, strict_error: bool = True) -> None:
+    def add(
+        self, code: str, text: str, node: fx.Node | None = None, *, value: str | None = None, strict_error: bool = True
+    ) -> None:
         """Record a remark about `node`.
+
+        text: the same for all layers, so without names of nodes. value: the name of what it is about, by default of
+        `node`.
 
         Raises:
             StrictRemark: if the compile is strict and the remark tells of a loss, not only of a choice.
         """
-        remark = Remark(code, text, source_of(node) if node is not None else None, strict_error)
+        where = source_of(node) if node is not None else None
+        value = value or (node.name if node is not None else None)
+        remark = Remark(code, text, where, strict_error, () if value is None else (value,))
         if self.strict and strict_error:
-            raise StrictRemark(f"{code} {text}", where=remark.where)
-        if remark not in self.rows:
-            self.rows.append(remark)
+            raise StrictRemark(f"{code} {text}", where=where)
+        for place, known in enumerate(self.rows):
+            if (known.code, known.text, known.where) == (code, remark.text, where):
+                self.rows[place] = replace(known, values=tuple(dict.fromkeys((*known.values, *remark.values))))
+                return
+        self.rows.append(remark)

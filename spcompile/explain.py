@@ -236,19 +236,23 @@ def _last_global_graph(program: LocalProgram) -> fx.Graph:
 
 def _attention_rows(program: LocalProgram) -> list[AttentionRow]:
     from spcompile.attention.scores.attention_call import AttentionCall
+    from spcompile.recognition.attention_nodes import AVERAGED, OF_ROWS_WITHOUT_KEYS
     from spcompile.report.plan import AttentionRow
 
     parallel = program.ctx.mesh.world_size > 1
     kinds: Counter[tuple[str, int, int, str, str]] = Counter()
     for node in AttentionCall.all_in(_last_global_graph(program)):
-        call = AttentionCall.of(node)
+        call, custom = AttentionCall.of(node), node.meta.get("custom", {})
+        if OF_ROWS_WITHOUT_KEYS in custom:
+            continue  # a part of the one in front of it
         sizes = call.sizes.hints()
-        strategy = node.meta.get("custom", {}).get("spx_attention", "ring") if parallel else "one device"
-        kinds[(strategy, sizes.heads, sizes.kv_heads, call.mask, _scores_text(call))] += 1
+        strategy = custom.get("spx_attention", "ring") if parallel else "one device"
+        scores = _scores_text(call, AVERAGED in custom)
+        kinds[(strategy, sizes.heads, sizes.kv_heads, call.mask, scores)] += 1
     return [AttentionRow(strategy, n, heads, kv, *rest) for (strategy, heads, kv, *rest), n in kinds.items()]
 
 
-def _scores_text(call: AttentionCall) -> str:
+def _scores_text(call: AttentionCall, is_averaged: bool) -> str:
     """What an attention does to scores beside its mask."""
     found = {
         f"softcap {call.softcap:g}": call.has_softcap,
@@ -256,6 +260,7 @@ def _scores_text(call: AttentionCall) -> str:
         "sinks": call.sinks is not None,
         f"dropout {call.dropout_p:g}": call.has_dropout,
         "dense bias": call.bias is not None,
+        "rows without keys apart": is_averaged,
     }
     return ", ".join(name for name, is_there in found.items() if is_there)
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from spcompile.graph.edit import argument, call, erase_dead, is_tensor, operand, shape_of
 from spcompile.graph.splice import splice
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.recognition.eager import without_maximum
 from spcompile.recognition.masks.index_maps import sizes_of
 from spcompile.recognition.normalizers import normalizer
+from spcompile.recognition.scores_chain import without_maximum
 from spcompile.sharding.rules.indexing import is_range
 
 aten = torch.ops.aten

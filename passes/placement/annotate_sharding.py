@@ -75,7 +75,7 @@ def _place_sequence(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Place
     if not seeds:
         _remark_no_sequence(graph, ctx)
     for node in (n for n in seeds if SCORES in n.meta.get("custom", {})):
-        text = f"attention at {node.name}: what reads the weights is no product with values; split by query rows"
+        text = "attention: what reads the weights is no product with values; split by query rows"
         ctx.remarks.add("SPR202", text, node)
     return propagate(spaces, seeds if ctx.mesh.size("cp") > 1 else {})
 

@@ -22,7 +22,8 @@ from torch.utils import _pytree as pytree
 from spcompile.graph.edit import copy_graph
 from spcompile.torch_private import InstructionTranslator, TracingContext, under_function_modes
 
-_NUMBERED = re.compile(r"(__builtins_dict__|'_\d+_c)_?\d+")  # names that Dynamo makes anew for each trace
+# Names that Dynamo makes anew for each trace.
+_NUMBERED = re.compile(r"(__builtins_dict__|'_\d+_c|___unnamed_scope_\d+_c)_?\d+")
 
 
 @dataclass

@@ -128,6 +128,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     write_out_bool_writes(captured)
     normalise(captured)
     _read_before_writing(captured.graph)
+    _keep_gradients_of_written(captured.graph)
     for node in captured.graph.nodes:
         if node.op == "call_function" and not node.meta.get("stack_trace"):
             node.meta["spx_origin"] = "capture"  # code that was made by exec has no lines
@@ -296,6 +297,33 @@ def _read_before_writing(graph: fx.Graph) -> None:
             copy.meta = {**readers[0].meta, "val": value.meta["val"]}
             for reader in readers:
                 reader.replace_input_with(value, copy)
+
+
+def _keep_gradients_of_written(graph: fx.Graph) -> None:
+    """Give readers of a parameter's new numbers the gradient of the parameter itself.
+
+    A forward can write to a parameter's data only, without a gradient; what reads it then reads the parameter. Here
+    that is (w - w) + new, in which the first w alone has a gradient.
+    """
+    for copy_ in graph.find_nodes(op="call_function", target=aten.copy_.default):
+        parameter, new = copy_.args
+        if not (parameter.meta.get("trainable") and parameter.meta.get("state")):
+            continue
+        readers = [user for user in new.users if user is not copy_]
+        old = next((user for user in parameter.users if user.target is aten.clone.default), parameter)
+        with graph.inserting_after(new):
+            detached = graph.call_function(aten.detach.default, (new,))
+        with graph.inserting_after(detached):
+            constant = graph.call_function(aten.detach.default, (old,))
+        with graph.inserting_after(constant):
+            zero = graph.call_function(aten.sub.Tensor, (old, constant))
+        with graph.inserting_after(zero):
+            value = graph.call_function(aten.add.Tensor, (zero, detached))
+        for node in (detached, constant, zero, value):
+            node.meta = dict(new.meta)
+        for reader in readers:
+            reader.replace_input_with(new, value)
+        copy_.replace_input_with(new, detached)
 
 
 def _is_needed(clone: fx.Node) -> bool:

@@ -5,31 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.fx as fx
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
-from torch.utils import _pytree as pytree
 
 from spcompile.diagnostics import IllegalModel
 from spcompile.machine.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.passes_api import Pass, Stage
+from spcompile.program.pipeline import Snapshot
 from spcompile.program.trace import Inputs
 from spcompile.report.bisect import culprit_of
-from spcompile.report.noise import Noise, allowance, noise_of
-from spcompile.report.trial import Trial, run_eager, trial_of
-from spcompile.report.verify_report import Report, is_exact, largest
+from spcompile.report.final_run import run_final
+from spcompile.report.noise import allowance, noise_of
+from spcompile.report.plain_run import run_eager
+from spcompile.report.trial import Trial, trial_of
+from spcompile.report.verify_report import Report, TensorError, is_exact, largest
 
-DEFAULT_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-MIXED_TOLERANCE = 1e-6  # a float64 model that computes something in float32
 EXPECTED_OF_ONE_DEVICE = (
     "attention has dropout: expected is what one device gets from the same graph, not the plain model"
 )
 DRAWN_BY_RANKS = "over dp each rank draws its own random numbers, the plain model draws for all entries: they differ"
 NOISY = "rounding moves {name} by {part:.0%} of its largest element: little is compared there"
 NOISY_PART = 0.25
-ROUNDING = 8  # units in the last place of the largest gradient: what less is, is rounding
 
 
 def compare_with_plain(
@@ -46,30 +44,35 @@ def compare_with_plain(
     try:
         eager = run_eager(model, example_inputs, options)
         trial = trial_of(model, example_inputs, mesh, options, pipeline, eager, cpu_rng)
-        notes = [EXPECTED_OF_ONE_DEVICE] if trial.expect_of_one_device() else []
-        coarsest, is_mixed = _coarsest(trial.program.captured)
-        eps = torch.finfo(coarsest).eps
-        if tolerance is None and coarsest.itemsize < 4:
-            noise = noise_of(model, example_inputs, options, eager, eps, cpu_rng)
-            notes += _allow(trial, noise, eps)
-        else:
-            default = MIXED_TOLERANCE if is_mixed else DEFAULT_TOLERANCE.get(coarsest, eps)
-            trial.tolerance = default if tolerance is None else tolerance
-            trial.rounding = ROUNDING * eps if coarsest.itemsize >= 4 else eps
-        last = [s for s in trial.program.history.snapshots if s.stage is not Stage.SCHEDULE][-1]
-        rows = trial.errors("local", trial.run(last))
-        final = trial.run_final(trial.traced.sharded.graphs)
-        notes += [final] if isinstance(final, str) else []
-        rows += [] if isinstance(final, str) else trial.errors("final", final)
-        late = trial.run_final(trial.traced.sharded.graphs, "late") if all(row.ok for row in rows) else ""
-        rows += [] if isinstance(late, str) else [row for row in trial.errors("late", late) if not row.ok]
+        is_of_one_device = trial.expect_of_one_device()
+        notes = [EXPECTED_OF_ONE_DEVICE] if is_of_one_device else []
+        trial.given_tolerance = tolerance
+        trial.tolerance = max((trial.tolerance_of(x.value) for x in trial.wanted() if x.value is not None), default=0.0)
+        rows, why_not = _rows(trial)
+        if tolerance is None and not all(row.ok for row in rows):
+            notes += _allow_noise(trial, trial.traced.model_itself if is_of_one_device else trial.captured)
+            rows, why_not = _rows(trial)
         if trial.entries and trial.program.draws_random_numbers and not all(row.ok for row in rows):
             notes.append(DRAWN_BY_RANKS)
-        report = Report(mesh, trial.tolerance, rows, remarks=list(trial.program.ctx.remarks.rows), notes=notes)
+        remarks = list(trial.program.ctx.remarks.rows)
+        report = Report(mesh, trial.tolerance, rows, remarks=remarks, notes=notes + why_not)
         report.culprit = None if report.ok else culprit_of(trial)
         return report
     finally:
         torch.set_rng_state(cpu_rng)
+
+
+def _rows(trial: Trial) -> tuple[list[TensorError], list[str]]:
+    """What the graphs before and behind autograd give; and why the latter could not be compared."""
+    last = [s for s in trial.program.history.snapshots if s.stage is not Stage.SCHEDULE][-1]
+    rows = trial.errors("local", trial.run(last))
+    final = run_final(trial, trial.traced.sharded.graphs)
+    if isinstance(final, str):
+        return rows, [final]
+    rows += trial.errors("final", final)
+    late = run_final(trial, trial.traced.sharded.graphs, "late") if all(row.ok for row in rows) else ""
+    rows += [] if isinstance(late, str) else [row for row in trial.errors("late", late) if not row.ok]
+    return rows, []
 
 
 def _require_real(model: nn.Module) -> None:
@@ -81,31 +84,27 @@ def _require_real(model: nn.Module) -> None:
             raise IllegalModel(f"{name} has no data, and verify computes", legal=f"{legal}; explain() needs none")
 
 
-def _coarsest(captured: fx.GraphModule) -> tuple[torch.dtype, bool]:
-    """The floating dtype in the graph that rounds most; whether it is float32 beside float64."""
-    vals = [v for n in captured.graph.nodes for v in pytree.tree_leaves(n.meta.get("val")) if isinstance(v, Tensor)]
-    dtypes = {v.dtype for v in vals if v.is_floating_point()} or {torch.float32}
-    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    return coarsest, coarsest is torch.float32 and torch.float64 in dtypes
-
-
-def _allow(trial: Trial, noise: Noise, eps: float) -> list[str]:
-    """Let each tensor differ by what noise makes of it; notes on those that are noise for the most part.
+def _allow_noise(trial: Trial, graph: Snapshot) -> list[str]:
+    """Let each tensor differ by what rounding makes of it, where that is more; notes on those that it makes most of.
 
     The trial's tolerance becomes the largest of them, relative to their tensors.
     """
-    outputs = [("output", name, noise.outputs.get(name, 0.0), x) for name, x in trial.outputs.values()]
-    gradients = [
-        ("gradient", name, noise.gradients.get(trial.sources[i], 0.0), x) for i, (name, x) in trial.gradients.items()
-    ]
+    noise = noise_of(trial, graph)
     notes = []
-    for kind, name, moved, expected in [*outputs, *gradients]:
-        if expected is None or is_exact(expected):
+    for wanted in trial.wanted():
+        if wanted.value is None or is_exact(wanted.value):
             continue
-        trial.allowed[kind, name] = allowed = allowance(moved, expected, eps)
-        part = allowed / largest(expected) if allowed else 0.0
+        size = largest(wanted.value)
+        moved = getattr(noise, wanted.values).get(wanted.place, 0.0)
+        allowed = max(allowance(moved, wanted.value), trial.tolerance_of(wanted.value) * size)
+        trial.allowed[wanted.kind, wanted.name] = allowed
+        part = allowed / size if size else 0.0
         if part > NOISY_PART:
-            notes.append(NOISY.format(name=name if kind == "output" else f"the gradient of {name}", part=part))
+            notes.append(
+                NOISY.format(
+                    name=f"the gradient of {wanted.name}" if wanted.kind == "gradient" else wanted.name, part=part
+                )
+            )
         else:
             trial.tolerance = max(trial.tolerance, part)
     return notes

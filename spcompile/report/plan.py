@@ -11,7 +11,7 @@ import sympy
 from rich.console import Console
 from rich.table import Table
 
-from spcompile.diagnostics import Remark, SourceLine
+from spcompile.diagnostics import Remark, SourceLine, remark_lines
 from spcompile.machine.byte_sizes import bytes_text
 from spcompile.machine.mesh import MeshShape
 from spcompile.memory.account import Memory
@@ -40,7 +40,8 @@ class PassRow:
 class AttentionRow:
     """Attentions of one kind: `strategy` is "ring", "ulysses", "hybrid UxR" (Ulysses times ring) or "one device".
 
-    scores: what else happens to the scores, as "softcap 30, ALiBi, sinks, dropout 0.1, dense bias"; "" if nothing.
+    scores: what else happens to the scores, as "softcap 30, ALiBi, sinks, dropout 0.1, dense bias", and whether what
+        rows without keys average is found apart; "" if nothing.
     """
 
     strategy: str
@@ -97,7 +98,7 @@ class Plan:
         """Write the plan as one HTML page that needs nothing else."""
         title = one_line(f"{self.model} on mesh {self.mesh}")
         schedule = {row.name for row in self.passes if row.stage == "schedule"}
-        remarks = [str(remark) for remark in self.remarks]
+        remarks = remark_lines(self.remarks)
         with open(path, "w", encoding="utf-8") as file:
             file.write(page(title, self.summary()[1:], self.tables(), remarks, self.graphs, schedule))
 
@@ -151,7 +152,7 @@ class Plan:
             console.print(_rich(title, header, rows))
         if self.remarks:
             console.print("\nRemarks")
-        for remark in self.remarks:
+        for remark in remark_lines(self.remarks):
             console.print(f"  {remark}", soft_wrap=True)
         return out.getvalue().rstrip() + "\n"
 

@@ -33,6 +33,7 @@ from spcompile.collectives.typed_calls import AllGatherMatmulCall, MatmulReduceS
 from spcompile.graph.edit import is_getitem
 from spcompile.graph.sizes import hint, numel_hint
 from spcompile.graph.typed_call import value_of
+from spcompile.losses.linear_loss_call import LinearCrossEntropyCall
 from spcompile.machine.accelerators import ACCELERATORS, Accelerator
 from spcompile.machine.links import link_of
 from spcompile.machine.mesh import MeshShape
@@ -168,7 +169,7 @@ class CostModel:
         return moved
 
     def _arithmetic(self, node: fx.Node, flops: float, reached: float) -> float:
-        return flops / (self.accelerator.peak(_tensors(node)[0].element_size()) * reached)
+        return flops / (self.accelerator.peak(_multiplied(node).element_size()) * reached)
 
     def _traffic(self, node: fx.Node) -> float:
         if not _tensors(node) or is_getitem(node) or root_of(node) is not node:
@@ -267,6 +268,13 @@ def bytes_of(node: fx.Node) -> int:
 
 def _tensors(node: fx.Node) -> list[torch.Tensor]:
     return [x for x in pytree.tree_leaves(node.meta.get("val")) if isinstance(x, torch.Tensor)]
+
+
+def _multiplied(node: fx.Node) -> torch.Tensor:
+    """A value of the dtype in which a node multiplies: its first result; of a loss, whose sums are wide, the rows."""
+    if LinearCrossEntropyCall.is_call(node):
+        return value_of(LinearCrossEntropyCall.of(node).x)
+    return _tensors(node)[0]
 
 
 def _fuses(node: fx.Node) -> bool:

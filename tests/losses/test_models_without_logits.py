@@ -18,7 +18,10 @@ from torch import Tensor, nn
 import spcompile
 from spcompile.command.model_spec import build_model
 from spcompile.losses.linear_loss_call import LinearCrossEntropyBackwardCall, LinearCrossEntropyCall
+from spcompile.machine.accelerators import Accelerator
+from spcompile.machine.mesh import MeshShape
 from spcompile.report.verify_report import Report
+from spcompile.schedule.op_cost import CostModel
 
 B, D, C = 4, 8, 400
 MESHES = [{"cp": 2}, {"cp": 3}, {"tp": 2}, {"tp": 3}, {"dp": 2}, {"tp": 2, "cp": 2}]
@@ -172,6 +175,15 @@ def test_explain_shows_what_is_saved() -> None:
     logits = B * 32 * C * 8
     assert without["saved_activation_bytes"] - with_op["saved_activation_bytes"] > 1.5 * logits
     assert without["peak_bytes"] - with_op["peak_bytes"] > 2 * logits
+
+
+def test_predicted_seconds_count_one_product_more() -> None:
+    """Of the head, in the dtype of the rows: four of them in place of three, and no more than that."""
+    graphs, _, _ = final_graphs(made(Decoder).bfloat16(), tuple(batch(64).values()), {"cp": 2})
+    cost = CostModel(MeshShape.of({"cp": 2}), Accelerator("toy", {2: 1e9, 4: 1e6}, 0.5, 0.5, 1e15, 0.0), {})
+    rows = B * 32
+    seconds = sum(cost.work(node).seconds for node in calls(graphs))
+    assert seconds == pytest.approx(4 * 2 * rows * D * C / (1e9 * 0.5), rel=0.1)
 
 
 @pytest.mark.slow

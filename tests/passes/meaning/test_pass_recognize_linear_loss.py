@@ -183,6 +183,20 @@ def test_steps_keep_the_order_and_the_dtypes_of_the_model() -> None:
     assert LinearCrossEntropyCall.of(node).steps == "div 30.0, tanh, mul 30.0, to float32"
 
 
+@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="this torch has none")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_torchs_own_op_in_chunks(reduction: str) -> None:
+    def loss(x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> Tensor:
+        in_chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=4, allow_retain_graph=True)
+        args = (x.flatten(0, 1), w, t.flatten())
+        return F.linear_cross_entropy(*args, linear_bias=b, reduction=reduction, options=in_chunks).square().sum()
+
+    program = after_pass(PASS, loss, inputs())
+    assert len(nodes_of(program, OP)) == 1
+    assert not [node for node in program.gm.graph.nodes if "chunked" in str(node.target)]
+    assert_same(on_one_device(program.gm, program.inputs), on_one_device(loss, inputs()))
+
+
 def model(loss: Callable[..., Any]) -> Callable[..., Any]:
     def with_attention(x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> Any:
         h = x.unsqueeze(1)

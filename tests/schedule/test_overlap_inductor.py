@@ -63,7 +63,7 @@ def in_code(code: str) -> list[Flight]:
         elif (inplace := re.search(r"^\s*torch\.ops\._c10d_functional\.(\w+)_\.default\((\w+)", line)) is not None:
             flying[inplace[2]] = (inplace[1], heavy)
             order.append(inplace[2])
-        elif re.search(r"extern_kernels\.\w*mm\(|= torch\.ops\.spx\.\w*attention\w*\.default\(", line):
+        elif re.search(r"extern_kernels\.\w*mm\(|= torch\.ops\.spx\.\w*(attention|cross_entropy)\w*\.default\(", line):
             heavy += 1
     return [found[name] for name in order]
 

@@ -149,6 +149,7 @@ def _plan(
             held,
             OPTIMIZERS[options.optimizer],
             traced.sharded.memory,
+            fuses=options.compiler == "inductor",
         ),
         remarks=list(program.ctx.remarks.rows),
         passes=passes,

@@ -1,7 +1,7 @@
 """The memory of one rank: what is held all along, what is saved for the backward, and the most that is alive at once.
 
 Read off the final graphs, so that it holds for the order in which calls really run. A view counts as its base: that is
-the storage that stays alive. Nothing is fused: an upper estimate for a compiler that fuses.
+the storage that stays alive. What Inductor fuses away is not counted (`spcompile/memory/fusion.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from spcompile.graph.sizes import hint
 from spcompile.graph.storage import outputs_of, root_of, saved_values, storage_bytes, storage_size
 from spcompile.losses.scratch import scratch_bytes
 from spcompile.machine.optimizers import Optimizer
+from spcompile.memory.fusion import fused_away
 from spcompile.memory.liveness import Lives
 from spcompile.memory.planner import MemoryPlan
 
@@ -45,7 +46,7 @@ class Memory:
 
     saved_activation_bytes: kept from forward to backward, inputs and parameters not counted.
     saved_activation_bytes_one_device: the same for the unsharded model, with the same attention ops and partitioner.
-    peak_bytes: parameters, gradients and the most that is alive at once, if nothing is fused: an upper estimate.
+    peak_bytes: parameters, gradients and the most that is alive at once.
     optimizer_bytes: of the states of the optimizer that the options name. total_bytes: with them, the peak of all.
     transient_bytes: at the peak, what is neither saved nor a gradient. peak_at: the call at the peak.
     host_bytes: of this rank's values in the host's memory.
@@ -73,12 +74,16 @@ def memory_of(
     parameters: Iterable[torch.Tensor],
     optimizer: Optimizer,
     plan: MemoryPlan | None = None,
+    fuses: bool = False,
 ) -> Memory:
-    """From the final graphs of one rank and of one device, by phase. plan: what was chosen for the former."""
+    """From the final graphs of one rank and of one device, by phase. plan: what was chosen for the former.
+
+    fuses: the graphs' compiler fuses elementwise calls.
+    """
     held = [_held(p) for p in parameters]
     trained = [_held(p) for p in parameters if p.requires_grad and "backward" in sharded]
     states = sum(optimizer.bytes(p.numel(), p.element_size()) for p in trained)
-    high = max((_high_water(phase, sharded) for phase in sharded), key=lambda found: found.hint)
+    high = max((_high_water(phase, sharded, fuses) for phase in sharded), key=lambda found: found.hint)
     parameter_bytes = sum(p.numel() * p.element_size() for p in held)
     limit = plan.limit if plan is not None else None
     return Memory(
@@ -122,24 +127,25 @@ class _High:
     where: str
 
 
-def _high_water(phase: str, graphs: Mapping[str, fx.GraphModule]) -> _High:
+def _high_water(phase: str, graphs: Mapping[str, fx.GraphModule], fuses: bool) -> _High:
     """In the backward, what the forward gave its caller is alive as well."""
     graph = graphs[phase].graph
     order = [node for node in graph.nodes if node.op != "output"]
     before = [node for node in order if node.op == "placeholder" and not _is_held(node)]
     returned = {root_of(node) for node in outputs_of(graph) if isinstance(node, fx.Node)}
-    lives = Lives.of(order, before, returned, root_of)
+    inside = fused_away(order, returned) if fuses else ()
+    lives = Lives.of(order, before, returned, root_of, inside)
     sizes = {root: 0 if _is_held(root) else storage_bytes(root) for root in lives.born}
     levels = lives.bytes(sizes.__getitem__, [int(scratch_bytes(node, hint)) for node in order]) or [0]
     at = levels.index(max(levels))
     there = [root for root in lives.during(at) if not _is_held(root)]
     stay = set(before) | returned
-    inside = scratch_bytes(order[at]) if order else sympy.Integer(0)
+    scratch = scratch_bytes(order[at]) if order else sympy.Integer(0)
     outside = _given_to_caller(graphs) if phase == "backward" else []
     return _High(
         levels[at] + sum(map(storage_bytes, outside)),
-        _total([*there, *outside]) + inside,
-        _total(root for root in there if root not in stay) + inside,
+        _total([*there, *outside]) + scratch,
+        _total(root for root in there if root not in stay) + scratch,
         _where(phase, order[at]) if order else phase,
     )
 

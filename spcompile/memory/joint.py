@@ -19,7 +19,7 @@ class Joint:
 
     forward: the calls that need no gradient of an output, in order. backward: all other calls.
     returned: the outputs of the forward. gradients: the outputs of the backward.
-    parameters: the inputs that get a gradient.
+    parameters: the inputs that get a gradient. fuses: the compiler behind fuses elementwise calls.
     """
 
     inputs: tuple[fx.Node, ...]
@@ -28,9 +28,10 @@ class Joint:
     returned: tuple[fx.Node, ...]
     gradients: tuple[fx.Node, ...]
     parameters: frozenset[fx.Node]
+    fuses: bool = False
 
     @classmethod
-    def of(cls, graph: fx.Graph, forward_outputs: int) -> Joint:
+    def of(cls, graph: fx.Graph, forward_outputs: int, fuses: bool = False) -> Joint:
         """forward_outputs: how many of the graph's outputs are the forward's; the others are gradients of inputs."""
         outputs = outputs_of(graph)
         inputs = tuple(graph.find_nodes(op="placeholder"))
@@ -49,6 +50,7 @@ class Joint:
             returned=returned,
             gradients=_nodes(outputs[forward_outputs:]),
             parameters=frozenset(primal for primal, gradient in pairs if isinstance(gradient, fx.Node)),
+            fuses=fuses,
         )
 
     @cached_property

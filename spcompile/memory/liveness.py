@@ -2,7 +2,7 @@
 
 The forward keeps what is saved and what the caller gets. The backward makes a value again right before its first
 reader, as the partitioner orders it (torch 2.13: torch/_functorch/partitioners.py,
-`reordering_to_mimic_autograd_engine`). Nothing is fused: an upper estimate for a compiler that fuses.
+`reordering_to_mimic_autograd_engine`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch.fx as fx
 
 from spcompile.graph.storage import born_at
+from spcompile.memory.fusion import fused_away, kernel_ends
 from spcompile.memory.joint import Joint, ancestors
 
 
@@ -41,16 +42,21 @@ class Lives:
         before: Collection[fx.Node],
         kept: Collection[fx.Node],
         root: Callable[[fx.Node], fx.Node],
+        inside: Collection[fx.Node] = (),
     ) -> Lives:
-        """before: storages that are there at the start, to die with their last reader. kept: those that stay."""
+        """before: storages that are there at the start, to die with their last reader. kept: those that stay.
+
+        inside: calls whose values are fused away: what they read is read by the kernels that they are part of.
+        """
         place = {node: at for at, node in enumerate(order)}
         born, dies = dict.fromkeys(before, 0), dict.fromkeys(before, 0)
+        ends = kernel_ends(order, inside) if inside else range(len(order))
         for node, at in place.items():
             own = root(node)
-            if own is node:
+            if own is node and node not in inside:
                 born.setdefault(own, place.get(born_at(own), at))
             for value in (node, *node.all_input_nodes):
-                dies[root(value)] = at
+                dies[root(value)] = max(ends[at], dies.get(root(value), at))
         dies.update((storage, len(order) - 1) for storage in kept if storage in born)
         return cls(born, {storage: dies[storage] for storage in born}, len(order))
 
@@ -108,7 +114,9 @@ def _largest(
 ) -> Peak:
     if not order:
         return Peak(0, phase, None)
-    lives = Lives.of(order, before, kept, joint.storage.__getitem__)
+    storage = joint.storage.__getitem__
+    inside = fused_away(order, kept, storage) if joint.fuses else ()
+    lives = Lives.of(order, before, kept, storage, inside)
     levels = lives.bytes(joint.bytes_of.__getitem__, [joint.scratch[node] for node in order])
     at = levels.index(max(levels))
     return Peak(levels[at], phase, order[at])

@@ -40,7 +40,7 @@ class Partitioner(CustomPartitionerFn):
         forward, backward = self.base(gm, joint_inputs, **kwargs)
         here = {node.name: node for node in gm.graph.nodes}
         saved = [here[node.name] for node in saved_values(forward.graph, backward.graph) if node.op == "call_function"]
-        plan = plan_memory(Joint.of(gm.graph, kwargs["num_fwd_outputs"]), saved, self.cost, self.wish)
+        plan = plan_memory(Joint.of(gm.graph, kwargs["num_fwd_outputs"], self.cost.fuses), saved, self.cost, self.wish)
         self.planned(plan)
         if not plan.trades:
             return forward, backward

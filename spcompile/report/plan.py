@@ -202,7 +202,7 @@ class Plan:
                     ["gradients", size_text(memory.gradient_bytes)],
                     ["optimizer", size_text(memory.optimizer_bytes)],
                     ["transient, at the peak", f"{size_text(memory.transient_bytes)} ({memory.peak_at})"],
-                    ["peak, if nothing is fused, without the optimizer", size_text(memory.peak_bytes)],
+                    ["peak, without the optimizer", size_text(memory.peak_bytes)],
                     ["peak of everything", size_text(memory.total_bytes) + _against(memory)],
                 ],
             ),

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spcompile.diagnostics import IllegalOption
-from spcompile.graph.storage import saved_values
+from spcompile.graph.storage import root_of, saved_values
 from spcompile.machine.accelerators import ACCELERATORS
 from spcompile.machine.byte_sizes import bytes_text, parse_bytes
 from spcompile.machine.mesh import MeshShape
 from spcompile.machine.optimizers import OPTIMIZERS
+from spcompile.memory.fusion import fused_away
 from spcompile.memory.joint import Joint
 from spcompile.memory.liveness import Lives, peak_of
 from spcompile.memory.planner import Wish, plan_memory
@@ -117,6 +118,23 @@ def test_what_is_alive_when() -> None:
     assert lives.bytes(sizes.__getitem__, [0, 0, 1, 0]) == [4, 8, 9, 12]
     assert Lives.of(order, (), (b,), roots.__getitem__).bytes(sizes.__getitem__, [0] * 4)[-1] == 12
     assert lives.during(1) == [a, b]
+
+
+def test_what_is_fused_away_takes_no_memory_and_keeps_what_it_reads() -> None:
+    """exp(sin(x)) @ y: sin is inside of the kernel of exp, which reads x and is written since a product reads it."""
+    graph = fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    given = graph.call_function(torch.ops.aten.mm.default, (x, y))
+    sin = graph.call_function(torch.ops.aten.sin.default, (given,))
+    view = graph.call_function(torch.ops.aten.view.default, (sin, [2, 2]))
+    exp = graph.call_function(torch.ops.aten.exp.default, (view,))
+    product = graph.call_function(torch.ops.aten.mm.default, (exp, y))
+    order = [given, sin, view, exp, product]
+    assert fused_away(order, ()) == {sin}
+    assert fused_away(order, [sin]) == set()
+    lives = Lives.of(order, (), (), root_of, fused_away(order, ()))
+    assert sin not in lives.born
+    assert lives.dies[given] == order.index(exp)
 
 
 def test_trades_go_from_cheap_bytes_to_dear_ones_and_keep_the_inputs_of_blocks() -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from spcompile import verify
+from spcompile import explain, verify
 
 WIDTH, HEADS = 16, 2
 
@@ -108,6 +108,19 @@ class TwoSequences(nn.Module):
         return (self.encode(x_BSD, x_valid_BS) - self.encode(y_BTD, y_valid_BT)).square().mean()
 
 
+class WidthOne(nn.Module):
+    """An MLP of convolutions over one position each, between norms by known statistics of each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.norm = Attention(), nn.BatchNorm1d(WIDTH)
+        self.up, self.down = nn.Conv1d(WIDTH, 2 * WIDTH, 1), nn.Conv1d(2 * WIDTH, WIDTH, 1, bias=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        h_BDS = (x_BSD + self.attention(x_BSD)).mT
+        return (h_BDS + self.down(F.gelu(self.up(self.norm(h_BDS))))).square().mean()
+
+
 def tokens(length: int) -> Tensor:
     return torch.randn(2, length, WIDTH, dtype=torch.float64)
 
@@ -123,6 +136,7 @@ CASES: dict[str, tuple[Any, list[Tensor]]] = {
     "adds by mask": (lambda: WritesByMask(True), [tokens(9)]),
     "mask of each head": (MaskOfEachHead, [tokens(9), tokens(7), valid(7)]),
     "mixed by numbers": (MixedByNumbers, [tokens(9)]),
+    "width one": (lambda: WidthOne().eval(), [tokens(9)]),
     "two sequences": (TwoSequences, [tokens(9), tokens(14), valid(9), valid(14)]),
 }
 MESHES = ({"cp": 2}, {"tp": 2}, {"tp": 2, "cp": 2})
@@ -135,6 +149,12 @@ def test_every_gradient(case: str, mesh: dict[str, int]) -> None:
     build, inputs = CASES[case]
     report = verify(build().double(), inputs, mesh)
     assert report.ok, report
+
+
+def test_convolutions_of_width_one_stay_split() -> None:
+    plan = explain(WidthOne().eval(), [tokens(16).float()], {"cp": 2})
+    assert 2 * plan.memory.saved_activation_bytes == plan.memory.saved_activation_bytes_one_device
+    assert not [remark for remark in plan.remarks if remark.code in ("SPR102", "SPR103")]
 
 
 class Result(dict[str, Tensor]):

@@ -26,6 +26,10 @@ CASES: list[tuple[Call, str]] = [
     (call("_conj", cplx(4)), "a -> a"),
     (call("_fused_rms_norm", x(4, 6), [6], x(6), 1e-6), "a [b], [b] -> a [b], a 1"),
     (call("_log_softmax", x(4, 6), -1, False), "a [b] -> a [b]"),
+    (
+        call("_native_batch_norm_legit_no_training", x(4, 8, 2), x(8), x(8), fixed(8), fixed(8), 0.1, 1e-5),
+        "a b c, b, b, b, b -> a b c, [d], [e]",
+    ),
     (call("_reshape_alias", x(4, 6), [24], [1]), "a b -> (a b)"),
     (call("_safe_softmax", x(4, 6), 1), "a [b] -> a [b]"),
     (call("_softmax", x(4, 6), 0, False), "[a] b -> [a] b"),
@@ -136,6 +140,9 @@ CASES: list[tuple[Call, str]] = [
     (call("conv1d", x(2, 4, 8), x(6, 4, 3)), "a d [e], b d [f] -> a b [c] | d: sum"),
     (call("conv1d", x(2, 4, 8), x(6, 4, 3), x(6)), "a [d] [e], b [d] [f], b -> a b [c]"),
     (call("conv1d", x(2, 4, 8), x(4, 1, 3), None, [1], [0], [1], 4), "a [d] [e], [b] 1 [f] -> a [b] [c]"),
+    (call("conv1d", x(2, 4, 8), x(6, 4, 1)), "a d c, b d 1 -> a b c | d: sum"),
+    (call("conv1d", x(2, 4, 8), x(6, 4, 1), None, [2]), "a d [e], b d 1 -> a b [c] | d: sum"),
+    (call("conv1d", x(2, 4, 8), x(4, 1, 1), x(4), [1], [0], [1], 4), "a [d] c, [b] 1 1, [b] -> a [b] c"),
     (call("conv1d.padding", x(2, 4, 8), x(6, 4, 3), None, [1], "same"), "a d [e], b d [f] -> a b [c] | d: sum"),
     (call("conv2d", x(2, 4, 8, 6), x(6, 4, 3, 2)), "a e [f] [g], b e [h] [i] -> a b [c] [d] | e: sum"),
     (

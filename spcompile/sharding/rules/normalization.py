@@ -61,6 +61,17 @@ def group_norm(node: fx.Node) -> OpRule:
     return make_rule(node, {"input": dims, "weight": affine, "bias": affine}, [dims], local=local)
 
 
+@register(torch.ops.aten._native_batch_norm_legit_no_training.default)
+def batch_norm_of_known_statistics(node: fx.Node) -> OpRule:
+    """`a b c, b, b, b, b -> a b c`: in eval mode each element is scaled by numbers of its channel."""
+    args = arguments(node)
+    dims = factors(args["input"].shape)
+    names = ("weight", "bias", "running_mean", "running_var")
+    of_channels = {name: [dims[1]] for name in names if args[name] is not None}
+    empty: list[Layout] = [[Factor(size, replicated=True) for size in x.shape] for x in tensor_results(node)[1:]]
+    return make_rule(node, {"input": dims, **of_channels}, [dims, *empty])
+
+
 @register(torch.ops.aten.cosine_similarity.default)
 def cosine_similarity(node: fx.Node) -> OpRule | None:
     """`a [b], a [b] -> a`."""

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.fx as fx
 
 from spcompile.capture.autocast import autocast_off
-from spcompile.capture.dynamo_settings import ignore_library_logging
+from spcompile.capture.dynamo_settings import as_in_one_graph, ignore_library_logging
 from spcompile.capture.local_inputs import on_local_parts, over_local_parts
 from spcompile.capture.module_buffer import relied_on, watched
 from spcompile.capture.python_floats import without_symbolic_floats
@@ -72,6 +72,9 @@ def spcompile(
         if refused is not None:
             raise refused
         return over_whole_batch(whole, mesh.shape.size("dp"))(gm, example_inputs)
+
+
+spcompile.backend_ctx_ctor = as_in_one_graph  # type: ignore[attr-defined]
 
 
 def _options_of(options: Mapping[str, Any] | None, others: Mapping[str, Any]) -> Options:

@@ -22,6 +22,9 @@ from torch._dynamo.backends.common import aot_autograd
 # torch 2.13: torch/_dynamo/exc.py. Asks Dynamo to trace again, as with numbers in place of symbolic floats.
 from torch._dynamo.exc import RestartAnalysis, TensorifyScalarRestartAnalysis
 
+# torch 2.13: torch/_dynamo/repro/after_dynamo.py. What stands between torch._dynamo.optimize and a backend.
+from torch._dynamo.repro.after_dynamo import WrapBackendDebug
+
 # torch 2.13: torch/_dynamo/symbolic_convert.py. What traces a frame, and which floats are to be numbers in it.
 from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
 
@@ -99,6 +102,7 @@ __all__ = [
     "TracingContext",
     "aot_autograd",
     "around_backward",
+    "around_calls_where_backends_ask",
     "autograd_cache_key",
     "autograd_result",
     "compile_fx",
@@ -140,6 +144,27 @@ def traced_function() -> str:
     except AttributeError:  # nothing is traced
         return "a graph"
     return str(getattr(code, "co_qualname", code.co_name)).removesuffix(".forward")
+
+
+def around_calls_where_backends_ask() -> None:
+    """Let a backend's `backend_ctx_ctor`, a context, be around every call of what torch.compile made with it.
+
+    Dynamo traces inside of it. torch._dynamo.optimize looks for that attribute, but torch.compile hides the backend in
+    objects that do not have it. Idempotent.
+    """
+
+    def of_backend(wrapper: Any) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+        backend = wrapper._torchdynamo_orig_backend
+        while not hasattr(backend, "backend_ctx_ctor"):
+            # torch.compile's own object has the backend in `compiler_fn`, functools.partial in `func`.
+            backend = getattr(backend, "compiler_fn", None) or getattr(backend, "func", None)
+            if backend is None:
+                return contextlib.nullcontext
+        return cast("Callable[[], contextlib.AbstractContextManager[Any]]", backend.backend_ctx_ctor)
+
+    wrappers: Any = WrapBackendDebug
+    if not hasattr(wrappers, "backend_ctx_ctor"):
+        wrappers.backend_ctx_ctor = property(of_backend)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from spcompile.capture.dynamo_settings import ignore_library_logging
+from spcompile.capture.dynamo_settings import as_in_one_graph, ignore_library_logging
 from spcompile.capture.local_inputs import over_local_parts
 from spcompile.capture.python_floats import without_symbolic_floats
 from spcompile.capture.retrace import refuse_graph_break
@@ -100,7 +100,7 @@ def through_dynamo(model: nn.Module, example_inputs: Inputs, backend: Backend) -
     entry = types.FunctionType(_entry.__code__.replace(), globals())
     result = None
     # Sizes seen in an earlier call of this function must not make those of this call symbols.
-    with torch._dynamo.config.patch(automatic_dynamic_shapes=False), contextlib.suppress(_Stop):
+    with as_in_one_graph(), torch._dynamo.config.patch(automatic_dynamic_shapes=False), contextlib.suppress(_Stop):
         result = torch.compile(entry, backend=once)(model, args, kwargs)
     if failures:
         raise failures[0]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +15,10 @@ import torch.fx as fx
 
 from spcompile.capture.autocast import autocast_off
 from spcompile.capture.dynamo_settings import as_in_one_graph, ignore_library_logging
+from spcompile.capture.graph_breaks import counted, mark_part, model_call, options_of_part
 from spcompile.capture.local_inputs import on_local_parts, over_local_parts
 from spcompile.capture.module_buffer import relied_on, watched
 from spcompile.capture.python_floats import without_symbolic_floats
-from spcompile.capture.retrace import refuse_graph_break
 from spcompile.collectives import gathers_on_gloo
 from spcompile.diagnostics import IllegalOption
 from spcompile.graph.axes import axes_of, bind_axes
@@ -65,16 +66,25 @@ def spcompile(
     if mesh is None:
         chosen = _options_of(options, others)
         log.info("SPR401 world size 1: compiled without sharding")
-        return _alone(gm, example_inputs, chosen)
+        return counted(_alone(gm, example_inputs, chosen))
     agreement = _agreement(dist.group.WORLD, mesh)
-    whole = functools.partial(_over, mesh, options, others, agreement)
+    degree = mesh.shape.size("dp")
     with agreement.caller.inside("compiles") as refused, agreement.shared_errors():
         if refused is not None:
             raise refused
-        return over_whole_batch(whole, mesh.shape.size("dp"))(gm, example_inputs)
+        chosen = _options_of(options, others)
+        mark_part(gm, chosen, degree)
+        whole = functools.partial(_over, mesh, options_of_part(gm, chosen), agreement)
+        return counted(over_whole_batch(whole, degree)(gm, example_inputs))
 
 
-spcompile.backend_ctx_ctor = as_in_one_graph  # type: ignore[attr-defined]
+@contextlib.contextmanager
+def _around_calls() -> Iterator[None]:
+    with as_in_one_graph(), model_call():
+        yield
+
+
+spcompile.backend_ctx_ctor = _around_calls  # type: ignore[attr-defined]
 
 
 def _options_of(options: Mapping[str, Any] | None, others: Mapping[str, Any]) -> Options:
@@ -86,15 +96,8 @@ def _options_of(options: Mapping[str, Any] | None, others: Mapping[str, Any]) ->
 
 
 def _over(
-    mesh: RuntimeMesh,
-    options: Mapping[str, Any] | None,
-    others: Mapping[str, Any],
-    agreement: Agreement,
-    gm: fx.GraphModule,
-    inputs: Sequence[Any],
+    mesh: RuntimeMesh, chosen: Options, agreement: Agreement, gm: fx.GraphModule, inputs: Sequence[Any]
 ) -> Callable[..., Any]:
-    chosen = _options_of(options, others)
-    refuse_graph_break(gm)
     agreement.require(_signature(gm, inputs, chosen))
     return _compile(gm, inputs, chosen, mesh, agreement, shared_dump(chosen.dump, mesh, agreement))
 

@@ -143,7 +143,7 @@ class ForkedChild(SpcompileError, RuntimeError):
 
 
 class GraphBreak(SpcompileError, RuntimeError):
-    """Dynamo split the model into more than one graph; sharding decisions would be lost between the parts."""
+    """Dynamo split the model into several graphs: what crosses between two is not sharded. See `on_graph_break`."""
 
     code, title = "SP301", "the model is not one graph"
 
@@ -195,6 +195,9 @@ REMARKS: dict[str, str] = {
     "SPR102": "an op has no sharding rule: it is computed replicated on every rank",
     "SPR103": "an op cannot be computed on a shard of the sequence: its input is gathered",
     "SPR104": "a symbol for the number of rows does not go through the compiler: each number is another program",
+    "SPR105": "the model is not one graph: each part is sharded on its own, and what crosses between two is whole",
+    "SPR106": "nothing of the model was compiled in a call: it ran as it is, on every rank",
+    "SPR107": "an op mixes entries of the batch: those of all ranks of dp are gathered, and every rank computes it",
     "SPR201": "a mask could not be read: it stays dense, sharded by query rows",
     "SPR202": "an attention could not be recognised: its keys and values are gathered",
     "SPR203": "attention strategy chosen",
@@ -244,13 +247,21 @@ class Remarks:
     strict: bool = False
     rows: list[Remark] = field(default_factory=list)
 
-    def add(self, code: str, text: str, node: fx.Node | None = None, *, strict_error: bool = True) -> None:
-        """Record a remark about `node`.
+    def add(
+        self,
+        code: str,
+        text: str,
+        node: fx.Node | None = None,
+        *,
+        where: SourceLine | None = None,
+        strict_error: bool = True,
+    ) -> None:
+        """Record a remark about `node`, or about a line.
 
         Raises:
             StrictRemark: if the compile is strict and the remark tells of a loss, not only of a choice.
         """
-        remark = Remark(code, text, source_of(node) if node is not None else None, strict_error)
+        remark = Remark(code, text, source_of(node) if node is not None else where, strict_error)
         if self.strict and strict_error:
             raise StrictRemark(f"{code} {text}", where=remark.where)
         if remark not in self.rows:

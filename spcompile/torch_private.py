@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
@@ -18,6 +21,9 @@ from torch._dispatch.python import no_python_dispatcher
 
 # torch 2.13: torch/_functorch/aot_autograd.py, partitioners.py; torch/_dynamo/backends/common.py
 from torch._dynamo.backends.common import aot_autograd
+
+# torch 2.13: torch/_dynamo/convert_frame.py. Where Dynamo is entered from a frame.
+from torch._dynamo.convert_frame import CatchErrorsWrapper
 
 # torch 2.13: torch/_dynamo/exc.py. Asks Dynamo to trace again, as with numbers in place of symbolic floats.
 from torch._dynamo.exc import RestartAnalysis, TensorifyScalarRestartAnalysis
@@ -88,9 +94,13 @@ fused_all_gather_matmul = torch.ops.symm_mem.fused_all_gather_matmul
 fused_matmul_reduce_scatter = torch.ops.symm_mem.fused_matmul_reduce_scatter
 VMAP_SWITCHES = (_vmap_increment_nesting, _vmap_decrement_nesting, lazy_load_decompositions)
 
+TORCH_FOLDER = os.path.join(os.path.dirname(torch.__file__), "")
+RESUMED = "torch_dynamo_resume_in_"  # the functions that Dynamo makes of what is behind a graph break
 NODES_ABOVE = 16  # views and conversions between an output and the compiled node that made it are fewer
 
 __all__ = [
+    "RESUMED",
+    "TORCH_FOLDER",
     "VMAP_SWITCHES",
     "CustomGraphPass",
     "FunctionalTensor",
@@ -105,6 +115,7 @@ __all__ = [
     "around_calls_where_backends_ask",
     "autograd_cache_key",
     "autograd_result",
+    "calls_above",
     "compile_fx",
     "compile_fx_inner",
     "default_store",
@@ -126,6 +137,7 @@ __all__ = [
     "preserve_node_ordering",
     "resolve_process_group",
     "trace_again",
+    "traced_frame",
     "traced_function",
     "under_function_modes",
     "unset_fake_temporarily",
@@ -139,11 +151,42 @@ def resolve_process_group(name: str) -> ProcessGroup:
 
 def traced_function() -> str:
     """What Dynamo, which is calling a backend, traces: the class of a model, or the name of a function."""
-    try:
-        code = InstructionTranslator.current_tx().f_code
-    except AttributeError:  # nothing is traced
+    frame = traced_frame()
+    if frame is None:
         return "a graph"
+    code = frame.f_code
     return str(getattr(code, "co_qualname", code.co_name)).removesuffix(".forward")
+
+
+def traced_frame() -> Any:
+    """What Dynamo, which is calling a backend, knows of the frame it traces: f_code, f_globals, f_locals, closure.
+
+    None where nothing is traced.
+    """
+    try:
+        return InstructionTranslator.current_tx()
+    except AttributeError:
+        return None
+
+
+def calls_above() -> list[FrameType]:
+    """The frames that led from a compiled model's call to the one that Dynamo traces, innermost first.
+
+    Without torch's own. They run uncompiled, or are the parts of a broken frame in front of a resumed one.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not CatchErrorsWrapper.__call__.__code__:
+        frame = frame.f_back
+    found = []
+    while frame is not None and not _starts_the_model(frame.f_code):
+        if not frame.f_code.co_filename.startswith(TORCH_FOLDER):
+            found.append(frame)
+        frame = frame.f_back
+    return found if frame is not None else []
+
+
+def _starts_the_model(code: CodeType) -> bool:
+    return code.co_name == "compile_wrapper" and code.co_filename.startswith(os.path.join(TORCH_FOLDER, "_dynamo"))
 
 
 def around_calls_where_backends_ask() -> None:

@@ -83,16 +83,18 @@ def traced_again(instead: Mapping[Tensor, Tensor], arguments: set[str], numbers:
     symbols = ",".join(map(re.escape, numbers))
     compiler_config: Any = torch.compiler.config
     with compiler_config.patch(dynamic_sources=symbols), under_function_modes(), contextlib.suppress(_Stop):
-        again(*_positional(frame.f_code, given), **_named(frame.f_code, given))
+        again(*arguments_by_place(frame.f_code, given), **arguments_by_name(frame.f_code, given))
     return found[0]
 
 
-def _positional(code: types.CodeType, given: Mapping[str, Any]) -> list[Any]:
+def arguments_by_place(code: types.CodeType, given: Mapping[str, Any]) -> list[Any]:
+    """What a frame was called with by place, from its locals."""
     rest = code.co_varnames[code.co_argcount + code.co_kwonlyargcount] if code.co_flags & inspect.CO_VARARGS else None
     return [*[given[name] for name in code.co_varnames[: code.co_argcount]], *(given[rest] if rest else ())]
 
 
-def _named(code: types.CodeType, given: Mapping[str, Any]) -> dict[str, Any]:
+def arguments_by_name(code: types.CodeType, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a frame was called with by name, from its locals."""
     end = code.co_argcount + code.co_kwonlyargcount
     found = {name: given[name] for name in code.co_varnames[code.co_argcount : end]}
     if code.co_flags & inspect.CO_VARKEYWORDS:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from spcompile.capture.frames import Frame, local_of, name_of, this_frame, traced_again
-from spcompile.capture.retrace import OWN, fake_inputs, graph_break_of
+from spcompile.capture.retrace import OWN, fake_inputs
 from spcompile.diagnostics import BatchNotSplit, RanksDisagree, RanksMissing
 from spcompile.graph.sizes import expression, hint
 from spcompile.sharding.batch_entries import NotTheBatch
@@ -41,8 +41,6 @@ def over_whole_batch(backend: Backend, degree: int) -> Backend:
         return backend
 
     def compile_whole(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        if graph_break_of(gm) is not None:
-            return backend(gm, inputs)  # which refuses it
         refused: list[NotTheBatch] = []
         for batch in _batches(degree):
             try:
@@ -64,7 +62,7 @@ class _Batch:
 
     def is_in(self, x: Tensor) -> bool:
         """Whether a tensor may have these entries."""
-        return not x.requires_grad and x.ndim > self.dim and x.shape[self.dim] == hint(self.entries)
+        return x.ndim > self.dim and x.shape[self.dim] == hint(self.entries)
 
     def whole(self, x: Tensor) -> Tensor:
         """An empty tensor as `x` but with all ranks' entries, its dims in the same order in memory."""
@@ -73,7 +71,7 @@ class _Batch:
         for dim in sorted(range(x.ndim), key=lambda dim: (hint(x.stride(dim)), -dim)):
             strides[dim] = step
             step = step * shape[dim]
-        return x.new_empty_strided(shape, strides)
+        return x.detach().new_empty_strided(shape, strides).requires_grad_(x.requires_grad)
 
 
 def _batches(degree: int) -> list[_Batch]:
@@ -83,7 +81,7 @@ def _batches(degree: int) -> list[_Batch]:
     """
     found: dict[tuple[int, int], _Batch] = {}
     for dim in (0, 1):
-        for x in (x for x in _users_tensors() if x.ndim > dim and x.shape[dim] and not x.requires_grad):
+        for x in (x for x in _users_tensors() if x.ndim > dim and x.shape[dim]):
             found.setdefault((dim, x.shape[dim]), _Batch(dim, _own(x).shape[dim], degree))
     if not found:
         raise BatchNotSplit("no input of the model is a tensor with entries", legal="DDP over dp")
@@ -130,7 +128,7 @@ def _users_tensors() -> dict[Tensor, Any]:
         kind = source.guard_source
         of_module = kind.is_unspecialized_nn_module() or kind.is_specialized_nn_module()
         is_base = name_of(source).endswith("._base")  # of a view, which is what the model reads
-        is_tensor = type(x) in (Tensor, FakeTensor) and x.ndim
+        is_tensor = type(x) in (Tensor, FakeTensor) and x.ndim  # a weight that is passed is a Parameter
         if is_tensor and not is_base and not of_module and local_of(source) is not None:
             found[x] = source
     return found
@@ -201,9 +199,7 @@ def _instead(
         symbols = [dim for dim, size in enumerate(_own(x).shape) if _is_symbol(size)]
         has_entries = any(x is y for y in chosen)
         if has_entries or symbols:
-            found[x] = (
-                (batch if has_entries else replace(batch, dim=0, degree=1)).whole(x).requires_grad_(x.requires_grad)
-            )
+            found[x] = (batch if has_entries else replace(batch, dim=0, degree=1)).whole(x)
             for dim in symbols:
                 torch._dynamo.maybe_mark_dynamic(found[x], dim)
             arguments.add(str(local_of(source)))
@@ -262,7 +258,8 @@ def _fixed(example: Tensor) -> Tensor:
 
     with mode:
         shape, strides = ([known(n) for n in sizes] for sizes in (example.shape, example.stride()))
-        return torch.empty_strided(shape, strides, dtype=example.dtype, device=example.device)
+        fixed = torch.empty_strided(shape, strides, dtype=example.dtype, device=example.device)
+        return fixed.requires_grad_(example.requires_grad)
 
 
 def _keep_guards(whole: Frame, sizes: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a model keeps besides parameters, put back after a run: attributes, and the dicts of its buffers."""
+"""What a model keeps besides parameters, put back after a run: attributes, and the dicts and numbers of its buffers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,26 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.utils import _pytree as pytree
 
 _HELD = (dict, list, set)
+
+
+@contextlib.contextmanager
+def numbers_put_back(model: nn.Module, example_inputs: Any) -> Iterator[None]:
+    """`put_back`, and the numbers in buffers and inputs that the model writes to; for what has numbers."""
+    tensors = [x for x in (*model.buffers(), *pytree.tree_leaves(example_inputs)) if isinstance(x, Tensor)]
+    before = [(x, x.detach().clone()) for x in tensors if not x.is_meta and not isinstance(x, FakeTensor)]
+    try:
+        with put_back(model):
+            yield
+    finally:
+        for x, old in before:
+            if not torch.equal(x, old):
+                x.data.copy_(old)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 import spcompile.check.attention_specs  # noqa: F401  (the simulator must know attention)
 from spcompile.attention.scores.attention_call import AttentionCall
+from spcompile.capture.graph_breaks import model_part_of
 from spcompile.capture.retrace import OWN
 from spcompile.check.simulate import InFlight, Simulator
 from spcompile.check.states import needs_gradient, trainable_names
@@ -33,6 +34,10 @@ from spcompile.schedule.memory import saved_values
 from spcompile.sharding.batch_entries import inputs_with_batch
 
 Observer = Callable[[fx.Node, list[Any]], None]
+
+
+class SeveralGraphs(Exception):
+    """The model is not one graph, and the options allow that: `broken_model` compares it."""
 
 
 @dataclass
@@ -204,11 +209,22 @@ class Trial:
 
     def _whole(self, i: int, values: list[Tensor], dims: dict[str, int], mesh: MeshShape) -> list[Tensor]:
         values = [x.detach() for x in values]
-        shape = self.program.outputs[i].shape
-        return values if not dims or shape is None else whole_of(values, dims, shape, mesh)
+        shape, blocks = self.program.outputs[i].shape, self.program.outputs[i].blocks
+        if not dims or shape is None:
+            return values
+        if blocks == 1:
+            return whole_of(values, dims, shape, mesh)
+        dim = dims["dp"]
+        sizes = (*shape[:dim], blocks, shape[dim] // blocks, *shape[dim + 1 :])
+        found = whole_of([x.unflatten(dim, (blocks, -1)) for x in values], {"dp": dim + 1}, sizes, mesh)
+        return [x.flatten(dim, dim + 1) for x in found]
 
     def _weight(self, i: int, dims: dict[str, int], mesh: MeshShape, rank: int) -> Tensor:
-        return part_of(self.weights[i], dims, mesh, rank)
+        blocks = self.program.outputs[i].blocks
+        if blocks == 1 or not dims:
+            return part_of(self.weights[i], dims, mesh, rank)
+        dim = dims["dp"]
+        return part_of(self.weights[i].unflatten(dim, (blocks, -1)), {"dp": dim + 1}, mesh, rank).flatten(dim, dim + 1)
 
     def _tangent(self, i: int, dims: dict[str, int], rank: int, output: Tensor) -> Tensor:
         return self._weight(i, dims, self.mesh, rank) if i in self.weights else torch.zeros_like(output)
@@ -271,7 +287,11 @@ def trial_of(
     eager: Eager,
     rng: Tensor,
 ) -> Trial:
-    """Trace the model on the entries of dp's first rank; find which of its inputs and outputs are the plain model's."""
+    """Trace the model on the entries of dp's first rank; find which of its inputs and outputs are the plain model's.
+
+    Raises:
+        SeveralGraphs: there is no such trial.
+    """
     (given,), per_rank = split_batch(example_inputs, 1), split_batch(example_inputs, mesh.size("dp"))
     parts = [pytree.tree_leaves(inputs) for inputs in per_rank]
     rows = {id(own[0]): own for own in zip(*parts, strict=True) if own[0] is not own[-1]}
@@ -280,6 +300,8 @@ def trial_of(
     returned: list[Tensor] = []
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        if model_part_of(gm) is not None:
+            raise SeveralGraphs
         traced = compile_for(gm, inputs, mesh, options, pipeline, keep_texts=False)
         captured = traced.program.history.snapshots[0]
         for node, batch in inputs_with_batch(traced.program.captured.graph).items():
@@ -300,7 +322,7 @@ def trial_of(
 
     known = over_whole_batch(backend, mesh.size("dp"))
     with put_back(model):
-        result = named_leaves(through_dynamo(model, per_rank[0], known))
+        result = named_leaves(through_dynamo(model, per_rank[0], known, options, mesh.size("dp")))
     trial = trials[0]
     place = {id(x): i for i, x in enumerate(returned)}
     for name, leaf in result.items():

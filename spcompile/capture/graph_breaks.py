@@ -188,6 +188,8 @@ def _why_ended(reason: Any, starts: bool) -> ModelPart:
 
 def _why_uncompiled(frame: types.FrameType) -> ModelPart | None:
     """Why Dynamo left a frame to Python; None if it would compile it."""
+    if any(name.startswith("__resume_at_") for name in frame.f_code.co_names):  # Dynamo's own code: a frame that broke
+        return ModelPart("Dynamo broke it in front of this graph", _line_of(frame), starts=False, returns=False)
     try:
         cells = tuple(types.CellType(frame.f_locals[name]) for name in frame.f_code.co_freevars)
     except KeyError:  # not filled yet

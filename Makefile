@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Two of pytest's processes: one for the tests that spawn ranks, one for the others (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+# Every process that the tests start would compile the package and the tests to bytecode again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow test-manual lint types bench clean
 

@@ -110,7 +110,7 @@ def _now(together: bool) -> float:
 
 
 def sent_bytes(attention: Attention, tensors: list[Tensor]) -> float:
-    """What this rank sends in a forward and a backward: all it hands to a send, all but its own part of an exchange."""
+    """What this rank sends in a forward and a backward: what it sends, and of an all-to-all all but its own part."""
 
     def run() -> None:
         leaves = [x.detach().requires_grad_() for x in tensors[:3]]

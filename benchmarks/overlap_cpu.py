@@ -3,7 +3,7 @@
     python benchmarks/overlap_cpu.py [--ranks 2,4] [--seq 1024] [--dim 512] [--layers 4] [--compilers eager]
 
 Cases: `tp`, tensor parallel with whole products; `tp-chunks`, with products in chunks where that pays; `zero-3`,
-parameters sharded over cp; `sums`, whole parameters on cp; `ulysses`, the same with attention by heads, whose exchanges
+parameters sharded over cp; `sums`, whole parameters on cp; `ulysses`, the same by heads, whose all-to-alls
 split-all-to-alls may split. Measured with torch.profiler on all ranks: seconds in which compute waits, in `wait_tensor`
 or inside an op. Each wait counts as the rank has it that waits least, which is the last to come: the others wait for
 its compute besides. Without overlap-collectives and with whole products every wait follows its start, so that this is

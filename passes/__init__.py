@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from spcompile.passes.meaning.recognize_attention import RecognizeAttention
 from spcompile.passes.meaning.recognize_likelihood import RecognizeLikelihood
+from spcompile.passes.meaning.recognize_linear_loss import RecognizeLinearLoss
 from spcompile.passes.meaning.recognize_loss import RecognizeLoss
 from spcompile.passes.meaning.recognize_mask import RecognizeMask
 from spcompile.passes.meaning.recognize_softmax import RecognizeSoftmax
@@ -35,11 +36,12 @@ PIPELINE: tuple[Pass, ...] = (
     RecognizeLikelihood(),  # makes cross entropies for recognize-loss
     RecognizeLoss(),  # means over tokens must be sums and counts before tokens are split
     WidenSums(),  # what recognize-loss left, and sums that were written by hand
+    RecognizeLinearLoss(),  # the losses that these three left, with sums in float32
     SplitDropout(),  # behind recognize-attention, which looks for the dropout of eager attention
-    # Axis dp: whole rows, of which each rank has its own.
+    # Axis dp: entries of the batch, of which each rank has its own.
     AnnotateSharding("dp"),  # reads what the losses sum over
     InsertReshards("dp"),  # losses and gradients of weights are summed
-    LowerToLocal("dp"),  # shapes change: one rank's rows
+    LowerToLocal("dp"),  # shapes change: one rank's entries
     # Axis cp: the sequence.
     ChooseAttention(),  # reads masks and head counts; the order of the sequence follows from it
     AnnotateSharding("cp"),  # on the final global ops, since it holds their factors

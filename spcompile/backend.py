@@ -15,31 +15,35 @@ import torch.fx as fx
 
 from spcompile.capture.autocast import autocast_off
 from spcompile.capture.dynamo_settings import as_in_one_graph, ignore_library_logging
-from spcompile.capture.graph_breaks import counted, mark_part, model_call, options_of_part
+from spcompile.capture.graph_breaks import counted, mark_part, model_call, model_part_of, options_of_part
 from spcompile.capture.local_inputs import on_local_parts, over_local_parts
 from spcompile.capture.module_buffer import relied_on, watched
 from spcompile.capture.python_floats import without_symbolic_floats
 from spcompile.collectives import gathers_on_gloo
-from spcompile.diagnostics import IllegalOption
+from spcompile.diagnostics import IllegalOption, remark_lines
 from spcompile.graph.axes import axes_of, bind_axes
 from spcompile.graph.printer import format_graph
 from spcompile.machine.mesh import RuntimeMesh, runtime_mesh
+from spcompile.memory.planner import Wish
 from spcompile.options import Options
 from spcompile.passes import PIPELINE
 from spcompile.program import observed, program_cache
 from spcompile.program.agreement import Agreement
 from spcompile.program.build import Output, build
 from spcompile.program.checked_calls import CheckedCalls, Inputs
-from spcompile.program.emit import Emission, callable_of, emit
+from spcompile.program.dump import Dump, own_dump
+from spcompile.program.emit import Emission, as_it_is, emit
 from spcompile.program.facts import Fact, Record
+from spcompile.program.memory_remarks import require_memory
 from spcompile.program.one_device import recognise
 from spcompile.program.outputs import restore_outputs
 from spcompile.program.pipeline import History
+from spcompile.program.plain_calls import PlainCalls, Target
 from spcompile.program.program_cache import Finished
 from spcompile.program.same_inputs import shape_text
 from spcompile.program.shared_dump import SharedDump, shared_dump
 from spcompile.program.whole_batch import over_whole_batch
-from spcompile.torch_private import aot_autograd, compile_fx
+from spcompile.torch_private import on_compiled_calls
 
 log = logging.getLogger(__name__)
 ignore_library_logging()  # torch.compile(..., backend="spcompile") imports this module before it traces
@@ -60,13 +64,21 @@ def spcompile(
     Raises:
         SpcompileError: before any collective of the model runs, with the same text on every rank.
     """
+    with _PLAIN_CALLS.noting_errors():
+        program = counted(_program(gm, example_inputs, options, others))
+        return _PLAIN_CALLS.counted(program, is_part=model_part_of(gm) is not None)
+
+
+def _program(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any] | None, others: Mapping[str, Any]
+) -> Callable[..., Any]:
     mesh = runtime_mesh((options or {}).get("mesh"), _device_type(example_inputs))
     # Over dp the frame is traced once more, where a float of the caller's is a number.
     without_symbolic_floats(gm, all_are_numbers=mesh is not None and mesh.shape.size("dp") > 1)
     if mesh is None:
         chosen = _options_of(options, others)
         log.info("SPR401 world size 1: compiled without sharding")
-        return counted(_alone(gm, example_inputs, chosen))
+        return _alone(gm, example_inputs, chosen)
     agreement = _agreement(dist.group.WORLD, mesh)
     degree = mesh.shape.size("dp")
     with agreement.caller.inside("compiles") as refused, agreement.shared_errors():
@@ -75,16 +87,7 @@ def spcompile(
         chosen = _options_of(options, others)
         mark_part(gm, chosen, degree)
         whole = functools.partial(_over, mesh, options_of_part(gm, chosen), agreement)
-        return counted(over_whole_batch(whole, degree)(gm, example_inputs))
-
-
-@contextlib.contextmanager
-def _around_calls() -> Iterator[None]:
-    with as_in_one_graph(), model_call():
-        yield
-
-
-spcompile.backend_ctx_ctor = _around_calls  # type: ignore[attr-defined]
+        return over_whole_batch(whole, degree)(gm, example_inputs)
 
 
 def _options_of(options: Mapping[str, Any] | None, others: Mapping[str, Any]) -> Options:
@@ -98,28 +101,46 @@ def _options_of(options: Mapping[str, Any] | None, others: Mapping[str, Any]) ->
 def _over(
     mesh: RuntimeMesh, chosen: Options, agreement: Agreement, gm: fx.GraphModule, inputs: Sequence[Any]
 ) -> Callable[..., Any]:
-    agreement.require(_signature(gm, inputs, chosen))
+    agreement.require(_what_is_compiled(gm, inputs, chosen))
     return _compile(gm, inputs, chosen, mesh, agreement, shared_dump(chosen.dump, mesh, agreement))
 
 
 def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    program = recognise(gm, inputs, options, PIPELINE)
+    wish = _memory_wish(options, _device_type(inputs))
+    dump = own_dump(options.dump)
+    history = History(on_snapshot=dump.snapshot if dump else None, keep_texts=dump is not None)
+    program = recognise(gm, inputs, options, PIPELINE, history, always=wish.is_bounded)
     if program is None:
-        return plain(gm, inputs, options.compiler)
-    for remark in program.ctx.remarks.rows:
+        return plain(gm, inputs, options.compiler, dump)
+    for remark in remark_lines(program.ctx.remarks.rows):
         log.info("%s", remark)
-    emission = Emission(program, bind=lambda graph: None)
+    emission = Emission(program, bind=lambda graph: None, wish=wish)
+    if dump is not None:
+        emission.finished = dump.python
     with autocast_off():
         compiled = emit(emission, options.compiler)
+    if dump is not None:
+        dump.require_written()
+    require_memory(emission.memory, program.ctx.mesh)
     observed.announce(program, emission)
+    program.forget_inputs()
     return watched(compiled, relied_on(program.captured.graph), inputs)
 
 
-def plain(gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: str) -> Callable[..., Any]:
+def _memory_wish(options: Options, device_type: str) -> Wish:
+    """Without a budget of the user's a step may take what the accelerator has; a CPU's memory has no limit."""
+    wish = Wish.of(options)
+    return replace(wish, bytes=None) if options.memory == "auto" and device_type == "cpu" else wish
+
+
+def plain(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], compiler: str, dump: Dump | None = None
+) -> Callable[..., Any]:
     """Compile without sharding."""
-    if compiler == "inductor":
-        return callable_of(compile_fx(gm, example_inputs))
-    return aot_autograd(fw_compiler=lambda graph_module, _: graph_module.forward)(gm, example_inputs)
+    compiled = as_it_is(gm, example_inputs, compiler, dump.final if dump is not None else None)
+    if dump is not None:
+        dump.require_written()
+    return compiled
 
 
 def _compile(
@@ -178,11 +199,12 @@ def _made(
     program = build(gm, inputs, mesh.shape, options, PIPELINE, history)
     if dump is not None:
         dump.require_written()
+    remarks = program.ctx.remarks.rows
     finished = Finished(
         program.outputs,
         relied_on(program.captured.graph),
         program.draws_random_numbers,
-        [str(remark) for remark in program.ctx.remarks.rows],
+        remark_lines(remarks),
     )
     if not program.is_sharded:
         as_they_are = [Output(place) for place in range(len(program.outputs))]
@@ -203,10 +225,14 @@ def _made(
         finished.text += text
         agreement.require(_compiled(text))
 
-    emission = Emission(program, bind=bind, finished=agree, keep=key is not None)
+    wish = _memory_wish(options, mesh.device_mesh.device_type)
+    emission = Emission(program, bind=bind, finished=agree, wish=wish, keep=key is not None)
     with autocast_off():
         compiled = emit(emission, options.compiler)
+    require_memory(emission.memory, mesh.shape)
     observed.announce(program, emission)
+    program.forget_inputs()
+    finished.remarks = remark_lines(remarks)
     finished.result = emission.result
     if key is not None:
         program_cache.store(key, mesh.coordinate, finished)
@@ -218,7 +244,7 @@ def _agreement(world: Any, mesh: RuntimeMesh) -> Agreement:
     return Agreement(mesh)
 
 
-def _signature(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Record:
+def _what_is_compiled(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Record:
     """What a rank compiles: what callers pass, then what modules own, then the options."""
     named = Inputs.of(gm)
     facts = [Fact(f"input {named.names[i]}", shape_text(inputs[i])) for i in named.passed]
@@ -231,5 +257,20 @@ def _compiled(text: str) -> Record:
     return Record("has compiled", (Fact("the compiled graphs", text),))
 
 
+def _target_of(options: Mapping[str, Any] | None, device_type: str) -> Target | None:
+    mesh = runtime_mesh((options or {}).get("mesh"), device_type)
+    return None if mesh is None else Target(mesh.shape, _agreement(dist.group.WORLD, mesh), Options.parse(options))
+
+
 def _device_type(inputs: Sequence[Any]) -> str:
     return next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
+
+
+@contextlib.contextmanager
+def _around_calls() -> Iterator[None]:
+    with as_in_one_graph(), model_call():
+        yield
+
+
+_PLAIN_CALLS = PlainCalls(_target_of)
+on_compiled_calls(spcompile, _PLAIN_CALLS.begins, _PLAIN_CALLS.ends, around=_around_calls)

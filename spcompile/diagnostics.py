@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import os
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from spcompile.plain_text import one_line, some_lines
@@ -118,6 +119,12 @@ class IllegalModel(SpcompileError, ValueError):
     code, title = "SP105", "illegal model"
 
 
+class OutOfMemory(SpcompileError, RuntimeError):
+    """A step does not fit into the memory that it may take, whatever is made again instead of saved."""
+
+    code, title = "SP106", "a step does not fit"
+
+
 class RanksDisagree(SpcompileError, RuntimeError):
     """Ranks do not do the same: other options, graphs, inputs, parameters or versions, or another order of calls."""
 
@@ -166,6 +173,12 @@ class BatchNotSplit(SpcompileError, RuntimeError):
     code, title = "SP304", "the batch cannot be split over dp"
 
 
+class RunsUncompiled(SpcompileError, RuntimeError):
+    """A call ran as plain code where that is wrong: over dp, with a part of the batch in the place of the whole."""
+
+    code, title = "SP305", "ran uncompiled"
+
+
 class StrictRemark(SpcompileError, RuntimeError):
     """A remark, raised since `strict=True`."""
 
@@ -194,16 +207,16 @@ REMARKS: dict[str, str] = {
     "SPR101": "no attention was found, so there is no sequence to shard: the graph runs replicated",
     "SPR102": "an op has no sharding rule: it is computed replicated on every rank",
     "SPR103": "an op cannot be computed on a shard of the sequence: its input is gathered",
-    "SPR104": "a symbol for the number of rows does not go through the compiler: each number is another program",
+    "SPR104": "no symbol for the number of batch entries goes through the compiler: each number is another program",
     "SPR105": "the model is not one graph: each part is sharded on its own, and what crosses between two is whole",
-    "SPR106": "nothing of the model was compiled in a call: it ran as it is, on every rank",
     "SPR107": "an op mixes entries of the batch: those of all ranks of dp are gathered, and every rank computes it",
     "SPR201": "a mask could not be read: it stays dense, sharded by query rows",
     "SPR202": "an attention could not be recognised: its keys and values are gathered",
     "SPR203": "attention strategy chosen",
     "SPR204": "the attention strategy that was asked for does not fit, another was taken",
-    "SPR205": "the exchanges of Ulysses are split into messages that hide behind compute",
+    "SPR205": "the all-to-alls of Ulysses are split into messages that hide behind compute",
     "SPR207": "the integers of a mask are taken to be 0 and 1, as it multiplies them with a large number",
+    "SPR208": "logits are built, which a loss could do without: somebody else reads them",
     "SPR301": "query length 1 (decoding): the graph runs replicated",
     "SPR302": "random numbers are drawn for the whole tensor on every rank, so that they equal one device's",
     "SPR303": "dropout of attention weights follows from seeds and positions: equal on any number of ranks",
@@ -212,19 +225,30 @@ REMARKS: dict[str, str] = {
     "SPR503": "heads do not divide by tp: some ranks compute padding, or key/value heads are replicated",
     "SPR504": "a parameter that is split over tp is gathered: this graph wants it whole, or split otherwise",
     "SPR505": "weights stay whole on every rank of tp unless the model is parallelized: what that costs",
+    "SPR601": "values are made again in the backward instead of saved: what that wins and costs",
+    "SPR602": "no blocks that repeat were found: what can be made again without reaching far back is",
+    "SPR603": "a step does not fit into memory",
     "SPR401": "world size 1: compiled without sharding",
     "SPR402": "world size 1: the graph cannot be captured, so attention and masks stay as they are",
+    "SPR403": "a call ran uncompiled: every rank computes and keeps all of it",
 }
+
+
+PLACES = 6  # lines that are shown of remarks that say the same
 
 
 @dataclass(frozen=True)
 class Remark:
-    """One decision worth knowing about. `strict_error` is False for pure information."""
+    """One decision worth knowing about, of one line. `strict_error` is False for pure information.
+
+    values: the nodes of the graph that it is about, one for each layer that the line is part of.
+    """
 
     code: str
     text: str
     where: SourceLine | None = None
     strict_error: bool = True
+    values: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.code in REMARKS, self.code
@@ -237,12 +261,28 @@ class Remark:
     def to_dict(self) -> dict[str, Any]:
         where = self.where
         source = {"file": where.file, "line": where.line, "text": where.text} if where else None
-        return {"code": self.code, "text": self.text, "source": source}
+        return {"code": self.code, "text": self.text, "values": list(self.values), "source": source}
+
+
+def remark_lines(remarks: Iterable[Remark]) -> list[str]:
+    """Remarks as people read them: those that say the same of several values or lines are one, with their places."""
+    groups: dict[tuple[str, str], list[Remark]] = {}
+    for remark in remarks:
+        groups.setdefault((remark.code, remark.text), []).append(remark)
+    return [_as_one(group) for group in groups.values()]
+
+
+def _as_one(group: list[Remark]) -> str:
+    times = sum(max(1, len(remark.values)) for remark in group)
+    places = [f"\n  at {place}" for place in dict.fromkeys(remark.where for remark in group) if place is not None]
+    more = f"\n  and at {len(places) - PLACES} other lines" if len(places) > PLACES else ""
+    count = f" ({times} times)" if times > 1 else ""
+    return f"{group[0].code} {group[0].text}{count}{''.join(places[:PLACES])}{more}"
 
 
 @dataclass
 class Remarks:
-    """The remarks of one compile, in order, each once."""
+    """The remarks of one compile, in order, one for each text and line."""
 
     strict: bool = False
     rows: list[Remark] = field(default_factory=list)
@@ -253,16 +293,25 @@ class Remarks:
         text: str,
         node: fx.Node | None = None,
         *,
+        value: str | None = None,
         where: SourceLine | None = None,
         strict_error: bool = True,
     ) -> None:
         """Record a remark about `node`, or about a line.
 
+        text: the same for all layers, so without names of nodes. value: the name of what it is about, by default of
+        `node`.
+
         Raises:
             StrictRemark: if the compile is strict and the remark tells of a loss, not only of a choice.
         """
-        remark = Remark(code, text, source_of(node) if node is not None else where, strict_error)
+        where = source_of(node) if node is not None else where
+        value = value or (node.name if node is not None else None)
+        remark = Remark(code, text, where, strict_error, () if value is None else (value,))
         if self.strict and strict_error:
-            raise StrictRemark(f"{code} {text}", where=remark.where)
-        if remark not in self.rows:
-            self.rows.append(remark)
+            raise StrictRemark(f"{code} {text}", where=where)
+        for place, known in enumerate(self.rows):
+            if (known.code, known.text, known.where) == (code, remark.text, where):
+                self.rows[place] = replace(known, values=tuple(dict.fromkeys((*known.values, *remark.values))))
+                return
+        self.rows.append(remark)

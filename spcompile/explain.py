@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     import torch.fx as fx
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
     from spcompile.attention.scores.attention_call import AttentionCall
+    from spcompile.machine.mesh import MeshShape
     from spcompile.options import Options
+    from spcompile.parameters.sharded_modules import Parts
     from spcompile.program.build import LocalProgram
     from spcompile.program.pipeline import Snapshot
     from spcompile.program.trace import Traced
@@ -26,6 +29,8 @@ def explain(
     model: nn.Module,
     example_inputs: Mapping[str, Any] | Sequence[Any],
     mesh: Mapping[str, int] | DeviceMesh,
+    *,
+    shard_parameters: str | Sequence[str] | None = None,
     **options: Any,
 ) -> Plan:
     """What the backend would make of a model on a mesh; needs no process group, and computes nothing.
@@ -35,6 +40,7 @@ def explain(
 
     model: its weights may be real, fake or on `meta`. It is compiled for training if gradients are enabled.
     example_inputs: keyword arguments (a dict) or positional ones; torch._dynamo.mark_dynamic works on them.
+    shard_parameters: explains the model as `parallelize` leaves it, with these axes; () for none; None: drop-in.
     options: those of the backend, but `mesh`.
 
     Raises:
@@ -45,21 +51,26 @@ def explain(
 
     from spcompile.capture.meta_device import off_meta
     from spcompile.options import Options
+    from spcompile.parameters.planned_parts import over_planned_parts
     from spcompile.passes import PIPELINE
     from spcompile.program.trace import compile_for, mesh_shape, through_dynamo
     from spcompile.program.whole_batch import over_whole_batch
-    from spcompile.report.put_back import numbers_put_back
+    from spcompile.report.put_back import put_back
 
     shape, chosen = mesh_shape(mesh), Options.parse(options)
+    parts = _planned_parts(model, example_inputs, shape, chosen, shard_parameters)
     plans: list[Plan] = []
 
     def describe(gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        split = [parts.get(id(value), ()) for value in inputs]
         own = {id(p) for p in model.parameters()}
-        traced = compile_for(*off_meta(gm, inputs), shape, chosen, PIPELINE)
-        _remark_weight_memory(model, traced.program, inputs)
-        plans.append(_plan(model, traced, chosen, [id(value) in own for value in inputs]))
+        moved = off_meta(gm, inputs)
+        traced = compile_for(*over_planned_parts(*moved, split), shape, chosen, PIPELINE)
+        if shard_parameters is None:
+            _remark_weight_memory(model, traced.program, inputs)
+        plans.append(_plan(model, traced, chosen, [id(value) in own for value in inputs], _held(model, parts)))
 
-    with numbers_put_back(model, example_inputs) if chosen.on_graph_break == "gather" else nullcontext():
+    with put_back(model, example_inputs) if chosen.on_graph_break == "gather" else nullcontext():
         through_dynamo(model, example_inputs, over_whole_batch(describe, shape.size("dp")), chosen, shape.size("dp"))
     return replace(plans[0], parts=plans[1:])
 
@@ -87,11 +98,46 @@ def _remark_weight_memory(model: nn.Module, program: LocalProgram, inputs: Seque
     )
 
 
-def _plan(model: nn.Module, traced: Traced, options: Options, trained: Sequence[bool]) -> Plan:
+def _planned_parts(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any] | Sequence[Any],
+    shape: MeshShape,
+    options: Options,
+    shard_parameters: str | Sequence[str] | None,
+) -> dict[int, Parts]:
+    """By the id of a parameter: how `parallelize` splits it. Nothing where the model is used as it is."""
+    from spcompile.parallelize import planned_weights, require_axes
+
+    if shard_parameters is None:
+        return {}
+    axes = (shard_parameters,) if isinstance(shard_parameters, str) else tuple(shard_parameters)
+    require_axes(axes, shape)
+    parts = planned_weights(model, example_inputs, shape, options, axes).parts
+    return {id(p): parts[name] for name, p in model.named_parameters()}
+
+
+def _held(model: nn.Module, parts: Mapping[int, Parts]) -> list[torch.Tensor]:
+    """What a rank has of each parameter, without values."""
+    import torch
+
+    from spcompile.parameters.sharded_modules import local_shape
+
+    def part(p: torch.Tensor) -> torch.Tensor:
+        own = torch.empty(local_shape(p.shape, parts[id(p)]), dtype=p.dtype, device="meta")
+        return own.requires_grad_(p.requires_grad)
+
+    return [part(p) if parts.get(id(p)) else p for p in model.parameters()]
+
+
+def _plan(
+    model: nn.Module, traced: Traced, options: Options, trained: Sequence[bool], held: Sequence[torch.Tensor]
+) -> Plan:
+    from spcompile.machine.optimizers import OPTIMIZERS
+    from spcompile.memory.account import memory_of
+    from spcompile.memory.largest import largest_tensors
     from spcompile.program.trace import on_one_device
     from spcompile.report.plan import Plan
     from spcompile.schedule.communication import communication
-    from spcompile.schedule.memory import largest_tensors, memory_of
     from spcompile.schedule.op_cost import cost_model
     from spcompile.schedule.timeline import predict
 
@@ -105,7 +151,13 @@ def _plan(model: nn.Module, traced: Traced, options: Options, trained: Sequence[
         sharding=_sharding(program),
         attention=_attention_rows(program),
         collectives=[r for phase, gm in final.items() for r in communication(phase, gm, program.ctx.mesh, trained)],
-        memory=memory_of(final, on_one_device(traced).graphs, model.parameters()),
+        memory=memory_of(
+            final,
+            on_one_device(traced).graphs,
+            held,
+            OPTIMIZERS[options.optimizer],
+            traced.sharded.memory,
+        ),
         remarks=list(program.ctx.remarks.rows),
         passes=passes,
         largest_tensors=largest_tensors(final, LARGEST),
@@ -179,29 +231,36 @@ def _last_global(program: LocalProgram) -> fx.Graph:
 
 
 def _last_global_graph(program: LocalProgram) -> fx.Graph:
-    """The last graph with the whole sequence."""
+    """The last graph with the whole sequence; on one device the program before autograd."""
     from itertools import takewhile
 
-    gm = list(takewhile(lambda s: s.name != "lower", program.history.snapshots))[-1].gm
+    from spcompile.passes_api import Stage
+
+    whole = takewhile(lambda s: s.name != "lower" and s.stage is not Stage.SCHEDULE, program.history.snapshots)
+    gm = list(whole)[-1].gm
     assert gm is not None
     return gm.graph
 
 
 def _attention_rows(program: LocalProgram) -> list[AttentionRow]:
     from spcompile.attention.scores.attention_call import AttentionCall
+    from spcompile.recognition.attention_nodes import AVERAGED, OF_ROWS_WITHOUT_KEYS
     from spcompile.report.plan import AttentionRow
 
     parallel = program.ctx.mesh.world_size > 1
     kinds: Counter[tuple[str, int, int, str, str]] = Counter()
     for node in AttentionCall.all_in(_last_global_graph(program)):
-        call = AttentionCall.of(node)
+        call, custom = AttentionCall.of(node), node.meta.get("custom", {})
+        if OF_ROWS_WITHOUT_KEYS in custom:
+            continue  # a part of the one in front of it
         sizes = call.sizes.hints()
-        strategy = node.meta.get("custom", {}).get("spx_attention", "ring") if parallel else "one device"
-        kinds[(strategy, sizes.heads, sizes.kv_heads, call.mask, _scores_text(call))] += 1
+        strategy = custom.get("spx_attention", "ring") if parallel else "one device"
+        scores = _scores_text(call, AVERAGED in custom)
+        kinds[(strategy, sizes.heads, sizes.kv_heads, call.mask, scores)] += 1
     return [AttentionRow(strategy, n, heads, kv, *rest) for (strategy, heads, kv, *rest), n in kinds.items()]
 
 
-def _scores_text(call: AttentionCall) -> str:
+def _scores_text(call: AttentionCall, is_averaged: bool) -> str:
     """What an attention does to scores beside its mask."""
     found = {
         f"softcap {call.softcap:g}": call.has_softcap,
@@ -209,6 +268,7 @@ def _scores_text(call: AttentionCall) -> str:
         "sinks": call.sinks is not None,
         f"dropout {call.dropout_p:g}": call.has_dropout,
         "dense bias": call.bias is not None,
+        "rows without keys apart": is_averaged,
     }
     return ", ".join(name for name, is_there in found.items() if is_there)
 

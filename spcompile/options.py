@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from spcompile.diagnostics import IllegalOption, UnknownOption
 from spcompile.machine.accelerators import ACCELERATORS
+from spcompile.machine.byte_sizes import parse_bytes
 from spcompile.machine.links import LINKS
 from spcompile.machine.mesh import AXES
+from spcompile.machine.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -20,6 +22,7 @@ BALANCE = ("zigzag", "contiguous")
 OUTPUTS = ("full", "sharded", "loss")
 COMPILER = ("inductor", "eager")
 ON_GRAPH_BREAK = ("error", "gather")
+MEMORY = ("auto", "speed", "min")
 COMPARE = ("auto", "call", "later", "compile")
 
 
@@ -36,7 +39,12 @@ class Options:
     regather: gather activations again in the backward instead of saving them whole: less memory, more communication.
     links: what ranks of an axis talk over, {axis: "nvlink" | "network" | "loopback"}; default: NVLink inside a node of
         eight ranks, the network beyond. Decides what is chosen and predicted, never what is right.
-    accelerator: what computes: "h100", "a100", "cpu". Decides what hides behind what, and predicted times.
+    accelerator: what computes: "h100", "a100", "cpu". Decides what hides behind what, predicted times, and memory.
+    memory: what a step may take on one rank. "auto": what the accelerator has, less a tenth, where one computes; beyond
+        that, values are made again instead of saved, the cheapest first. "speed": as fast as can be. "min": as small as
+        can be. Or a budget: bytes, or text as "72GiB".
+    optimizer: whose states count as memory: "adamw" (two as the parameter), "adamw-float32" (two in float32),
+        "adamw-master" (these and a float32 copy of the parameter), "momentum" (one), "none".
     passes: {pass name: False} switches a pass off, {pass name: {field: value}} sets its options.
     dump: a folder for numbered text of the graph after every pass.
     compare: when ranks compare what they do, besides at every compile: "call": before every call and backward, which
@@ -57,6 +65,8 @@ class Options:
     regather: bool = True
     links: Mapping[str, str] = field(default_factory=dict)
     accelerator: str = "h100"
+    memory: str | int = "auto"
+    optimizer: str = "adamw"
     passes: Mapping[str, Any] = field(default_factory=dict)
     dump: str | None = None
     compare: str = "auto"
@@ -75,6 +85,9 @@ class Options:
         _one_of("compare", self.compare, COMPARE)
         _one_of("on_graph_break", self.on_graph_break, ON_GRAPH_BREAK)
         _one_of("accelerator", self.accelerator, tuple(ACCELERATORS))
+        _one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
+        if self.memory not in MEMORY:
+            bytes_of_option(self.memory)
         for name in ("regather", "compare_inputs", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise IllegalOption(f"{name}={getattr(self, name)!r}", legal="True, False")
@@ -118,6 +131,20 @@ class Options:
     def compared(self) -> dict[str, str]:
         """The options that must be equal on all ranks, as text."""
         return {f.name: repr(getattr(self, f.name)) for f in fields(self) if f.name not in ("mesh", "dump")}
+
+
+def bytes_of_option(memory: Any) -> int:
+    """The budget of option `memory`.
+
+    Raises:
+        IllegalOption: it is no positive number of bytes.
+    """
+    found = parse_bytes(memory) if isinstance(memory, str) else memory
+    if not isinstance(found, int) or isinstance(found, bool) or found <= 0:
+        close = _did_you_mean(memory, MEMORY) if isinstance(memory, str) else ""
+        legal = ", ".join(map(repr, MEMORY)) + ', or a budget of one rank: bytes, or text as "72GiB"'
+        raise IllegalOption(f"memory={memory!r}{close}", legal=legal)
+    return found
 
 
 def _factors(attention: Mapping[str, int]) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from spcompile.machine.mesh import MeshShape
     from spcompile.options import Options
+    from spcompile.parameters.weight_plan import WeightPlan
     from spcompile.program.build import LocalProgram
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,6 @@ def parallelize(
     from spcompile.diagnostics import IllegalMesh
     from spcompile.options import Options
     from spcompile.parameters.materialize import construct, constructor_of, fill_from_checkpoint, is_on_meta, shard_real
-    from spcompile.parameters.weight_plan import weight_plan
     from spcompile.plain_text import one_line
     from spcompile.program.trace import mesh_shape
 
@@ -71,8 +71,7 @@ def parallelize(
     axes = (shard_parameters,) if isinstance(shard_parameters, str) else tuple(shard_parameters or ())
     _check(model, shape, axes, on_meta, initialize, checkpoint)
     _check_source(on_meta, build, checkpoint)
-    split = _split_over_tp(model, example_inputs, shape, chosen) if shape.size("tp") > 1 else {}
-    plan = weight_plan(model, split, dict(shape.axes), axes)
+    plan = planned_weights(model, example_inputs, shape, chosen, axes)
     for name, reason in plan.whole.items():
         log.info("SPR502 every rank of tp holds all of %s: %s", one_line(name), one_line(reason))
     if not on_meta:
@@ -86,6 +85,30 @@ def parallelize(
     return model
 
 
+def planned_weights(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any] | Sequence[Any],
+    shape: MeshShape,
+    options: Options,
+    axes: Sequence[str],
+) -> WeightPlan:
+    """What `parallelize` makes of each parameter, with `axes` for shard_parameters. Computes nothing."""
+    from spcompile.parameters.weight_plan import weight_plan
+
+    split = _split_over_tp(model, example_inputs, shape, options) if shape.size("tp") > 1 else {}
+    return weight_plan(model, split, dict(shape.axes), axes)
+
+
+def require_axes(axes: Sequence[str], shape: MeshShape) -> None:
+    """Raises IllegalOption where `shard_parameters` names an axis that the mesh does not have."""
+    from spcompile.diagnostics import IllegalOption
+
+    for axis in axes:
+        if axis not in dict(shape.axes):
+            legal = ", ".join(["None", *(repr(name) for name, _ in shape.axes)])
+            raise IllegalOption(f"shard_parameters={axis!r} on a mesh {shape}", legal=legal)
+
+
 def _check(
     model: nn.Module, shape: MeshShape, axes: Sequence[str], on_meta: bool, initialize: object, checkpoint: object
 ) -> None:
@@ -93,10 +116,7 @@ def _check(
 
     from spcompile.diagnostics import IllegalModel, IllegalOption
 
-    for axis in axes:
-        if axis not in dict(shape.axes):
-            legal = ", ".join(["None", *(repr(name) for name, _ in shape.axes)])
-            raise IllegalOption(f"shard_parameters={axis!r} on a mesh {shape}", legal=legal)
+    require_axes(axes, shape)
     sharded = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
     if sharded is not None:
         raise IllegalModel(f"parameter {sharded} is a DTensor already", legal="a model that is not parallelized yet")
@@ -135,7 +155,7 @@ def _split_over_tp(
     from spcompile.program.build import build
     from spcompile.program.trace import through_dynamo
     from spcompile.program.whole_batch import over_whole_batch
-    from spcompile.report.put_back import numbers_put_back
+    from spcompile.report.put_back import put_back
 
     passes = PIPELINE[: [p.name for p in PIPELINE].index(PLANNED) + 1]
     known = {p.name for p in passes}
@@ -151,7 +171,7 @@ def _split_over_tp(
             if id(value) in names:
                 found[names[id(value)]] = split
 
-    kept = numbers_put_back(model, example_inputs) if options.on_graph_break == "gather" else nullcontext()
+    kept = put_back(model, example_inputs) if options.on_graph_break == "gather" else nullcontext()
     with torch.enable_grad(), kept:
         through_dynamo(model, example_inputs, over_whole_batch(backend, shape.size("dp")), options, shape.size("dp"))
     return found

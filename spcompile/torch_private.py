@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
+import functools
+import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -19,17 +20,20 @@ import torch.distributed._symmetric_memory  # torch 2.13: torch.ops.symm_mem
 # torch 2.13: torch/_dispatch/python.py
 from torch._dispatch.python import no_python_dispatcher
 
+# torch 2.13: torch/_dynamo/eval_frame.py. What torch.compile returns is made here.
+from torch._dynamo import eval_frame
+
 # torch 2.13: torch/_functorch/aot_autograd.py, partitioners.py; torch/_dynamo/backends/common.py
 from torch._dynamo.backends.common import aot_autograd
 
 # torch 2.13: torch/_dynamo/convert_frame.py. Where Dynamo is entered from a frame.
 from torch._dynamo.convert_frame import CatchErrorsWrapper
 
+# torch 2.13: torch/_dynamo/eval_frame.py. The programs that Dynamo keeps for code.
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
 # torch 2.13: torch/_dynamo/exc.py. Asks Dynamo to trace again, as with numbers in place of symbolic floats.
 from torch._dynamo.exc import RestartAnalysis, TensorifyScalarRestartAnalysis
-
-# torch 2.13: torch/_dynamo/repro/after_dynamo.py. What stands between torch._dynamo.optimize and a backend.
-from torch._dynamo.repro.after_dynamo import WrapBackendDebug
 
 # torch 2.13: torch/_dynamo/symbolic_convert.py. What traces a frame, and which floats are to be numbers in it.
 from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
@@ -55,7 +59,7 @@ from torch._guards import TracingContext, detect_fake_mode
 
 # torch 2.13: torch/_inductor/compile_fx.py, custom_graph_pass.py
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn, get_hash_for_files
 
 # torch 2.13: torch/_inductor/decomposition.py. What compile_fx hands to AOTAutograd.
 from torch._inductor.decomposition import select_decomp_table as inductor_decompositions
@@ -94,15 +98,15 @@ fused_all_gather_matmul = torch.ops.symm_mem.fused_all_gather_matmul
 fused_matmul_reduce_scatter = torch.ops.symm_mem.fused_matmul_reduce_scatter
 VMAP_SWITCHES = (_vmap_increment_nesting, _vmap_decrement_nesting, lazy_load_decompositions)
 
-TORCH_FOLDER = os.path.join(os.path.dirname(torch.__file__), "")
 RESUMED = "torch_dynamo_resume_in_"  # the functions that Dynamo makes of what is behind a graph break
 NODES_ABOVE = 16  # views and conversions between an output and the compiled node that made it are fewer
 
 __all__ = [
     "RESUMED",
-    "TORCH_FOLDER",
     "VMAP_SWITCHES",
+    "CompiledCall",
     "CustomGraphPass",
+    "CustomPartitionerFn",
     "FunctionalTensor",
     "FunctionalTensorMode",
     "LazyGraphModule",
@@ -112,28 +116,30 @@ __all__ = [
     "TracingContext",
     "aot_autograd",
     "around_backward",
-    "around_calls_where_backends_ask",
     "autograd_cache_key",
     "autograd_result",
-    "calls_above",
     "compile_fx",
     "compile_fx_inner",
+    "compiler_stance",
     "default_store",
     "detect_fake_mode",
     "detect_is_causal_mask",
     "disable_functional_mode",
     "disable_modes",
+    "enters_dynamo",
     "fused_all_gather_matmul",
     "fused_matmul_reduce_scatter",
     "get_hash_for_files",
     "group_timeout",
     "inductor_cache_dir",
     "inductor_decompositions",
+    "is_compiled_call",
     "keep_for_ever",
     "load_autograd_result",
     "make_boxed_func",
     "min_cut_rematerialization_partition",
     "no_python_dispatcher",
+    "on_compiled_calls",
     "preserve_node_ordering",
     "resolve_process_group",
     "trace_again",
@@ -158,6 +164,11 @@ def traced_function() -> str:
     return str(getattr(code, "co_qualname", code.co_name)).removesuffix(".forward")
 
 
+def enters_dynamo(code: types.CodeType) -> bool:
+    """Whether this is torch's code between a frame and Dynamo, which is to compile it."""
+    return code is CatchErrorsWrapper.__call__.__code__
+
+
 def traced_frame() -> Any:
     """What Dynamo, which is calling a backend, knows of the frame it traces: f_code, f_globals, f_locals, closure.
 
@@ -167,47 +178,6 @@ def traced_frame() -> Any:
         return InstructionTranslator.current_tx()
     except AttributeError:
         return None
-
-
-def calls_above() -> list[FrameType]:
-    """The frames that led from a compiled model's call to the one that Dynamo traces, innermost first.
-
-    Without torch's own. They run uncompiled, or are the parts of a broken frame in front of a resumed one.
-    """
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not CatchErrorsWrapper.__call__.__code__:
-        frame = frame.f_back
-    found = []
-    while frame is not None and not _starts_the_model(frame.f_code):
-        if not frame.f_code.co_filename.startswith(TORCH_FOLDER):
-            found.append(frame)
-        frame = frame.f_back
-    return found if frame is not None else []
-
-
-def _starts_the_model(code: CodeType) -> bool:
-    return code.co_name == "compile_wrapper" and code.co_filename.startswith(os.path.join(TORCH_FOLDER, "_dynamo"))
-
-
-def around_calls_where_backends_ask() -> None:
-    """Let a backend's `backend_ctx_ctor`, a context, be around every call of what torch.compile made with it.
-
-    Dynamo traces inside of it. torch._dynamo.optimize looks for that attribute, but torch.compile hides the backend in
-    objects that do not have it. Idempotent.
-    """
-
-    def of_backend(wrapper: Any) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-        backend = wrapper._torchdynamo_orig_backend
-        while not hasattr(backend, "backend_ctx_ctor"):
-            # torch.compile's own object has the backend in `compiler_fn`, functools.partial in `func`.
-            backend = getattr(backend, "compiler_fn", None) or getattr(backend, "func", None)
-            if backend is None:
-                return contextlib.nullcontext
-        return cast("Callable[[], contextlib.AbstractContextManager[Any]]", backend.backend_ctx_ctor)
-
-    wrappers: Any = WrapBackendDebug
-    if not hasattr(wrappers, "backend_ctx_ctor"):
-        wrappers.backend_ctx_ctor = property(of_backend)
 
 
 @contextlib.contextmanager
@@ -270,6 +240,103 @@ def load_autograd_result(result: Any) -> Callable[..., Any]:
         return run(list(args))
 
     return call
+
+
+class CompiledCall(NamedTuple):
+    """A call of what torch.compile returned. options: those of the backend."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    options: Mapping[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """The class of a model, or the name of a function."""
+        owner = getattr(self.function, "__self__", None)
+        if isinstance(owner, torch.nn.Module):
+            return type(owner).__qualname__
+        return str(getattr(self.function, "__qualname__", self.function))
+
+    def programs(self) -> int:
+        """How many programs Dynamo keeps for the code that is called."""
+        owner = getattr(self.function, "__self__", None)
+        function: Any = owner.forward if isinstance(owner, torch.nn.Module) else self.function
+        found = [function, inspect.unwrap(function), getattr(function, "_torchdynamo_inline", None)]
+        codes = {code for f in found if isinstance(code := getattr(f, "__code__", None), types.CodeType)}
+        return max((len(_debug_get_cache_entry_list(code)) for code in codes), default=0)
+
+
+def on_compiled_calls(
+    backend: Callable[..., Any],
+    begins: Callable[[CompiledCall], None],
+    ends: Callable[[CompiledCall, BaseException | None], None],
+    around: Callable[[], contextlib.AbstractContextManager[None]],
+) -> None:
+    """From now on what torch.compile makes for `backend` says when it is called, and how that ended.
+
+    It says so whether Dynamo then runs a program, makes one, or runs plain code. What `begins` or `ends` raises ends
+    the call; `ends` gets the error that the call ended in. What runs between the two, Dynamo's tracing included, runs
+    inside of an `around`.
+    """
+    context = eval_frame.OptimizeContext
+    make = context.__init__
+
+    @functools.wraps(make)
+    def make_and_watch(self: Any, callback: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, callback, *args, **kwargs)
+        chosen = eval_frame.innermost_backend(callback)
+        if getattr(chosen, "compiler_fn", None) is not backend:
+            return
+        options = getattr(chosen, "kwargs", {}).get("options")
+
+        def first() -> Callable[[], None]:
+            begins(_current_call(options))
+            return _nothing
+
+        def settings() -> Callable[[], None]:
+            context = around()
+            context.__enter__()
+            return functools.partial(context.__exit__, None, None, None)  # type: ignore[return-value]
+
+        def last() -> Callable[[], None]:
+            call, before = _current_call(options), sys.exc_info()[1]
+
+            def cleanup() -> None:
+                error = sys.exc_info()[1]
+                ends(call, error if error is not before else None)
+
+            return cleanup
+
+        # The first may end the call before others of the list have changed anything, the last after they are undone.
+        self.enter_exit_hooks[:] = [first, settings, *self.enter_exit_hooks, last]
+
+    context.__init__ = make_and_watch  # type: ignore[method-assign]
+
+
+def _nothing() -> None:
+    return None
+
+
+def is_compiled_call(code: types.CodeType) -> bool:
+    """Whether this is torch's code around every call of what torch.compile returned."""
+    return code.co_name == "compile_wrapper" and code.co_filename == eval_frame.__file__
+
+
+def _current_call(options: Mapping[str, Any] | None) -> CompiledCall:
+    frame = sys._getframe(1)
+    while frame is not None and not is_compiled_call(frame.f_code):
+        frame = frame.f_back  # type: ignore[assignment]
+    given = frame.f_locals if frame is not None else {}
+    return CompiledCall(given.get("fn", "a function"), given.get("args", ()), given.get("kwargs", {}), options)
+
+
+def compiler_stance() -> str:
+    """What `torch.compiler.set_stance` was told last, as it is written."""
+    stance = eval_frame._stance
+    if stance.backend is not None:
+        return f"{stance.stance!r}, force_backend={stance.backend!r}"
+    return stance.stance if stance.stance == "default" else repr(stance.stance)
 
 
 def default_store() -> dist.Store:

@@ -22,14 +22,18 @@ def verify(
 ) -> Report:
     """Compare the sharded program, run for all ranks in one process, with the plain model.
 
-    Loss, every output and the gradient of every parameter are compared: those of one rank's graph before autograd, and
-    those of the final forward and backward graphs. Gradients are of the model's loss, which is its first scalar output;
-    without one, of random projections of all outputs. The model, its `.grad` and its buffers are left as they are.
+    Loss, every output, the gradient of every parameter and the new values of buffers are compared: those of one rank's
+    graph before autograd, and those of the final forward and backward graphs. Gradients are of the model's loss, which
+    is its first scalar output; without one, of random projections of all outputs. The model and its inputs are left as
+    they are: parameters, buffers, `.grad`, attributes, and what containers and objects in them hold.
+
+    The plain model runs with `scaled_dot_product_attention` by its formula, not by a kernel that fuses it: in rows
+    that a large number of a mask leaves no key those have other gradients.
 
     model: with real weights; float64 shows most. It is not converted.
-    tolerance: of errors relative to the largest element of a tensor. By default 1e-10 for float64 and 1e-5 for float32;
-        in half precision each tensor may differ by what a unit in the last place of all parameters and inputs makes
-        of it, for which the plain model runs five times.
+    tolerance: of errors relative to the largest element of a tensor. By default 1e-10 for float64 and 1e-5 for float32.
+        Where that is not enough, and in half precision, a tensor may differ by twice what it changes when every number
+        of the plain model moves by a unit in the last place of its own dtype, for which that runs five times.
     options: those of the backend, but `mesh`.
 
     Raises:

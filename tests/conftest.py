@@ -7,14 +7,11 @@ import os
 from collections.abc import Callable, Iterator
 
 import pytest
+from thinning import commits, left_out
+from worker_pool import WorkerPool
 
 AUTOGRAD_CACHE = "TORCHINDUCTOR_AUTOGRAD_CACHE"
 os.environ.pop(AUTOGRAD_CACHE, None)  # inherited from pytest's first process, it would overrule tests of the cache
-
-import torch  # noqa: E402
-import torch._functorch.config  # noqa: E402
-from thinning import commits, left_out  # noqa: E402
-from worker_pool import WorkerPool  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,9 +53,17 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Two of pytest's processes share two cores: one thread each. Tests look at compiles: none is left out."""
+    """Two of pytest's processes share two cores: one thread each. Tests look at compiles: none is left out.
+
+    The first process, which the others wait for, runs no tests where there are others: it need not import torch.
+    """
     if config.option.thinning_seed is None:  # pytest's other processes get the first one's options
         config.option.thinning_seed = commits()
+    if getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput"):
+        return
+    import torch
+    import torch._functorch.config
+
     torch._functorch.config.enable_autograd_cache = False
     os.environ[AUTOGRAD_CACHE] = "0"  # of processes that tests start
     if hasattr(config, "workerinput"):
@@ -81,6 +86,8 @@ def worker_pool() -> Iterator[Callable[[int], WorkerPool]]:
 @pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:
     """Each test starts from the same seed and leaves no compiled code behind."""
+    import torch
+
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()

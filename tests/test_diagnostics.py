@@ -10,7 +10,17 @@ import torch.fx as fx
 
 import spcompile
 from spcompile import diagnostics
-from spcompile.diagnostics import REMARKS, IllegalOption, Remark, Remarks, SourceLine, SpcompileError, StrictRemark
+from spcompile.diagnostics import (
+    PLACES,
+    REMARKS,
+    IllegalOption,
+    Remark,
+    Remarks,
+    SourceLine,
+    SpcompileError,
+    StrictRemark,
+    remark_lines,
+)
 from spcompile.plain_text import one_line, some_lines
 
 ERRORS = [c for c in vars(diagnostics).values() if isinstance(c, type) and issubclass(c, SpcompileError)]
@@ -69,6 +79,7 @@ def test_remarks_as_data() -> None:
     assert remark.to_dict() == {
         "code": "SPR103",
         "text": "gathered",
+        "values": [],
         "source": {"file": "m.py", "line": 3, "text": "y = x"},
     }
     with pytest.raises(AssertionError):
@@ -114,3 +125,34 @@ def test_errors_can_be_imported_from_the_package() -> None:
     for error in ERRORS:
         assert getattr(spcompile, error.__name__) is error
         assert error.__name__ in spcompile.__all__
+
+
+def node_of(graph: fx.Graph, name: str, line: int) -> fx.Node:
+    node = graph.placeholder(name)
+    node.meta["stack_trace"] = f'  File "user.py", line {line}, in forward\n    y = f(x)\n'
+    return node
+
+
+def test_remarks_that_say_the_same_are_one_line_with_a_count_and_places() -> None:
+    remarks, graph = Remarks(), fx.Graph()
+    for layer in range(3):
+        remarks.add("SPR201", "bias: no form", node_of(graph, f"bias_{layer}", 7))
+    remarks.add("SPR201", "bias: no form", node_of(graph, "other", 9))
+    remarks.add("SPR101", "no attention")
+    assert [remark.values for remark in remarks.rows] == [("bias_0", "bias_1", "bias_2"), ("other",), ()]
+    first, second = remark_lines(remarks.rows)
+    assert first.splitlines()[0] == "SPR201 bias: no form (4 times)"
+    assert [line.strip() for line in first.splitlines()[1:] if " at " in line] == [
+        "at user.py:7 in forward",
+        "at user.py:9 in forward",
+    ]
+    assert second == "SPR101 no attention"
+
+
+def test_of_many_lines_the_first_are_shown() -> None:
+    remarks, graph = Remarks(), fx.Graph()
+    for line in range(PLACES + 3):
+        remarks.add("SPR201", "bias: no form", node_of(graph, f"n{line}", line))
+    (text,) = remark_lines(remarks.rows)
+    assert text.endswith("and at 3 other lines")
+    assert len(remarks.rows) == PLACES + 3

@@ -28,28 +28,21 @@ import torch.fx as fx
 from torch import Tensor
 
 from spcompile.attention.scores.attention_call import AttentionCall
-from spcompile.attention.scores.mask import EXCLUDES, AttentionMask
+from spcompile.attention.scores.mask import AttentionMask
 from spcompile.capture.flex_attention import refuse
 from spcompile.graph.edit import argument, erase_dead, operand, replace, shape_of
 from spcompile.graph.splice import splice
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.recognition.attention_nodes import Builder, More, Rest
-from spcompile.recognition.eager import (
-    SOFTMAX,
-    EagerAttention,
-    NotAttention,
-    Product,
-    Refused,
-    Term,
-    match_eager,
-    rows_of_scores,
-)
+from spcompile.recognition.eager import SOFTMAX, NotAttention, match_eager, rows_of_scores
 from spcompile.recognition.grouped_heads import write_grouped_heads_in_four_dims
-from spcompile.recognition.masks.bias_terms import BiasTerm, Role, parts_of
+from spcompile.recognition.masks.bias_terms import Applied, BiasTerm, Role, parts_of
+from spcompile.recognition.masks.bits import filled
 from spcompile.recognition.masks.fills import NotKnown, WithoutKeys, rows_without_keys
 from spcompile.recognition.masks.index_maps import sizes_of
 from spcompile.recognition.masks.rows_without_keys import with_uniform_rows
 from spcompile.recognition.repeated_heads import before_repeat, by_head, heads_in_batch
+from spcompile.recognition.scores_chain import EagerAttention, Product, Refused, Term
 from spcompile.sharding.propagate import SCORES, UNREAD_ATTENTION
 
 aten = torch.ops.aten
@@ -84,7 +77,7 @@ class RecognizeAttention(Pass):
                     gm.graph.erase_node(useless)
                 if isinstance(stop, Refused):
                     refuse(node, stop.reason)
-                    ctx.remarks.add("SPR202", f"attention at {node.name}: {stop.reason}", stop.node)
+                    ctx.remarks.add("SPR202", f"attention: {stop.reason}", stop.node, value=node.name)
                 if node.target in SOFTMAX:
                     rows = rows_of_scores(node)
                     mark = {UNREAD_ATTENTION: rows or -2} if isinstance(stop, Refused) else {SCORES: rows}
@@ -130,7 +123,7 @@ def _rewrite_sdpa(node: fx.Node, new: Builder, ctx: Context) -> None:
     if mask is not None:
         dtype = torch.promote_types(q.meta["val"].dtype, torch.float32)
         parts = parts_of(mask)
-        without = _rows_without_keys(parts, {}, q, k, dtype, More(), ctx)
+        without = _rows_without_keys(parts, {}, q, k, dict.fromkeys(parts, Applied(mask, dtype)), More(), ctx)
         if without.seconds or without.unknown:
             mask, rest = new.bias(parts, without, q, k)
     is_causal = AttentionMask(causal=bool(argument(node, 5, "is_causal", False)))
@@ -171,9 +164,12 @@ def _rewrite_eager(found: EagerAttention, new: Builder, ctx: Context) -> None:
     if not all(h.is_Integer and heads.is_Integer and heads % h == 0 for h in (sizes_of(k)[1], sizes_of(v)[1])):
         raise Refused("a number of query heads that is no multiple of the key heads", found.scores.node)
     _check_layout(found, q, k, v)
-    parts, replaced = _parts(found, unfold, new)
-    dtype = found.logits.meta["val"].dtype
-    without = _rows_without_keys(parts, replaced, q, k, dtype, More(found.softcap, found.sinks), ctx)
+    parts, replaced, applied = _parts(found, unfold, new)
+    try:
+        parts, replaced = filled(parts, replaced, q, k)
+    except NotKnown as stop:
+        raise Refused(stop.why, stop.node) from None
+    without = _rows_without_keys(parts, replaced, q, k, applied, More(found.softcap, found.sinks), ctx)
     bias, rest = new.bias(parts, without, q, k)
     q, k, v = _one_dtype(q, k, v, new)
     sinks = None if found.sinks is None else _sinks(found.sinks, q, new)
@@ -184,12 +180,12 @@ def _rewrite_eager(found: EagerAttention, new: Builder, ctx: Context) -> None:
     dtype = found.result.node.meta["val"].dtype
     if out.meta["val"].dtype != dtype:
         out = new(aten.to.dtype, out, dtype)
+    if len(shape_of(found.result.node)) == 3:
+        out = new(aten.flatten.using_ints, out, 0, 1)
     if found.result.equation is not None:
         weights, values, result = found.result.equation
         (last,) = set(values) - set(weights)
-        out = _permuted(out, weights[:3] + last, result, new)
-    elif len(shape_of(found.result.node)) == 3:
-        out = new(aten.flatten.using_ints, out, 0, 1)
+        out = _permuted(out, weights[:-1] + last, result, new)
     replace(found.result.node, out)
 
 
@@ -252,20 +248,22 @@ def _einsum_queries_keys(product: Product, new: Builder) -> tuple[fx.Node, fx.No
     assert product.equation is not None
     left, right, scores = product.equation
     head = (set(left) & set(right)) - set(scores)
-    if len(head) != 1 or scores[3] not in right or scores[3] in left or scores[2] not in left or scores[2] in right:
+    row, key = scores[-2], scores[-1]
+    if len(head) != 1 or key not in right or key in left or row not in left or row in right:
         raise Refused("an einsum that is not queries times keys", product.node)
     (h,) = head
-    q = _permuted(product.left, left, scores[:3] + h, new)
-    return q, _permuted(product.right, right, scores[:2] + scores[3] + h, new)
+    q = _permuted(product.left, left, scores[:-1] + h, new)
+    return q, _permuted(product.right, right, scores[:-2] + key + h, new)
 
 
 def _einsum_values(product: Product, new: Builder) -> fx.Node:
     assert product.equation is not None
     weights, values, result = product.equation
     last = set(values) - set(weights)
-    if len(last) != 1 or set(values) != {*weights[:2], weights[3], *last} or set(result) != {*weights[:3], *last}:
+    keys = weights[:-2] + weights[-1]
+    if len(last) != 1 or set(values) != {*keys, *last} or set(result) != {*weights[:-1], *last}:
         raise Refused("an einsum that is not weights times values", product.node)
-    return _permuted(product.right, values, weights[:2] + weights[3] + last.pop(), new)
+    return _permuted(product.right, values, keys + last.pop(), new)
 
 
 def _permuted(node: fx.Node, letters: str, order: str, new: Builder) -> fx.Node:
@@ -280,24 +278,28 @@ def _one_dtype(q: fx.Node, k: fx.Node, v: fx.Node, new: Builder) -> tuple[fx.Nod
     return tuple(x if x.meta["val"].dtype == widest else new(aten.to.dtype, x, widest) for x in (q, k, v))  # type: ignore[return-value]
 
 
-def _parts(found: EagerAttention, heads: int, new: Builder) -> tuple[list[BiasTerm], dict[BiasTerm, float]]:
-    """The terms of the bias, the last one applied first, and what scores became where a mask replaced them."""
-    parts = []
+def _parts(
+    found: EagerAttention, heads: int, new: Builder
+) -> tuple[list[BiasTerm], dict[BiasTerm, float], dict[BiasTerm, Applied]]:
+    """The terms of the bias, the last one applied first, what scores became where a mask replaced them, and how each is
+    applied.
+    """
+    parts: list[BiasTerm] = []
     replaced = {}
+    applied: dict[BiasTerm, Applied] = {}
     for term in found.terms:
         node = _unfolded(term, heads, found, new)
         if term.fill is None:
             if term.factor != 1.0:
                 node = new(aten.mul.Tensor, node, term.factor)
-            parts.append(BiasTerm(node, Role.ADD))
+            parts += parts_of(node, Role.ADD)
         else:
             if node.meta["val"].dtype != torch.bool:
                 node = new(aten.to.dtype, node, torch.bool)
             parts.append(BiasTerm(node, Role.DROP if term.masked else Role.KEEP))
             replaced[parts[-1]] = term.fill * term.factor
-    if any(fill > EXCLUDES for fill in replaced.values()):
-        raise Refused("masked scores are not replaced by a large negative number", found.scores.node)
-    return parts, replaced
+        applied |= {part: Applied(term.at, term.dtype) for part in parts if part not in applied}
+    return parts, replaced, applied
 
 
 def _rows_without_keys(
@@ -305,17 +307,17 @@ def _rows_without_keys(
     replaced: dict[BiasTerm, float],
     q: fx.Node,
     k: fx.Node,
-    dtype: torch.dtype,
+    applied: dict[BiasTerm, Applied],
     more: More,
     ctx: Context,
 ) -> WithoutKeys:
     try:
-        without = rows_without_keys(parts, replaced, q, k, dtype, more.sinks is not None, more.softcap != 0)
+        without = rows_without_keys(parts, replaced, q, k, applied, more.sinks is not None, more.softcap != 0)
     except NotKnown as stop:
         text = f"masked scores get a finite fill and some row may have no key: {stop.why}"
         raise Refused(text, stop.node) from None
     for part in without.of_bits:
-        text = f"{part.node.name} excludes keys where its integers are 0; others than 0 and 1 would mean something else"
+        text = "a mask excludes keys where its integers are 0; others than 0 and 1 would mean something else"
         ctx.remarks.add("SPR207", text, part.node, strict_error=False)
     return without
 

@@ -4,12 +4,14 @@
     log_softmax(x).gather(t)                  -cross_entropy_loss(x, t, reduction=none)
     log_softmax(x)[arange(N), t]              the same
     x.gather(t) - logsumexp(x)                the same; also with log(sum(exp(x))), and the other way around
+    torch's linear_cross_entropy in chunks    cross_entropy_loss(linear(x, w, b), t), for recognize-linear-loss
 
 A cross entropy can be computed from logits of which every rank has some classes; anything else gathers them.
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,15 +21,22 @@ from torch import Tensor
 
 from spcompile.graph.edit import argument, call, erase_dead, is_tensor, operand, shape_of
 from spcompile.graph.splice import splice
+from spcompile.graph.typed_call import named_arguments
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.recognition.eager import without_maximum
 from spcompile.recognition.masks.index_maps import sizes_of
 from spcompile.recognition.normalizers import normalizer
+from spcompile.recognition.scores_chain import without_maximum
 from spcompile.sharding.rules.indexing import is_range
 
 aten = torch.ops.aten
 _NLL = (aten.nll_loss_nd.default, aten.nll_loss.default, aten.nll_loss2d.default)
 _LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default, aten.special_log_softmax.default)
+# torch 2.13: torch/nn/modules/linear_cross_entropy.py
+_CHUNKED = (
+    "torch_nn::_linear_cross_entropy_batch_chunked",
+    "torch_nn::_linear_cross_entropy_batch_chunked_no_reduction",
+)
+_CHUNKED_TENSORS = ("input", "linear_weight", "target", "linear_bias", "weight")
 NONE = 0  # at::Reduction
 NOTHING = -(2**63)  # ignore_index: no target is this
 
@@ -45,7 +54,7 @@ class RecognizeLikelihood(Pass):
         """Rewrite every negative log-likelihood, every difference of a logit and a normalizer, every pick."""
         rewrites = 0
         for node in list(gm.graph.nodes):
-            new = _of_loss(node) if node.target in _NLL else _of_difference(node) or _of_pick(node)
+            new = _of_loss(node) if node.target in _NLL else _of_difference(node) or _of_pick(node) or _of_chunks(node)
             if new is not None:
                 node.replace_all_uses_with(new)
                 rewrites += 1
@@ -80,6 +89,34 @@ def _of_loss(loss: fx.Node) -> fx.Node | None:
     )
     args = (x, operand(loss, 1), weight, reduction, ignored)
     return call(loss.graph, aten.cross_entropy_loss.default, args, like=loss)
+
+
+def _of_chunks(node: fx.Node) -> fx.Node | None:
+    """The loss of torch's op in chunks, which returns gradients beside one that is summed."""
+    is_first = node.target is operator.getitem and node.args[1] == 0
+    made_by = operand(node, 0) if is_first else node
+    schema = getattr(made_by.target, "_schema", None)
+    if schema is None or schema.name not in _CHUNKED or is_first != (len(schema.returns) > 1):
+        return None
+    args = named_arguments(made_by.target, made_by.args, made_by.kwargs)
+    x, weight, labels, bias, class_weight = (args[name] for name in _CHUNKED_TENSORS)
+    options = args.get("reduction", "none"), args["ignore_index"], args.get("label_smoothing", 0.0)
+    return splice(_loss_of_logits, (x, weight, labels, bias, class_weight, *options), like=node)
+
+
+def _loss_of_logits(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    smoothing: float,
+) -> Tensor:
+    logits = aten.linear.default(x, weight, bias)
+    code = ("none", "mean", "sum").index(reduction)  # at::Reduction
+    return aten.cross_entropy_loss.default(logits, labels, class_weight, code, ignore_index, smoothing)
 
 
 def _of_pick(node: fx.Node) -> fx.Node | None:

@@ -15,16 +15,13 @@ weight exp(-1e8) = 0 either way; elsewhere the mean is put into those rows
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import sympy
 import torch
 import torch.fx as fx
-from sympy.logic.boolalg import Boolean
 from torch import Tensor
 
 from spcompile.attention.scores.attention_call import AttentionCall
@@ -33,39 +30,27 @@ from spcompile.capture.flex_attention import refuse
 from spcompile.graph.edit import call, erase_dead, replace, shape_of
 from spcompile.graph.splice import splice
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.recognition.attention_nodes import AVERAGED, OF_ROWS_WITHOUT_KEYS
-from spcompile.recognition.masks.alibi import Linear, read_linear, slopes_of, sum_of, write_slopes
-from spcompile.recognition.masks.bias_terms import BiasTerm, Reading, Role, full_bias, joined_terms, parts_of, read_part
+from spcompile.recognition.attention_nodes import AVERAGED, MADE, OF_ROWS_WITHOUT_KEYS
+from spcompile.recognition.masks.alibi import write_slopes
+from spcompile.recognition.masks.bias_terms import BiasTerm, Role, full_bias, joined_terms, parts_of
 from spcompile.recognition.masks.finite import is_finite
-from spcompile.recognition.masks.index_maps import IndexSpace, Indices, sizes_of
-from spcompile.recognition.masks.match import B, H, K, Q, Structure, Unmatched, clauses, every_row_has_a_key, match
+from spcompile.recognition.masks.index_maps import IndexSpace, sizes_of
+from spcompile.recognition.masks.match import B, H, K, Q, Structure
 from spcompile.recognition.masks.reader import Reader
 from spcompile.recognition.masks.rows_without_keys import (
     LOWEST,
-    absorbs,
     as_documents,
     both_documents,
     marked_as_documents,
     rows_of_one_number,
     with_uniform_rows,
 )
-from spcompile.recognition.masks.values import Element, Int, Unreadable
+from spcompile.recognition.masks.split_bias import SplitBias, split_bias
 from spcompile.recognition.masks.vectors import Unwritable, VectorWriter
 
 aten = torch.ops.aten
 
 _ABSORBED = str(AttentionMask(documents=True, rounded_by=LOWEST))
-
-
-@dataclass(frozen=True)
-class _Split:
-    """A bias, taken apart: what is now structure, and what stays dense and why."""
-
-    structure: Structure
-    taken: tuple[BiasTerm, ...]
-    dense: tuple[tuple[BiasTerm, str, fx.Node], ...]  # (part, why, the node to point at)
-    slopes: dict[fx.Node | None, float]
-    is_uniform: bool  # whether rows without keys average all values
 
 
 @dataclass(frozen=True)
@@ -160,6 +145,8 @@ def _add_rows_without_keys(node: fx.Node, marks: fx.Node | None) -> None:
         sinks=None,
     )
     second = of_rows.insert(like=node, before=out)
+    node.meta["custom"] = {**node.meta.get("custom", {}), AVERAGED: True}
+    second.meta["custom"] = {**second.meta.get("custom", {}), OF_ROWS_WITHOUT_KEYS: True}
     of_these = call(node.graph, operator.getitem, (second, 0), like=out)
     before = call(node.graph, operator.getitem, (node, 0), like=out)
     replace(out, call(node.graph, aten.add.Tensor, (before, of_these), like=out))
@@ -207,77 +194,15 @@ def _recognize(node: fx.Node, ctx: Context) -> _Operands | None:
     sizes = (sizes_of(q)[0], sizes_of(q)[1], sizes_of(q)[2], sizes_of(k)[2])
     indices = tuple(space.add(symbol.name, size) for symbol, size in zip((B, H, Q, K), sizes, strict=True))
     reader = Reader(space)
-    split = _split(parts_of(bias), reader, indices, sizes, _traits(attention))
+    split = split_bias(parts_of(bias), reader, indices, sizes, _traits(attention))
     new = _write(split, reader, node) if split.taken else None
-    for part, why, where in split.dense if new is not None or not split.taken else ():
-        _remark(ctx, part, why, where)
+    is_users = not _is_of_rows_without_keys(node)
+    for part, why, where in split.dense if is_users and (new is not None or not split.taken) else ():
+        if part.role is Role.ADD or MADE not in part.node.meta.get("custom", {}):
+            _remark(ctx, part, why, where)
     if split.taken and new is None:
         ctx.remarks.add("SPR201", f"no vector of the graph holds what {split.structure.mask} needs", bias)
     return new
-
-
-def _split(
-    parts: list[BiasTerm], reader: Reader, indices: Indices, sizes: tuple[Int, ...], traits: tuple[bool, bool]
-) -> _Split:
-    has_sinks, has_softcap = traits
-    readings: dict[BiasTerm, Reading] = {}
-    linear: dict[BiasTerm, Linear] = {}
-    dense: list[tuple[BiasTerm, str, fx.Node]] = []
-    for part in parts:
-        try:
-            readings[part] = read_part(part, reader, indices)
-        except Unreadable as stop:
-            stopped_at = stop.node or part.node
-            try:
-                linear[part] = read_linear(part.node, reader, indices)
-            except Unreadable:
-                dense.append((part, f"{stopped_at.target} has no symbolic form", stopped_at))
-    where: fx.Node | None
-    while True:
-        total = sympy.And(*(reading.condition for reading in readings.values()))
-        try:
-            structure = match(total, reader)
-        except Unmatched as stop:
-            refused = [p for p, r in readings.items() if stop.clause in clauses(r.condition)] or list(readings)
-            why, where = _explain(stop.clause, reader)
-        else:
-            refused = [p for p, r in readings.items() if r.finite]
-            others_exclude_none = all(p.role is Role.ADD and is_finite(p.node) for p, _, _ in dense)
-            has_keys = has_sinks or (others_exclude_none and every_row_has_a_key(total, sizes[2], sizes[3]))
-            is_uniform = bool(refused) and not has_keys
-            is_alone = not dense and not linear and not structure.mask.documents
-            can_average = others_exclude_none and (is_alone or not has_softcap) and _is_one_fill(readings, parts)
-            if not is_uniform or can_average:
-                mask = structure.mask
-                is_causal = mask.causal and mask.offset <= 0 and mask.prefix is None
-                slopes = slopes_of(sum_of(linear[p] for p in parts if p in linear), is_causal, has_sinks)
-                if slopes is None:
-                    dense += [
-                        (p, "it is no slope times the distance of positions", p.node) for p in parts if p in linear
-                    ]
-                    linear, slopes = {}, {}
-                return _Split(structure, (*readings, *linear), tuple(dense), slopes, is_uniform)
-            why, where = "its fill is finite and some row may have no key", None
-        for part in refused:
-            del readings[part]
-            dense += [(part, why, where or part.node)] * parts.count(part)
-
-
-def _is_one_fill(readings: dict[BiasTerm, Reading], parts: list[BiasTerm]) -> bool:
-    """Whether all keys that are not seen get one number, which absorbs any score."""
-    masks = [part for part in parts if part in readings and readings[part].fills]
-    fills = [readings[part].fills for part in masks]
-    if len(masks) != 1 or len(fills[0]) != 1:
-        return False
-    (fill,) = fills[0]
-    return fill != -math.inf and absorbs(fill, torch.promote_types(masks[0].node.meta["val"].dtype, torch.float32))
-
-
-def _explain(clause: Boolean, reader: Reader) -> tuple[str, fx.Node | None]:
-    for element in sorted(clause.atoms(Element), key=str):
-        stopped_at = reader.stopped_at[element.node_name]
-        return f"{stopped_at.target} has no symbolic form that fits {clause}", stopped_at
-    return f"{clause} is none of the known forms", None
 
 
 def _remark(ctx: Context, part: BiasTerm, why: str, where: fx.Node) -> None:
@@ -287,10 +212,10 @@ def _remark(ctx: Context, part: BiasTerm, why: str, where: fx.Node) -> None:
     at = where if "stack_trace" in where.meta else part.node
     if what == "mask":
         refuse(part.node, f"mask_mod: {why}")
-    ctx.remarks.add("SPR201", f"{what} {part.node.name}: {why}", at, strict_error=is_square)
+    ctx.remarks.add("SPR201", f"{what}: {why}", at, value=part.node.name, strict_error=is_square)
 
 
-def _write(split: _Split, reader: Reader, node: fx.Node) -> _Operands | None:
+def _write(split: SplitBias, reader: Reader, node: fx.Node) -> _Operands | None:
     attention = AttentionCall.of(node)
     q, k, bias = attention.q, attention.k, attention.bias
     made: list[fx.Node] = []

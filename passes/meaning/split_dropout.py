@@ -73,8 +73,8 @@ def _memory_order(x: Tensor) -> list[int]:
     return sorted(range(x.ndim), key=lambda d: -strides[d]) if known else list(range(x.ndim))
 
 
-def _dropout(x: Tensor) -> Tensor:
+def _dropped(x: Tensor) -> Tensor:
     return torch.nn.functional.dropout(x, 0.25, training=True)
 
 
-EXAMPLE = Example(_dropout, lambda: (torch.randn(2, 6, 4, dtype=torch.float64, requires_grad=True),))
+EXAMPLE = Example(_dropped, lambda: (torch.randn(2, 6, 4, dtype=torch.float64, requires_grad=True),))

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from spcompile.graph.sizes import hint
 from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
-from spcompile.sharding.batch_blocks import write_blocks
 from spcompile.sharding.batch_entries import inputs_with_batch, require_batch
 from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces
 from spcompile.sharding.layout import annotate
@@ -53,22 +52,21 @@ class AnnotateSharding(AxisPass):
     }
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        """Annotate. Returns how many joins and cuts of rows were rewritten, on `dp`; nothing else is.
+        """Annotate; nothing is rewritten.
 
         Raises:
-            BatchNotSplit: rows that cannot be told from something else.
+            BatchNotSplit: entries that cannot be told from something else.
         """
-        rewrites = write_blocks(gm.graph, inputs_with_batch(gm.graph)) if self.axis == "dp" else 0
-        spaces = find_index_spaces(gm.graph, drawn_apart=self.axis == "dp")
-        place = {"dp": _place_rows, "cp": _place_sequence, "tp": _place_weights}[self.axis]
+        spaces = find_index_spaces(gm.graph, apart=self.axis == "dp")
+        place = {"dp": _place_batch, "cp": _place_sequence, "tp": _place_weights}[self.axis]
         annotate(gm.graph, self.axis, spaces, place(gm.graph, spaces, ctx))
-        return rewrites
+        return 0
 
 
-def _place_rows(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placements:
-    found = propagate(graph, spaces, {}, inputs_with_batch(graph))
+def _place_batch(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placements:
+    found = propagate(spaces, {}, inputs_with_batch(graph))
     if ctx.mesh.size("dp") > 1:
-        require_batch(graph, spaces, found)
+        require_batch(graph, spaces, found, ctx.mesh.size("dp"))
     return found
 
 
@@ -77,9 +75,9 @@ def _place_sequence(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Place
     if not seeds:
         _remark_no_sequence(graph, ctx)
     for node in (n for n in seeds if SCORES in n.meta.get("custom", {})):
-        text = f"attention at {node.name}: what reads the weights is no product with values; split by query rows"
+        text = "attention: what reads the weights is no product with values; split by query rows"
         ctx.remarks.add("SPR202", text, node)
-    return propagate(graph, spaces, seeds if ctx.mesh.size("cp") > 1 else {})
+    return propagate(spaces, seeds if ctx.mesh.size("cp") > 1 else {})
 
 
 def _remark_no_sequence(graph: fx.Graph, ctx: Context) -> None:
@@ -93,7 +91,7 @@ def _remark_no_sequence(graph: fx.Graph, ctx: Context) -> None:
 def _place_weights(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placements:
     degree = ctx.mesh.size("tp")
     found = tensor_seeds(graph, spaces, degree)
-    placements = propagate(graph, spaces, found.seeds)
+    placements = propagate(spaces, found.seeds)
     for node, call in spaces.calls.items():
         groups = hint(call.rule.sizes.get("g", 1)) if call.rule.paired else degree
         if groups % degree:
@@ -105,7 +103,7 @@ def _place_weights(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placem
     return placements
 
 
-def _attention_over_flat_rows(x_BSD: Tensor, w_DD: Tensor) -> Tensor:
+def _attention_over_flat_tokens(x_BSD: Tensor, w_DD: Tensor) -> Tensor:
     B, S, D = x_BSD.shape
     h_RD = x_BSD.reshape(B * S, D) @ w_DD
     h_B1SD = h_RD.reshape(B, 1, S, D)
@@ -113,7 +111,8 @@ def _attention_over_flat_rows(x_BSD: Tensor, w_DD: Tensor) -> Tensor:
     return y_B1SD.squeeze(1) + x_BSD
 
 
-def _loss_of_rows(x_BSD: Tensor, w_DD: Tensor, labels_BS: Tensor) -> Tensor:
+def attention_and_loss(x_BSD: Tensor, w_DD: Tensor, labels_BS: Tensor) -> Tensor:
+    """The EXAMPLE of passes that want all kinds of dims: batch, sequence, and both in one."""
     h_B1SD = (x_BSD @ w_DD).unsqueeze(1)
     y_BSD = torch.nn.functional.scaled_dot_product_attention(h_B1SD, h_B1SD, h_B1SD, is_causal=True).squeeze(1)
     return torch.nn.functional.cross_entropy(y_BSD[:, :-1].flatten(0, 1), labels_BS[:, 1:].flatten())
@@ -130,14 +129,14 @@ def _of_shapes(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
 
 
-def _rows() -> tuple[Tensor, ...]:
+def _batch() -> tuple[Tensor, ...]:
     return torch.randn(28, 7, 4, dtype=torch.float64), *_of_shapes((4, 4)), torch.randint(0, 4, (28, 7))
 
 
-LOSS_OF_ROWS = Example(_loss_of_rows, _rows, mesh=(("dp", 2),))
+LOSS_OF_ENTRIES = Example(attention_and_loss, _batch, mesh=(("dp", 2),))
 MLP = Example(_mlp, lambda: _of_shapes((2, 7, 4), (4, 6), (6, 4)), mesh=(("tp", 2),))
 EXAMPLE = {
-    "dp": LOSS_OF_ROWS,
-    "cp": Example(_attention_over_flat_rows, lambda: _of_shapes((2, 7, 4), (4, 4))),
+    "dp": LOSS_OF_ENTRIES,
+    "cp": Example(_attention_over_flat_tokens, lambda: _of_shapes((2, 7, 4), (4, 4))),
     "tp": MLP,
 }

@@ -28,6 +28,7 @@ from spcompile.graph.typed_call import value_of
 from spcompile.machine.accelerators import ACCELERATORS
 from spcompile.machine.links import link_of
 from spcompile.passes_api import Context, Example, Pass, Stage
+from spcompile.recognition.attention_nodes import OF_ROWS_WITHOUT_KEYS
 from spcompile.sharding.tensor_parallel import heads_on_a_rank
 
 CLEARLY = 0.95  # of the time of zigzag: with less to gain, equal work is worth more than the prediction
@@ -51,8 +52,13 @@ class ChooseAttention(Pass):
         on_rings: list[tuple[fx.Node, Strategy]] = []
         for node in attentions:
             strategy, why = choose_strategy(node, degree, hybrid, ctx)
+            is_apart = OF_ROWS_WITHOUT_KEYS in node.meta.get("custom", {})
+            if is_apart and ctx.options.attention == "auto":
+                strategy = Strategy(1, degree)  # where no row is without keys no hop is made
             custom = {"spx_attention": str(strategy), "spx_bias_rows": AttentionCall.of(node).bias_has_rows}
             node.meta["custom"] = {**node.meta.get("custom", {}), **custom}
+            if is_apart:
+                continue  # nobody wrote it: it takes the order that suits the others
             if _is_asked_for(strategy, ctx.options.attention):
                 ctx.remarks.add("SPR203", f"attention runs as {strategy}: {why}", strict_error=False)
             else:

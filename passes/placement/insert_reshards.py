@@ -22,7 +22,7 @@ from spcompile.capture.retrace import OWN
 from spcompile.diagnostics import BatchNotSplit, source_of
 from spcompile.graph.edit import operand
 from spcompile.graph.reshard import Place, is_reshard, parse_place
-from spcompile.passes.placement.annotate_sharding import LOSS_OF_ROWS, MLP
+from spcompile.passes.placement.annotate_sharding import LOSS_OF_ENTRIES, MLP
 from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
 from spcompile.sharding.global_view import is_view
 from spcompile.sharding.layout import layout_of, show
@@ -101,7 +101,7 @@ def _remark_gathered_entries(graph: fx.Graph, ctx: Context) -> None:
 
 
 def _refuse_draws_together(graph: fx.Graph) -> None:
-    """Ranks of dp may have other random states: parts of what each has drawn for all rows are no parts of one value.
+    """Ranks of dp may have other random states: what each has drawn for all entries is not one value.
 
     Nor may numbers that each has drawn meet what all have gathered, and go on with alike.
     """
@@ -120,7 +120,7 @@ def _refuse_draws_together(graph: fx.Graph) -> None:
             raise BatchNotSplit(found, where=source_of(node), legal="random numbers for each entry, or DDP over dp")
     for split in (n for n in reshards_of(graph, "dp", "I", "S") if operand(n, 0) in drawn):
         found = f"{operand(split, 0).name} is drawn for the entries of all ranks together, and each rank draws its own"
-        raise BatchNotSplit(found, where=source_of(split), legal="random numbers for each row, or DDP over dp")
+        raise BatchNotSplit(found, where=source_of(split), legal="random numbers for each entry, or DDP over dp")
 
 
 def _settle(graph: fx.Graph, axis: str, sharded: set[fx.Node]) -> set[fx.Node]:
@@ -150,7 +150,7 @@ def _insert(graph: fx.Graph, axis: str, could: set[fx.Node], ctx: Context) -> No
         if node.op == "output":
             _reshard_outputs(node, axis, ctx)
         elif axis == "dp" and node.target in READ_SIZES:
-            continue  # nobody has all rows, but lowering knows how many there are
+            continue  # nobody has all entries, but lowering knows how many there are
         elif node.op == "call_function" and node.target is not operator.getitem:
             _reshard_operands(node, axis, could, ctx)
             _complete_sums(node, axis)
@@ -258,4 +258,4 @@ def _inputs() -> tuple[Tensor, ...]:
     return tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 7, 4), (4, 4)))
 
 
-EXAMPLE = {"dp": LOSS_OF_ROWS, "cp": Example(_attention_with_running_sum, _inputs), "tp": MLP}
+EXAMPLE = {"dp": LOSS_OF_ENTRIES, "cp": Example(_attention_with_running_sum, _inputs), "tp": MLP}

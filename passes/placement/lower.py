@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from spcompile.capture.retrace import OWN, fake_inputs
 from spcompile.graph.reshard import is_reshard
-from spcompile.passes.placement.annotate_sharding import LOSS_OF_ROWS, MLP
+from spcompile.passes.placement.annotate_sharding import LOSS_OF_ENTRIES, MLP, attention_and_loss
 from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
 from spcompile.sharding.global_view import views
 from spcompile.sharding.layout import layout_of
@@ -34,7 +34,7 @@ class LowerToLocal(AxisPass):
         "dp": OnAxis(
             "lower-data-parallel",
             frozenset({"insert-data-reshards"}),
-            "turns the shapes of the whole batch into those of a rank's rows, and reshards into spx collectives",
+            "turns the shapes of the whole batch into those of a rank's entries, and reshards into spx collectives",
         ),
         "cp": OnAxis(
             "lower",
@@ -79,15 +79,9 @@ class LowerToLocal(AxisPass):
         return count or len(placeholders)
 
 
-def _attention_and_loss(x_BSD: Tensor, w_DD: Tensor, labels_BS: Tensor) -> Tensor:
-    h_B1SD = (x_BSD @ w_DD).unsqueeze(1)
-    y_BSD = torch.nn.functional.scaled_dot_product_attention(h_B1SD, h_B1SD, h_B1SD, is_causal=True).squeeze(1)
-    return torch.nn.functional.cross_entropy(y_BSD[:, :-1].flatten(0, 1), labels_BS[:, 1:].flatten())
-
-
 def _inputs() -> tuple[Tensor, ...]:
     x_BSD, w_DD = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 7, 4), (4, 4)))
     return x_BSD, w_DD, torch.randint(0, 4, (2, 7))
 
 
-EXAMPLE = {"dp": LOSS_OF_ROWS, "cp": Example(_attention_and_loss, _inputs), "tp": MLP}
+EXAMPLE = {"dp": LOSS_OF_ENTRIES, "cp": Example(attention_and_loss, _inputs), "tp": MLP}

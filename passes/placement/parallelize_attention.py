@@ -1,4 +1,4 @@
-"""parallelize-attention: gathered keys and values become a ring, a Ulysses exchange, or one inside the other.
+"""parallelize-attention: gathered keys and values become a ring, an all-to-all of Ulysses, or one inside the other.
 
 Before: attention(q local, all_gather(k), all_gather(v), positions). After, on the same values,
     ring      ring_attention(q, k, v): keys and values travel, one op with the loop inside (Liu et al. 2023)

@@ -9,7 +9,7 @@ After, on the same values and with as many bytes, one or both of
 
 What pays is found by adding up, from the tables, when all results are back: the projections that stand between q, k and
 v, the bytes and the latency of every message, attention, and the launches that more messages cost. Assumed: attention
-of a group reaches the rate of all of them if it takes FULL launches at least; the backward hides its exchanges behind
+of a group reaches the rate of all of them if it takes FULL launches at least; the backward hides its all-to-alls behind
 the products that give gradients of weights. overlap-collectives finds the order. Attentions that keep one message, and
 rings, are left to parallelize-attention. In a hybrid heads are only grouped when that is asked for.
 
@@ -47,7 +47,7 @@ FULL = 32  # launches of a kernel: attention that takes as long fills the device
 
 @dataclass(frozen=True)
 class SplitAllToAlls(Pass):
-    """Cut the exchanges of Ulysses where the tables say that it pays.
+    """Cut the all-to-alls of Ulysses where the tables say that it pays.
 
     groups: of heads; None decides by time. Where so many do not divide a rank's heads, the next smaller number does.
     way: one of WAYS in spcompile/attention/ulysses/messages.py; None decides by time.

@@ -12,6 +12,7 @@ found is in `spcompile/schedule/list_schedule.py`; what an op and a collective t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +20,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.memory.planner import ROOM, Wish
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.schedule.list_schedule import ListScheduler
 from spcompile.schedule.op_cost import cost_model
@@ -32,7 +34,8 @@ class OverlapCollectives(Pass):
     """Start collectives early, wait for them late, and fill the time between.
 
     memory_mib: at most this much is alive for the sake of overlap alone: parameters gathered ahead of their use,
-        operands of products that were put off, gradients on their way.
+        operands of products that were put off, gradients on their way. Nor more than the room that a plan of memory
+        leaves below its limit.
     ahead: a gather starts this many times its own predicted seconds before its use.
     """
 
@@ -51,7 +54,9 @@ class OverlapCollectives(Pass):
         cost = cost_model(ctx.mesh, ctx.options).of_one_graph()
         output = gm.graph.output_node()
         old = [node for node in gm.graph.nodes if node is not output]
-        new = ListScheduler(gm.graph, cost, self.memory_mib * MEBIBYTE, self.ahead).run()
+        limit = Wish.of(ctx.options).bytes
+        room = math.inf if limit is None else (1 - ROOM) * limit
+        new = ListScheduler(gm.graph, cost, min(self.memory_mib * MEBIBYTE, room), self.ahead).run()
         moved = sum(a is not b for a, b in zip(old, new, strict=True))
         if moved and timeline("", new, cost).seconds > timeline("", old, cost).seconds:
             return 0

@@ -40,14 +40,14 @@ def before_gathers(node: fx.Node) -> RingCall:
 
 
 def to_head_parallel(
-    node: fx.Node, inner: int, exchanges: Messages | None = None, traced: dict[Any, fx.Graph] | None = None
+    node: fx.Node, inner: int, messages: Messages | None = None, traced: dict[Any, fx.Graph] | None = None
 ) -> None:
     """Put head-parallel attention over `inner` neighbours in place of a gathered attention.
 
-    exchanges: as in `head_parallel_attention`. traced: as in `splice`.
+    messages: as in `head_parallel_attention`. traced: as in `splice`.
     """
     has_rows = bool(node.meta.get("custom", {}).get("spx_bias_rows", False))
-    args = (inner, has_rows, exchanges, *before_gathers(node).named().values())
+    args = (inner, has_rows, messages, *before_gathers(node).named().values())
     results = splice(_head_parallel, args, like=node, traced=traced)
     for user in list(node.users):
         assert user.target is operator.getitem
@@ -56,5 +56,5 @@ def to_head_parallel(
     node.graph.erase_node(node)
 
 
-def _head_parallel(inner: int, has_rows: bool, exchanges: Messages | None, *values: Any) -> Any:
-    return head_parallel_attention(RingCall.bind(*values), inner, has_rows, exchanges)
+def _head_parallel(inner: int, has_rows: bool, messages: Messages | None, *values: Any) -> Any:
+    return head_parallel_attention(RingCall.bind(*values), inner, has_rows, messages)

@@ -75,11 +75,11 @@ def cost(problem: Problem, strategy: Strategy, order: str, inner: Link, outer: L
     order: of the sequence; inner, outer: what its parts of the axis run over; flops: a second, of a rank, in attention.
     """
     heads = HeadSplit(problem.heads, problem.kv_heads, strategy.inner)
-    inner_bytes, messages = _exchanges(problem, strategy, order, heads)
+    inner_bytes, messages = _all_to_alls(problem, strategy, order, heads)
     length = (problem.q_length, problem.k_length)
     ring = Ring(*length, strategy.outer, order, strategy.inner)
     pairs = max(
-        _pairs(problem.mask, ring.q_runs(rank) if strategy.outer > 1 else natural_runs(length[0]), length[1])
+        _number_of_pairs(problem.mask, ring.q_runs(rank) if strategy.outer > 1 else natural_runs(length[0]), length[1])
         for rank in range(strategy.outer)
     )
     work = 2 * problem.batch * heads.local_heads * pairs * (problem.qk_size + problem.v_size)
@@ -99,7 +99,7 @@ def cost(problem: Problem, strategy: Strategy, order: str, inner: Link, outer: L
     return Cost(strategy, inner_bytes, outer_bytes, seconds + forward + backward)
 
 
-def _exchanges(problem: Problem, strategy: Strategy, order: str, heads: HeadSplit) -> tuple[int, int]:
+def _all_to_alls(problem: Problem, strategy: Strategy, order: str, heads: HeadSplit) -> tuple[int, int]:
     """(bytes, messages that wait for one another) of all-to-alls among the inner ranks."""
     n = strategy.inner
     if n == 1:
@@ -117,7 +117,7 @@ def _exchanges(problem: Problem, strategy: Strategy, order: str, heads: HeadSpli
     return (n - 1) * (((2 * once + again) * problem.itemsize + bias) // n), messages
 
 
-def _pairs(mask: AttentionMask, q_runs: tuple[Run, ...], k_length: int) -> float:
+def _number_of_pairs(mask: AttentionMask, q_runs: tuple[Run, ...], k_length: int) -> float:
     """About how many pairs of a query in these runs and a key the mask leaves, documents and padding aside."""
     total = 0.0
     for run in q_runs:

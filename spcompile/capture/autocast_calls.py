@@ -55,10 +55,10 @@ class Explicit:
         key = (node.target, state, repr(shape), signature_of(node.all_input_nodes))
         if key not in self._known:
             self._known[key] = _effect(node)
-        return _rewrite(node, self._known[key])
+        return _write_casts(node, self._known[key])
 
 
-def _rewrite(node: fx.Node, effect: _Effect) -> bool:
+def _write_casts(node: fx.Node, effect: _Effect) -> bool:
     if effect.opens:
         _open(node)
         return True
@@ -98,14 +98,14 @@ def _effect(node: fx.Node) -> _Effect:
     wanted = _kernels(lambda: _called(node, values), values)
     assert wanted is not None, f"{node.format_node()} does not run again"
     with _off():
-        if _same(wanted, _kernels(lambda: _called(node, values), values)):
+        if _same_kernels(wanted, _kernels(lambda: _called(node, values), values)):
             return _Effect()
         cast = [x.to(wanted.casts[at]) if at in wanted.casts else x for at, x in enumerate(values)]
-        if _same(wanted, _kernels(lambda: _called(node, cast), cast), apart_from_casts=True):
+        if _same_kernels(wanted, _kernels(lambda: _called(node, cast), cast), apart_from_casts=True):
             return _Effect(wanted.casts)
         if any(a.name == "dtype" for a in node.target._schema.arguments):  # type: ignore[union-attr]
             found = _kernels(lambda: _called(node, values, dtype=torch.float32), values)
-            if _same(wanted, found):
+            if _same_kernels(wanted, found):
                 return _Effect(sets_dtype=torch.float32)
     return _Effect(opens=True)
 
@@ -118,7 +118,7 @@ class _Kernels:
     casts: dict[int, torch.dtype] = field(default_factory=dict)
 
 
-def _same(wanted: _Kernels, found: _Kernels | None, *, apart_from_casts: bool = False) -> bool:
+def _same_kernels(wanted: _Kernels, found: _Kernels | None, *, apart_from_casts: bool = False) -> bool:
     return found is not None and wanted.ran == found.ran and (apart_from_casts or wanted.casts == found.casts)
 
 
@@ -148,14 +148,14 @@ class _Note(TorchDispatchMode):
             return result
         if not any(isinstance(x, Tensor) for x in pytree.tree_leaves(result)):
             return result  # a question for a device or a size
-        read = [_dtype(x) for x in pytree.tree_leaves((args, kwargs or {}))]
+        read = [_dtype_of(x) for x in pytree.tree_leaves((args, kwargs or {}))]
         if func in _TO_FLOAT and args[2] and id(args[0]) in self._operands:
             self.kernels.casts[self._operands.index(id(args[0]))] = read[0] = torch.float32
-        self.kernels.ran.append((func, read, [_dtype(x) for x in pytree.tree_leaves(result)]))
+        self.kernels.ran.append((func, read, [_dtype_of(x) for x in pytree.tree_leaves(result)]))
         return result
 
 
-def _dtype(x: Any) -> torch.dtype | None:
+def _dtype_of(x: Any) -> torch.dtype | None:
     return x.dtype if isinstance(x, Tensor) else x if isinstance(x, torch.dtype) else None
 
 

@@ -47,7 +47,7 @@ def _write_out_scatter(graph: fx.Graph, node: fx.Node) -> None:
     is_of_rows = len(sizes) == len(shape) > 1 and sizes[-1] == 1 and sizes[:-1] == shape[:-1]
     if not is_of_rows or not isinstance(rows, int) or not isinstance(width, int) or rows % width or not rows:
         return
-    node.replace_all_uses_with(splice(_scattered, (x, marked, source), like=node))
+    node.replace_all_uses_with(splice(_with_rows_of, (x, marked, source), like=node))
     graph.erase_node(node)
 
 
@@ -59,7 +59,7 @@ def _without_conversions(mask: Any) -> fx.Node:
     return found
 
 
-def _scattered(x: Tensor, marked: Tensor, source: Tensor) -> Tensor:
+def _with_rows_of(x: Tensor, marked: Tensor, source: Tensor) -> Tensor:
     """The rows of x [*M, D] where marked [*M, 1] is true become those of source, in their order; others of it are left.
 
     Where too few are there the plain model fails when it runs; here floating results are NaN.

@@ -73,12 +73,12 @@ def _is_a_factor(backward: fx.GraphModule) -> bool:
             or (node.target in _SUMS and len(read) == 2)
             or (node.target in _SAME and len(read) == 1 and not others)
         )
-        if not keeps or node.kwargs or _shape(node) != _shape(given):
+        if not keeps or node.kwargs or _shape_of(node) != _shape_of(given):
             return False
         linear.add(node)
     return False
 
 
-def _shape(node: fx.Node) -> tuple[Any, ...] | None:
+def _shape_of(node: fx.Node) -> tuple[Any, ...] | None:
     value = node.meta.get("example_value")
     return tuple(value.shape) if isinstance(value, Tensor) else None

@@ -2,7 +2,7 @@
 
 Dynamo reads them before it calls a backend, and a frame that it gives up never reaches one. So they are set from
 outside: some for the process, when the backend is looked up; those that would change what other backends get, only
-around calls of models that this one compiles, which torch.compile lets a backend ask for.
+around calls of models that this one compiles.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from typing import Any
 
 import torch
 
-from spcompile.torch_private import around_calls_where_backends_ask, detect_is_causal_mask
-
-around_calls_where_backends_ask()
+from spcompile.torch_private import detect_is_causal_mask
 
 
 class _WithLibraryMethods(set[Callable[..., Any]]):

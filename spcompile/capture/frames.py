@@ -17,11 +17,13 @@ from typing import Any, NoReturn
 import torch
 import torch.fx as fx
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from spcompile.graph.edit import copy_graph
 from spcompile.torch_private import InstructionTranslator, TracingContext, under_function_modes
 
-_NUMBERED = re.compile(r"(__builtins_dict__|'_\d+_c)_?\d+")  # names that Dynamo makes anew for each trace
+# Names that Dynamo makes anew for each trace.
+_NUMBERED = re.compile(r"(__builtins_dict__|'_\d+_c|___unnamed_scope_\d+_c)_?\d+")
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Frame:
         return [name_of(node.meta["grapharg"].source) for node in self.gm.graph.find_nodes(op="placeholder")]
 
 
-class _Stop(BaseException):
+class _LeaveDynamo(BaseException):
     """Leaves Dynamo when it has the graph, before anything runs. Not an Exception: nobody may catch it."""
 
 
@@ -70,33 +72,24 @@ def traced_again(instead: Mapping[Tensor, Tensor], arguments: set[str], numbers:
     frame = InstructionTranslator.current_tx()
     memo: dict[int, Any] = {id(x): x for x in TracingContext.get().tensor_to_context}
     memo |= {id(x): new for x, new in instead.items()}
-    given = {k: copy.deepcopy(v, memo) if k in arguments else v for k, v in frame.f_locals.items()}
+    replaced = {id(x) for x in instead}
+
+    def holds(value: Any) -> bool:  # one tensor may be passed twice, of which Dynamo tells one place
+        return any(id(x) in replaced for x in pytree.tree_leaves(value))
+
+    given = {k: copy.deepcopy(v, memo) if k in arguments or holds(v) else v for k, v in frame.f_locals.items()}
     found: list[Frame] = []
 
     def keep(gm: fx.GraphModule, inputs: Sequence[Any]) -> NoReturn:
         found.append(this_frame(fx.GraphModule(gm, copy_graph(gm.graph))))  # Dynamo forgets where inputs come from
-        raise _Stop
+        raise _LeaveDynamo
 
     # New code, so that what is compiled for it is not found for the frame itself.
     function = types.FunctionType(frame.f_code.replace(), frame.f_globals, closure=frame.closure)
     again = torch.compile(function, backend=keep, fullgraph=True, dynamic=False)
     symbols = ",".join(map(re.escape, numbers))
     compiler_config: Any = torch.compiler.config
-    with compiler_config.patch(dynamic_sources=symbols), under_function_modes(), contextlib.suppress(_Stop):
-        again(*arguments_by_place(frame.f_code, given), **arguments_by_name(frame.f_code, given))
+    with compiler_config.patch(dynamic_sources=symbols), under_function_modes(), contextlib.suppress(_LeaveDynamo):
+        bound = inspect.BoundArguments(inspect.signature(function), given)
+        again(*bound.args, **bound.kwargs)
     return found[0]
-
-
-def arguments_by_place(code: types.CodeType, given: Mapping[str, Any]) -> list[Any]:
-    """What a frame was called with by place, from its locals."""
-    rest = code.co_varnames[code.co_argcount + code.co_kwonlyargcount] if code.co_flags & inspect.CO_VARARGS else None
-    return [*[given[name] for name in code.co_varnames[: code.co_argcount]], *(given[rest] if rest else ())]
-
-
-def arguments_by_name(code: types.CodeType, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a frame was called with by name, from its locals."""
-    end = code.co_argcount + code.co_kwonlyargcount
-    found = {name: given[name] for name in code.co_varnames[code.co_argcount : end]}
-    if code.co_flags & inspect.CO_VARKEYWORDS:
-        found |= given[code.co_varnames[end + bool(code.co_flags & inspect.CO_VARARGS)]]
-    return found

@@ -8,9 +8,8 @@ and whole outputs, so each can be sharded on its own; what crosses between two i
 from __future__ import annotations
 
 import contextlib
+import inspect
 import linecache
-import logging
-import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -21,13 +20,12 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.capture.frames import arguments_by_name, arguments_by_place
+from spcompile.capture.call_frames import TORCH_FOLDER, calls_above
 from spcompile.diagnostics import GraphBreak, SourceLine, is_own_file
 from spcompile.graph.sizes import numel_hint
 from spcompile.options import Options
-from spcompile.torch_private import RESUMED, TORCH_FOLDER, calls_above, traced_frame, under_function_modes
+from spcompile.torch_private import RESUMED, traced_frame, under_function_modes
 
-log = logging.getLogger(__name__)
 PART = "part"  # meta of the output of a Dynamo graph: which part of a broken model the graph is
 _LEGAL = 'a model that traces with fullgraph=True, or on_graph_break="gather": each graph is then sharded on its own'
 
@@ -71,8 +69,6 @@ def model_call() -> Iterator[None]:
     before, _CALL.graphs = _CALL.graphs, 0
     try:
         yield
-        if not _CALL.graphs and sys.exc_info()[0] is None:
-            log.warning("SPR106 no graph ran in a call of a compiled model: every rank computed all of it")
     finally:
         _CALL.graphs = before
 
@@ -98,7 +94,7 @@ def _find_part(gm: fx.GraphModule) -> ModelPart | None:
     if reason is not None:
         found = _why_ended(reason, starts)
     elif _CALL.graphs:
-        place = _line(getattr(gm.compile_subgraph_reason, "user_stack", None)) or next(map(_line_of, above), None)
+        place = _users_line(getattr(gm.compile_subgraph_reason, "user_stack", None)) or next(map(_line_of, above), None)
         found = ModelPart("Dynamo made a further graph of the model", place, starts, returns=not outer)
     else:
         broken = next(filter(None, map(_why_uncompiled, outer)), None)
@@ -177,7 +173,7 @@ class _Stop(BaseException):
 
 def _why_ended(reason: Any, starts: bool) -> ModelPart:
     """The first words of a graph's reason to end; where Dynamo has but one for it, such as "generic_jump", it asks."""
-    where = _line(reason.user_stack)
+    where = _users_line(reason.user_stack)
     if "\n" not in reason.reason:
         frame = traced_frame()
         asked = _why_not_one_graph(frame.f_code, frame.f_globals, frame.closure, frame.f_locals)
@@ -210,9 +206,10 @@ def _why_not_one_graph(
         function = types.FunctionType(code.replace(), in_globals, closure=cells)
         again = torch.compile(function, backend=stop, fullgraph=True, dynamic=False)
         with under_function_modes():
-            again(*arguments_by_place(code, given), **arguments_by_name(code, given))
+            bound = inspect.BoundArguments(inspect.signature(function), dict(given))
+            again(*bound.args, **bound.kwargs)
     except torch._dynamo.exc.Unsupported as error:
-        return ModelPart(_first_words(str(error)), _line(error.real_stack), starts=False, returns=False)
+        return ModelPart(_first_words(str(error)), _users_line(error.real_stack), starts=False, returns=False)
     except (_Stop, Exception):
         return None
     return None
@@ -225,7 +222,7 @@ def _first_words(reason: str) -> str:
     return f"Dynamo broke it: {'. '.join(line.rstrip('.') for line in kept)}"
 
 
-def _line(stack: Any) -> SourceLine | None:
+def _users_line(stack: Any) -> SourceLine | None:
     """The innermost line that is the user's, else torch's."""
     frames = [f for f in reversed(stack or ()) if not is_own_file(f.filename)]
     found = next((f for f in frames if not f.filename.startswith(TORCH_FOLDER)), None) or next(iter(frames), None)

@@ -40,9 +40,12 @@ class Contents(NamedTuple):
 
 @dataclass
 class ModuleBuffer:
-    """A buffer behind a placeholder, and what was read of it. relied_on: whether the graph relies on that now."""
+    """A buffer behind a placeholder, and what was read of it. relied_on: whether the graph relies on that now.
 
-    value: Tensor
+    It is not kept alive: graphs outlive the model that they were captured from.
+    """
+
+    value: weakref.ref[Tensor]
     contents: Contents | None = None
     relied_on: bool = False
 
@@ -60,8 +63,10 @@ class ModuleBuffer:
 
     def _read(self) -> Contents:
         if self.contents is None:
+            buffer = self.value()
+            assert buffer is not None, "the compile that reads it has ended"
             with unset_fake_temporarily():
-                self.contents = contents_of(self.value)
+                self.contents = contents_of(buffer)
         return self.contents
 
 

@@ -6,9 +6,9 @@ node each, with the user's source line. Mutations are functionalised, so every l
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from spcompile.capture.flex_attention import without_block_sizes, written_out
 from spcompile.capture.module_buffer import KEY, ModuleBuffer, may_be_read
 from spcompile.capture.vmapped import without_vmaps
 from spcompile.diagnostics import CaptureFailed, source_of
-from spcompile.graph.sizes import same
+from spcompile.graph.sizes import same_shape
 from spcompile.torch_private import FunctionalTensor, FunctionalTensorMode, TracingContext, detect_fake_mode
 
 aten = torch.ops.aten
@@ -128,6 +128,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     write_out_bool_writes(captured)
     normalise(captured)
     _read_before_writing(captured.graph)
+    _keep_gradients_of_written(captured.graph)
     for node in captured.graph.nodes:
         if node.op == "call_function" and not node.meta.get("stack_trace"):
             node.meta["spx_origin"] = "capture"  # code that was made by exec has no lines
@@ -169,7 +170,7 @@ def _name_placeholders(captured: fx.GraphModule, original: fx.GraphModule, input
         node.meta["trainable"] = isinstance(given, torch.Tensor) and given.requires_grad
         node.meta["state"] = is_state(source)
         if node.meta["state"] and may_be_read(given) and node not in written:
-            node.meta[KEY] = ModuleBuffer(given)
+            node.meta[KEY] = ModuleBuffer(weakref.ref(given))
         node._rename(source.name)
         node.target = node.name
         for key in ("grapharg", "tensor_dict", OWN):
@@ -236,7 +237,7 @@ def _replace_copy(node: fx.Node) -> None:
     target, value = node.args[:2]
     assert isinstance(value, fx.Node)
     with node.graph.inserting_before(node):
-        if not _same_shape(value, node):
+        if not same_shape(value.meta["val"], node.meta["val"]):
             example = node.meta["val"].to(value.meta["val"].dtype)
             value = node.graph.call_function(aten.expand_as.default, (value, target))
             value.meta = {**node.meta, "val": example}
@@ -252,10 +253,10 @@ def _broadcast_one_by_one(node: fx.Node) -> None:
     operands: Any = node.args[0]
     for user in list(node.users):
         value = operands[user.args[1]]
-        largest = next((x for x in operands if _same_shape(x, user)), None)
+        largest = next((x for x in operands if same_shape(x.meta["val"], user.meta["val"])), None)
         if largest is None:
             continue
-        if not _same_shape(value, user):
+        if not same_shape(value.meta["val"], user.meta["val"]):
             with node.graph.inserting_before(user):
                 value = node.graph.call_function(aten.expand_as.default, (value, largest))
             value.meta = dict(user.meta)
@@ -263,10 +264,6 @@ def _broadcast_one_by_one(node: fx.Node) -> None:
         node.graph.erase_node(user)
     if not node.users:
         node.graph.erase_node(node)
-
-
-def _same_shape(a: fx.Node, b: fx.Node) -> bool:
-    return all(same(m, n) for m, n in zip_longest(a.meta["val"].shape, b.meta["val"].shape, fillvalue=0))
 
 
 def _read_before_writing(graph: fx.Graph) -> None:
@@ -284,6 +281,33 @@ def _read_before_writing(graph: fx.Graph) -> None:
             copy.meta = {**readers[0].meta, "val": value.meta["val"]}
             for reader in readers:
                 reader.replace_input_with(value, copy)
+
+
+def _keep_gradients_of_written(graph: fx.Graph) -> None:
+    """Give readers of a parameter's new numbers the gradient of the parameter itself.
+
+    A forward can write to a parameter's data only, without a gradient; what reads it then reads the parameter. Here
+    that is (w - w) + new, in which the first w alone has a gradient.
+    """
+    for copy_ in graph.find_nodes(op="call_function", target=aten.copy_.default):
+        parameter, new = copy_.args
+        if not (parameter.meta.get("trainable") and parameter.meta.get("state")):
+            continue
+        readers = [user for user in new.users if user is not copy_]
+        old = next((user for user in parameter.users if user.target is aten.clone.default), parameter)
+        with graph.inserting_after(new):
+            detached = graph.call_function(aten.detach.default, (new,))
+        with graph.inserting_after(detached):
+            constant = graph.call_function(aten.detach.default, (old,))
+        with graph.inserting_after(constant):
+            zero = graph.call_function(aten.sub.Tensor, (old, constant))
+        with graph.inserting_after(zero):
+            value = graph.call_function(aten.add.Tensor, (zero, detached))
+        for node in (detached, constant, zero, value):
+            node.meta = dict(new.meta)
+        for reader in readers:
+            reader.replace_input_with(new, value)
+        copy_.replace_input_with(new, detached)
 
 
 def _is_needed(clone: fx.Node) -> bool:

@@ -11,6 +11,7 @@ import operator
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.fx as fx
@@ -20,11 +21,14 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statica
 from spcompile.check.states import check_states, invalid
 from spcompile.collectives import is_start
 from spcompile.diagnostics import InvalidGraph
+from spcompile.graph.edit import fake_mode_of
 from spcompile.graph.printer import type_text
 from spcompile.machine.mesh import MeshShape
 from spcompile.passes_api import Stage
 
 _c10d = torch.ops._c10d_functional
+# Of each fake mode, whose symbols they are about: descriptions of calls that were found right, in whichever graph.
+_RIGHT: WeakKeyDictionary[FakeTensorMode, set[str]] = WeakKeyDictionary()
 
 
 def verify_graph(
@@ -64,21 +68,21 @@ def verify_graph(
 
 def check_shapes(gm: fx.GraphModule) -> None:
     """Run every op on the example values of its operands and compare with its own example value."""
-    mode = _fake_mode(gm.graph)
+    mode = fake_mode_of([n.meta.get("val") for n in gm.graph.nodes])
     if mode is None:
         return
     shape_env = mode.shape_env
     guards = shape_env.suppress_guards() if shape_env is not None else nullcontext()
     fresh = shape_env.ignore_fresh_unbacked_symbols() if shape_env is not None else nullcontext()
-    right: set[Any] = set()
+    right = _RIGHT.setdefault(mode, set())
     with mode, guards, fresh, torch.no_grad():
         for node in gm.graph.nodes:
             if node.op == "call_function" and not isinstance(node.target, torch._ops.HigherOrderOperator):
                 _check_shape(gm, node, mode, right)
 
 
-def _check_shape(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, right: set[Any]) -> None:
-    """right: descriptions of calls that were found right; those of other layers are equal."""
+def _check_shape(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, right: set[str]) -> None:
+    """right: descriptions of calls that were found right; those of other layers, and behind other passes, are equal."""
     if "val" not in node.meta:
         if _returns_nothing(node):
             return
@@ -90,7 +94,7 @@ def _check_shape(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, right:
     if description is not None and description in right:
         node.meta["verified"] = call
         return
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _example(gm, n, mode))
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _example_value(gm, n, mode))
     target: Any = node.target
     try:
         found = target(*args, **kwargs)
@@ -99,7 +103,8 @@ def _check_shape(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, right:
     if not _agree(found, node.meta["val"]):
         raise invalid(node, f"{target} gives {type_text(found)}, the graph says {type_text(node.meta['val'])}")
     node.meta["verified"] = call
-    right.add(description)
+    if description is not None:
+        right.add(description)
 
 
 def _description(node: fx.Node) -> str | None:
@@ -141,7 +146,7 @@ def _same_call(seen: tuple[Any, ...] | None, call: tuple[Any, ...]) -> bool:
     return seen is not None and len(seen) == len(call) and all(map(operator.is_, seen, call))
 
 
-def _example(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> Any:
+def _example_value(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> Any:
     if "val" in node.meta:
         val = node.meta["val"]
     elif node.op == "get_attr":
@@ -150,14 +155,6 @@ def _example(gm: fx.GraphModule, node: fx.Node, mode: FakeTensorMode) -> Any:
         raise invalid(node, 'no example value in meta["val"]')
     real = isinstance(val, torch.Tensor) and not isinstance(val, FakeTensor)
     return mode.from_tensor(val, static_shapes=True) if real else val
-
-
-def _fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
-    for node in graph.nodes:
-        for val in torch.utils._pytree.tree_leaves(node.meta.get("val")):
-            if isinstance(val, FakeTensor):
-                return val.fake_mode
-    return None
 
 
 def _agree(a: Any, b: Any) -> bool:

@@ -1,6 +1,6 @@
 """spx.all_to_all: block i of every rank goes to rank i.
 
-`recompute` is about memory, not about values: the backward makes the exchange again instead of keeping its result.
+`recompute` is about memory, not about values: the backward makes the all-to-all again instead of keeping its result.
 """
 
 from __future__ import annotations

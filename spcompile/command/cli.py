@@ -104,7 +104,7 @@ def train(
     require_file("--text", text)
     given = parse_settings(settings or [])
     options = {"attention": parse_attention(attention), "compiler": compiler, **parse_options(option or [])}
-    check_model(model, dtype, given)
+    check_model(model, given)
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -267,7 +267,7 @@ def passes(*, json: Json = False) -> int:
     return 0
 
 
-def check_model(model: str, dtype: str, settings: dict[str, Any]) -> None:
+def check_model(model: str, settings: dict[str, Any]) -> None:
     """Find what is wrong with a plain model's settings before the launcher of processes is imported."""
     from spcompile.command import model_spec
 

@@ -204,7 +204,7 @@ def _build(job: TrainJob, device: str) -> BuiltModel:
 
 
 class Batches:
-    """step -> the model's arguments: windows of the text at places drawn from the seed; a dp rank takes its rows."""
+    """step -> the model's arguments: windows of the text at places drawn from the seed; a dp rank takes its entries."""
 
     def __init__(self, job: TrainJob, built: BuiltModel, device: str, dp_rank: int = 0, dp_size: int = 1) -> None:
         self.job, self.built, self.device, self.dp_rank, self.dp_size = job, built, device, dp_rank, dp_size

@@ -79,14 +79,15 @@ def _example(target: Callable[..., Any], args: Any, kwargs: Any, like: fx.Node) 
         return node.meta["val"]
 
     args, kwargs = fx.node.map_arg((args, kwargs), value)
-    mode = _fake_mode((args, kwargs)) or _fake_mode(like.meta.get("val"))
+    mode = fake_mode_of((args, kwargs)) or fake_mode_of(like.meta.get("val"))
     if mode is None:
         raise AssertionError(f"{like} has no fake example value")
     with mode, torch.no_grad():
         return target(*args, **kwargs)
 
 
-def _fake_mode(values: Any) -> FakeTensorMode | None:
+def fake_mode_of(values: Any) -> FakeTensorMode | None:
+    """The mode of the first fake tensor in nested values."""
     for value in torch.utils._pytree.tree_leaves(values):
         mode = getattr(value, "fake_mode", None)
         if mode is not None:

@@ -39,6 +39,7 @@ CUSTOM: Mapping[str, str] = {
     "spx_scores": "the same where it may be no attention",
     "spx_rows_without_keys": "an attention whose documents are the rows without keys, and all others",
     "spx_averages_rows_of_one_number": "an attention whose rows without keys are dealt with",
+    "spx_made": "a node that large numbers of a mask were told apart by: remarks are about the mask itself",
     "spx_attention": "the strategy that choose-attention chose",
     "spx_bias_rows": "whether the bias of an attention has query rows",
     "spx_own_part": "LOCAL graphs: axes on which each rank makes its own part of a value from what all ranks hold",

@@ -93,12 +93,12 @@ def _line(gm: fx.GraphModule, node: fx.Node) -> str:
     if val is None and node.op == "get_attr":
         val = operator.attrgetter(str(node.target))(gm)
     type_name = type_text(val)
-    collective = _collective(node)
+    collective = _collective_comment(node)
     sharding = "".join(f" {axis}={text}" for axis, text in (node.meta.get("sharding") or {}).items())
     return f'{node.name}: "{type_name}{sharding}" = {_expression(node)}{collective}'
 
 
-def _collective(node: fx.Node) -> str:
+def _collective_comment(node: fx.Node) -> str:
     """A comment: the collective that a `reshard` of a GLOBAL graph will be."""
     if not is_reshard(node):
         return ""
@@ -137,7 +137,7 @@ def _unbound(node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
 def type_text(val: Any) -> str:
     """The type of an example value: `f32[2, 512]`, `(f32[2], i64[])`, `SymInt(s0)`."""
     if isinstance(val, torch.Tensor):
-        return f"{_dtype(val.dtype)}[{', '.join(str(size) for size in val.shape)}]"
+        return f"{_dtype_text(val.dtype)}[{', '.join(str(size) for size in val.shape)}]"
     if isinstance(val, (tuple, list)):
         return f"({', '.join(type_text(v) for v in val)})"
     if isinstance(val, (torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -145,7 +145,7 @@ def type_text(val: Any) -> str:
     return "?" if val is None else type(val).__name__
 
 
-def _dtype(dtype: torch.dtype) -> str:
+def _dtype_text(dtype: torch.dtype) -> str:
     return _DTYPES.get(dtype, str(dtype).removeprefix("torch."))
 
 
@@ -165,7 +165,7 @@ def _value_text(value: Any) -> str:
     if value is Ellipsis:
         return "..."
     if isinstance(value, torch.dtype):
-        return _dtype(value)
+        return _dtype_text(value)
     if isinstance(value, torch.device):
         return value.type
     if isinstance(value, (bool, int, float, complex, str, type(None))):

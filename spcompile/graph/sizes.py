@@ -23,6 +23,11 @@ def same(a: Size, b: Size) -> bool:
     return bool(statically_known_true(a == b))
 
 
+def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether all sizes of two tensors are equal for all values of their symbols."""
+    return a.ndim == b.ndim and all(map(same, a.shape, b.shape))
+
+
 def quotient(a: Size, b: Size) -> Size | None:
     """A / b where b divides a for all values of the symbols, else None."""
     if isinstance(a, int) and isinstance(b, int):

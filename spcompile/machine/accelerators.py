@@ -15,7 +15,7 @@ class Accelerator:
 
     bytes_per_second: of its memory, as reached. seconds_per_kernel: the least that anything takes.
     seconds_per_sync: that it idles after the host waited for one of its results. units: what computes one tile of a
-    product's result each, at once; a product takes whole rounds of them.
+    product's result each, at once; a product takes whole rounds of them. memory: bytes; None: as many as one likes.
     """
 
     name: str
@@ -26,6 +26,12 @@ class Accelerator:
     seconds_per_kernel: float
     seconds_per_sync: float = 0.0
     units: int = 1
+    memory: int | None = None
+
+    @property
+    def usable_memory(self) -> int | None:
+        """Bytes for a step: a tenth is left to the driver, to communication and to gaps between tensors."""
+        return None if self.memory is None else int(0.9 * self.memory)
 
     def rounding(self, tiles: int) -> float:
         """By how much a product of so many tiles takes longer since units stand idle in the last round."""
@@ -47,10 +53,17 @@ class Accelerator:
         )
 
 
+# As nvidia-smi shows them for the cards "with 80 GB".
+_H100, _A100 = 81_559 * 2**20, 81_920 * 2**20
+
 ACCELERATORS = {
     # Data sheets: dense bf16, float32 without TF32, float64 tensor cores. Reached: by large cuBLAS products and by
     # FlashAttention. A sync: a copy to the host and the launches that the host has not made meanwhile.
-    "h100": Accelerator("H100 SXM", {2: 989e12, 4: 67e12, 8: 67e12}, 0.65, 0.5, 0.8 * 3.35e12, 3e-6, 100e-6, 132),
-    "a100": Accelerator("A100 SXM", {2: 312e12, 4: 19.5e12, 8: 19.5e12}, 0.75, 0.6, 0.8 * 2.04e12, 4e-6, 100e-6, 108),
+    "h100": Accelerator(
+        "H100 SXM", {2: 989e12, 4: 67e12, 8: 67e12}, 0.65, 0.5, 0.8 * 3.35e12, 3e-6, 100e-6, 132, _H100
+    ),
+    "a100": Accelerator(
+        "A100 SXM", {2: 312e12, 4: 19.5e12, 8: 19.5e12}, 0.75, 0.6, 0.8 * 2.04e12, 4e-6, 100e-6, 108, _A100
+    ),
     "cpu": Accelerator("one CPU core", {4: 80e9, 8: 40e9}, 0.6, 0.4, 6e9, 5e-6),
 }

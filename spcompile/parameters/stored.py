@@ -27,9 +27,9 @@ def require_like(key: str, shape: Sequence[int], dtype: torch.dtype | str, value
         raise IllegalModel(f"{key!r} has shape {tuple(shape)} in {str(place)!r}", legal=str(tuple(value.shape)))
     rounded = any({dtype, value.dtype} <= kind for kind in (_ROUNDED, _COMPLEX))
     if dtype != value.dtype and not rounded:
-        legal = "float16, bfloat16, float32, float64" if value.dtype in _ROUNDED else _name(value.dtype)
+        legal = "float16, bfloat16, float32, float64" if value.dtype in _ROUNDED else _dtype_name(value.dtype)
         raise IllegalModel(
-            f"{key!r} is {_name(dtype)} in {str(place)!r}, {_name(value.dtype)} in the model", legal=legal
+            f"{key!r} is {_dtype_name(dtype)} in {str(place)!r}, {_dtype_name(value.dtype)} in the model", legal=legal
         )
 
 
@@ -56,5 +56,5 @@ def require_plain_file(file: Path, named_by: Path) -> int:
     return file.stat().st_size
 
 
-def _name(dtype: torch.dtype | str) -> str:
+def _dtype_name(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")

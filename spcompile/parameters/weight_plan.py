@@ -72,10 +72,10 @@ def weight_plan(
 
 def split_over_tp(graph: fx.Graph, degree: int) -> list[int | str]:
     """For each placeholder of a graph after insert-tensor-reshards: the dim that tp splits, or why it splits none."""
-    return [_split(node, degree) for node in graph.find_nodes(op="placeholder")]
+    return [_split_dim(node, degree) for node in graph.find_nodes(op="placeholder")]
 
 
-def _split(node: fx.Node, degree: int) -> int | str:
+def _split_dim(node: fx.Node, degree: int) -> int | str:
     states = {Reshard.of(user).dst if is_reshard(user, "tp") else "I" for user in node.users}
     layout = layout_of(node)
     if len(states) != 1 or layout is None:

@@ -29,6 +29,7 @@ from spcompile.program.one_caller import OneCaller
 from spcompile.program.own_group import OwnGroup
 from spcompile.program.program_cache import sources
 from spcompile.program.roll_call import roll_call_of
+from spcompile.program.same_weights import ParameterSets
 from spcompile.torch_private import (
     RestartAnalysis,
     default_store,
@@ -39,7 +40,9 @@ from spcompile.torch_private import (
 
 log = logging.getLogger(__name__)
 _TEXTS_ARRIVE = timedelta(seconds=30)
-_COLLECTIVE = re.compile(r"gloo|nccl|DistBackendError|DistNetworkError|Connection (closed|reset)|collective", re.I)
+_COLLECTIVE = re.compile(
+    r"gloo|nccl|DistBackendError|DistNetworkError|Connection (closed|reset)|collective|monitoredBarrier", re.I
+)
 
 
 class Agreement:
@@ -60,6 +63,7 @@ class Agreement:
         self._pending: deque[tuple[bool, Future[bool]]] = deque()  # (of a call, not of its backward; what was found)
         self._wished = False
         self.caller = OneCaller()
+        self.parameter_sets = ParameterSets()
 
     @property
     def count(self) -> int:

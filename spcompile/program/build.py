@@ -12,7 +12,6 @@ import torch.fx as fx
 from spcompile.capture.autocast import autocast_off
 from spcompile.capture.graph_breaks import model_part_of
 from spcompile.capture.retrace import OWN, capture
-from spcompile.capture.specialised import numbers_where_specialised
 from spcompile.diagnostics import BatchNotSplit, Remarks, source_of
 from spcompile.graph.edit import copy_module
 from spcompile.graph.reshard import Place, parse_place
@@ -31,7 +30,7 @@ class Output:
     """What became of one output of the user's graph.
 
     index: its place among the outputs of the local graph; None if it is not computed.
-    dims: the tensor dims over which axes leave it split: `dp` its rows, `cp` under outputs="sharded".
+    dims: the tensor dims over which axes leave it split: `dp` its entries, `cp` under outputs="sharded".
     blocks: how often the entries of the batch stand behind each other in the dim that `dp` splits, where a rank has its
         own of each block.
     shape: of the whole over all axes, where it is split or not computed.
@@ -67,6 +66,10 @@ class LocalProgram:
         tag = torch.Tag.nondeterministic_seeded
         return any(tag in getattr(n.target, "tags", ()) for n in self.gm.graph.nodes)
 
+    def forget_inputs(self) -> None:
+        """When it is compiled: Dynamo keeps what was compiled, for later models, which may not keep this one alive."""
+        self.inputs, self.all_inputs = [], []
+
 
 def _has_axis(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
@@ -91,14 +94,13 @@ def build(
     check_order(passes)
     ctx = Context(mesh, options, Remarks(strict=options.strict))
     history = history or History()
-    with numbers_where_specialised(inputs):
-        captured = capture(gm, inputs)
-        if (part := model_part_of(gm)) is not None:
-            ctx.remarks.add("SPR105", part.text(captured.graph), where=part.where)
-        mark_parts(captured.graph)
-        mark_batch(captured.graph, mesh.size("dp"))
-        with autocast_off():
-            return _build(captured, inputs, ctx, passes, history)
+    captured = capture(gm, inputs)
+    if (part := model_part_of(gm)) is not None:
+        ctx.remarks.add("SPR105", part.text(captured.graph), where=part.where)
+    mark_parts(captured.graph)
+    mark_batch(captured.graph, mesh.size("dp"))
+    with autocast_off():
+        return _build(captured, inputs, ctx, passes, history)
 
 
 def _build(
@@ -116,6 +118,7 @@ def _build(
             _note_split_outputs(work, outputs, p.axis or "cp", ctx, captured.graph)
             done = index
     run_passes(work, before_autograd[done:], ctx, history)
+    work.recompile()
     schedule = [p for p in passes if p.stage is Stage.SCHEDULE]
     given = zip(captured.graph.find_nodes(op="placeholder"), inputs, strict=True)
     own = [node.meta.get(OWN, x) for node, x in given]
@@ -164,16 +167,16 @@ def _note_split_outputs(gm: fx.GraphModule, outputs: list[Output], axis: str, ct
             if output.shape is None:
                 output.shape = tuple(value.meta["val"].shape)
         if own is not None and axis == "dp":
-            _require_own_rows(value, place, own[number], ctx.mesh.size(axis))
+            _require_own_shape(value, place, own[number], ctx.mesh.size(axis))
 
 
-def _require_own_rows(value: Any, place: Place | None, own: Sequence[Any] | None, degree: int) -> None:
-    """A caller gets of each output what the model makes of its rows: the shape is that of Dynamo's own graph."""
+def _require_own_shape(value: Any, place: Place | None, own: Sequence[Any] | None, degree: int) -> None:
+    """A caller gets of each output what the model makes of its entries: the shape is that of Dynamo's own graph."""
     if own is None or not isinstance(value, fx.Node):
         return
     shape = [hint(size) for size in value.meta["val"].shape]
     if place is not None:
         shape[place.dim] //= degree
     if shape != [hint(size) for size in own]:
-        found = f"the output {value.name} would be {shape} on a rank, but its own rows give {list(own)}"
+        found = f"the output {value.name} would be {shape} on a rank, but its own entries give {list(own)}"
         raise BatchNotSplit(found, where=source_of(value), legal="outputs with entries of inputs, or DDP over dp")

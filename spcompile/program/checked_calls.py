@@ -21,7 +21,7 @@ from spcompile.program.agreement import Agreement
 from spcompile.program.facts import Fact, Record
 from spcompile.program.outputs import NotComputedTensor
 from spcompile.program.same_inputs import facts_of_inputs, names_of, places_of_state
-from spcompile.program.same_weights import ParameterSet, ParameterSets, fact_of_set, record_of_values
+from spcompile.program.same_weights import ParameterSet, fact_of_set, record_of_values
 from spcompile.torch_private import around_backward, traced_function
 
 
@@ -49,7 +49,7 @@ class CheckedCalls:
     """A program whose ranks must be about to do the same.
 
     Random numbers are drawn for whole tensors on every rank: their state must be the same as well, but over dp, whose
-    ranks have other rows.
+    ranks have other entries.
     """
 
     def __init__(
@@ -84,14 +84,14 @@ class CheckedCalls:
         agreement, inputs = self._agreement, self._inputs
         own = [i for i in inputs.state if isinstance(args[i], torch.Tensor)]
         tensors, names = [args[i] for i in own], [inputs.names[i] for i in own]
-        self._last, is_new = _sets_of(agreement).of(tensors, self._last)
+        self._last, is_new = agreement.parameter_sets.of(tensors, self._last)
         which = [fact_of_set(self._last, names)]
         passed = inputs.passed
         passed_facts = facts_of_inputs(
             [inputs.names[i] for i in passed], [args[i] for i in passed], with_values=self._compare_values
         )
         if self._random:
-            which.append(_random_fact(agreement.device_type))
+            which.append(random_fact(agreement.device_type))
         wishes = is_new or self._last.written_to(tensors)
 
         def record() -> Record:
@@ -145,13 +145,9 @@ class CheckedCalls:
         return compared
 
 
-def _random_fact(device_type: str) -> Fact:
+def random_fact(device_type: str) -> Fact:
+    """The state of a device's random numbers."""
     state = torch.get_rng_state() if device_type == "cpu" else torch.get_device_module(device_type).get_rng_state()
     digest = hashlib.sha256(state.numpy().tobytes()).hexdigest()[:8]
     legal = "torch.manual_seed with one seed on all ranks of cp and tp, and the same draws everywhere"
     return Fact("random state", f"{digest} (seed {torch.initial_seed()})", ("dp",), legal)
-
-
-@functools.cache
-def _sets_of(agreement: Agreement) -> ParameterSets:
-    return ParameterSets()

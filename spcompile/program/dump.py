@@ -13,7 +13,8 @@ import torch.distributed as dist
 import torch.fx as fx
 
 from spcompile.diagnostics import IllegalOption
-from spcompile.graph.printer import unified_diff
+from spcompile.graph.printer import format_graph, unified_diff
+from spcompile.passes_api import PassReport, Stage
 from spcompile.program.pipeline import Snapshot
 
 FINAL = ("forward", "backward", "inference")
@@ -28,6 +29,7 @@ _WRITTEN = re.compile(rf"\d\d+-[\w-]+\.(txt|diff)|({'|'.join(FINAL)})\.py")
 _PROBE_BYTES = 1 << 16
 _LEGAL = "a folder that this user may write to, on a disk with room"
 _counter = itertools.count()
+_written_to: set[str] = set()  # folders that this process has dumped to
 
 
 class Dump:
@@ -56,6 +58,16 @@ class Dump:
             with self._writing(self.given):
                 remove_dumps(Path(self.given))
 
+    def require_written(self) -> None:
+        """Raises IllegalOption where something could not be written."""
+        if self.failure is not None:
+            raise self.failure
+
+    def final(self, phase: str, gm: fx.GraphModule) -> None:
+        """A final graph that no pass has made: as text and as Python."""
+        self.snapshot(Snapshot(phase, Stage.SCHEDULE, format_graph(gm), PassReport()))
+        self.python(phase, gm)
+
     def snapshot(self, snapshot: Snapshot) -> None:
         """<number>-<pass>.txt, and what the pass changed in <number>-<pass>.diff."""
         number = f"{len(self._texts):02d}-{snapshot.name}"
@@ -80,6 +92,30 @@ class Dump:
             yield
         except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
             self.failure = cannot_write(given, error)
+
+
+def is_first(folder: str | None) -> bool:
+    """Whether this process has not dumped to a folder yet; from now on it has."""
+    if folder is None or folder in _written_to:
+        return False
+    _written_to.add(folder)
+    return True
+
+
+def own_dump(folder: str | None) -> Dump | None:
+    """Start the dump of one compile on one device, without what an older run left in the folder.
+
+    Raises:
+        IllegalOption: it cannot be written to.
+    """
+    if folder is None:
+        return None
+    dump = Dump(folder)
+    if is_first(folder):
+        dump.remove_older()
+    dump.start()
+    dump.require_written()
+    return dump
 
 
 def python_of(gm: fx.GraphModule) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +13,16 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from spcompile.collectives import erase_identities
 from spcompile.graph.edit import copy_module
+from spcompile.memory.planner import MemoryPlan, Wish
 from spcompile.passes_api import PassReport, Stage
 from spcompile.program import recompute
 from spcompile.program.build import LocalProgram
+from spcompile.program.memory_remarks import remark_memory
+from spcompile.program.partition import Partitioner
 from spcompile.program.pipeline import run_passes
 from spcompile.program.program_cache import sources
 from spcompile.schedule.keep_order import KEEP_THE_ORDER
+from spcompile.schedule.op_cost import cost_model
 from spcompile.torch_private import (
     CustomGraphPass,
     aot_autograd,
@@ -39,6 +43,7 @@ class Emission:
     bind: replaces axis names by this process's groups in a finished graph (nothing for a dry run).
     finished: called with ("forward" | "backward" | "inference", graph) when a graph is final, before it is bound.
     graphs: the final graphs by phase, unbound.
+    wish: how much memory a step may take. memory: what was chosen, where there is a backward.
     keep: leave in `result` what AOTAutograd made, to be stored, if it can be; the backward is then compiled with the
         forward, not when it is first called.
     """
@@ -47,11 +52,22 @@ class Emission:
     bind: Callable[[fx.Graph], Any]
     finished: Callable[[str, fx.GraphModule], None] = lambda phase, gm: None
     graphs: dict[str, fx.GraphModule] = field(default_factory=dict)
+    wish: Wish = field(default_factory=Wish)
+    memory: MemoryPlan | None = None
     keep: bool = False
     result: Any = None
 
+    def partitioner(self, base: Callable[..., Any]) -> Partitioner:
+        """`base`, under a plan of memory, which is left in `memory`."""
+        context = self.program.ctx
+        return Partitioner(base, self.wish, cost_model(context.mesh, context.options), self._planned)
+
+    def _planned(self, plan: MemoryPlan) -> None:
+        self.memory = plan
+        remark_memory(plan, self.program.ctx.remarks)
+
     def schedule(self, gm: fx.GraphModule, phase: str) -> None:
-        """The SCHEDULE stage on one graph after autograd, in place."""
+        """The SCHEDULE stage on one graph after autograd, in place. The module's code is left as it was."""
         program = self.program
         for node in gm.graph.nodes:
             if "stack_trace" not in node.meta:
@@ -62,7 +78,6 @@ class Emission:
         self.graphs[phase] = kept
         self.finished(phase, kept)
         self.bind(gm.graph)
-        gm.recompile()
 
 
 def prepare_joint(graph: fx.Graph, regather: bool = True) -> None:
@@ -118,14 +133,17 @@ def _eager(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
     def compiler(phase: str) -> Callable[..., Any]:
         def run(graph_module: fx.GraphModule, _: Sequence[Any]) -> Any:
             emission.schedule(graph_module, phase)
-            _reshape_views(graph_module)
+            _reshape_views(graph_module.graph)
+            graph_module.recompile()
             return make_boxed_func(graph_module.forward)
 
         return run
 
+    partitioner = emission.partitioner(min_cut_rematerialization_partition)
+
     def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
         prepare_joint(joint.graph, regather)
-        return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+        return partitioner(joint, joint_inputs, **kwargs)
 
     def inference(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         prepare_joint(graph_module.graph, regather)
@@ -140,23 +158,26 @@ def _eager(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
     return backend(gm, inputs)
 
 
-def _reshape_views(gm: fx.GraphModule) -> None:
+def _reshape_views(graph: fx.Graph) -> None:
     """`view` becomes `reshape`: some kernels, softplus_backward's is one, leave other strides than their fakes say.
 
     Inductor makes the strides that it was told.
     """
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default
-    gm.recompile()
 
 
 def _inductor(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     def inner(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
-        phase = "backward" if kwargs.get("is_backward") else "inference" if kwargs.get("is_inference") else "forward"
-        emission.schedule(graph_module, phase)
+        emission.schedule(graph_module, _phase(kwargs))
+        graph_module.recompile()
         return compile_fx_inner(graph_module, example_inputs, **kwargs)
 
-    patches: dict[str, Any] = {"joint_custom_pre_pass": _PrepareJoint(emission.program.ctx.options.regather)}
+    partitioner = torch._inductor.config.custom_partitioner_fn or min_cut_rematerialization_partition
+    patches: dict[str, Any] = {
+        "joint_custom_pre_pass": _PrepareJoint(emission.program.ctx.options.regather),
+        "custom_partitioner_fn": emission.partitioner(partitioner),
+    }
     if any(p.name == "overlap-collectives" for p in emission.program.schedule):
         patches |= KEEP_THE_ORDER
     for name in ("joint_custom_pre_pass", "post_grad_custom_post_pass"):
@@ -176,6 +197,42 @@ def _inductor(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> 
     if emission.keep:
         emission.result = autograd_result(compiled)
     return compiled
+
+
+def as_it_is(
+    gm: fx.GraphModule, inputs: Sequence[Any], compiler: str, final: Callable[[str, fx.GraphModule], None] | None = None
+) -> Callable[..., Any]:
+    """A Dynamo graph compiled as a backend of torch does it. final: gets its graphs after autograd, by phase."""
+    if compiler == "inductor" and final is None:
+        return callable_of(compile_fx(gm, inputs))
+
+    def tell(phase: str, graph_module: fx.GraphModule) -> None:
+        if final is not None:
+            final(phase, graph_module)
+
+    if compiler == "inductor":
+
+        def inner(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+            tell(_phase(kwargs), graph_module)
+            return compile_fx_inner(graph_module, example_inputs, **kwargs)
+
+        with torch._functorch.config.patch(enable_autograd_cache=False):  # a hit would tell nothing
+            return callable_of(compile_fx(gm, inputs, inner_compile=inner))
+
+    def run(phase: str) -> Callable[..., Any]:
+        def compile_graph(graph_module: fx.GraphModule, _: Sequence[Any]) -> Any:
+            tell(phase, graph_module)
+            return make_boxed_func(graph_module.forward)
+
+        return compile_graph
+
+    backend = aot_autograd(fw_compiler=run("forward"), bw_compiler=run("backward"), inference_compiler=run("inference"))
+    return backend(gm, inputs)
+
+
+def _phase(kwargs: Mapping[str, Any]) -> str:
+    """What Inductor compiles, from what it hands to its inner compiler."""
+    return "backward" if kwargs.get("is_backward") else "inference" if kwargs.get("is_inference") else "forward"
 
 
 def callable_of(compiled: Any) -> Callable[..., Any]:

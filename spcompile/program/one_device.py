@@ -28,9 +28,17 @@ RECOGNITION = ("recognize-softmax", "recognize-attention", "recognize-mask")
 
 
 def recognise(
-    gm: fx.GraphModule, inputs: Sequence[Any], options: Options, pipeline: Sequence[Pass]
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    pipeline: Sequence[Pass],
+    history: History,
+    *,
+    always: bool = False,
 ) -> LocalProgram | None:
     """The program of one device; None where it would hold as many dense masks and scores as the graph itself.
+
+    always: also then, since memory is to be planned.
 
     Attention that one kernel of PyTorch computes as well goes back to it. Nothing is an error here: what cannot be
     captured is compiled as it is.
@@ -39,11 +47,11 @@ def recognise(
     wishes = {name: wish for name, wish in options.passes.items() if name in RECOGNITION}
     chosen = replace(options, passes=wishes, strict=False, outputs="full")
     try:
-        program = build(gm, inputs, MeshShape(()), chosen, passes, History())
+        program = build(gm, inputs, MeshShape(()), chosen, passes, history)
     except Exception as error:
         log.warning("SPR402 attention is not looked for, the graph cannot be captured: %s", error)
         return None
-    if _dense(program.gm) >= _dense(program.captured):
+    if not always and _dense(program.gm) >= _dense(program.captured):
         return None
     _use_plain_kernels(program.gm)
     return program

@@ -34,22 +34,32 @@ class History:
     """All snapshots of one compile, in order.
 
     keep_texts: writing them takes a tenth of the time of all passes, which nobody pays who will not read them.
+    keep_graphs: those before autograd; snapshots between which nothing changed share one copy.
     """
 
     snapshots: list[Snapshot] = field(default_factory=list)
     on_snapshot: Callable[[Snapshot], None] | None = None
     keep_graphs: bool = False
-    keep_texts: bool = True
+    keep_texts: bool = False
+    _copied: list[Any] = field(default_factory=list, repr=False)  # what the last copy was made of
 
     def add(self, name: str, stage: Stage, gm: fx.GraphModule, ctx: Context, report: PassReport) -> None:
         """Keep what is to be kept of a graph."""
         title = f"stage {stage.value}, mesh {ctx.mesh}, after {name}: {report.rewrites} rewrites"
-        kept = copy_module(gm) if self.keep_graphs else None
+        kept = self._copy(gm, report) if self.keep_graphs and stage is not Stage.SCHEDULE else None
         text = format_graph(gm, title=title) if self.keep_texts else ""
         snapshot = Snapshot(name, stage, text, report, kept)
         self.snapshots.append(snapshot)
         if self.on_snapshot is not None:
             self.on_snapshot(snapshot)
+
+    def _copy(self, gm: fx.GraphModule, report: PassReport) -> fx.GraphModule | None:
+        """A copy of the graph: the last one, if the pass says that it changed nothing, and the calls say so too."""
+        calls = [(node, node.target, node.args, node.kwargs) for node in gm.graph.nodes]
+        if report.rewrites == 0 and calls == self._copied:
+            return self.snapshots[-1].gm
+        self._copied = calls
+        return copy_module(gm)
 
     def text(self, name: str) -> str:
         """The last text after the pass `name`, from a history that keeps texts."""
@@ -98,7 +108,7 @@ def _trainable(gm: fx.GraphModule) -> list[str]:
 
 
 def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history: History) -> None:
-    """Run passes of one stage in order, verifying the graph after each.
+    """Run passes of one stage in order, verifying the graph after each. The module's code is left as it was.
 
     Raises:
         InvalidGraph: a pass left a graph that breaks a law; names the pass.
@@ -124,4 +134,3 @@ def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history
         except InvalidGraph as error:
             raise InvalidGraph(f"after pass {p.name}: {error.found}", where=error.where, legal=error.legal) from error
         history.add(p.name, stage, gm, ctx, report)
-    gm.recompile()

@@ -145,7 +145,7 @@ def _folder_of_programs() -> Path:
 
 
 def _input_facts(placeholder: fx.Node, value: Any) -> str:
-    """What the compiler reads of an input besides what torch's key holds: one rank's rows, and which mask it is."""
+    """What the compiler reads of an input besides what torch's key holds: one rank's entries, and which mask it is."""
     state = is_state(placeholder)
     trainable = isinstance(value, torch.Tensor) and value.requires_grad
     own = tuple(placeholder.meta[OWN].shape) if OWN in placeholder.meta else None

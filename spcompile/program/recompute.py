@@ -1,6 +1,6 @@
 """What the backward makes again instead of saving it: tags on the joint graph, which the partitioner obeys.
 
-A gathered activation is gathered again from its shard (Korthikanti et al. 2022, arXiv 2205.05198), an exchange with
+A gathered activation is gathered again from its shard (Korthikanti et al. 2022, arXiv 2205.05198), an all-to-all with
 `recompute` is made again, padding is masked again, and a rank's part of a weight is cut out again. The partitioner
 alone would save what follows: it never repeats a copy that the backward must have in memory (torch 2.13:
 torch/_functorch/partitioners.py, `is_materialized_backwards`), so a reshaped copy of the gathered tensor would be kept

@@ -18,7 +18,8 @@ from spcompile.program.facts import Fact
 _STEP = re.compile(r"\._(?:modules|parameters|buffers)(?=\[)|\['([^']+)'\]")
 _SAME_BATCH = (
     "all ranks of cp and tp pass the same batch; a DistributedSampler gets num_replicas= the size of dp and rank= the "
-    "place on it (1 and 0 without dp). compare_inputs=False does not look"
+    "place on it (1 and 0 without dp); what is sampled, as in generate, comes from torch.manual_seed with one seed. "
+    "compare_inputs=False does not look"
 )
 
 

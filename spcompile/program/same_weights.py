@@ -45,7 +45,7 @@ class ParameterSet:
 
     def written_to(self, tensors: Sequence[Tensor]) -> bool:
         """Whether something that was not accepted has written to a tensor."""
-        return self.versions != _versions(tensors)
+        return self.versions != _versions_of(tensors)
 
     def accept(self, ids: Iterable[int] | None = None) -> None:
         """What was written until now is no reason to compare again: to all tensors, or to those of these ids."""
@@ -73,7 +73,7 @@ class ParameterSets:
         known = next((one for one in self._sets if one.holds(tensors)), None)
         if known is not None:
             return known, False
-        new = ParameterSet(next(self._numbers), [weakref.ref(t) for t in tensors], _versions(tensors))
+        new = ParameterSet(next(self._numbers), [weakref.ref(t) for t in tensors], _versions_of(tensors))
         self._sets = [one for one in self._sets if all(ref() is not None for ref in one.tensors)][1 - _MOST_KEPT :]
         self._sets.append(new)
         _ALL.add(new)
@@ -91,13 +91,13 @@ def record_of_values(names: Sequence[str], tensors: Sequence[Tensor], where: str
     summed = [i for i, value in enumerate(tensors) if can_be_summed(value)]
     numbers = checksums([tensors[i] for i in summed])()
     facts = [
-        Fact(f"{_kind(tensors[i])} {names[i]}", f"checksum {number % 2**64:016x}", split_axes(tensors[i]), _LEGAL)
+        Fact(f"{_kind_of(tensors[i])} {names[i]}", f"checksum {number % 2**64:016x}", split_axes(tensors[i]), _LEGAL)
         for i, number in zip(summed, numbers, strict=True)
     ]
     return Record(f"compares the parameters for {where}", tuple(facts))
 
 
-def _kind(tensor: Tensor) -> str:
+def _kind_of(tensor: Tensor) -> str:
     return "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
 
 
@@ -105,7 +105,7 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
+def _versions_of(tensors: Sequence[Tensor]) -> list[int]:
     return [_version(t) for t in tensors]
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from spcompile.machine.mesh import RuntimeMesh
 from spcompile.machine.shared_failure import raise_first
 from spcompile.program.agreement import Agreement
-from spcompile.program.dump import Dump
-
-_written_to: set[str] = set()  # folders that this process has dumped to
+from spcompile.program.dump import Dump, is_first
 
 
 class SharedDump(Dump):
@@ -36,11 +34,9 @@ def shared_dump(folder: str | None, mesh: RuntimeMesh, agreement: Agreement) -> 
     if agreement.everywhere("dumps nothing:", folder is None):
         return None
     dump = SharedDump(folder, mesh, agreement)
-    if agreement.everywhere("has dumped nothing yet:", folder not in _written_to):
+    if agreement.everywhere("has dumped nothing yet:", folder is None or is_first(folder)):
         dump.remove_older()
         dump.require_written()  # no rank writes before all have removed what is old
-    if folder is not None:
-        _written_to.add(folder)
     dump.start()
     dump.require_written()
     return dump

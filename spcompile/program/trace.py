@@ -21,6 +21,7 @@ from spcompile.capture.python_floats import without_symbolic_floats
 from spcompile.diagnostics import CaptureFailed, GraphBreak, IllegalMesh
 from spcompile.graph.edit import copy_graph
 from spcompile.machine.mesh import MeshShape
+from spcompile.memory.planner import Wish
 from spcompile.options import Options
 from spcompile.passes_api import Pass
 from spcompile.program.build import LocalProgram, build
@@ -32,7 +33,7 @@ Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any] | None]
 Inputs = Mapping[str, Any] | Sequence[Any]
 
 
-class _Stop(BaseException):
+class _LeaveModel(BaseException):
     """Leaves the model at its first compiled call. Not an Exception: the model's own handlers must not catch it."""
 
 
@@ -108,7 +109,7 @@ def through_dynamo(
     result = None
     # Sizes seen in an earlier call of this function must not make those of this call symbols.
     settings = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
-    with model_call(), as_in_one_graph(), settings, contextlib.suppress(_Stop):
+    with model_call(), as_in_one_graph(), settings, contextlib.suppress(_LeaveModel):
         try:
             result = torch.compile(entry, backend=once)(model, args, kwargs)
         except Exception as error:
@@ -134,7 +135,7 @@ def _entry(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 
 def _stop(*_: Any) -> Any:
-    raise _Stop
+    raise _LeaveModel
 
 
 def compile_for(
@@ -159,7 +160,7 @@ def compile_for(
     program = build(gm, inputs, mesh, options, pipeline, History(keep_graphs=True, keep_texts=keep_texts))
     if mesh.world_size == 1:
         program.ctx.remarks.add("SPR401", "one rank: nothing is sharded", strict_error=False)
-    return Traced(program, emitted(program), serial)
+    return Traced(program, emitted(program, Wish.of(options)), serial)
 
 
 def on_one_device(traced: Traced) -> Emission:
@@ -176,9 +177,9 @@ def on_one_device(traced: Traced) -> Emission:
     )
 
 
-def emitted(program: LocalProgram) -> Emission:
+def emitted(program: LocalProgram, wish: Wish | None = None) -> Emission:
     """The final graphs of a program, not bound to processes; forward and backward are both made at once."""
-    emission = Emission(program, bind=lambda graph: None)
+    emission = Emission(program, bind=lambda graph: None, wish=wish or Wish())
     with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
         emit(emission, "eager")
     return emission

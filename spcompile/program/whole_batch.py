@@ -9,10 +9,11 @@ from that.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch._subclasses import FakeTensor
 
 from spcompile.capture.frames import Frame, local_of, name_of, this_frame, traced_again
 from spcompile.capture.retrace import OWN, fake_inputs
+from spcompile.capture.specialised import numbers_where_specialised
 from spcompile.diagnostics import BatchNotSplit, RanksDisagree, RanksMissing
 from spcompile.graph.sizes import expression, hint
 from spcompile.sharding.batch_entries import NotTheBatch
@@ -35,19 +37,22 @@ _MOST_TRACES = 32  # that look for the inputs with entries
 def over_whole_batch(backend: Backend, degree: int) -> Backend:
     """A Dynamo backend on graphs of the entries of all `degree` ranks of dp.
 
-    A number of entries for which Dynamo has a symbol keeps it, where all of the compiler can do with one.
+    Sizes for which Dynamo has a symbol keep it, where all of the compiler can do with one; others are numbers from the
+    start of another trace.
     """
-    if degree == 1:
-        return backend
 
     def compile_whole(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         refused: list[NotTheBatch] = []
-        for batch in _batches(degree):
-            try:
-                return _with_symbols(backend, gm, inputs, batch)
-            except NotTheBatch as error:
-                refused.append(error)
-        raise refused[0]
+        with numbers_where_specialised(inputs):
+            if degree == 1:
+                return backend(gm, inputs)
+            for batch in _batches(degree):
+                try:
+                    with batch.a_number_where_no_symbol_will_do():
+                        return _on_whole(backend, gm, inputs, batch)
+                except NotTheBatch as error:
+                    refused.append(error)
+            raise refused[0]
 
     return compile_whole
 
@@ -73,6 +78,21 @@ class _Batch:
             step = step * shape[dim]
         return x.detach().new_empty_strided(shape, strides).requires_grad_(x.requires_grad)
 
+    @contextlib.contextmanager
+    def a_number_where_no_symbol_will_do(self) -> Iterator[None]:
+        """What fails with a symbol for the number of entries makes it a number: each number is another program."""
+        try:
+            yield
+        except (NotTheBatch, RestartAnalysis, RanksDisagree, RanksMissing):
+            raise
+        except Exception as error:
+            symbols = [s for x in filter(self.is_in, _users_tensors()) if _is_symbol(s := _own(x).shape[self.dim])]
+            if symbols:
+                log.info("SPR104 compiled for %d entries, since not for a symbol: %s", hint(self.entries), error)
+            for symbol in symbols:
+                int(symbol)  # Dynamo traces again with what it has become
+            raise
+
 
 def _batches(degree: int) -> list[_Batch]:
     """What may be the batch: lengths of the user's tensors in their first dim, then in their second.
@@ -88,36 +108,14 @@ def _batches(degree: int) -> list[_Batch]:
     return [found[key] for key in sorted(found, key=lambda key: (key[0], key[1] == 1))]
 
 
-def _with_symbols(backend: Backend, gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> Any:
-    try:
-        return _on_whole(backend, gm, inputs, batch)
-    except (NotTheBatch, RanksDisagree, RanksMissing, RestartAnalysis):
-        raise
-    except Exception as error:
-        if not _is_symbol(batch.entries):
-            raise
-        log.info("SPR104 compiled for %d entries, since not for a symbol: %s", hint(batch.entries), error)
-    int(batch.entries)  # a guard: another number of entries is another program
-    return _on_whole(backend, gm, inputs, batch)
-
-
 def _on_whole(backend: Backend, gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> Any:
-    whole = _whole(gm, inputs, batch)
-    run = backend(whole.gm, whole.inputs)
-    return run and (lambda *args: run(*[args[i] for i in whole.places]))
+    whole, given, places = _whole(gm, inputs, batch)
+    run = backend(whole, given)
+    return run and (lambda *args: run(*[args[i] for i in places]))
 
 
 def _is_symbol(size: Any) -> bool:
     return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
-
-
-@dataclass
-class _Whole:
-    """A graph of the entries of all ranks. inputs: of that graph; places: of these among those of Dynamo's graph."""
-
-    gm: fx.GraphModule
-    inputs: list[Any]
-    places: list[int]
 
 
 def _users_tensors() -> dict[Tensor, Any]:
@@ -139,8 +137,10 @@ def _own(x: Tensor) -> Tensor:
     return fake_inputs([x])[1][0]
 
 
-def _whole(gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> _Whole:
+def _whole(gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> tuple[fx.GraphModule, list[Any], list[int]]:
     """The graph with all ranks' entries in all inputs that have as many as the batch, but those that cannot have more.
+
+    Returns it with its inputs, and their places among the inputs of Dynamo's graph.
 
     Raises:
         NotTheBatch: there is none.
@@ -155,9 +155,9 @@ def _whole(gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> _Whole:
         except Exception as failure:
             failures.append(failure)
         else:
-            found = _bound(own, frame, inputs, {name_of(tensors[x]) for x in chosen}, batch)
+            given, places = _bound(own, frame, inputs, {name_of(tensors[x]) for x in chosen}, batch)
             _keep_guards(frame, _sizes(tensors, chosen, batch) | numbers)
-            return found
+            return frame.gm, given, places
     names = ", ".join(name_of(tensors[x]) for x in candidates)
     more = hint(batch.entries) * batch.degree
     why = str(failures[0]).strip().splitlines()[0]
@@ -199,22 +199,24 @@ def _instead(
         symbols = [dim for dim, size in enumerate(_own(x).shape) if _is_symbol(size)]
         has_entries = any(x is y for y in chosen)
         if has_entries or symbols:
-            found[x] = (batch if has_entries else replace(batch, dim=0, degree=1)).whole(x)
+            found[x] = batch.whole(x) if has_entries else torch.empty_like(x.detach()).requires_grad_(x.requires_grad)
             for dim in symbols:
                 torch._dynamo.maybe_mark_dynamic(found[x], dim)
             arguments.add(str(local_of(source)))
     return found, arguments
 
 
-def _bound(own: Frame, whole: Frame, inputs: Sequence[Any], with_entries: set[str], batch: _Batch) -> _Whole:
-    """The graph over all entries on the inputs of the graph over one rank's.
+def _bound(
+    own: Frame, whole: Frame, inputs: Sequence[Any], with_entries: set[str], batch: _Batch
+) -> tuple[list[Any], list[int]]:
+    """The inputs of the graph over all entries, and their places among those of the graph over one rank's.
 
     Raises:
         BatchNotSplit: the model reads something else with all entries than with one rank's, or returns it otherwise.
     """
     places = {source: place for place, source in enumerate(own.sources())}
     placeholders = dict(zip(places, own.gm.graph.find_nodes(op="placeholder"), strict=True))
-    found = _Whole(whole.gm, [], [])
+    found: list[Any] = []
     outputs = [_shapes_of_outputs(frame.gm) for frame in (own, whole)]
     changing = {s for s, n in placeholders.items() if n.meta["grapharg"].pass_arg_as_tensor}  # floats
     lost = (changing | _numbers(own, inputs).keys()) - set(whole.sources())
@@ -226,15 +228,13 @@ def _bound(own: Frame, whole: Frame, inputs: Sequence[Any], with_entries: set[st
         given, example = inputs[places[source]], placeholders[source].meta["example_value"]
         node.meta["grapharg"] = placeholders[source].meta["grapharg"]  # what the caller passed, where that is read
         if source in with_entries:
-            node.meta[OWN] = own_value = _fixed(example)
-            given = batch.whole(own_value)
+            node.meta[OWN], given = example, batch.whole(example)
         elif source in {f"{name}.size()[{batch.dim}]" for name in with_entries}:
             node.meta[OWN], given = given, given * batch.degree
-        found.inputs.append(given)
-        found.places.append(places[source])
+        found.append(given)
     (output,) = whole.gm.graph.find_nodes(op="output")
     output.meta[OWN] = outputs[0]
-    return found
+    return found, [places[source] for source in whole.sources()]
 
 
 def _another_program(reads: list[str]) -> BatchNotSplit:
@@ -246,20 +246,6 @@ def _shapes_of_outputs(gm: fx.GraphModule) -> list[Any]:
     (output,) = gm.graph.find_nodes(op="output")
     values = [n.meta.get("example_value") if isinstance(n, fx.Node) else n for n in output.args[0]]
     return [tuple(x.shape) if isinstance(x, Tensor) else None for x in values]
-
-
-def _fixed(example: Tensor) -> Tensor:
-    """A fake of the same sizes, in which those that are known by now are numbers."""
-    mode: Any = example.fake_mode  # type: ignore[attr-defined]
-
-    def known(size: Any) -> Any:
-        number = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
-        return size if number is None else number
-
-    with mode:
-        shape, strides = ([known(n) for n in sizes] for sizes in (example.shape, example.stride()))
-        fixed = torch.empty_strided(shape, strides, dtype=example.dtype, device=example.device)
-        return fixed.requires_grad_(example.requires_grad)
 
 
 def _keep_guards(whole: Frame, sizes: Mapping[str, Any]) -> None:

@@ -16,13 +16,14 @@ from spcompile.attention.scores.mask import AttentionMask
 from spcompile.graph.edit import call, operand, shape_of
 from spcompile.graph.splice import splice
 from spcompile.recognition.masks.bias_terms import BiasTerm, Role, full_bias, joined_terms
-from spcompile.recognition.masks.fills import WithoutKeys
+from spcompile.recognition.masks.fills import Second, WithoutKeys
 from spcompile.recognition.masks.index_maps import sizes_of
 from spcompile.recognition.masks.rows_without_keys import (
     LOWEST,
     large_numbers_apart,
     marked_as_documents,
     of_both,
+    rounded_by,
     without_large_numbers,
 )
 from spcompile.recognition.repeated_heads import before_repeat
@@ -30,6 +31,9 @@ from spcompile.recognition.repeated_heads import before_repeat
 aten = torch.ops.aten
 AVERAGED = "spx_averages_rows_of_one_number"  # marks an attention whose rows without keys are dealt with
 OF_ROWS_WITHOUT_KEYS = "spx_rows_without_keys"  # marks an attention whose documents are these rows, and all others
+
+
+MADE = "spx_made"  # marks what was made of a user's bias: remarks are about that
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ class Builder:
         if not without.seconds:
             return joined_terms(parts, self), []
         rest = [
-            Rest(self._joined(second.parts, without, q, k), second.are_scores, second.rounded_by)
+            Rest(self._joined(self._rounded(second), without, q, k), second.are_scores, second.rounded_by)
             for second in without.seconds
         ]
         return self._joined(parts, without, q, k), rest
@@ -145,12 +149,14 @@ class Builder:
         others = [part for part in parts if part not in without.unknown]
         is_for_each_key = all(part.is_one_for_all_rows and part.is_one_for_all_heads for part in without.unknown)
         by_key = is_for_each_key and not all(part.is_one_for_all_rows for part in without.hard)
-        key = (*parts, by_key, q.meta["val"].dtype, *sizes_of(q)[:3], sizes_of(k)[2])
+        key = (*parts, by_key, without.dtype, q.meta["val"].dtype, *sizes_of(q)[:3], sizes_of(k)[2])
         if key not in self.shared:
             numbers = self._joined(without.unknown, WithoutKeys(), q, k)
             whole = self._joined(parts, WithoutKeys(), q, k) if not by_key else None
-            args = (numbers, q) if by_key else (whole, numbers, q, k)
+            dtype = torch.promote_types(without.dtype, torch.float32)
+            args = (numbers, dtype) if by_key else (whole, numbers, q, k, dtype)
             self.shared[key] = splice(large_numbers_apart if by_key else without_large_numbers, args, like=self.at)
+            _mark_made(self.shared[key], args)
         small, *more = self.shared[key]
 
         def with_others(numbers: fx.Node) -> fx.Node | None:
@@ -166,6 +172,14 @@ class Builder:
     def _joined(self, parts: Sequence[BiasTerm], without: WithoutKeys, q: fx.Node, k: fx.Node) -> fx.Node | None:
         kept = [self._kept(part, without.fills[part]) if part in without.fills else part for part in parts]
         return full_bias(joined_terms(kept, self), q, k, self)
+
+    def _rounded(self, second: Second) -> list[BiasTerm]:
+        """The parts of its bias, rounded where the plain model has added them to a large number."""
+
+        def rounded(part: BiasTerm) -> BiasTerm:
+            return BiasTerm(splice(rounded_by, (part.node, second.rounded_by), like=self.at), Role.ADD)
+
+        return [rounded(part) if part in second.rounded else part for part in second.parts]
 
     def _kept(self, part: BiasTerm, fill: float) -> BiasTerm:
         """The condition that is behind an added mask: a number and 0 lie on two sides of half the number."""
@@ -187,3 +201,14 @@ class Builder:
         """`x` with as many heads as the larger of `x` and `y` (keys and values that were repeated unequally)."""
         mine, other = shape_of(x)[1], shape_of(y)[1]
         return self(aten.repeat_interleave.self_int, x, other // mine, 1) if mine < other else x
+
+
+def _mark_made(results: Sequence[fx.Node], given: Sequence[Any]) -> None:
+    """Mark what leads from the nodes given to the results."""
+    pending, seen = list(results), {node for node in given if isinstance(node, fx.Node)}
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            node.meta["custom"] = {**node.meta.get("custom", {}), MADE: True}
+            pending += node.all_input_nodes

@@ -8,99 +8,51 @@ attention stays as it is.
 
 from __future__ import annotations
 
-import operator
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.fx as fx
 
-from spcompile.graph.edit import argument, is_tensor, shape_of
-from spcompile.graph.einsum import letters_of
+from spcompile.graph.edit import argument, shape_of
+from spcompile.recognition.masks.finite import is_finite
 from spcompile.recognition.masks.index_maps import sizes_of
+from spcompile.recognition.scores_chain import (
+    CASTS,
+    VIEWS,
+    EagerAttention,
+    Product,
+    Refused,
+    keeps_last_two,
+    peel,
+    product_below,
+    product_of,
+    without_maximum,
+)
 
 aten = torch.ops.aten
 
 SOFTMAX = (aten.softmax.int, aten._softmax.default, aten.special_softmax.default)
-
-_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default}
-_CASTS |= {aten.type_as.default, aten.contiguous.default, aten.clone.default, aten.alias.default}
-_VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints}
-_VIEWS |= {aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default}
-_PRODUCTS = {aten.matmul.default, aten.bmm.default}
 
 
 class NotAttention(Exception):
     """No product of the softmax with values follows: this softmax is something else."""
 
 
-class Refused(Exception):
-    """An attention in a form that cannot be taken; `node` is the call that stops it."""
-
-    def __init__(self, reason: str, node: fx.Node) -> None:
-        super().__init__(reason)
-        self.reason, self.node = reason, node
-
-
-@dataclass(frozen=True)
-class Term:
-    """Something done to the scores, in the order of application from last to first.
-
-    node: the added bias, or the mask. at: the scores after it.
-    fill: None for a bias, else what replaces the score where the mask equals `masked`.
-    factor: what the scores, this term among them, are multiplied with afterwards.
-    """
-
-    node: fx.Node
-    at: fx.Node
-    factor: float = 1.0
-    fill: float | None = None
-    masked: bool = True
-
-
-@dataclass(frozen=True)
-class Product:
-    """One of the two products: operands, and how einsum names their dims (None for matmul)."""
-
-    node: fx.Node
-    left: fx.Node
-    right: fx.Node
-    equation: tuple[str, str, str] | None = None
-
-
-@dataclass
-class EagerAttention:
-    """What was found.
-
-        result = dropout(softmax([cap(scale * factors * (queries @ keys)) + terms, sinks])) @ values
-
-    logits: the scores that enter the softmax, without the sinks' column. sinks: that column.
-    factors: tensors with one number for each row, head or all, and whether the scores are divided by them.
-    """
-
-    softmax: fx.Node
-    logits: fx.Node
-    scores: Product
-    result: Product
-    scale: float = 1.0
-    factors: list[tuple[fx.Node, bool]] = field(default_factory=list)
-    softcap: float = 0.0
-    terms: list[Term] = field(default_factory=list)
-    sinks: fx.Node | None = None
-    dropout: float = 0.0
-
-
 @dataclass
 class _Weights:
     """What lies between the softmax and the product with the values.
 
-    sinks_last: whether the last column is cut or, False, the first; None for neither.
+    sinks_last: whether the last column is cut or, False, the first; None for neither. zeroed: a mask where weights are
+    set to 0.
     """
 
     product: Product
     refusal: Refused | None = None
     sinks_last: bool | None = None
     dropout: float = 0.0
+    zeroed: Any = None
 
 
 def match_eager(softmax: fx.Node) -> EagerAttention:
@@ -121,16 +73,26 @@ def match_eager(softmax: fx.Node) -> EagerAttention:
         raise Refused("scores in five dims that are no groups of heads", softmax)
     logits, sinks = _without_sinks(without_maximum(softmax.args[0]), weights.sinks_last)
     logits = without_maximum(logits) if sinks is None else logits
-    found = EagerAttention(softmax, logits, _scores_below(logits), weights.product)
+    found = EagerAttention(softmax, logits, product_below(logits), weights.product)
     found.sinks, found.dropout = sinks, weights.dropout
-    _peel(logits, 1.0, found)
+    peel(logits, 1.0, softmax.meta["val"].dtype, found)
+    if weights.zeroed is not None:
+        _exclude_for_good(weights.zeroed, found)
     return found
+
+
+def _exclude_for_good(mask: fx.Node, found: EagerAttention) -> None:
+    """Take a mask that weights are set to 0 by: its scores have been replaced before, and rows of these alone are 0."""
+    others = [term for term in found.terms if not (term.node is mask and term.masked and term.fill is not None)]
+    if len(others) == len(found.terms) or not all(term.fill is None and is_finite(term.node) for term in others):
+        raise Refused("attention weights are masked where scores are not", found.result.node)
+    found.terms = [term if term in others else replace(term, fill=-math.inf) for term in found.terms]
 
 
 def rows_of_scores(softmax: fx.Node) -> int | None:
     """The dim of the query rows, from the end, of a softmax over products of queries and keys; None if it is none."""
     try:
-        product = _scores_below(without_maximum(softmax.args[0]))
+        product = product_below(without_maximum(softmax.args[0]))
     except Refused:
         return None
     if product.equation is None:
@@ -173,16 +135,25 @@ def _product_with_values(softmax: fx.Node) -> _Weights:
             and (drops_last := _drops_last_column(user)) is not None
         ):
             found.sinks_last = drops_last
+        elif user.target is aten.masked_fill.Scalar and user.args[0] is node and user.args[2] == 0:
+            if found.zeroed is not None or found.dropout:
+                found.refusal = Refused("attention weights are masked twice, or behind dropout", user)
+            found.zeroed = user.args[1]
         elif user.target is aten.slice.Tensor:
             found.refusal = Refused("attention weights are cut", user)
-        elif not passes_weights(user) and not (user.target in _VIEWS and _keeps_last_two(user)):
+        elif not passes_weights(user) and not (user.target in VIEWS and keeps_last_two(user)):
             raise NotAttention
         node = user
 
 
 def passes_weights(node: fx.Node) -> bool:
-    """Whether this call may stand between the softmax and the product with the values, and keeps all dims."""
-    return node.target in _CASTS or node.target is aten.dropout.default
+    """Whether this call may stand between the softmax and the product with the values, and keeps all dims.
+
+    So may nan_to_num: the weights of a row without keys are NaN there, where masked scores are -inf, and 0 here.
+    """
+    if node.target is aten.nan_to_num.default:
+        return not argument(node, 1, "nan")
+    return node.target in CASTS or node.target is aten.dropout.default
 
 
 def _drops_last_column(node: fx.Node) -> bool | None:
@@ -195,34 +166,11 @@ def _drops_last_column(node: fx.Node) -> bool | None:
     return {0: True, 1: False}.get(start) if isinstance(start, int) else None
 
 
-def without_maximum(node: Any, dim: int = -1) -> Any:
-    """The operand x of x - max(x), a maximum over `dim`: the same to a softmax over it."""
-    while node.target is aten.sub.Tensor and all(map(is_tensor, node.args)) and argument(node, 2, "alpha", 1) == 1:
-        x, maximum = node.args
-        while maximum.target in _CASTS or maximum.target is aten.detach.default:
-            maximum = maximum.args[0]
-        if maximum.target is operator.getitem and maximum.args[1] == 0:
-            maximum = maximum.args[0]
-        if maximum.target not in (aten.max.dim, aten.amax.default) or not argument(maximum, 2, "keepdim", False):
-            return node
-        dims = argument(maximum, 1, "dim")
-        rank = len(shape_of(x))
-        over = [d % rank for d in (dims if isinstance(dims, list | tuple) else [dims])]
-        if _detached(maximum.args[0]) is not _detached(x) or over != [dim % rank]:
-            return node
-        node = x
-    return node
-
-
-def _detached(node: Any) -> fx.Node:
-    return node.args[0] if node.target is aten.detach.default else node
-
-
 def _without_sinks(node: fx.Node, sinks_last: bool | None) -> tuple[fx.Node, fx.Node | None]:
     """The scores and the column that was joined to them, where one is cut from the weights."""
     if sinks_last is None:
         return node, None
-    while node.target in _CASTS and node.meta["val"].dtype.is_floating_point:
+    while node.target in CASTS and node.meta["val"].dtype.is_floating_point:
         node = node.args[0]  # type: ignore[assignment]
     parts: Any = node.args[0] if node.target is aten.cat.default else ()
     rank = len(shape_of(node))
@@ -232,159 +180,3 @@ def _without_sinks(node: fx.Node, sinks_last: bool | None) -> tuple[fx.Node, fx.
     if sizes_of(sinks)[-1] != 1:
         raise Refused("attention weights are cut elsewhere than the sinks were joined", node)
     return scores, sinks
-
-
-def _keeps_last_two(view: fx.Node) -> bool:
-    source: Any = view.args[0]
-    before, after = sizes_of(source), sizes_of(view)
-    return len(before) in (3, 4) and len(after) in (3, 4) and before[-2:] == after[-2:]
-
-
-def product_of(node: fx.Node) -> Product | None:
-    """The product that this call is, in three or four dims, or in five with groups of heads; None if it is none."""
-    if node.target in _PRODUCTS:
-        left, right = node.args[:2]
-        if len(shape_of(left)) == len(shape_of(right)) in (3, 4, 5):  # type: ignore[arg-type]
-            return Product(node, left, right)  # type: ignore[arg-type]
-        return None
-    if node.target is aten.baddbmm.default:
-        return Product(node, node.args[1], node.args[2])  # type: ignore[arg-type]
-    if node.target is aten.einsum.default:
-        operands: Any = node.args[1]
-        letters, output = letters_of(str(node.args[0]), [len(shape_of(x)) for x in operands])
-        is_each_once = all(len(set(x)) == len(x) for x in (*letters, output))
-        ranks = {4: {3, 4}, 5: {3, 4, 5}}.get(len(output), set())
-        if is_each_once and len(letters) == 2 and {len(x) for x in letters} <= ranks:
-            known: dict[str, Any] = {}
-            named = [pair for x, t in zip(letters, operands, strict=True) for pair in zip(x, sizes_of(t), strict=True)]
-            if all(known.setdefault(letter, size) == size for letter, size in named):  # nothing is broadcast
-                return Product(node, operands[0], operands[1], equation=(letters[0], letters[1], output))
-    return None
-
-
-def _is_number(arg: Any) -> bool:
-    return isinstance(arg, int | float) and not isinstance(arg, bool)
-
-
-def _scores_below(node: fx.Node) -> Product:
-    """The product of queries and keys that these scores come from."""
-    product = product_of(node)
-    if product is not None:
-        return product
-    following = scores_operand(node)
-    if following is None:
-        raise Refused(f"{node.target} between the scores and the softmax", node)
-    return _scores_below(following)
-
-
-def scores_operand(node: fx.Node) -> fx.Node | None:
-    """The operand of this call that holds the scores; None if the call is not one that may stand here."""
-    args: tuple[Any, ...] = node.args
-    if node.target in _CASTS or (node.target in _VIEWS and _keeps_last_two(node)):
-        return args[0] if node.meta["val"].dtype.is_floating_point else None
-    if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
-        pairs = (args[:2], args[1::-1])[: 1 if node.target is aten.div.Tensor else 2]
-        return args[0] if _is_number(args[1]) else next((x for x, y in pairs if _is_factor(y, node)), None)
-    if node.target is aten.tanh.default:
-        return args[0]
-    if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        return args[0]
-    if node.target in (aten.where.ScalarOther, aten.where.ScalarSelf):
-        return args[1] if node.target is aten.where.ScalarOther else args[2]
-    if node.target is aten.where.self:
-        return next((arg for arg in args[1:] if is_tensor(arg) and _leads_to_scores(arg)), None)
-    if node.target is aten.add.Tensor and argument(node, 2, "alpha", 1) == 1:
-        return next((arg for arg in args[:2] if is_tensor(arg) and _leads_to_scores(arg)), None)
-    if node.target is aten.sub.Tensor and argument(node, 2, "alpha", 1) == 1 and not _is_of_rows(args[1]):
-        return args[0] if is_tensor(args[0]) and _leads_to_scores(args[0]) else None
-    return None
-
-
-def _is_factor(given: Any, node: fx.Node) -> bool:
-    """Whether what scores are multiplied with is one number for each row, or fewer: learned, not made of scores."""
-    if not is_tensor(given) or not given.meta["val"].dtype.is_floating_point or _leads_to_scores(given):
-        return False
-    return sizes_of(node)[-1] != 1 and (not shape_of(given) or sizes_of(given)[-1] == 1)
-
-
-def _is_of_rows(subtracted: Any) -> bool:
-    """Whether one number for each row is taken away, such as a maximum: that is computed from the scores."""
-    return is_tensor(subtracted) and bool(shape_of(subtracted)) and sizes_of(subtracted)[-1] == 1
-
-
-def _leads_to_scores(node: fx.Node) -> bool:
-    try:
-        _scores_below(node)
-    except Refused:
-        return False
-    return True
-
-
-def _peel(node: fx.Node, factor: float, found: EagerAttention) -> None:
-    """Collect what is done to the scores between `node` and their product into `found`."""
-    args: tuple[Any, ...] = node.args
-    if node is found.scores.node:
-        found.scale = factor
-        if node.target is aten.baddbmm.default:
-            beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
-            if beta != 0 and found.softcap:
-                raise Refused("a bias inside of a softcap", node)
-            if beta != 0:
-                found.terms.append(Term(args[0], node, factor * float(beta)))  # type: ignore[arg-type]
-            found.scale = factor * float(alpha)  # type: ignore[arg-type]
-        return
-    below = scores_operand(node)
-    assert below is not None
-    inside_cap, inside_factor = found.softcap != 0, bool(found.factors)
-    count = len(found.terms)
-    if node.target is aten.tanh.default:
-        if inside_factor:
-            raise Refused("a softcap inside of a factor that is no constant", node)
-        if inside_cap or factor == 0:
-            raise Refused("a softcap of a softcap", node)
-        found.softcap = abs(factor)
-    elif node.target in (aten.mul.Tensor, aten.div.Tensor) and is_tensor(args[1]):
-        if shape_of(node) != shape_of(found.scores.node):
-            raise Refused("scores of another shape than queries times keys", node)
-        found.factors.append((args[1] if args[0] is below else args[0], node.target is aten.div.Tensor))
-    elif node.target in (aten.mul.Tensor, aten.mul.Scalar):
-        factor *= args[1]
-    elif node.target in (aten.div.Tensor, aten.div.Scalar):
-        factor /= args[1]
-    elif node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        found.terms.append(Term(args[1], node, factor, _scalar(args[2], node), masked=True))
-    elif node.target in (aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.self):
-        keeps = args[1] is below
-        found.terms.append(Term(args[0], node, factor, _scalar(args[2 if keeps else 1], node), masked=not keeps))
-    elif node.target in (aten.add.Tensor, aten.sub.Tensor):
-        added = args[1] if args[0] is below else args[0]
-        if is_tensor(added):
-            found.terms.append(Term(added, node, -factor if node.target is aten.sub.Tensor else factor))
-        elif added != 0 and (inside_cap or inside_factor or found.sinks is not None):
-            raise Refused("a number is added to scores inside of a softcap or beside sinks", node)
-    if (inside_cap or inside_factor) and len(found.terms) > count:
-        raise Refused(
-            f"a bias or a mask inside of {'a softcap' if inside_cap else 'a factor that is no constant'}", node
-        )
-    _peel(below, factor, found)
-
-
-def _scalar(arg: Any, node: fx.Node) -> float:
-    """A number, or a tensor that holds one number."""
-    while is_tensor(arg) and arg.target in _CASTS | {
-        aten.lift_fresh_copy.default,
-        aten.expand.default,
-        aten.detach.default,
-    }:
-        arg = arg.args[0]
-    if _is_number(arg):
-        return float(arg)
-    if is_tensor(arg) and arg.target in (aten.full.default, aten.full_like.default, aten.scalar_tensor.default):
-        value = arg.args[0] if arg.target is aten.scalar_tensor.default else argument(arg, 1, "fill_value")
-        if _is_number(value):
-            return float(value)
-    if is_tensor(arg) and arg.op == "get_attr":
-        constant = getattr(arg.graph.owning_module, str(arg.target), None)
-        if isinstance(constant, torch.Tensor) and constant.numel() == 1:
-            return float(constant)
-    raise Refused("the scores are replaced by something that is not a constant", node)

@@ -17,14 +17,8 @@ import torch
 import torch.fx as fx
 
 from spcompile.graph.edit import argument, call, is_tensor, replace, shape_of
-from spcompile.recognition.eager import (
-    SOFTMAX,
-    Product,
-    passes_weights,
-    product_of,
-    scores_operand,
-    without_maximum,
-)
+from spcompile.recognition.eager import SOFTMAX, passes_weights
+from spcompile.recognition.scores_chain import Product, product_of, scores_operand, without_maximum
 
 aten = torch.ops.aten
 

@@ -75,3 +75,52 @@ def normalizer(node: Any) -> Normalizer | None:
 def exponent(node: Any) -> fx.Node | None:
     """The x of exp(x)."""
     return operand(node, 0) if is_tensor(node) and node.target is aten.exp.default else None
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """exp(`of`), times `mask` of 0 and 1, or of bools, if there is one."""
+
+    of: fx.Node
+    mask: fx.Node | None = None
+
+
+def weighted(node: Any) -> Weighted | None:
+    """The exponentials that this is, some of them set to 0 by a product or a fill."""
+    x = exponent(node)
+    if x is not None:
+        return Weighted(x)
+    if not is_tensor(node) or node.target is not aten.mul.Tensor or not all(map(is_tensor, node.args[:2])):
+        return None
+    for left, right in (node.args[:2], node.args[1::-1]):
+        x, source = exponent(left), right
+        while is_tensor(source) and source.target in (aten.to.dtype, aten._to_copy.default, aten.type_as.default):
+            source = source.args[0]
+        if x is not None and source.meta["val"].dtype == torch.bool:
+            return Weighted(x, source)
+    return None
+
+
+def divided(node: Any) -> tuple[fx.Node, fx.Node] | None:
+    """The a and b of a / b, also where it is a product with the reciprocal."""
+    if not is_tensor(node) or node.target not in (aten.div.Tensor, aten.mul.Tensor):
+        return None
+    a, b = node.args[:2]
+    if node.target is aten.div.Tensor:
+        return (a, b) if is_tensor(a) and is_tensor(b) else None
+    return next(
+        ((x, inverted) for x, y in ((a, b), (b, a)) if is_tensor(x) and (inverted := _inverted(y)) is not None), None
+    )
+
+
+def _inverted(node: Any) -> fx.Node | None:
+    """The x of 1 / x."""
+    if not is_tensor(node):
+        return None
+    if node.target is aten.reciprocal.default:
+        return operand(node, 0)
+    if node.target is aten.mul.Tensor and node.args[1] == 1:  # Python writes 1 / x so
+        return _inverted(node.args[0])
+    is_power = node.target is aten.pow.Tensor_Scalar and node.args[1] == -1
+    is_division = node.target is aten.div.Tensor and node.args[0] == 1
+    return operand(node, 0) if is_power else operand(node, 1) if is_division else None

@@ -20,6 +20,7 @@ from spcompile.machine import sequence
 from spcompile.passes_api import Stage
 from spcompile.program.pipeline import History, Snapshot
 from spcompile.program.trace import emitted
+from spcompile.report.final_run import run_final
 from spcompile.report.trial import Outcome, Trial
 from spcompile.report.verify_report import Culprit, difference, is_exact, largest
 from spcompile.sharding.layout import layout_of
@@ -48,15 +49,15 @@ def culprit_of(trial: Trial) -> Culprit:
         if not all(row.ok for row in trial.errors("", trial.run(snapshot))):
             return _first_difference(trial, right, snapshot) if right is not None else Culprit(snapshot.name)
         right = snapshot
-    return _after_autograd(trial)
+    return _first_wrong_after_autograd(trial)
 
 
-def _after_autograd(trial: Trial) -> Culprit:
+def _first_wrong_after_autograd(trial: Trial) -> Culprit:
     """Run the graphs after each pass of the SCHEDULE stage, which are made anew each time."""
     program = trial.program
     for count in range(len(program.schedule) + 1):
         graphs = emitted(replace(program, schedule=program.schedule[:count], history=History())).graphs
-        outcomes = [trial.run_final(graphs, in_flight) for in_flight in get_args(InFlight)]
+        outcomes = [run_final(trial, graphs, in_flight) for in_flight in get_args(InFlight)]
         if not all(isinstance(x, Outcome) and all(row.ok for row in trial.errors("", x)) for x in outcomes):
             return Culprit(program.schedule[count - 1].name if count else "autograd")
     return Culprit("an unknown one: the result is right when the passes run again")

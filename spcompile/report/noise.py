@@ -1,89 +1,107 @@
-"""How far a model's results move when its inputs do by one unit in the last place.
+"""How far a model's results move when every number in it does by one unit in the last place.
 
 That is what two right programs may differ in, which round at other places. A constant would be too much for one
 tensor, such as a loss over many tokens, and too little for another, such as a gradient in which large terms cancel.
+Each number moves by a unit of its own dtype: a softmax in float32 in the midst of float64 makes just the noise that it
+makes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.fx as fx
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from spcompile.options import Options
-from spcompile.program.trace import Inputs
-from spcompile.report.trial import Eager, run_eager
+from spcompile.attention.scores.mask import EXCLUDES
+from spcompile.program.pipeline import Snapshot
+from spcompile.report.trial import Observer, Outcome, Trial
 from spcompile.report.verify_report import difference, largest
 
 DRAWS = 4
-# A program rounds every intermediate result, not only what goes in.
+# A draw may move a result by less than another one would.
 ROUNDINGS = 2
 
 
 @dataclass
 class Noise:
-    """The largest absolute change of each result. outputs: by name; gradients: by id, as in Eager."""
+    """The largest absolute change of each result, by place as in `Outcome`."""
 
-    outputs: dict[str, float] = field(default_factory=dict)
+    outputs: dict[int, float] = field(default_factory=dict)
     gradients: dict[int, float] = field(default_factory=dict)
+    written: dict[int, float] = field(default_factory=dict)
 
-    def add(self, moved: Eager, still: Eager) -> None:
+    def add(self, moved: Outcome, still: Outcome) -> None:
         """Note how far one more run has moved."""
-        for now, before, into in (
-            (moved.outputs, still.outputs, self.outputs),
-            (moved.gradients, still.gradients, self.gradients),
-        ):
-            _note(now, before, into)
+        for kind in ("outputs", "gradients", "written"):
+            into, now = getattr(self, kind), getattr(moved, kind)
+            for place, before in getattr(still, kind).items():
+                into[place] = max(into.get(place, 0.0), _change(now[place], before))
 
 
-def noise_of(model: nn.Module, inputs: Inputs, options: Options, still: Eager, eps: float, rng: Tensor) -> Noise:
-    """Run the plain model on moved parameters and inputs; both are put back.
-
-    still: its results on what was given. eps: the unit in the last place of 1. rng: the random state of that run.
-    """
-    given = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and _is_measured(x)]
-    leaves = list({id(x): x for x in (*model.parameters(), *given)}.values())
-    before = [x.detach().clone() for x in leaves]
+def noise_of(trial: Trial, snapshot: Snapshot) -> Noise:
+    """Run a graph of one device on its inputs, then some times more with all numbers moved, also those of gradients."""
     generator, noise = torch.Generator().manual_seed(0), Noise()
-    try:
-        for _ in range(DRAWS):
-            for x, old in zip(leaves, before, strict=True):
-                x.data.copy_(_moved(old, eps, generator))
-            torch.set_rng_state(rng)
-            noise.add(run_eager(model, inputs, options), still)
-    finally:
-        for x, old in zip(leaves, before, strict=True):
-            x.data.copy_(old)
+    still = trial.run(snapshot)
+    for _ in range(DRAWS):
+        noise.add(trial.run(snapshot, mover(generator)), still)
     return noise
 
 
-def allowance(moved: float, expected: Tensor, eps: float) -> float:
+def mover(generator: torch.Generator) -> Observer:
+    """Observes a run in which it moves each number by one unit."""
+    return lambda node, values: _move(node, values, generator)
+
+
+def allowance(moved: float, expected: Tensor) -> float:
     """The largest difference that is rounding: what noise makes, and the unit that the result itself is rounded to."""
+    eps = torch.finfo(expected.dtype).eps
     return ROUNDINGS * moved + eps * largest(expected)
 
 
-def _note(now: Mapping[Any, Any], before: Mapping[Any, Any], into: dict[Any, float]) -> None:
-    for key, old in before.items():
-        new = now.get(key)
-        if isinstance(old, Tensor) and isinstance(new, Tensor) and old.shape == new.shape:
-            change = difference(new, old)
-            into[key] = max(into.get(key, 0.0), change if math.isfinite(change) else 0.0)
+def _change(now: Sequence[Tensor | None], before: Sequence[Tensor | None]) -> float:
+    changes = [
+        difference(new, old) for new, old in zip(now, before, strict=True) if new is not None and old is not None
+    ]
+    return max((change for change in changes if math.isfinite(change)), default=0.0)
+
+
+def _move(node: fx.Node, values: Sequence[Any], generator: torch.Generator) -> None:
+    """Move what a call has computed, or an input, and the gradients that will arrive there."""
+    if node.op == "get_attr" or node.target is operator.getitem:
+        return
+    for x in pytree.tree_leaves(list(values)):
+        if isinstance(x, Tensor) and x.is_floating_point() and not _is_view(node, x):
+            x.data.copy_(moved(x.data, generator))
+            if x.requires_grad:
+                x.register_hook(lambda gradient: moved(gradient, generator))
+
+
+def _is_view(node: fx.Node, x: Tensor) -> bool:
+    """Whether the result may lie in memory that an operand has, which has been moved."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not any(result.alias_info is not None for result in schema.returns):
+        return False
+    return any(operand.meta["val"].dtype == x.dtype for operand in node.all_input_nodes[:1])
+
+
+def moved(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Each element one unit up or down; zeros, infinities and numbers that exclude keys stay, and so do mere marks."""
+    if not _is_measured(x):
+        return x
+    exact = x.to(torch.float64)
+    unit = torch.ldexp(torch.full_like(exact, torch.finfo(x.dtype).eps), torch.frexp(exact.abs()).exponent - 1)
+    up = torch.randint(0, 2, x.shape, generator=generator).to(x.device)
+    moves = (exact != 0) & exact.isfinite() & (exact > EXCLUDES)
+    return torch.where(moves, exact + unit * (2 * up - 1), exact).to(x.dtype)
 
 
 def _is_measured(x: Tensor) -> bool:
-    """Whether an input holds quantities, not marks such as the zeros and ones of a mask, which nobody rounds."""
-    return x.is_floating_point() and not bool(((x == x.round()) | ~x.isfinite()).all())
-
-
-def _moved(x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-    """Each element one unit up or down; zeros and infinities stay."""
-    exact = x.to(torch.float64)
-    unit = torch.ldexp(torch.full_like(exact, eps), torch.frexp(exact.abs()).exponent - 1)
-    up = torch.randint(0, 2, x.shape, generator=generator).to(x.device)
-    moves = (exact != 0) & exact.isfinite()
-    return torch.where(moves, exact + unit * (2 * up - 1), exact).to(x.dtype)
+    """Whether a tensor holds quantities, not marks such as the zeros and ones of a mask, which nobody rounds."""
+    return not bool(((x == x.round()) | ~x.isfinite()).all())

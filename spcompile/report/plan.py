@@ -11,12 +11,14 @@ import sympy
 from rich.console import Console
 from rich.table import Table
 
-from spcompile.diagnostics import Remark, SourceLine
+from spcompile.diagnostics import Remark, SourceLine, remark_lines
+from spcompile.machine.byte_sizes import bytes_text
 from spcompile.machine.mesh import MeshShape
+from spcompile.memory.account import Memory
+from spcompile.memory.largest import LargeTensor
 from spcompile.plain_text import one_line
 from spcompile.report.plan_html import page
 from spcompile.schedule.communication import Row
-from spcompile.schedule.memory import LargeTensor, Memory
 from spcompile.schedule.timeline import Prediction
 
 SCHEMA_VERSION = 1
@@ -38,7 +40,8 @@ class PassRow:
 class AttentionRow:
     """Attentions of one kind: `strategy` is "ring", "ulysses", "hybrid UxR" (Ulysses times ring) or "one device".
 
-    scores: what else happens to the scores, as "softcap 30, ALiBi, sinks, dropout 0.1, dense bias"; "" if nothing.
+    scores: what else happens to the scores, as "softcap 30, ALiBi, sinks, dropout 0.1, dense bias", and whether what
+        rows without keys average is found apart; "" if nothing.
     """
 
     strategy: str
@@ -97,7 +100,7 @@ class Plan:
         """Write the plan as one HTML page that needs nothing else."""
         title = one_line(f"{self.model} on mesh {self.mesh}")
         schedule = {row.name for row in self.passes if row.stage == "schedule"}
-        remarks = [str(remark) for plan in (self, *self.parts) for remark in plan.remarks]
+        remarks = remark_lines([remark for plan in (self, *self.parts) for remark in plan.remarks])
         summary, tables, graphs = self.summary()[1:], self.tables(), dict(self.graphs)
         for number, part in enumerate(self.parts, 2):
             summary += [f"Part {number}", *part.summary()[1:]]
@@ -108,13 +111,14 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: sizes are ints, or the text of their expression where they depend on a dynamic length."""
-        memory = {name: _json_number(value) for name, value in vars(self.memory).items()}
+        memory = {name: _json_number(value) for name, value in vars(self.memory).items() if name != "actions"}
+        memory["actions"] = [{**vars(row), "source": _source(row.source)} for row in self.memory.actions]
         return {
             **({"parts": [part.to_dict() for part in self.parts]} if self.parts else {}),
             "schema_version": SCHEMA_VERSION,
             "model": self.model,
             "mesh": dict(self.mesh.axes),
-            "options": {name: value for name, value in self.options.items() if _is_plain(value)},
+            "options": {name: value for name, value in self.options.items() if _fits_json(value)},
             "symbols": self.symbols,
             "sharding": {name: _json_number(value) for name, value in vars(self.sharding).items()},
             "attention": [dict(vars(row)) for row in self.attention],
@@ -156,7 +160,7 @@ class Plan:
             console.print(_rich(title, header, rows))
         if self.remarks:
             console.print("\nRemarks")
-        for remark in self.remarks:
+        for remark in remark_lines(self.remarks):
             console.print(f"  {remark}", soft_wrap=True)
         count = len(self.parts) + 1
         texts = [f"\nPart {number} of {count}: {part}" for number, part in enumerate(self.parts, 2)]
@@ -206,9 +210,13 @@ class Plan:
                     ["saved for backward", size_text(kept) + ratio],
                     ["parameters", size_text(memory.parameter_bytes)],
                     ["gradients", size_text(memory.gradient_bytes)],
-                    ["peak, if nothing is fused", size_text(memory.peak_bytes)],
+                    ["optimizer", size_text(memory.optimizer_bytes)],
+                    ["transient, at the peak", f"{size_text(memory.transient_bytes)} ({memory.peak_at})"],
+                    ["peak, if nothing is fused, without the optimizer", size_text(memory.peak_bytes)],
+                    ["peak of everything", size_text(memory.total_bytes) + _against(memory)],
                 ],
             ),
+            *_actions_table(memory),
             (
                 "Predicted time of one step without the optimizer",
                 ["phase", "ms", "compute", "communication", "hidden", "exposed", "bytes sent", "bytes exposed"],
@@ -246,14 +254,22 @@ class Plan:
 
 def size_text(size: sympy.Expr) -> str:
     """`1.50 MiB`, or the expression of a size that is not known."""
-    if not size.is_number:
-        return str(size)
-    number, unit = float(size), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if number < 1024:
-            break
-        number, unit = number / 1024, larger
-    return f"{number:.0f} B" if unit == "B" else f"{number:.2f} {unit}"
+    return bytes_text(float(size)) if size.is_number else str(size)
+
+
+def _against(memory: Memory) -> str:
+    if memory.budget_bytes is None:
+        return ""
+    return f", {'fits' if memory.fits else 'does not fit'} into {bytes_text(memory.budget_bytes)}"
+
+
+def _actions_table(memory: Memory) -> list[tuple[str, list[str], list[list[str]]]]:
+    """What was done to save memory; no table where nothing was."""
+    rows = [
+        [f"{row.kind} {row.op}", str(row.count), bytes_text(row.bytes), f"{1e3 * row.seconds:.4g}", _place(row.source)]
+        for row in memory.actions
+    ]
+    return [("Not saved for backward", ["what", "count", "bytes", "ms", "source"], rows)] if rows else []
 
 
 def _sent(row: Row) -> str:
@@ -266,7 +282,7 @@ def _json_number(value: Any) -> Any:
     return int(value) if value.is_Integer else float(value) if value.is_number else str(value)
 
 
-def _is_plain(value: Any) -> bool:
+def _fits_json(value: Any) -> bool:
     return value is None or isinstance(value, (str, int, float, bool, dict, list))
 
 

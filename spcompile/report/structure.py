@@ -33,8 +33,9 @@ def _modules_of(package: str) -> Iterator[tuple[str, Path]]:
         yield ".".join([package, *(part for part in parts if part != "__init__")]), file
 
 
+@cache
 def syntax(name: str) -> ast.Module:
-    """The syntax tree of a module."""
+    """The syntax tree of a module, which nobody may change."""
     return ast.parse(modules()[name].read_text())
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from spcompile.diagnostics import Remark, SourceLine
+from spcompile.diagnostics import Remark, SourceLine, remark_lines
 from spcompile.machine.mesh import MeshShape
 from spcompile.plain_text import one_line, some_lines
 
 SCHEMA_VERSION = 1
+Kind = Literal["output", "gradient", "new value"]
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,13 @@ class TensorError:
     """How far one tensor is from the plain model's, on the worst rank.
 
     graph: "local" (before autograd), "final" (forward and backward as they run), or "late": final graphs that are only
-        wrong where a collective reads its operand as late as it may.
-    kind: "output" or "gradient". relative: max_abs over the largest element of the plain model's tensor.
+        wrong where a collective reads its operand as late as it may; "parts": all graphs of a model that breaks.
+    kind: a "new value" is that of a buffer, parameter or input which the model writes to.
+    relative: max_abs over the largest element of the plain model's tensor.
     """
 
     graph: str
-    kind: str
+    kind: Kind
     name: str
     max_abs: float
     relative: float
@@ -103,7 +105,7 @@ class Report:
             verdict = "ok" if row.ok else "WRONG"
             table.add_row(verdict, row.graph, row.kind, one_line(row.name), f"{row.max_abs:.2e}", f"{row.relative:.2e}")
         console.print(table)
-        for line in (*map(str, self.remarks), *self.notes):
+        for line in (*remark_lines(self.remarks), *self.notes):
             console.print(some_lines(line), soft_wrap=True)
         wrong = sum(not row.ok for row in self.rows)
         count = len(self.rows)

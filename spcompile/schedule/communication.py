@@ -115,12 +115,12 @@ def _moves_a_parameter(node: fx.Node, trained: Sequence[bool]) -> bool:
         moves = len(source.all_input_nodes) == 1 or source.target is torch.ops.aten.cat.default
         if source.op == "call_function" and moves:
             pending += source.all_input_nodes
-        elif not _is_parameter(source, trained):
+        elif not _is_trained(source, trained):
             return False
     return bool(node.all_input_nodes)
 
 
-def _is_parameter(node: fx.Node, trained: Sequence[bool]) -> bool:
+def _is_trained(node: fx.Node, trained: Sequence[bool]) -> bool:
     number = re.fullmatch(r"primals_(\d+)|arg(\d+)_1", node.name) if node.op == "placeholder" else None
     if number is None:
         return False

@@ -21,7 +21,7 @@ import torch
 import torch.fx as fx
 
 from spcompile.graph.edit import is_getitem
-from spcompile.schedule.memory import root_of
+from spcompile.graph.storage import root_of
 from spcompile.schedule.op_cost import CostModel, bytes_of
 from spcompile.schedule.timeline import is_wait, starts, transfer
 
@@ -66,7 +66,11 @@ class Roles:
                 self.early.update([node] if from_inputs else [])
             elif node.op != "call_function" or (from_inputs and node not in effects and not heavy(node)):
                 light.add(node)
-            if node.op != "call_function" or is_wait(node) or (node not in effects and (node in light or _moves(node))):
+            if (
+                node.op != "call_function"
+                or is_wait(node)
+                or (node not in effects and (node in light or _renames(node)))
+            ):
                 self.lazy.add(node)
         self.first_use: dict[fx.Node, float] = {}
         self.leads: dict[fx.Node, int] = {}
@@ -84,7 +88,7 @@ class Roles:
         return self.first_use[start] == math.inf
 
 
-def _moves(node: fx.Node) -> bool:
+def _renames(node: fx.Node) -> bool:
     """Whether a call only gives elements another place or name, or is a size."""
     if is_getitem(node) or not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
         return True

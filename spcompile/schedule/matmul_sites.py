@@ -27,7 +27,7 @@ from spcompile.collectives.typed_calls import (
 )
 from spcompile.graph.edit import call, replace
 from spcompile.graph.edit import operand as operand_of
-from spcompile.graph.sizes import divides, expression, same
+from spcompile.graph.sizes import divides, expression, same, same_shape
 from spcompile.graph.typed_call import value_of
 from spcompile.schedule.op_cost import Chunks, gathering_chunks, scattering_chunks
 
@@ -174,11 +174,7 @@ def _summed_products(node: fx.Node) -> list[fx.Node]:
 def _adds_equals(node: fx.Node) -> bool:
     terms = [x.meta["val"] if isinstance(x, fx.Node) else None for x in node.args]
     value = node.meta["val"]
-    return all(x is not None and x.dtype == value.dtype and _same_shape(x, value) for x in terms)
-
-
-def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dim() == b.dim() and all(map(same, a.shape, b.shape))
+    return all(x is not None and x.dtype == value.dtype and same_shape(x, value) for x in terms)
 
 
 def _rewrite_gather(site: Site, symmetric: bool) -> None:
@@ -200,7 +196,7 @@ def _rewrite_gather(site: Site, symmetric: bool) -> None:
         replace(product, result)
     if site.gathered:
         gather.replace_all_uses_with(results[0])
-    _erase_unread(gather)
+    _erase_chain(gather)
 
 
 def _rewrite_scatter(site: Site, symmetric: bool) -> None:
@@ -209,7 +205,7 @@ def _rewrite_scatter(site: Site, symmetric: bool) -> None:
     xs, weights = ([operand_of(product, i) for product in site.products] for i in (0, 1))
     of_both = of_sum.into(MatmulReduceScatterCall, xs=xs, weights=weights, shape=list(site.shape), symmetric=symmetric)
     replace(scatter, _named_after(scatter, of_both.insert(like=scatter)))
-    _erase_unread(of_sum.x)
+    _erase_chain(of_sum.x)
 
 
 def _named_after(at: fx.Node, node: fx.Node) -> fx.Node:
@@ -218,15 +214,15 @@ def _named_after(at: fx.Node, node: fx.Node) -> fx.Node:
     return node
 
 
-def _erase_unread(node: fx.Node) -> None:
+def _erase_chain(node: fx.Node) -> None:
     """Erase a node and what only it reads, or what reads only it, as far as nobody wants it."""
     views = [user for user in node.users if _is_row_view(user)]
     for view in views:
-        _erase_unread(view)
+        _erase_chain(view)
     if node.users or node.op != "call_function":
         return
     operands = [n for n in node.all_input_nodes if n.target in (*_ROW_VIEWS, aten.add.Tensor, aten.mm.default)]
     node.graph.erase_node(node)
     for operand in operands:
         if not operand.users:
-            _erase_unread(operand)
+            _erase_chain(operand)

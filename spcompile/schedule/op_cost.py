@@ -32,13 +32,13 @@ from spcompile.collectives.pipelined_matmuls import PIPELINED
 from spcompile.collectives.typed_calls import AllGatherMatmulCall, MatmulReduceScatterCall
 from spcompile.graph.edit import is_getitem
 from spcompile.graph.sizes import hint, numel_hint
+from spcompile.graph.storage import root_of
 from spcompile.graph.typed_call import value_of
 from spcompile.machine.accelerators import ACCELERATORS, Accelerator
 from spcompile.machine.links import link_of
 from spcompile.machine.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.schedule.communication import sent_by
-from spcompile.schedule.memory import root_of
 
 _BEFORE_AUTOGRAD = (torch.ops.aten.linear.default, torch.ops.aten.matmul.default)
 _SAMPLES = 64  # query rows at which a mask is looked at
@@ -168,7 +168,7 @@ class CostModel:
         return moved
 
     def _arithmetic(self, node: fx.Node, flops: float, reached: float) -> float:
-        return flops / (self.accelerator.peak(_tensors(node)[0].element_size()) * reached)
+        return flops / (self.accelerator.peak(_itemsize(node)) * reached)
 
     def _traffic(self, node: fx.Node) -> float:
         if not _tensors(node) or is_getitem(node) or root_of(node) is not node:
@@ -263,6 +263,12 @@ def visible(mask: AttentionMask, length: int) -> float:
 def bytes_of(node: fx.Node) -> int:
     """Of all tensors that a node returns."""
     return sum(numel_hint(x) * x.element_size() for x in _tensors(node))
+
+
+def _itemsize(node: fx.Node) -> int:
+    """Bytes of an element of what a product reads: what it gives may be wider."""
+    read = [x for operand in node.all_input_nodes for x in _tensors(operand) if x.is_floating_point()]
+    return min(x.element_size() for x in read or _tensors(node))
 
 
 def _tensors(node: fx.Node) -> list[torch.Tensor]:

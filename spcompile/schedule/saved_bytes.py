@@ -31,7 +31,9 @@ def saved_activation_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> i
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None:  # a wrapper such as DTensor has no storage of its own
-        for name in flatten()[0]:
-            yield from _storages(getattr(tensor, name))
+        inner = (getattr(tensor, name) for name in flatten()[0])
+        for part in inner:
+            if isinstance(part, Tensor):
+                yield from _storages(part)
     else:
         yield tensor.untyped_storage()

@@ -21,7 +21,7 @@ from spcompile.capture.retrace import OWN
 from spcompile.check.states import needs_gradient, trainable_names
 from spcompile.diagnostics import BatchNotSplit, source_of
 from spcompile.graph.edit import is_getitem, shape_of
-from spcompile.graph.sizes import hint, same
+from spcompile.graph.sizes import divides, hint, same, same_shape
 from spcompile.sharding.index_spaces import IndexSpaces
 from spcompile.sharding.propagate import (
     UNREAD_ATTENTION,
@@ -31,6 +31,7 @@ from spcompile.sharding.propagate import (
     place_of,
     propagate,
     shards_results,
+    space_at,
 )
 from spcompile.sharding.rules.rule import tensor_operands, tensor_results
 
@@ -66,8 +67,10 @@ def _is_users(placeholder: fx.Node) -> bool:
     return not placeholder.meta.get("state") and (not placeholder.meta.get("trainable") or OWN in placeholder.meta)
 
 
-def require_batch(graph: fx.Graph, spaces: IndexSpaces, placements: Placements) -> None:
+def require_batch(graph: fx.Graph, spaces: IndexSpaces, placements: Placements, degree: int) -> None:
     """Check that every attention is over entries, and that an entry of which each rank passes one is certainly its own.
+
+    Groups that the entries are cut into must be whole ones on every of the `degree` ranks.
 
     Raises:
         BatchNotSplit: names the attention, or the inputs.
@@ -85,6 +88,11 @@ def require_batch(graph: fx.Graph, spaces: IndexSpaces, placements: Placements) 
     if not attentions and first is not None and inputs.get(first) != Place(0):
         found = f"no attention tells which inputs have entries, and {first.name} is not as long as {names}"
         raise NotTheBatch(found, legal="the entries in the first input, or DDP over dp")
+    for node, place in inputs.items():
+        groups = space_at(spaces.values[node][0], place).size
+        if not divides(degree, groups):
+            found = f"the model makes {hint(groups)} groups of entries over dp = {degree}"
+            raise BatchNotSplit(found, legal="groups of entries that no two ranks share")
     if len(inputs) > 1 and all(same(n.meta[OWN].shape[place.dim], 1) for n, place in inputs.items()):
         _require_own_entries(graph, spaces, placements, {n for n in attentions if n in placements.choices})
 
@@ -93,7 +101,7 @@ def _where_the_batch_is(graph: fx.Graph, spaces: IndexSpaces, attention: fx.Node
     """In words, from the batch of an attention."""
     if "b" not in spaces.calls[attention].rule.sizes:
         return "no input has the batch of an attention"
-    found = propagate(graph, spaces, {attention: Choice("b")}).places
+    found = propagate(spaces, {attention: Choice("b")}).places
     inputs = [n for n in graph.find_nodes(op="placeholder") if _is_users(n) and (n, 0) in found]
     return " and ".join(f"{n.name} has the batch in dim {found[n, 0].dim}" for n in inputs) or "no input has a batch"
 
@@ -195,9 +203,7 @@ def _must_have_entries(node: fx.Node, value: fx.Node, placements: Placements) ->
     except Exception:
         return True
     wanted = node.meta["val"]
-    if not isinstance(wanted, torch.Tensor):
-        return False
-    return result.ndim != wanted.ndim or not all(map(same, result.shape, wanted.shape))
+    return isinstance(wanted, torch.Tensor) and not same_shape(result, wanted)
 
 
 def _evaluate(node: fx.Node, instead: Mapping[fx.Node, torch.Tensor]) -> Any:

@@ -40,10 +40,10 @@ class IndexSpaces:
         return [leaves(dim) for dim in self.values[node][0]]
 
 
-def find_index_spaces(graph: fx.Graph, *, drawn_apart: bool = False) -> IndexSpaces:
+def find_index_spaces(graph: fx.Graph, *, apart: bool = False) -> IndexSpaces:
     """One pass in topological order. Calls without a rule get new spaces for their results.
 
-    drawn_apart: ranks draw random numbers for their own parts, where others draw them for the whole.
+    apart: of an axis whose ranks have parts of their own from the start: where an op has another rule for that.
     """
     spaces = IndexSpaces()
     for node in graph.nodes:
@@ -54,8 +54,9 @@ def find_index_spaces(graph: fx.Graph, *, drawn_apart: bool = False) -> IndexSpa
             spaces.values[node] = [spaces.values[operand(node, 0)][result_number(node)]]
             continue
         rule = rule_of(node) if node.op == "call_function" else None
-        if rule is not None and rule.drawn and drawn_apart:
-            rule = replace(rule, replicated=frozenset())
+        if apart and rule is not None and rule.apart is not None:
+            first = next((spaces.values[n][0] for n in tensor_operands(node)), [])
+            rule = rule.apart([[space.size for space in leaves(dim)] for dim in first])
         call = _bind(node, rule, spaces) if rule is not None else None
         if call is not None:
             spaces.calls[node] = call

@@ -88,7 +88,7 @@ class Lower(fx.Interpreter):
         """One node on local values, with its origin kept for the nodes it traces."""
         if OWN in n.meta and n.op == "placeholder":
             value = super().run_node(n)
-            return value if isinstance(value, Tensor) else value * self.split.degree  # a number of rows: of all
+            return value if isinstance(value, Tensor) else value * self.split.degree  # a number of entries: of all
         if n.target in READ_SIZES:
             return super().run_node(n) * self.times_as_large(n)
         if n.op != "call_function" or not isinstance(layout := layout_of(n), NodeLayout):

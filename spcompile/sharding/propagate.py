@@ -113,7 +113,6 @@ def leaves_sums(call: OpSpaces, choice: Choice) -> bool:
 
 
 def propagate(
-    graph: fx.Graph,
     spaces: IndexSpaces,
     seeds: Mapping[fx.Node, Choice],
     inputs: Mapping[fx.Node, Place] | None = None,

@@ -45,7 +45,7 @@ def reshard_to(value: fx.Node, axis: str, src: str, dst: str, *, origin: str) ->
         if is_reshard(user) and Reshard.of(user) == Reshard(value, axis, src, dst):
             return user
     graph = value.graph
-    with graph.inserting_before(_first(graph)) if value.op == "placeholder" else graph.inserting_after(value):
+    with graph.inserting_before(_behind_inputs(graph)) if value.op == "placeholder" else graph.inserting_after(value):
         node = graph.call_function(reshard, (value, axis, src, dst))
     source = layout_of(value)
     assert source is not None
@@ -64,7 +64,7 @@ def change_state(value: fx.Node, axis: str, src: str, dst: str, *, origin: str) 
     return reshard_to(value, axis, src, dst, origin=origin)
 
 
-def _first(graph: fx.Graph) -> fx.Node:
+def _behind_inputs(graph: fx.Graph) -> fx.Node:
     """The first node behind the placeholders and the reshards of them."""
     inputs = (n for n in graph.nodes if n.op != "placeholder")
     return next(n for n in inputs if not is_reshard(n) or Reshard.of(n).x.op != "placeholder")

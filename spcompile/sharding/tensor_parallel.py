@@ -42,11 +42,11 @@ class TensorSeeds:
 
 def tensor_seeds(graph: fx.Graph, spaces: IndexSpaces, degree: int) -> TensorSeeds:
     """The seeds of axis `tp` of `degree` ranks."""
-    search = _Search(graph, spaces, degree)
+    search = _SeedSearch(graph, spaces, degree)
     for node, call in spaces.calls.items():
         choice = _split_heads(call, degree) if call.rule.paired else None
         if choice is not None:
-            search.take(node, choice, propagate(graph, spaces, {node: choice}))
+            search.take(node, choice, propagate(spaces, {node: choice}))
     search.take_cheapest(search.contracted(), may_gather=False)
     search.take_cheapest(search.widening(), may_gather=True)
     search.take_cheapest(search.lookups(), may_gather=True)
@@ -83,6 +83,11 @@ def _split_heads(call: OpSpaces, degree: int) -> Choice | None:
     return Choice(factor) if len(call.leaves_of(factor)) == 1 else None
 
 
+def _contracted(call: OpSpaces) -> set[str]:
+    """The factors that a call sums over, also inside of it."""
+    return set(call.rule.reductions) | call.rule.contracted
+
+
 @dataclass
 class _Candidate:
     node: fx.Node
@@ -90,7 +95,7 @@ class _Candidate:
     space: Space
 
 
-class _Search:
+class _SeedSearch:
     """Takes one region of calls after the other; regions never overlap."""
 
     def __init__(self, graph: fx.Graph, spaces: IndexSpaces, degree: int) -> None:
@@ -116,7 +121,7 @@ class _Search:
             if space in tried or hint(space.size) < self.degree:
                 continue
             tried.add(space)
-            region = propagate(self.graph, self.spaces, {candidate.node: candidate.choice})
+            region = propagate(self.spaces, {candidate.node: candidate.choice})
             if self._fits(region, may_gather):
                 fitting.append((self._cost(region), len(fitting), candidate, region))
         for _, _, candidate, region in sorted(fitting, key=lambda entry: entry[:2]):
@@ -136,8 +141,9 @@ class _Search:
             weight = self.weight_of(node) if node not in self.calls else None
             if weight is None:
                 continue
-            summed = max(hint(call.rule.sizes[factor]) for factor in call.rule.reductions)
-            free = {f for dim in self._dims_of(node, weight) for f in dim} - set(call.rule.reductions)
+            contracted = _contracted(call)
+            summed = max(hint(call.rule.sizes[factor]) for factor in contracted)
+            free = {f for dim in self._dims_of(node, weight) for f in dim} - contracted
             for factor in sorted(free - call.rule.replicated):
                 for part, space in enumerate(call.leaves_of(factor)):
                     if hint(space.find().size) > summed:
@@ -163,7 +169,7 @@ class _Search:
         operands = tensor_operands(node)
         floating = [x for x in operands if x.meta["val"].is_floating_point()]
         weights = [x for x in floating if x in self.weights and x.meta["val"].ndim >= 2]
-        summed = set(call.rule.reductions)
+        summed = _contracted(call)
         if not summed or len(weights) != 1 or len(floating) < 2 or all(x in self.weights for x in floating):
             return None
         return weights[0] if any(summed & set(dim) for dim in self._dims_of(node, weights[0])) else None

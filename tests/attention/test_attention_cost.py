@@ -38,9 +38,9 @@ def costs(
 def test_bytes_of_ulysses_and_ring(heads: int, kv_heads: int, degree: int) -> None:
     found, length, e = costs(heads, kv_heads, degree, 8192), 8192, 2
     sent = max(kv_heads, degree)
-    exchanged = (degree - 1) / degree**2 * length * SIZE * e
+    sent_bytes = (degree - 1) / degree**2 * length * SIZE * e
     again = heads + (2 * sent if kv_heads < degree else 0)
-    assert found["ulysses"].inner_bytes == pytest.approx(exchanged * (2 * (2 * heads + 2 * sent) + again))
+    assert found["ulysses"].inner_bytes == pytest.approx(sent_bytes * (2 * (2 * heads + 2 * sent) + again))
     keys = 2 * length * kv_heads * SIZE / degree
     assert found["ring"].outer_bytes == keys * ((degree - 1) * 2 * e + degree * 4)
     assert found["ring"].inner_bytes == found["ulysses"].outer_bytes == 0

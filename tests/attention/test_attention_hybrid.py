@@ -21,7 +21,7 @@ def check(
     function, data = DATA[name]
     inputs = [*qkv(n, g, length), *data(n, length)]
     program = check_pipeline(function, inputs, mesh, attention=attention, balance=balance)
-    rings, axes = nodes_of(program, "spx.ring_attention"), axes_of_exchanges(program)
+    rings, axes = nodes_of(program, "spx.ring_attention"), axes_of_all_to_alls(program)
     if attention == "ulysses":
         assert not rings
         assert axes == {"cp"}
@@ -31,7 +31,7 @@ def check(
     return program
 
 
-def axes_of_exchanges(program: LocalProgram) -> set[Any]:
+def axes_of_all_to_alls(program: LocalProgram) -> set[Any]:
     return {node.args[1] for node in nodes_of(program, "spx.all_to_all")}
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import broken_models as bm
 import data_models as dm
 import pytest
 import torch
+import torch.fx as fx
 from oracle import EXACT, default_dtype
 from torch import Tensor, nn
 
 import spcompile
 from spcompile.diagnostics import GraphBreak, StrictRemark
+from spcompile.passes import PIPELINE
+from spcompile.passes_api import Context, Pass, Stage
 
 Inputs = tuple[Tensor, ...]
 
@@ -95,7 +100,58 @@ def test_without_values_there_is_no_way_past_a_branch() -> None:
         spcompile.explain(model, (x,), mesh={"cp": 2}, on_graph_break="gather")
 
 
-def test_half_precision_needs_a_tolerance() -> None:
+@dataclass(frozen=True)
+class Scaled(Pass):
+    """Multiplies every mean by 1.03, which 5e-2 would call equal."""
+
+    name: ClassVar[str] = "scaled"
+    stage: ClassVar[Stage] = Stage.GLOBAL
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        means = [n for n in gm.graph.nodes if n.target is torch.ops.aten.mean.default]
+        for mean in means:
+            with gm.graph.inserting_after(mean):
+                wrong = gm.graph.call_function(torch.ops.aten.mul.Tensor, (mean, 1.03))
+            wrong.meta = dict(mean.meta)
+            mean.replace_all_uses_with(wrong, delete_user_cb=lambda user, wrong=wrong: user is not wrong)
+        return len(means)
+
+
+@pytest.mark.parametrize("factor", [1, 1.03])
+@pytest.mark.thinned(2)
+def test_half_precision(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rounding makes of the whole model and of each graph is measured, not more."""
     model, x = bm.BranchesOnValues().bfloat16(), dm.states().bfloat16()
-    with pytest.raises(spcompile.SpcompileError, match="tolerance="):
-        spcompile.verify(model, (x,), mesh={"cp": 2}, on_graph_break="gather")
+    if factor != 1:
+        at = next(i for i, p in enumerate(PIPELINE) if p.name == "recognize-loss") + 1
+        monkeypatch.setattr(spcompile.passes, "PIPELINE", (*PIPELINE[:at], Scaled(), *PIPELINE[at:]))
+    report = spcompile.verify(model, (x,), mesh={"cp": 2}, on_graph_break="gather")
+    assert report.ok is (factor == 1), str(report)
+    if factor != 1:
+        wrong = {(row.graph, row.name) for row in report.rows if not row.ok}
+        assert ("parts", "loss") in wrong
+        assert report.culprit is not None
+        assert report.culprit.pass_name == "scaled"
+
+
+class KeepsCount(bm.BranchesOnValues):
+    """Writes to one buffer, and gives another a new tensor behind all breaks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(2))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        found = super().forward(x)
+        self.last = x[:, 0, 0] * 2
+        return found
+
+
+def test_what_a_broken_model_writes_is_compared() -> None:
+    with default_dtype(torch.float64):
+        model = KeepsCount()
+        report = spcompile.verify(model, rows(), mesh={"cp": 2}, on_graph_break="gather", tolerance=EXACT)
+    assert report.ok, str(report)
+    names = {row.name for row in report.rows if row.kind == "new value" and row.graph == "parts"}
+    assert names == {"calls", "last"}
+    assert model.calls == 0

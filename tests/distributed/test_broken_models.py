@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import EXACT, Case, Outcome, compare, default_dtype
-from refusals import compiled, refusal, same_text
+from refusals import compiled, refusal, remarks, same_text
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -42,6 +42,37 @@ def test_two_ranks(worker_pool: PoolOf, build: Any, axis: str) -> None:
         assert all(error <= EXACT for error in outcome.errors.values()), outcome.worst()
     assert outcomes[0].graphs == outcomes[1].graphs
     assert outcomes[0].remarks.count("SPR105") >= 2
+
+
+def warned(build: Callable[[], Any], axis: str) -> list[str] | str:
+    """What is logged as a warning in a call, or the text of its error."""
+    model: Any = build()
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=(axis,))
+    model.compile(backend="spcompile", options={"mesh": mesh, "compiler": "eager", "on_graph_break": "gather"})
+    if axis == "dp":
+        return refusal(lambda: model(batch(0)["x"]))
+    with remarks() as texts:
+        model(batch(0)["x"])
+        model(batch(0)["x"])
+    return texts
+
+
+class NotCompiled(bm.BranchesOnValues):
+    """Dynamo is told not to compile it, but what it calls: that is no break."""
+
+    @torch.compiler.disable(recursive=False)
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.first(x).square().mean()}
+
+
+@pytest.mark.parametrize("axis", ["dp", "cp"])
+def test_only_graphs_of_a_model_that_breaks_are_no_plain_code(worker_pool: PoolOf, axis: str) -> None:
+    pool = worker_pool(2)
+    codes = ["SP301", "SP301", "SP305"] if axis == "dp" else ["", "", "SPR403"]
+    for build, code in zip((bm.BranchesOnValues, bm.BranchesInLoop, NotCompiled), codes, strict=True):
+        for found in pool.run(warned, build, axis):
+            assert (found if isinstance(found, str) else "".join(text[:6] for text in found[:1])).startswith(code)
+            assert code or not found
 
 
 def loss_only() -> list[float]:

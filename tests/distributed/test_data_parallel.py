@@ -126,12 +126,35 @@ class PerToken(nn.Module):
         return losses_N.sum() / (ids_BS.numel() - (ids_BS == 0).sum())
 
 
-def over_batches_that_change(batches: Sequence[tuple[int, int]]) -> tuple[list[float], int]:
+class InBlocks(PerToken):
+    """Every entry twice, one behind the other; the second ones have weights of their own."""
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        both_BS = torch.cat([ids_BS, ids_BS.flip(1)])
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.table(both_BS)).chunk(3, -1))
+        y_BSD = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        first_B, second_B = self.head(y_BSD).logsumexp((1, 2)).chunk(2)
+        return (first_B - second_B * ids_BS.sum(1)).tanh().mean()
+
+
+class InGroups(PerToken):
+    """Two entries a group. How many ranks have whole groups a symbol does not tell."""
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.table(ids_BS)).chunk(3, -1))
+        y_BSD = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        scores_G2 = self.head(y_BSD).logsumexp((1, 2)).view(-1, 2)
+        return (scores_G2 - scores_G2.mean(1, keepdim=True)).square().mean()
+
+
+def over_batches_that_change(
+    batches: Sequence[tuple[int, int]], model: type[PerToken] = PerToken
+) -> tuple[list[float], int]:
     """(the largest error of a gradient for each batch of so many entries and tokens, how many programs there were)."""
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
     torch._dynamo.reset()
     with default_dtype(torch.float64):
-        plain = PerToken()
+        plain = model()
         compiled: Any = copy.deepcopy(plain)
         compiled.compile(backend="spcompile", options={"mesh": mesh, "compiler": "eager"})
         found = []
@@ -147,21 +170,43 @@ def over_batches_that_change(batches: Sequence[tuple[int, int]]) -> tuple[list[f
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(2)
-def test_counts_of_entries_in_batches_that_change(worker_pool: PoolOf) -> None:
+@pytest.mark.thinned(4)
+@pytest.mark.parametrize("model", [PerToken, InGroups])
+def test_counts_of_entries_in_batches_that_change(worker_pool: PoolOf, model: type[PerToken]) -> None:
     batches = ((8, 9), (8, 12), (8, 10), (4, 10), (12, 9))
-    for errors, _ in worker_pool(2).run(over_batches_that_change, batches):
+    for errors, _ in worker_pool(2).run(over_batches_that_change, batches, model):
         assert max(errors) <= EXACT, errors
 
 
-@pytest.mark.thinned(2)
-def test_one_program_serves_every_number_of_entries(worker_pool: PoolOf) -> None:
+@pytest.mark.thinned(4)
+@pytest.mark.parametrize("model", [PerToken, InBlocks])
+def test_one_program_serves_every_number_of_entries(worker_pool: PoolOf, model: type[PerToken]) -> None:
     """A ninth batch size is no recompilation, of which Dynamo makes eight. A single entry a rank is another program."""
     for errors, programs in worker_pool(2).run(
-        over_batches_that_change, [(2 * entries, 9) for entries in range(1, 12)]
+        over_batches_that_change, [(2 * entries, 9) for entries in range(1, 12)], model
     ):
         assert max(errors) <= EXACT, errors
         assert programs <= 3
+
+
+def one_tensor_twice() -> dict[str, float]:
+    """Errors where the labels are the ids, the same object, as trainers pass them."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    with default_dtype(torch.float64):
+        plain = models.build("gpt-tiny")
+        compiled: Any = copy.deepcopy(plain)
+        compiled.compile(backend="spcompile", options={"mesh": mesh, "compiler": "eager"})
+        ids_BS = batch(4, 11)["ids_BS"]
+        own_BS = ids_BS.tensor_split(2)[mesh.get_local_rank("dp")]
+        want, have = plain(ids_BS, ids_BS), compiled(own_BS, labels_BS=own_BS)
+        want.backward()
+        have.backward()
+        return compare_tensors({"loss": want}, {"loss": have}) | compare_parameters(plain, compiled)
+
+
+def test_one_tensor_may_be_passed_twice(worker_pool: PoolOf) -> None:
+    for errors in worker_pool(2).run(one_tensor_twice):
+        assert max(errors.values()) <= EXACT, errors
 
 
 def wrapped_in_ddp() -> dict[str, float]:

@@ -44,17 +44,23 @@ def test_hugging_face(worker_pool: PoolOf, model: tuple[str, str], length: int, 
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_four_heads_on_three_ranks(worker_pool: PoolOf, compiler: str) -> None:
     options = {"attention": "ulysses", "compiler": compiler}
     outcomes = assert_same(worker_pool(3), Case(pm.Scored, pm.sequence_first, options=options))
     assert "SPR204" not in outcomes[0].remarks
-    case = hugging_face("llama", "right padding", 32, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.thinned(8)
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_hugging_face_on_three_ranks(worker_pool: PoolOf, compiler: str) -> None:
+    case = hugging_face("llama", "right padding", 32, attention="ulysses", compiler=compiler)
     assert_same(worker_pool(3), case, FLOAT32_INSIDE)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", ["first apart", "apart"])
 def test_heads_in_groups_on_two_ranks(worker_pool: PoolOf, way: str, compiler: str) -> None:

@@ -102,7 +102,7 @@ MESHES = {
     "tp x cp": ({"tp": 2, "cp": 2}, "cp"),
     "tp at rest": ({"tp": 2}, "tp"),
     "tp and cp at rest": ({"tp": 2, "cp": 2}, ("cp", "tp")),
-    "dp": ({"dp": 2}, "dp"),  # all ranks pass the same rows: the mean over them is that of one
+    "dp": ({"dp": 2}, "dp"),  # all ranks pass the same entries: the mean over them is that of one
 }
 MODELS_ON_MESHES = pytest.mark.parametrize(
     ("model", "mesh"),
@@ -137,7 +137,7 @@ def test_a_transformers_llama_trains_as_the_plain_one(worker_pool: PoolOf) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 def test_gathered_by_inductor_too(worker_pool: PoolOf) -> None:
     case = Training(
         partial(models.build, "llama-tiny", layers=1), tokens, *MESHES["cp"], {"compiler": "inductor"}, steps=2

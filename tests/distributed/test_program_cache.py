@@ -108,7 +108,7 @@ def test_one_rank_dumps_and_none_stores(worker_pool: PoolOf, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 def test_only_a_program_that_all_ranks_have_is_not_compiled(worker_pool: PoolOf, tmp_path: Path) -> None:
     for found in worker_pool(2).run(again, str(tmp_path)):
         assert {name for name, (one, _) in found.items() if one} == {"cold", "one rank has it"}

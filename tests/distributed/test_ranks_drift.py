@@ -19,7 +19,7 @@ from torch.utils.data import DistributedSampler
 from worker_pool import WorkerPool
 
 import spcompile
-from spcompile import backend
+from spcompile import backend, models
 from spcompile.diagnostics import SpcompileError
 
 PoolOf = Callable[[int], WorkerPool]
@@ -88,6 +88,19 @@ def other_batches_found_later() -> str:
     return refusal(lambda: model(rows()))
 
 
+def other_samples() -> str:
+    """As `generate` does with another seed on each rank: the first token that differs is refused."""
+    model = compiled(models.build("gpt-tiny", layers=1).eval())
+    torch.manual_seed(dist.get_rank())
+    sampled_BS, drawn = pm.ids(0, 5, batch=1), [None, None]
+    with torch.no_grad():
+        while drawn[0] == drawn[1]:
+            token_B1 = torch.multinomial(model(sampled_BS)[:, -1].softmax(-1), 1)
+            dist.all_gather_object(drawn, token_B1.tolist())
+            sampled_BS = torch.cat([sampled_BS, token_B1], 1)
+        return refusal(lambda: model(sampled_BS))
+
+
 def models_in_another_order() -> str:
     """Two of one class, with equal weights, as a policy and its reference."""
     one = compiled(pm.SelfAttention())
@@ -131,6 +144,7 @@ def other_python() -> str:
         (other_batches, (), ["call 1 of graph", "values of input x", "legal: all ranks of cp and tp", "num_replicas"]),
         (same_rows_in_another_order, (), ["values of input x"]),
         (other_batches_found_later, (), ["call 2 of graph", "values of input x"]),
+        (other_samples, (), ["values of input ids_BS", "sampled", "torch.manual_seed with one seed"]),
         (models_in_another_order, (), ["call 3 of graph", "parameters\n", "set ", "in the same order"]),
         (no_backward, (), ["the backward of call 2", "call 3", "backwards of them, in the same order"]),
         (other_python, (), ["Python", "3.9.0", "legal: one environment"]),

@@ -52,6 +52,38 @@ def test_loss_outside_the_model(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), Case(GPT, partial(tokens, labels=False), outer_loss))
 
 
+class Shrinking(nn.Module):
+    """Its forward writes to the data of a weight, and to a buffer; a learned bias is added to a finite fill."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.heads, self.head = nn.Embedding(64, 16), nn.Linear(16, 48), nn.Linear(16, 64)
+        self.distances = nn.Embedding(64, 2)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, ids_BS: Tensor, labels_BS: Tensor) -> Tensor:
+        self.steps += 1
+        self.heads.weight.data.mul_(0.75)
+        q, k, v = self.heads(self.tokens(ids_BS)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        rows = torch.arange(ids_BS.shape[1], device=ids_BS.device)
+        bias = self.distances((rows[None] - rows[:, None]).clamp(-31, 31) + 31).permute(2, 0, 1)
+        hidden = torch.where(ids_BS > 3, 0.0, torch.finfo(q.dtype).min).to(q.dtype)[:, None, None, :]
+        x_BSD = ((q @ k.mT + (bias + hidden)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return F.cross_entropy(self.head(x_BSD).flatten(0, 1), labels_BS.flatten())
+
+
+def padded(number: int) -> dict[str, Tensor]:
+    """One sequence is all padding: each of its rows averages all values."""
+    batch = {name: x.clone() for name, x in tokens(number, length=21).items()}
+    batch["ids_BS"][1] = 2
+    return batch
+
+
+@pytest.mark.thinned(2)
+def test_a_forward_that_writes_to_a_parameter(worker_pool: PoolOf) -> None:
+    assert_same(worker_pool(2), Case(Shrinking, padded))
+
+
 @pytest.mark.thinned(3)
 def test_two_micro_batches_accumulate(worker_pool: PoolOf) -> None:
     outcomes = assert_same(worker_pool(2), Case(GPT, tokens, micro_batches=(0, 1)))

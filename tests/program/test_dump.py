@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def started(folder: Path) -> Dump:
 
 def test_dump_files(tmp_path: Path) -> None:
     gm = captured(attend, torch.randn(2, 8, 4))
-    history = History(on_snapshot=started(tmp_path).snapshot)
+    history = History(on_snapshot=started(tmp_path).snapshot, keep_texts=True)
     ctx = Context(MeshShape.of({"cp": 2}), Options(), Remarks())
     run_passes(gm, PIPELINE[1:3], ctx, history)
     (folder,) = (tmp_path / "rank0").iterdir()
@@ -125,3 +126,34 @@ def test_only_what_dumps_wrote_is_removed(tmp_path: Path) -> None:
     left = sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file())
     assert left == sorted([*others, "elsewhere/00-capture.txt"])
     assert not (tmp_path / "rank3").exists()
+
+
+def by_hand(x: Tensor, m: Tensor) -> Tensor:
+    scores = (x @ x.mT).masked_fill(torch.ones(8, 8, dtype=torch.bool).triu(1), float("-inf"))
+    return (scores.softmax(-1) @ x) * m
+
+
+@pytest.mark.parametrize("function", [by_hand, torch.mul])
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_one_device_dumps_too(tmp_path: Path, function: Callable[..., Tensor], compiler: str) -> None:
+    """Where attention is recognised, and where the graph is compiled as it is."""
+    torch._dynamo.reset()
+    x = torch.randn(2, 8, 8, requires_grad=True)
+    run = torch.compile(
+        lambda x, m: function(x, m), backend="spcompile", options={"dump": str(tmp_path), "compiler": compiler}
+    )
+    run(x, torch.ones(8)).sum().backward()
+    with torch.no_grad():
+        run(x, torch.ones(8))
+    names = [file.name for folder in sorted((tmp_path / "rank0").iterdir()) for file in sorted(folder.iterdir())]
+    assert [name for name in names if name.startswith("00-")] == ["00-capture.txt"] * 2
+    assert [name for name in names if name.endswith(".py")] == ["backward.py", "forward.py", "inference.py"]
+    assert sum("-forward.txt" in name or "-backward.txt" in name for name in names) == 2
+
+
+def test_one_device_says_what_it_cannot_write(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    (tmp_path / "file").write_text("")
+    run = torch.compile(lambda x: x * 2, backend="spcompile", options={"dump": str(tmp_path / "file")})
+    with pytest.raises(Exception, match=r"SP102 illegal option value: dump='.*file'"):
+        run(torch.ones(2))

@@ -14,8 +14,10 @@ from spcompile.machine.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.passes import PIPELINE
 from spcompile.program.trace import compile_for
+from spcompile.program.whole_batch import over_whole_batch
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("mesh", [{"tp": 2}, {"cp": 2}], ids=str)
 def test_a_length_of_two_after_others(mesh: dict[str, int]) -> None:
     """There torch asks whether a part has one row, which ties the symbol to 2 in the middle of a trace."""
@@ -27,7 +29,7 @@ def test_a_length_of_two_after_others(mesh: dict[str, int]) -> None:
         lengths.append("symbol" if isinstance(ids.shape[1], torch.SymInt) else str(ids.shape[1]))
         return gm
 
-    run = torch.compile(models.build("gpt-tiny", layers=1), backend=backend)
+    run = torch.compile(models.build("gpt-tiny", layers=1), backend=over_whole_batch(backend, 1))
     for length in (17, 5, 2, 9):
         ids_BS = torch.randint(0, 50, (2, length))
         run(ids_BS, ids_BS)

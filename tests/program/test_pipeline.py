@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.fx as fx
 import torch.nn.functional as F
-from example_numerics import captured, compiled_locally
+from example_numerics import captured
 from torch import Tensor
 
 from spcompile.diagnostics import IllegalOption, InvalidGraph, Remarks
@@ -18,7 +18,11 @@ from spcompile.machine.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.passes import PIPELINE
 from spcompile.passes_api import AxisPass, Context, Pass, Stage
+from spcompile.program.build import build
 from spcompile.program.pipeline import History, check_order, configure, run_passes
+from spcompile.report.example_runs import with_dynamo_graph
+
+MUL = torch.ops.aten.mul.Tensor
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,18 @@ class Lies(First):
         node = next(n for n in gm.graph.nodes if n.op == "call_function")
         node.meta["val"] = node.meta["val"].new_empty(99)
         return 1
+
+
+@dataclass(frozen=True)
+class DoublesInSilence(First):
+    """Says that it did nothing."""
+
+    name: ClassVar[str] = "doubles-in-silence"
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        node = next(n for n in gm.graph.nodes if n.op == "call_function")
+        node.args = (node.args[0], 2 * node.args[1])
+        return 0
 
 
 def context() -> Context:
@@ -108,8 +124,10 @@ def attend(h: Tensor) -> Tensor:
 
 
 def test_history_has_the_text_after_every_pass() -> None:
-    program, *_ = compiled_locally(attend, [torch.randn(2, 8, 4)], {"cp": 2}, attention="ring")
-    history = program.history
+    history, options = History(keep_texts=True), Options(attention="ring")
+    with_dynamo_graph(
+        attend, [torch.randn(2, 8, 4)], lambda gm, x: build(gm, x, MeshShape.of({"cp": 2}), options, PIPELINE, history)
+    )
     ran = [p for p in PIPELINE if p.stage is not Stage.SCHEDULE and p.axis in (None, "cp")]
     names = ["capture", *(p.name for p in ran)]
     assert [s.name for s in history.snapshots] == names
@@ -117,3 +135,12 @@ def test_history_has_the_text_after_every_pass() -> None:
     assert history.snapshots[2].report.ops["spx.attention"] == (0, 1)
     with pytest.raises(KeyError, match="no graph 'nothing'; there are: capture, recognize-softmax"):
         history.text("nothing")
+
+
+def test_a_graph_that_no_pass_changed_is_kept_once() -> None:
+    gm = captured(lambda h: h * 2, torch.randn(3))
+    history = History(keep_graphs=True)
+    run_passes(gm, [First(), Second(), DoublesInSilence()], context(), history)
+    kept = [s.gm for s in history.snapshots]
+    assert kept[0] is kept[1]
+    assert [next(iter(k.graph.find_nodes(op="call_function", target=MUL))).args[1] for k in kept if k] == [2, 2, 4]

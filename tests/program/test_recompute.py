@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from worker_pool import WorkerPool
 
+from spcompile.graph.storage import root_of, saved_values
 from spcompile.options import Options
 from spcompile.passes import PIPELINE
 from spcompile.program.emit import Emission
 from spcompile.program.trace import compile_for, mesh_shape, through_dynamo
-from spcompile.schedule.memory import root_of, saved_values
 
 c10d = torch.ops._c10d_functional
 Mix = Callable[[Tensor, Tensor], Tensor]
@@ -107,12 +107,12 @@ def test_a_gathered_activation_is_gathered_again(mix: Mix, whole: int, again: bo
 
 @pytest.mark.thinned(10)
 @pytest.mark.parametrize("length", [LENGTH, LENGTH - 3])
-@pytest.mark.parametrize(("kv_heads", "exchanges"), [(4, (2, 2, 1)), (2, (3, 3, 2)), (1, (3, 3, 2))])
+@pytest.mark.parametrize(("kv_heads", "all_to_alls"), [(4, (2, 2, 1)), (2, (3, 3, 2)), (1, (3, 3, 2))])
 def test_ulysses_saves_its_result_and_its_keys_once(
-    kv_heads: int, exchanges: tuple[int, int, int], length: int
+    kv_heads: int, all_to_alls: tuple[int, int, int], length: int
 ) -> None:
-    """(exchanges of the forward, their duals, those made again). Nothing of repeated keys is saved."""
-    forward, duals, again = exchanges
+    """(all-to-alls of the forward, their duals, those made again). Nothing of repeated keys is saved."""
+    forward, duals, again = all_to_alls
     emission = graphs_of(Mixed(kv_heads, None), 4, length, attention="ulysses")
     assert count(emission, "forward", c10d.all_to_all_single.default) == forward
     assert count(emission, "backward", c10d.all_to_all_single.default) == duals + again
@@ -125,7 +125,7 @@ def test_ulysses_saves_its_result_and_its_keys_once(
 @pytest.mark.parametrize("way", ["together", "apart", "first apart"])
 @pytest.mark.parametrize("kv_heads", [4, 1])
 def test_heads_in_groups_save_no_more(kv_heads: int, way: str) -> None:
-    """Results of both groups are exchanged again, and where two ranks read a key head, keys are."""
+    """Results of both groups are sent again, and where two ranks read a key head, keys are."""
     passes = {"split-all-to-alls": {"groups": 2, "way": way}}
     emission = graphs_of(Mixed(kv_heads, None), 2, attention="ulysses", passes=passes)
     there = {"together": 2 if kv_heads == 4 else 3, "apart": 3, "first apart": 4}[way]

@@ -46,10 +46,10 @@ class Block(nn.Module):
         return {"loss": F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten()), "logits": logits_BSV}
 
 
-def batch(length: int = 10, rows: int = 2) -> dict[str, Tensor]:
-    labels = torch.randint(11, (rows, length))
+def batch(length: int = 10, entries: int = 2) -> dict[str, Tensor]:
+    labels = torch.randint(11, (entries, length))
     labels[0, : length // 3] = -100
-    return {"ids_BS": torch.randint(11, (rows, length)), "labels_BS": labels}
+    return {"ids_BS": torch.randint(11, (entries, length)), "labels_BS": labels}
 
 
 @pytest.mark.thinned(8)
@@ -94,9 +94,9 @@ def test_attention_dropout_is_that_of_one_device(degree: int, attention: str) ->
 @pytest.mark.parametrize("mesh", [{"cp": 4}, {"cp": 4, "dp": 2}, {"tp": 2, "cp": 4}], ids=str)
 def test_a_hybrid_on_parts_of_an_axis(mesh: dict[str, int]) -> None:
     """The graphs before and behind autograd; a length that does not divide, and fewer heads than ranks."""
-    dropout = 0.0 if "dp" in mesh else 0.3  # over dp, ranks have other rows
+    dropout = 0.0 if "dp" in mesh else 0.3  # over dp, ranks have other entries
     model = Block(heads=4 if "tp" in mesh else 1, attention_dropout=dropout)
-    report = verify(model, batch(rows=4), mesh=mesh, attention={"ulysses": 2, "ring": 2})
+    report = verify(model, batch(entries=4), mesh=mesh, attention={"ulysses": 2, "ring": 2})
     assert report.ok, str(report)
     assert {row.graph for row in report.rows} == {"local", "final"}
 
@@ -109,7 +109,7 @@ def test_dropout_draws_what_the_plain_model_draws() -> None:
 
 @pytest.mark.thinned(6)
 def test_dropout_over_dp_differs_and_a_note_says_why() -> None:
-    report = verify(Block(dropout=0.5), batch(rows=4), mesh={"dp": 2})
+    report = verify(Block(dropout=0.5), batch(entries=4), mesh={"dp": 2})
     assert not report.ok
     assert DRAWN_BY_RANKS in report.notes
 

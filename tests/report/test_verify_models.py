@@ -14,7 +14,7 @@ from spcompile.command.model_spec import build_model
 
 EVERY_STRATEGY = pytest.mark.parametrize("attention", ["ring", "ulysses", "auto"])
 EVERY_DEGREE = pytest.mark.parametrize("degree", [3, 8])
-EVERY_TIME = pytest.mark.thinned(3, covers=["name", "attention", "degree"])
+EVERY_TIME = ["name", "attention", "degree"]
 
 
 def agrees(model: torch.nn.Module, inputs: Any, degree: int, attention: str) -> None:
@@ -24,7 +24,7 @@ def agrees(model: torch.nn.Module, inputs: Any, degree: int, attention: str) -> 
 
 
 @pytest.mark.slow
-@EVERY_TIME
+@pytest.mark.thinned(3, covers=EVERY_TIME)
 @EVERY_DEGREE
 @EVERY_STRATEGY
 @pytest.mark.parametrize("name", ["models:gpt-tiny", "models:llama-tiny", "models:bert-tiny"])
@@ -35,7 +35,7 @@ def test_plain_models(name: str, attention: str, degree: int) -> None:
 
 
 @pytest.mark.slow
-@EVERY_TIME
+@pytest.mark.thinned(6, covers=EVERY_TIME)
 @EVERY_DEGREE
 @EVERY_STRATEGY
 @pytest.mark.parametrize("name", hf_models.MODELS)

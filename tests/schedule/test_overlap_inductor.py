@@ -112,13 +112,13 @@ def check(pairs: list[tuple[fx.GraphModule, str]], mesh: dict[str, int]) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("passes", [GROUPS, {}], ids=["groups of heads", "all heads"])
 def test_the_order_is_that_of_the_graph(passes: dict[str, Any]) -> None:
     check(written({"cp": 2}, passes=passes), {"cp": 2})
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.slow
 def test_without_its_settings_inductor_sorts_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this file reads off the code does tell the difference."""
@@ -126,7 +126,7 @@ def test_without_its_settings_inductor_sorts_again(monkeypatch: pytest.MonkeyPat
     assert any(undone(gm, code, {"tp": 2}) for gm, code in written({"tp": 2}))
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.slow
 def test_the_order_of_tp_stays_and_passes_of_the_users_own_run_too() -> None:
     seen: list[str] = []

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import plain_models as pm
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 import spcompile
+from spcompile.diagnostics import BatchNotSplit
+from spcompile.machine.mesh import MeshShape
+from spcompile.options import Options
+from spcompile.passes import PIPELINE
+from spcompile.program.trace import compile_for, through_dynamo
+from spcompile.program.whole_batch import over_whole_batch
 
 PAIRS: dict[str, Callable[[Tensor, int], tuple[Tensor, ...]]] = {
     "slices": lambda x, n: (x[:n], x[n:]),
@@ -62,6 +70,60 @@ def test_blocks_of_blocks(entries: int) -> None:
     model = Preferences(lambda x, n: (x[:n], *x[n:].chunk(2))).double()
     report = spcompile.verify(model, inputs(2 * entries, 3), mesh={"dp": 2, "cp": 2})
     assert report.ok, str(report)
+
+
+JOINS: dict[str, Callable[[Tensor], Tensor]] = {
+    "joined twice": lambda z: torch.cat([torch.cat([z, z.tanh()]), z * 2])[len(z) :],
+    "a part with more entries": lambda z: torch.cat([z.repeat(2, 1), z * 2])[: 2 * len(z)],
+    "behind the sequence": lambda z: torch.cat([z.T, z.T * 2], 1)[:, len(z) :],
+    "beside what all ranks hold": lambda z: torch.cat([z.sum(1), torch.ones(len(z), dtype=z.dtype)]),
+}
+
+
+class Joined(Preferences):
+    """The logarithms of one answer, of which `cut` makes something."""
+
+    def forward(self, ids: Tensor, reference: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (pm.HEADS, -1)).transpose(1, 2) for t in self.qkv(self.embedding(ids)).chunk(3, -1))
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return self.cut(self.head(x).sum(-1), len(ids)).square().exp().mean() * reference.mean()
+
+
+@pytest.mark.thinned(4)
+@pytest.mark.parametrize("name", JOINS)
+def test_joins(name: str) -> None:
+    (ids,), reference = inputs(4, 1)
+    report = spcompile.verify(Joined(lambda z, _: JOINS[name](z)).double(), (ids, reference), mesh={"dp": 2})
+    assert report.ok, str(report)
+
+
+def test_groups_that_several_ranks_share_are_refused() -> None:
+    model = Joined(lambda z, n: z.view(2, -1).mean(1)).double()
+    (ids,), reference = inputs(8, 1)
+    with pytest.raises(BatchNotSplit, match="2 groups of entries over dp = 4"):
+        spcompile.verify(model, (ids, reference), mesh={"dp": 4})
+
+
+def test_a_number_where_a_symbol_does_not_tell_whole_groups(caplog: pytest.LogCaptureFixture) -> None:
+    """Then Dynamo traces again, with the number of entries as a number."""
+    found: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> None:
+        compile_for(gm, inputs, MeshShape.of({"dp": 2}), Options(), PIPELINE)
+        assert not any(isinstance(x, torch.SymInt) for x in inputs)
+        found.extend(x.shape[0] for x in inputs if not x.requires_grad)
+
+    (ids,), reference = inputs(4, 1)
+    for x in (ids, reference):
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    with caplog.at_level("INFO", "spcompile.program.whole_batch"):
+        model = Joined(lambda z, n: z.sum(1).view(-1, 2).mean(1)).double()
+        through_dynamo(model, (ids, reference), over_whole_batch(backend, 2))
+    assert "SPR104" in caplog.text
+    assert found == [8, 8]
+    torch._dynamo.mark_dynamic(ids, 0)  # the user wants a symbol, come what may
+    with pytest.raises(ConstraintViolationError):
+        through_dynamo(model, (ids, reference), over_whole_batch(backend, 2))
 
 
 def test_a_cut_inside_of_a_block_gathers() -> None:

@@ -44,7 +44,7 @@ def attention(b: Builder, q: fx.Node, k: fx.Node) -> fx.Node:
 
 def run(b: Builder) -> tuple[IndexSpaces, Placements]:
     spaces = find_index_spaces(b.graph)
-    return spaces, propagate(b.graph, spaces, sequence_seeds(spaces))
+    return spaces, propagate(spaces, sequence_seeds(spaces))
 
 
 def test_the_seeds_are_the_rows_of_attention() -> None:

@@ -115,7 +115,7 @@ def measure(name: str, layers: int, regather: bool, compiler: str) -> tuple[dict
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(10)
 @MODELS
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_at_run_time(worker_pool: Callable[[int], WorkerPool], name: str, compiler: str) -> None:

@@ -67,10 +67,10 @@ def test_split_by_query_rows(name: str) -> None:
 
 
 @pytest.mark.thinned(4)
-@pytest.mark.parametrize("rows", [1, 2], ids=["one row a rank", "two rows a rank"])
-def test_each_rank_of_dp_has_its_rows(rows: int) -> None:
+@pytest.mark.parametrize("entries", [1, 2], ids=["one entry a rank", "two entries a rank"])
+def test_each_rank_of_dp_has_its_entries(entries: int) -> None:
     report = verify(
-        Written(ATTENTIONS["talking heads"]), {"x": torch.randn(2 * rows, S, N * H).double()}, mesh={"dp": 2}
+        Written(ATTENTIONS["talking heads"]), {"x": torch.randn(2 * entries, S, N * H).double()}, mesh={"dp": 2}
     )
     assert report.ok, str(report)
 
@@ -81,8 +81,8 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.thinned(2)
-@pytest.mark.parametrize("rows", [1, 2], ids=["one row a rank", "two rows a rank"])
-def test_rows_of_a_model_without_softmax(rows: int) -> None:
-    x = torch.randn(2 * rows, S, N * H, dtype=torch.float64)
+@pytest.mark.parametrize("entries", [1, 2], ids=["one entry a rank", "two entries a rank"])
+def test_entries_of_a_model_without_softmax(entries: int) -> None:
+    x = torch.randn(2 * entries, S, N * H, dtype=torch.float64)
     report = verify(Written(linear_attention), {"x": x}, mesh={"dp": 2})
     assert report.ok, str(report)

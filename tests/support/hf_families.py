@@ -48,18 +48,32 @@ _LOW_RANK: dict[str, Any] = {
     "v_head_dim": 8,
     "qk_head_dim": 16,
 }
+# Their model types. To ask transformers for them imports the configs of all its models, in every process of pytest.
+_NAMES = """
+    afmoe apertus arcee aria_text axk1 axk2 bailing_hybrid beam cohere cohere2 cohere2_moe cohere_compass_text cwm
+    deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 doge dots1 dots3_note_text ernie4_5 ernie4_5_moe exaone4
+    exaone_moe flex_olmo flint gemma gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text glm glm4
+    glm4_moe glm4_moe_lite glm_moe_dsa gpt_neox granite granite_swa granitemoe granitemoe_swa granitemoehybrid
+    granitemoeshared helium hrm_text hunyuan_v1_moe hy_v3 hy_v4 hyperclovax inkling2_text inkling_text internlm3
+    iquestcoder jais2 jamba kimi_linear kolibri1 laguna lfm2_moe llama llama4 llama4_text longcat_flash mellum
+    mimo_v2_flash minicpm3 minimax minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral nanochat
+    nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe phi phi3 phi4_multimodal phimoe qwen2 qwen2_moe qwen3
+    qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen4_exp_text seed_oss smollm3 solar_open starcoder2
+    vaultgemma youtu
+"""
+FAMILIES = tuple(_NAMES.split())
 
 
-def families() -> dict[str, str]:
-    """Every text decoder with a plan: model type -> name of the class with a language model head."""
+def found_families() -> list[str]:
+    """Every text decoder that has a plan in this version of transformers."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return {
-        model_type: class_name
-        for model_type, class_name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())
+    return [
+        model_type
+        for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         if getattr(CONFIG_MAPPING[model_type], "base_model_tp_plan", None)
-    }
+    ]
 
 
 def build(model_type: str) -> nn.Module:
@@ -69,6 +83,7 @@ def build(model_type: str) -> nn.Module:
         Exception: what its config or constructor raises where it needs more than these sizes.
     """
     import transformers as T
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     T.logging.set_verbosity_error()
     config_class = T.models.auto.configuration_auto.CONFIG_MAPPING[model_type]
@@ -77,7 +92,7 @@ def build(model_type: str) -> nn.Module:
     if hasattr(known, "kv_lora_rank"):
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     config = config_class(**{name: value for name, value in sizes.items() if hasattr(known, name)})
-    model_class = getattr(T, families()[model_type])
+    model_class = getattr(T, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
     config._attn_implementation = "sdpa" if model_class._supports_sdpa else "eager"
     made: nn.Module = model_class(config).train()
     return made

@@ -2,7 +2,7 @@
 
     answers = run_ranks(function, world_size)    # rank -> what function() returned; None if it died
 
-Processes are forked from a server that has imported torch.
+Processes are forked from the server that the pools' are forked from.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import multiprocessing
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -19,34 +20,51 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from worker_pool import load_function
+from worker_pool import IMPORTED, environment_of_ranks, load_function
 
-PRELOADED = ["torch._dynamo", "torch.distributed", "spcompile.backend", "spcompile.models"]
 GRACE_SECONDS = 20.0  # how long the others may still take after one has answered
 START_SECONDS = 90.0  # also the timeout of the process group, until `shorten_timeout`
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, until: float = 60.0) -> list[Any]:
-    """Call `function(*arguments)` on new ranks; answers after `until` seconds are none."""
-    os.environ.update(TORCH_DISTRIBUTED_DEBUG="DETAIL", OMP_NUM_THREADS="1")
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    until: float = 60.0,
+    enough: int | None = None,
+    store_in_rank_0: bool = False,
+) -> list[Any]:
+    """Call `function(*arguments)` on new ranks; answers after `until` seconds are none.
+
+    enough: so many ranks answer, and the others are not waited for; by default all.
+    store_in_rank_0: the store of the process group dies with rank 0; else it is a file.
+    """
     source = (function.__module__, inspect.getfile(function), function.__qualname__)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(IMPORTED)
     with tempfile.TemporaryDirectory(prefix="spcompile-ranks-") as folder:
         pipes: list[Connection] = []
         processes = []
+        store = f"tcp://127.0.0.1:{_free_port()}" if store_in_rank_0 else f"file://{folder}/store"
         for rank in range(world_size):
             here, there = context.Pipe()
-            given = (rank, world_size, f"{folder}/store", there, source, arguments)
+            given = (rank, world_size, store, there, source, arguments)
             processes.append(context.Process(target=_live, args=given, daemon=True))
-            processes[-1].start()
+            with environment_of_ranks():
+                processes[-1].start()
             there.close()
             pipes.append(here)
-        answers = _collect(pipes, START_SECONDS + until)
+        answers = _collect(pipes, START_SECONDS + until, world_size if enough is None else enough)
         for process in processes:
             process.kill()
             process.join()
     return answers
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def shorten_timeout(seconds: float) -> None:
@@ -60,15 +78,16 @@ def shorten_timeout(seconds: float) -> None:
     checked.wrapped_pg._set_default_timeout(timedelta(seconds=seconds))
 
 
-def _collect(pipes: list[Connection], seconds: float) -> list[Any]:
+def _collect(pipes: list[Connection], seconds: float, enough: int) -> list[Any]:
     answers: list[Any] = [None] * len(pipes)
     waiting = dict(enumerate(pipes))
     deadline = time.monotonic() + seconds
-    while waiting and (left := deadline - time.monotonic()) > 0:
+    while waiting and enough and (left := deadline - time.monotonic()) > 0:
         ready = wait(list(waiting.values()), timeout=left)
         for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
             try:
                 answers[rank] = waiting.pop(rank).recv()
+                enough -= 1
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
             except EOFError:
                 answers[rank] = None
@@ -84,7 +103,7 @@ def _live(rank: int, world_size: int, store: str, pipe: Connection, source: Any,
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     start = timedelta(seconds=START_SECONDS)
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=world_size, timeout=start)
+    dist.init_process_group("gloo", store, rank=rank, world_size=world_size, timeout=start)
     torch.manual_seed(0)
     try:
         value = load_function(*source)(*arguments)

@@ -88,7 +88,7 @@ class WorkerPool:
             here, there = context.Pipe()
             arguments = (rank, self.world_size, str(self._folder), there)
             worker = context.Process(target=_serve, args=arguments, daemon=True, name=f"rank{rank}")
-            with _environment():
+            with environment_of_ranks():
                 worker.start()
             there.close()
             self._workers.append(worker)
@@ -130,7 +130,7 @@ class WorkerPool:
 
 
 @contextlib.contextmanager
-def _environment() -> Iterator[None]:
+def environment_of_ranks() -> Iterator[None]:
     """What torch reads when it is imported, for the process that ranks are forked from."""
     before = dict(os.environ)
     os.environ.update(TORCH_DISTRIBUTED_DEBUG="DETAIL", OMP_NUM_THREADS="1")

@@ -1,18 +1,18 @@
-"""Head-parallel attention: an exchange of rows for heads, attention of whole rows, and the exchange back.
+"""Head-parallel attention: an all-to-all of rows for heads, attention of whole rows, and the all-to-all back.
 
 Over all ranks of an axis this is Ulysses (Jacobs et al. 2023, arXiv 2309.14509): attention is local. Over neighbours
 only, the rows of several neighbours make up one longer part, and what is left is a ring of such parts, for a part of
 the heads: the hybrid of Fang and Zhao 2024 (arXiv 2405.07719).
 
-What goes over the wire. One message carries q, k and v, unless several of them hide better (`exchanges.py`): the bytes
+What goes over the wire. One message carries q, k and v, unless several of them hide better (`messages.py`): the bytes
 are the same. With fewer key heads than ranks some ranks need the same head, each of them all its rows, so each has to
-receive them: no exchange sends less, and summing gradients within such a group first would send as much. Only memory
+receive them: no all-to-all sends less, and summing gradients within such a group first would send as much. Only memory
 can be saved: k and v are copied once, into the message; they travel in messages without queries, which the backward
-sends again, so that what it keeps is the local part. The result is exchanged again, too: of that, attention's backward
+sends again, so that what it keeps is the local part. The result is sent again, too: of that, attention's backward
 needs what it returned, and the next projection's what came back.
 
-B batch, N query heads, G key heads, s local rows, S rows after the exchange, n query heads after it (m of one group of
-heads), T all keys, H head size of q and k, V of v, X of anything, R ranks that exchange.
+B batch, N query heads, G key heads, s local rows, S rows after the all-to-all, n query heads after it (m of one group
+of heads), T all keys, H head size of q and k, V of v, X of anything, R ranks of the all-to-all.
 """
 
 from __future__ import annotations
@@ -36,30 +36,30 @@ spx = torch.ops.spx
 
 
 def head_parallel_attention(
-    call: RingCall, inner: int, bias_has_rows: bool, exchanges: Messages | None = None
+    call: RingCall, inner: int, bias_has_rows: bool, messages: Messages | None = None
 ) -> tuple[Tensor, Tensor]:
     """The attention of a ring with heads split over `inner` neighbours and rows over the others.
 
-    inner = degree is Ulysses. Returns [B, N, s, V] and the log-sum-exp [B, N, s], whose exchange is dropped where
+    inner = degree is Ulysses. Returns [B, N, s, V] and the log-sum-exp [B, N, s], whose all-to-all is dropped where
     nobody reads it.
 
     slopes [N], sinks [N], seeds [B, N] and a bias [B|1, N|1, 1, T] are whole on every rank, which takes those of its
-    heads. bias_has_rows: it is [B|1, N, s, T], local rows, which are exchanged like those of q. exchanges: which
-    messages there are; None is as few as possible.
+    heads. bias_has_rows: it is [B|1, N, s, T], local rows, which travel like those of q. messages: None is as few as
+    possible.
     """
     sizes, outer = call.sizes, call.degree // inner
     heads = HeadSplit(sizes.heads, sizes.kv_heads, inner)
-    if exchanges is None:
-        exchanges = together(heads, keys_apart=keys_travel_apart(heads, call.q_length, call.k_length))
+    if messages is None:
+        messages = together(heads, keys_apart=keys_travel_apart(heads, call.q_length, call.k_length))
     alone = outer == 1
     lengths = (call.q_length, call.k_length) if alone else (None, None)
     axis = call.axis if alone else inner_part(call.axis, inner)
-    exchange = _Exchange(axis, call.order, HeadGroups(heads, exchanges.groups))
+    all_to_all = _AllToAlls(axis, call.order, HeadGroups(heads, messages.groups))
 
-    qkv = exchange.qkv(exchanges.messages, call.q, call.k, call.v, *lengths)
+    qkv = all_to_all.qkv(messages.messages, call.q, call.k, call.v, *lengths)
     rows = call.bias if bias_has_rows else None
-    biases = exchange.of_heads(call.bias, 1) if rows is None else exchange.bias_rows(rows, lengths[0])
-    vectors = [exchange.of_heads(x, d) for x, d in ((call.alibi_slopes, 0), (call.sinks, 0), (call.dropout_seed, 1))]
+    biases = all_to_all.of_heads(call.bias, 1) if rows is None else all_to_all.bias_rows(rows, lengths[0])
+    vectors = [all_to_all.of_heads(x, d) for x, d in ((call.alibi_slopes, 0), (call.sinks, 0), (call.dropout_seed, 1))]
     chunk = None if alone else sizes.q_rows // sequence.chunks_per_rank(call.order)
     outs_RBsmV, lses_RBsm1 = [], []
     for q, k, v, bias, slopes, sinks, seed in zip(*qkv, biases, *vectors, strict=True):
@@ -69,9 +69,9 @@ def head_parallel_attention(
         else:
             part = outer_part(call.axis, outer)
             out_BmSV, lse_BmS = of_group.but(axis=part, degree=outer, inner=inner).run()
-        outs_RBsmV.append(exchange.rows(out_BmSV, chunk))
-        lses_RBsm1.append(exchange.rows(lse_BmS.unsqueeze(3), chunk))
-    return exchange.joined(outs_RBsmV), exchange.joined(lses_RBsm1).squeeze(3)
+        outs_RBsmV.append(all_to_all.rows(out_BmSV, chunk))
+        lses_RBsm1.append(all_to_all.rows(lse_BmS.unsqueeze(3), chunk))
+    return all_to_all.joined(outs_RBsmV), all_to_all.joined(lses_RBsm1).squeeze(3)
 
 
 def keys_travel_apart(heads: HeadSplit, q_length: Any, k_length: Any) -> bool:
@@ -82,7 +82,7 @@ def keys_travel_apart(heads: HeadSplit, q_length: Any, k_length: Any) -> bool:
     return heads.repeats_keys or str(q_length) != str(k_length)
 
 
-class _Exchange:
+class _AllToAlls:
     """All-to-alls among the ranks of `axis`, whose parts of the sequence are in `order`."""
 
     def __init__(self, axis: str, order: str, groups: HeadGroups) -> None:

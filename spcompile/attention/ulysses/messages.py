@@ -83,7 +83,7 @@ WAYS = ("together", "apart", "first apart")
 def candidates(
     heads: HeadSplit, groups: Sequence[int], ways: Sequence[str] = WAYS, *, keys_apart: bool
 ) -> Iterator[Messages]:
-    """The exchanges in some of WAYS, for the numbers of groups that the heads allow."""
+    """The messages in some of WAYS, for the numbers of groups that the heads allow."""
     for count in groups:
         if HeadGroups.divides(heads, count):
             made = {
@@ -99,7 +99,7 @@ class Times:
     """Of one attention on one rank, in seconds.
 
     ready: "q", "k", "v" -> compute until it is projected, from when q is. sent: the bytes of each, and of "out".
-    attention: compute of all groups. kernel: what each kernel costs beside its work. link: that of the exchange.
+    attention: compute of all groups. kernel: what each kernel costs beside its work. link: that of the all-to-all.
     """
 
     ready: Mapping[str, float]
@@ -108,19 +108,19 @@ class Times:
     kernel: float
     link: Link
 
-    def until_back(self, exchanges: Messages) -> float:
+    def until_back(self, messages: Messages) -> float:
         """From when q is projected until all results are back, with what more kernels take in a step."""
         free, arrivals = 0.0, []
-        for message in exchanges.messages:
+        for message in messages.messages:
             parts = [(name, piece.group) for piece in message for name in piece.name]
             leaves = max(free, *(self.ready[name] for name, _ in parts))
-            size = sum(self.sent[name] / (1 if group is None else exchanges.groups) for name, group in parts)
+            size = sum(self.sent[name] / (1 if group is None else messages.groups) for name, group in parts)
             free = leaves + self.link.seconds(size)
             arrivals.append((free, {group for _, group in parts}))
         now = max(self.ready.values())
-        for group in range(exchanges.groups):
+        for group in range(messages.groups):
             now = max(now, *(at for at, carries in arrivals if carries & {None, group}))
-            now += self.attention / exchanges.groups
-            free = max(free, now) + self.link.seconds(self.sent["out"] / exchanges.groups)
-        more = len(exchanges.messages) + exchanges.groups - 2
+            now += self.attention / messages.groups
+            free = max(free, now) + self.link.seconds(self.sent["out"] / messages.groups)
+        more = len(messages.messages) + messages.groups - 2
         return free + more * KERNELS * self.kernel

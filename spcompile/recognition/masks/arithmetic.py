@@ -191,7 +191,7 @@ def _xor(reader: Reader, node: fx.Node, indices: Indices) -> Value:
 
 
 @reads("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")
-def _where(reader: Reader, node: fx.Node, indices: Indices) -> Value:
+def _where_op(reader: Reader, node: fx.Node, indices: Indices) -> Value:
     condition, then, other = operands(reader, node, indices, ("condition", "self", "other"))
     dtype = node.meta["val"].dtype
     return either(to_condition(condition), as_dtype(then, dtype), as_dtype(other, dtype))

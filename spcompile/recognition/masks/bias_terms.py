@@ -95,6 +95,17 @@ _SAME |= {aten.alias.default, aten.clone.default, aten._to_copy.default}
 _VIEWS = {aten.unsqueeze.default, aten.view.default, aten.reshape.default}
 
 
+@dataclass(frozen=True)
+class Applied:
+    """How a term comes to the scores. at: what those are then, or the sum of which the term is a part.
+
+    dtype: what scores are rounded to from there on.
+    """
+
+    at: fx.Node
+    dtype: torch.dtype
+
+
 def parts_of(node: fx.Node, role: Role | None = None) -> list[BiasTerm]:
     """The terms of the bias `node`."""
     is_bool = node.meta["val"].dtype == torch.bool

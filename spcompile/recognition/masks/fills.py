@@ -14,7 +14,7 @@ from sympy.logic.boolalg import Boolean
 
 from spcompile.attention.scores.mask import EXCLUDES
 from spcompile.recognition.masks.alibi import comes_from_trained_input, read_linear
-from spcompile.recognition.masks.bias_terms import BiasTerm, Reading, Role, flipped, read_part
+from spcompile.recognition.masks.bias_terms import Applied, BiasTerm, Reading, Role, flipped, read_part
 from spcompile.recognition.masks.finite import is_finite
 from spcompile.recognition.masks.index_maps import IndexSpace, Indices, sizes_of
 from spcompile.recognition.masks.match import B, H, K, Q, clauses, every_row_has_a_key
@@ -36,12 +36,14 @@ class Second:
     """An attention of the rows without keys alone.
 
     parts: its bias. are_scores: False where all scores have been replaced by one number, so that none counts.
-    rounded_by: a number that was added, or put there before biases were added.
+    rounded_by: a number that was added, or put there before biases were added. rounded: biases to which it was added
+    before both were added to scores.
     """
 
     parts: tuple[BiasTerm, ...]
     are_scores: bool = True
     rounded_by: float | None = None
+    rounded: tuple[BiasTerm, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class WithoutKeys:
     hard: with `unknown`, the parts that exclude keys for good.
     fills: the numbers of parts that exclude keys by adding them. Beside the above they are read as conditions.
     of_bits: parts that were read as masks because their integers are taken to be 0 and 1.
+    dtype: with `unknown`, what scores are rounded to once these are added.
     """
 
     average: bool = False
@@ -62,6 +65,7 @@ class WithoutKeys:
     hard: tuple[BiasTerm, ...] = ()
     fills: Mapping[BiasTerm, float] = field(default_factory=dict)
     of_bits: tuple[BiasTerm, ...] = ()
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,11 @@ class _Terms:
     hard: tuple[BiasTerm, ...]
     biases: tuple[BiasTerm, ...]
     unknown: tuple[BiasTerm, ...]
+    applied: Mapping[BiasTerm, Applied]
+
+    def dtype_of(self, parts: Sequence[BiasTerm]) -> torch.dtype:
+        """What scores are rounded to once these parts are applied."""
+        return max((self.applied[part].dtype for part in parts), key=lambda dtype: torch.finfo(dtype).eps)
 
     @property
     def fills(self) -> dict[BiasTerm, float]:
@@ -110,7 +119,7 @@ def rows_without_keys(
     replaced: Mapping[BiasTerm, float],
     q: fx.Node,
     k: fx.Node,
-    dtype: torch.dtype,
+    applied: Mapping[BiasTerm, Applied],
     has_sinks: bool,
     has_softcap: bool,
 ) -> WithoutKeys:
@@ -118,22 +127,20 @@ def rows_without_keys(
 
     parts: the terms of its bias, the last one applied first. replaced: what scores became where a bool part excludes
     them. One number that was added is left to recognize-mask where that makes the mean of all values.
-    q [B, N, S, H], k [B, G, T, H]. dtype: that of the scores when numbers are added.
+    q [B, N, S, H], k [B, G, T, H]. applied: of each part.
 
     Raises:
         NotKnown: there may be such rows, and nothing here makes them.
     """
-    reader, indices = _reader(q, k)
-    readings = {part: _reading(part, reader, indices) for part in parts}
-    terms = _terms(parts, replaced, readings, reader, indices)
-    without = _without_keys(terms, q, k, dtype, has_sinks, has_softcap)
+    reader, indices = reader_of(q, k)
+    readings = {part: reading_of(part, reader, indices) for part in parts}
+    terms = _terms(parts, replaced, readings, reader, indices, applied)
+    without = _without_keys(terms, q, k, has_sinks, has_softcap)
     of_bits = tuple(part for part, reading in readings.items() if reading is not None and reading.of_bits)
     return dataclasses.replace(without, of_bits=of_bits)
 
 
-def _without_keys(
-    terms: _Terms, q: fx.Node, k: fx.Node, dtype: torch.dtype, has_sinks: bool, has_softcap: bool
-) -> WithoutKeys:
+def _without_keys(terms: _Terms, q: fx.Node, k: fx.Node, has_sinks: bool, has_softcap: bool) -> WithoutKeys:
     if has_sinks or not (terms.masks or terms.unknown) or _every_row_has_a_key(terms, q, k):
         return WithoutKeys()
     if terms.unknown:
@@ -141,21 +148,22 @@ def _without_keys(
             raise NotKnown(terms.unknown[0].node, "numbers that are not known are added to one that replaces scores")
         added = {part for mask in terms.masks for part in mask.parts}
         unknown = tuple(part for part in terms.order if part in terms.unknown or part in added)
-        return WithoutKeys(unknown=unknown, hard=terms.hard, fills=terms.fills)
+        return WithoutKeys(unknown=unknown, hard=terms.hard, fills=terms.fills, dtype=terms.dtype_of(unknown))
     mask = terms.masks[0]
+    dtype = terms.dtype_of(mask.parts)
     biases = terms.biases_on(mask)
     if len(terms.masks) == 1 and not terms.hard and not any(comes_from_trained_input(bias.node) for bias in biases):
         if mask.is_put and (absorbs(mask.fill, dtype) or not biases):
             return WithoutKeys(average=True)
         is_simple = not has_softcap or (len(terms.order) == 1 and terms.order[0].is_one_for_all_heads)
-        if not mask.is_put and is_simple and absorbs(mask.fill, torch.promote_types(dtype, torch.float32)):
+        if not mask.is_put and is_simple and absorbs(mask.fill, _dtype_of_kept(mask.parts[0], dtype)):
             return WithoutKeys()
     if not all(part.is_one_for_all_heads for part in terms.order if part not in terms.biases):
         raise NotKnown(mask.parts[0].node, "heads have masks of their own")
     if len(terms.masks) == 1:
-        seconds: tuple[Second, ...] = (_of_one(mask, terms, dtype),)
+        seconds: tuple[Second, ...] = (_of_one(mask, terms, q),)
     else:
-        seconds = _of_two(terms, dtype, q, k)
+        seconds = _of_two(terms, q, k)
     return WithoutKeys(seconds=seconds, fills=terms.fills)
 
 
@@ -165,6 +173,7 @@ def _terms(
     readings: Mapping[BiasTerm, Reading | None],
     reader: Reader,
     indices: Indices,
+    applied: Mapping[BiasTerm, Applied],
 ) -> _Terms:
     put: dict[float, list[BiasTerm]] = {}
     masks: list[_Mask] = []
@@ -182,20 +191,20 @@ def _terms(
         else:
             unknown.append(part)
     masks += (_Mask(tuple(holding), fill, is_put=True) for fill, holding in put.items())
-    return _Terms(tuple(parts), readings, tuple(masks), tuple(hard), tuple(biases), tuple(unknown))
+    return _Terms(tuple(parts), readings, tuple(masks), tuple(hard), tuple(biases), tuple(unknown), applied)
 
 
-def _of_one(mask: _Mask, terms: _Terms, dtype: torch.dtype) -> Second:
+def _of_one(mask: _Mask, terms: _Terms, q: fx.Node) -> Second:
     """Rows without keys average those that are not excluded for good."""
     after = tuple(part for part in terms.hard if not mask.is_put or terms.are_after([part], mask))
     if after == terms.hard:
-        return _second(mask, terms.hard, terms, dtype)
+        return _second(mask, terms.hard, terms, q)
     if len(mask.parts) > 1:
         raise NotKnown(mask.parts[0].node, "several masks that replace scores undo others")
-    return _second(mask, (*after, flipped(mask.parts[0])), terms, dtype)  # what was excluded before has no key of it
+    return _second(mask, (*after, flipped(mask.parts[0])), terms, q)  # what was excluded before has no key of it
 
 
-def _of_two(terms: _Terms, dtype: torch.dtype, q: fx.Node, k: fx.Node) -> tuple[Second, ...]:
+def _of_two(terms: _Terms, q: fx.Node, k: fx.Node) -> tuple[Second, ...]:
     """Rows that see a key under each of two masks, but none under both.
 
     Keys that both exclude have the sum of two fills, so much less than one that it weighs nothing. Among those that one
@@ -225,20 +234,29 @@ def _of_two(terms: _Terms, dtype: torch.dtype, q: fx.Node, k: fx.Node) -> tuple[
     if len(winners) == 2 and not outer.is_put:  # keys that one leaves only where the other does are none of such a row
         both = _clauses(terms.condition([*outer.parts, *inner.parts]))
         winners = [mask for mask in winners if both is None or both != _clauses(terms.condition(kept[mask]))]
-    return tuple(_second(mask, (*kept[mask], *terms.hard), terms, dtype) for mask in winners)
+    return tuple(_second(mask, (*kept[mask], *terms.hard), terms, q) for mask in winners)
 
 
-def _second(mask: _Mask, kept: tuple[BiasTerm, ...], terms: _Terms, dtype: torch.dtype) -> Second:
+def _second(mask: _Mask, kept: tuple[BiasTerm, ...], terms: _Terms, q: fx.Node) -> Second:
     """The keys that `kept` leaves, of which `mask` excludes all."""
     biases = terms.biases_on(mask)
     if mask.is_put and not biases:
         return Second(kept, are_scores=False)
-    number = mask.fill
-    if torch.finfo(dtype).bits == 16:  # but attention adds in float32
+    number, dtype = mask.fill, terms.dtype_of(mask.parts)
+    adds_in = torch.promote_types(q.meta["val"].dtype, torch.float32)
+    if torch.finfo(dtype).eps > torch.finfo(adds_in).eps:
         if not absorbs(number, dtype):
             raise NotKnown(mask.parts[0].node, f"{dtype} rounds the scores that its fill is added to, but keeps some")
-        number = LOWEST
-    return Second((*kept, *biases), are_scores=not mask.is_put, rounded_by=number)
+        return Second((*kept, *biases), are_scores=not mask.is_put, rounded_by=LOWEST)
+    at = terms.applied[mask.parts[0]].at
+    rounded = tuple(bias for bias in biases if terms.applied[bias].at is at)
+    return Second((*kept, *biases), not mask.is_put, number, rounded)
+
+
+def _dtype_of_kept(part: BiasTerm, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which recognize-mask finds that the number of a mask absorbs scores."""
+    own = part.node.meta["val"].dtype
+    return torch.promote_types(torch.promote_types(own, dtype), torch.float32)
 
 
 def _clauses(condition: Boolean | None) -> list[Boolean] | None:
@@ -249,14 +267,16 @@ def _has_keys(condition: Boolean | None, q: fx.Node, k: fx.Node) -> bool:
     return condition is not None and every_row_has_a_key(condition, sizes_of(q)[2], sizes_of(k)[2])
 
 
-def _reader(q: fx.Node, k: fx.Node) -> tuple[Reader, Indices]:
+def reader_of(q: fx.Node, k: fx.Node) -> tuple[Reader, Indices]:
+    """A reader of masks of this attention, and the indices of batch, head, query and key."""
     space = IndexSpace()
     sizes = (*sizes_of(q)[:3], sizes_of(k)[2])
     indices = tuple(space.add(symbol.name, size) for symbol, size in zip((B, H, Q, K), sizes, strict=True))
     return Reader(space), indices
 
 
-def _reading(part: BiasTerm, reader: Reader, indices: Indices) -> Reading | None:
+def reading_of(part: BiasTerm, reader: Reader, indices: Indices) -> Reading | None:
+    """What the part means; None where it has no symbolic form."""
     try:
         return read_part(part, reader, indices)
     except Unreadable:

@@ -122,7 +122,7 @@ def _int(value: Any) -> int:
 
 
 @_moves("alias", "contiguous", "clone", "lift_fresh_copy", "lift_fresh")
-def _same(node: fx.Node, indices: Indices, space: IndexSpace) -> Indices:
+def _unchanged(node: fx.Node, indices: Indices, space: IndexSpace) -> Indices:
     return indices
 
 

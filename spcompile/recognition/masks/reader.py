@@ -169,11 +169,11 @@ def as_dtype(value: Value, dtype: torch.dtype) -> Value:
     if dtype == torch.bool:
         return to_condition(value)
     if dtype.is_floating_point:
-        return lift(lambda x: _rounded(x, dtype), to_float(value))
+        return lift(lambda x: _rounded_value(x, dtype), to_float(value))
     return lift(lambda x: _as_integer(x, dtype), to_number(value))
 
 
-def _rounded(value: Value, dtype: torch.dtype) -> Value:
+def _rounded_value(value: Value, dtype: torch.dtype) -> Value:
     if not isinstance(value, Scaled):
         return torch.tensor(value, dtype=dtype).item()
     factor = torch.tensor(value.factor, dtype=dtype).item()

@@ -13,8 +13,6 @@ B batch, N query heads, G key heads, S query rows, T keys, H head size of q and 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -67,11 +65,12 @@ def rows_of_one_number(bias_BNST: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def without_large_numbers(
-    whole_BNST: Tensor, part_BNST: Tensor, q_BNSH: Tensor, k_BGTH: Tensor
+    whole_BNST: Tensor, part_BNST: Tensor, q_BNSH: Tensor, k_BGTH: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For a bias of unknown numbers: its part in an attention that loses none of them, and in one of absorbed scores.
 
     whole: the bias, [B|1, N|1, S|1, T]. part: of its terms those whose numbers are unknown, broadcastable to that.
+    dtype: what scores are rounded to once they are added.
 
     Rows whose greatest number is large are shifted by it, for a log-sum-exp near such a number has no room for anything
     else. Where it absorbs scores, the first part is -inf, and the second is 0 for keys that have it, else -inf. Such
@@ -79,7 +78,7 @@ def without_large_numbers(
     """
     whole_BNST = whole_BNST.detach()
     top = whole_BNST.amax(-1, keepdim=True)
-    is_absorbed = (top <= absorbing(_at_least_float32(whole_BNST, q_BNSH))) & (top > -torch.inf)
+    is_absorbed = (top <= absorbing(dtype)) & (top > -torch.inf)
     shift = top.masked_fill((top > EXCLUDES) | is_absorbed | (top == -torch.inf), 0.0)
     small = (part_BNST - shift).masked_fill(is_absorbed, -torch.inf)
     absorbed = _nothing_but_gradient(part_BNST, (whole_BNST == top) & is_absorbed)
@@ -87,7 +86,7 @@ def without_large_numbers(
     return small, absorbed, *marked_as_documents(marks_BNS, q_BNSH, k_BGTH)
 
 
-def large_numbers_apart(part_BN1T: Tensor, q_BNSH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def large_numbers_apart(part_BN1T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """A bias of unknown numbers for each key: without large ones; and of these for rows that see no key without them.
 
     Of rows whose large numbers absorb scores the second part is -inf, of others the third. The second is relative to
@@ -96,19 +95,20 @@ def large_numbers_apart(part_BN1T: Tensor, q_BNSH: Tensor) -> tuple[Tensor, Tens
     number = part_BN1T.detach()
     is_large = (number <= EXCLUDES) & (number > -torch.inf)
     top = number.masked_fill(~is_large, -torch.inf).amax(-1, keepdim=True)
-    is_absorbed = top <= absorbing(_at_least_float32(number, q_BNSH))
+    is_absorbed = top <= absorbing(dtype)
     relative = (part_BN1T - top).masked_fill(~is_large | is_absorbed, -torch.inf)
     absorbed = _nothing_but_gradient(part_BN1T, (number == top) & is_large & is_absorbed)
     return part_BN1T.masked_fill(is_large, -torch.inf), relative, absorbed
 
 
+def rounded_by(x: Tensor, number: float) -> Tensor:
+    """What is left of x once a large number was added and taken away; with the gradient of x."""
+    return x + ((x + number) - number - x).detach()
+
+
 def _nothing_but_gradient(x: Tensor, where: Tensor) -> Tensor:
     """A bias of 0 with the gradient of x where this holds, else -inf."""
     return (x - x.detach()).masked_fill(~where, -torch.inf)
-
-
-def _at_least_float32(*tensors: Tensor) -> torch.dtype:
-    return functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
 
 
 def as_documents(mask: str, key_valid_BT: Tensor | None, q_BNSH: Tensor, k_BGTH: Tensor) -> tuple[Tensor, Tensor]:

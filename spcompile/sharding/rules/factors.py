@@ -51,6 +51,7 @@ def make_rule(
     *,
     sums: Collection[Factor] = (),
     completes: Collection[Factor] = (),
+    contracts: Collection[Factor] = (),
     fills: Mapping[str, float] | None = None,
     local: Callable[[LocalCall], Any] | None = None,
     prefix_of: Mapping[Factor, Factor] | None = None,
@@ -61,6 +62,7 @@ def make_rule(
     operands: the layout of every tensor argument by schema name (of a list argument: a list of layouts).
     sums: the factors that are reduced by a sum; those of them that are replicated are dropped.
     completes: the factors that are only in operands and over which `local` gives complete results; dropped likewise.
+    contracts: the replicated factors that the op sums over inside.
     fills: what the padding of a summed factor must hold, by argument name; default 0 in the first operand.
     prefix_of, unread: as in OpRule, with factors and argument names.
     """
@@ -77,6 +79,7 @@ def make_rule(
         reductions={names[f]: "sum" for f in names if f in sums and not f.replicated},
         completed=frozenset(names[f] for f in names if f in completes and not f.replicated),
         replicated=frozenset(name for factor, name in names.items() if factor.replicated),
+        contracted=frozenset(names[f] for f in names if f in contracts),
         fills={0: 0.0} if fills is None else {i: fills[owner] for i, owner in enumerate(owners) if owner in fills},
         local=local,
         prefix_of={names[r]: names[o] for r, o in (prefix_of or {}).items() if r in names and o in names},

@@ -2,17 +2,23 @@
 
 The cut dim is replicated, and it is another factor in every tensor: positions in the parts are not positions in the
 whole. Slices that start at 0 say so in `prefix_of`.
+
+On an axis whose ranks have parts of their own (`OpRule.apart`), parts that stand behind each other are blocks of one
+factor: chosen answers in front, rejected ones behind them, and of both each rank has its entries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from math import prod
 from typing import Any
 
 import torch
 import torch.fx as fx
 
-from spcompile.graph.sizes import same
+from spcompile.graph.sizes import Size, hint, quotient, same
 from spcompile.sharding.rules.calls import arguments, at_least, overloads
 from spcompile.sharding.rules.factors import Factor, factors, make_rule
 from spcompile.sharding.rules.rule import LocalCall, OpRule, register, tensor_results
@@ -31,10 +37,51 @@ def cut(node: fx.Node, operand: str, dims: Sequence[int]) -> OpRule:
     return make_rule(node, {operand: layout}, parts)
 
 
+def _cut_between_blocks(node: fx.Node, rule: OpRule, dim: int, starts: Sequence[Size]) -> OpRule:
+    """`a ([d] n) -> a ([b] n), a ([c] n)` as well, where the parts begin at `starts` and are of whole blocks of n."""
+    x = arguments(node)["self"]
+    dim, sizes = dim % x.ndim, [part.shape[dim] for part in tensor_results(node)]
+
+    def apart(dims: Sequence[Sequence[Size]]) -> OpRule:
+        for place in range(1, len(dims[dim])):
+            block = Factor(prod(dims[dim][place:]))
+            whole, *counts = _numbers((x.shape[dim], *starts, *sizes), of=block.size)
+            firsts, lengths = counts[: len(sizes)], counts[len(sizes) :]
+            if whole and None not in firsts and all(lengths):
+                return in_blocks(block, whole, firsts, lengths)
+        return rule
+
+    def in_blocks(block: Factor, whole: int, firsts: Sequence[Any], lengths: Sequence[Any]) -> OpRule:
+        layout: list[Any] = factors(x.shape)
+
+        def blocks(number: int) -> list[Any]:
+            return [*layout[:dim], (Factor(number, replicated=True), block), *layout[dim + 1 :]]
+
+        def local(call: LocalCall) -> Any:
+            (own, *_), n = call.args, call.args[0].shape[dim] // whole
+            pairs = zip(firsts, lengths, strict=True)
+            parts = [aten.slice.Tensor(own, dim, first * n, (first + length) * n) for first, length in pairs]
+            return parts if isinstance(node.meta["val"], Sequence) else parts[0]
+
+        return make_rule(node, {"self": blocks(whole)}, [blocks(n) for n in lengths], local=local)
+
+    return replace(rule, apart=apart)
+
+
+def _numbers(sizes: Iterable[Size], *, of: Size) -> list[int | None]:
+    """How many blocks each size is; None for one that is not a number of them."""
+    found = (quotient(size, of) for size in sizes)
+    return [number if isinstance(number, int) else None for number in found]
+
+
 @register(*overloads("chunk split.Tensor split.sizes split_with_sizes tensor_split.sections tensor_split.indices"))
 def split(node: fx.Node) -> OpRule:
     """`a [d] -> a [b], a [c]`; a single part is the whole."""
-    return cut(node, "self", [arguments(node)["dim"]] if len(tensor_results(node)) > 1 else [])
+    parts, dim = tensor_results(node), arguments(node)["dim"]
+    if len(parts) == 1:
+        return cut(node, "self", [])
+    starts = [0, *accumulate(part.shape[dim] for part in parts)][:-1]
+    return _cut_between_blocks(node, cut(node, "self", [dim]), dim, starts)
 
 
 @register(aten.glu.default)
@@ -59,28 +106,29 @@ def _identity(call: LocalCall) -> Any:
 def slice_(node: fx.Node) -> OpRule:
     """`a [c] -> a [b]`, b a prefix of c if the slice starts at 0; a slice of everything is the identity."""
     args = arguments(node)
-    start, whole = args["start"], args["self"].shape[args["dim"]]
-    from_zero = start is None or same(start, 0) or at_least(-whole, start)  # a start before the first is the first
-    return _slice(node, args["dim"], step=args["step"], from_zero=from_zero)
+    return _slice(node, args["dim"], 0 if args["start"] is None else args["start"], args["step"])
 
 
 @register(aten.narrow.default)
 def narrow(node: fx.Node) -> OpRule:
     """`a [c] -> a [b]`, as slice."""
     args = arguments(node)
-    return _slice(node, args["dim"], step=1, from_zero=same(args["start"], 0))
+    return _slice(node, args["dim"], args["start"], 1)
 
 
-def _slice(node: fx.Node, dim: int, *, step: int, from_zero: bool) -> OpRule:
+def _slice(node: fx.Node, dim: int, start: Size, step: Size) -> OpRule:
     operand = factors(arguments(node)["self"].shape)
-    length = tensor_results(node)[0].shape[dim]
-    if same(step, 1) and same(length, operand[dim].size):
+    whole, length = operand[dim].size, tensor_results(node)[0].shape[dim]
+    if same(step, 1) and same(length, whole):
         return make_rule(node, {"self": operand}, [operand], local=_identity)
+    if at_least(-1, start):
+        start = 0 if at_least(-whole, start) else start + whole  # a start before the first is the first
     result = list(operand)
     operand[dim].replicated = True
     result[dim] = Factor(length, replicated=True)
-    prefix = {result[dim]: operand[dim]} if from_zero and same(step, 1) else None
-    return make_rule(node, {"self": operand}, [result], prefix_of=prefix)
+    prefix = {result[dim]: operand[dim]} if same(start, 0) and same(step, 1) else None
+    rule = make_rule(node, {"self": operand}, [result], prefix_of=prefix)
+    return _cut_between_blocks(node, rule, dim, [start]) if same(step, 1) else rule
 
 
 @register(*overloads("select.int unbind.int"))
@@ -125,7 +173,22 @@ def cat(node: fx.Node) -> OpRule:
         if tensor.ndim == len(out):  # not so for the empty 1-D tensor that cat ignores
             layout = [layout[d] if d == dim else factor for d, factor in enumerate(out)]
         layouts.append(out if len(filled) == 1 and tensor is filled[0] else layout)
-    return make_rule(node, {"tensors": layouts}, [out])
+    rule = make_rule(node, {"tensors": layouts}, [out])
+    return _joined_blocks(node, rule, dim) if len(filled) == len(tensors) > 1 else rule
+
+
+def _joined_blocks(node: fx.Node, rule: OpRule, dim: int) -> OpRule:
+    """`a ([c] n), a ([d] n) -> a ([b] n)` as well, where n is as long as one of the operands."""
+    tensors, (out,) = arguments(node)["tensors"], tensor_results(node)
+    sizes = [t.shape[dim] for t in tensors]
+    block = Factor(min(sizes, key=hint))
+    whole, *numbers = _numbers((out.shape[dim], *sizes), of=block.size)
+    if same(block.size, 1) or whole is None or None in numbers:
+        return rule
+    layout: list[Any] = factors(out.shape)
+    blocks = [[*layout[:dim], (Factor(n, replicated=True), block), *layout[dim + 1 :]] for n in (*numbers, whole)]
+    in_blocks = make_rule(node, {"tensors": blocks[:-1]}, blocks[-1:])
+    return replace(rule, apart=lambda _: in_blocks)
 
 
 @register(aten.stack.default)

@@ -1,6 +1,6 @@
 """Ops that draw random numbers. Every factor is replicated: all ranks draw the whole tensor, as one device would.
 
-Where ranks may draw for their own parts, as over dp, `drawn` says which ops draw each number by itself.
+Where every rank has parts of its own, as over dp, it also draws for those, if an op draws each number by itself.
 """
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ def _whole(node: fx.Node) -> OpRule:
     (operand, value) = next((name, v) for name, v in arguments(node).items() if isinstance(v, Tensor))
     dims = factors(value.shape, replicated=True)
     rule = make_rule(node, {operand: dims}, [dims for _ in tensor_results(node)])
-    return replace(rule, drawn=node.target not in _FOR_SEVERAL)
+    return rule if node.target in _FOR_SEVERAL else _drawn_apart(rule)
+
+
+def _drawn_apart(rule: OpRule) -> OpRule:
+    return replace(rule, apart=lambda _: replace(rule, replicated=frozenset()))
 
 
 @register(*overloads(NEW_SHAPE))
@@ -58,8 +62,7 @@ def random(node: fx.Node) -> OpRule:
     def local(call: LocalCall) -> Any:
         return node.target(*call.args[:at], list(call.shapes[0]), *call.args[at + 1 :], **call.kwargs)  # type: ignore[operator]
 
-    rule = make_rule(node, {}, [factors(tensor_results(node)[0].shape, replicated=True)], local=local)
-    return replace(rule, drawn=True)
+    return _drawn_apart(make_rule(node, {}, [factors(tensor_results(node)[0].shape, replicated=True)], local=local))
 
 
 @register(*overloads(TOGETHER))

@@ -66,6 +66,7 @@ class OpRule:
         through a plain all-reduce).
     completed: factors that are only in operands, and over which `local` gives the complete result, not a partial one.
     replicated: factors that this op cannot compute on shards.
+    contracted: those of them that it sums over inside, as a product with a weight does.
     fills: for a reduction over a padded factor: {operand index: value the padding must have}. Default: 0 for operand 0.
     paired: operand dims that are sharded together with a factor although they are another index space:
         {factor: other factor} (attention's key length follows its query length).
@@ -74,8 +75,8 @@ class OpRule:
         start at 0): both are replicated for this op, but the engine may lay them out together.
     unread: operands of which the op reads only the shape, dtype or device (zeros_like, type_as): they may be sharded in
         any way, whatever their dims say.
-    drawn: each element is a random number of its own. All ranks draw all of them, so that they are one device's, unless
-        ranks may draw other numbers than it.
+    apart: the rule where every rank has parts of its own from the start, as over dp, and cannot have the whole. It is
+        told the sizes of the finest factors of every dim of the first operand.
     """
 
     operands: tuple[Dims, ...]
@@ -84,12 +85,13 @@ class OpRule:
     reductions: Mapping[str, str] = field(default_factory=dict)
     completed: frozenset[str] = frozenset()
     replicated: frozenset[str] = frozenset()
+    contracted: frozenset[str] = frozenset()
     fills: Mapping[int, float] = field(default_factory=lambda: {0: 0.0})
     paired: Mapping[str, str] = field(default_factory=dict)
     prefix_of: Mapping[str, str] = field(default_factory=dict)
     local: Callable[[LocalCall], Any] | None = None
     unread: frozenset[int] = frozenset()
-    drawn: bool = False
+    apart: Callable[[Sequence[Sequence[Size]]], OpRule] | None = None
 
     def text(self) -> str:
         """The rule as one line."""

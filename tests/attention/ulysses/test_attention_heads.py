@@ -48,7 +48,7 @@ def test_sizes(heads: int, kv_heads: int, degree: int, queries: int, keys: int) 
 
 
 def test_nothing_is_padded_or_moved_where_numbers_divide() -> None:
-    """Then heads lie in memory as the exchange wants them."""
+    """Then heads lie in memory as the all-to-all wants them."""
     for heads, kv_heads, degree in ((8, 8, 4), (8, 4, 4), (8, 2, 4), (8, 1, 8)):
         split = HeadSplit(heads, kv_heads, degree)
         assert split.split_queries(torch.arange(heads), 0).flatten().tolist() == list(range(heads))

@@ -233,7 +233,7 @@ def late(gm: fx.GraphModule, cost: CostModel) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.thinned(2)
-def test_most_of_a_large_exchange_hides() -> None:
+def test_most_of_a_large_all_to_all_hides() -> None:
     """Of a Llama 3 8B layer: a quarter is exposed forward, where all was; nothing backward."""
     split, cost = llama(8192)
     whole, _ = llama(8192, passes={"split-all-to-alls": False})

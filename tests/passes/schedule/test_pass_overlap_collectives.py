@@ -101,7 +101,7 @@ def test_products_for_weights_hide_the_scatters_of_the_backward() -> None:
     cost = cost_model(mesh, Options(compiler="eager"))
     scatters = [s for n, s in seconds_between(graphs["backward"], cost) if "reduce_scatter" in str(n.target)]
     assert len(scatters) == 2 * 2 + 1
-    assert min(scatters) > 0
+    assert min(scatters[1:]) > 0  # the first one follows the loss, whose products are in one op
     for node in events(graphs["backward"]):
         if is_wait(node) and "reduce_scatter" in str(node.args[0].target):
             assert node.next in node.users, "as late as its readers allow"

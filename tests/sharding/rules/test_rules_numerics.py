@@ -281,6 +281,32 @@ def test_shards_compute_what_the_whole_computes(of: Call) -> None:
     check(of, rule)
 
 
+# Calls, the finest factors of their first operand's dims, and the rule where ranks have parts of their own.
+APART: list[tuple[Call, list[list[int]], str]] = [
+    (call("slice.Tensor", x(6, 5), 0, 2, 6), [[3, 2], [5]], "([d] b) c -> ([a] b) c"),
+    (call("slice.Tensor", x(6, 5), 0, -2, 6), [[3, 2], [5]], "([c] a) b -> a b"),
+    (call("slice.Tensor", x(12, 5), 0, 2, 6), [[3, 2, 2], [5]], "([d] b) c -> ([a] b) c"),
+    (call("slice.Tensor", x(6, 5), 0, 1, 3), [[3, 2], [5]], "[c] b -> [a] b"),
+    (call("slice.Tensor", x(6, 5), 0, 0, 2), [[6], [5]], "[c] b -> [a] b"),
+    (call("slice.Tensor", x(6, 5), 0, 0, 6, 2), [[3, 2], [5]], "[c] b -> [a] b"),
+    (call("narrow", x(6, 5), 0, 2, 2), [[3, 2], [5]], "([c] a) b -> a b"),
+    (call("chunk", x(5, 4), 2, 1), [[5], [2, 2]], "a ([c] b) -> a b, a b"),
+    (call("split_with_sizes", x(6, 5), [2, 4]), [[3, 2], [5]], "([d] a) b -> a b, ([c] a) b"),
+    (call("cat", [x(2, 5), x(2, 5)]), [[2], [5]], "b c, b c -> ([a] b) c"),
+    (call("cat", [x(4, 5), x(2, 5)]), [[4], [5]], "([d] b) c, b c -> ([a] b) c"),
+    (call("cat", [x(4, 5), x(3, 5)]), [[4], [5]], "[c] b, [d] b -> [a] b"),
+    (call("cat", [x(1, 5), x(1, 5)]), [[], [5]], "1 b, 1 b -> [a] b"),
+]
+
+
+@pytest.mark.parametrize(("of", "dims", "text"), APART, ids=[f"{c.name} {text}" for c, _, text in APART])
+def test_rules_where_ranks_have_parts_of_their_own(of: Call, dims: list[list[int]], text: str) -> None:
+    plain = rule_for(of)
+    rule = plain.apart(dims) if plain.apart is not None else plain
+    assert rule.text() == text
+    check(of, rule)
+
+
 NOTHING: frozenset[str] = frozenset()
 WRONG: list[tuple[str, Call, dict[str, Any]]] = [
     ("softmax over shards", call("softmax.int", x(4, 6), -1), {"replicated": NOTHING}),

@@ -194,11 +194,11 @@ class Hop:
         scores, k_positions = self.scores, self.columns[None]
         q_positions = positions_of(self.q_runs, self.q.shape[2], self.q.device)[None]
         if scores.key_valid is not None:
-            valid = _at(scores.key_valid, self.columns)
+            valid = _columns_at(scores.key_valid, self.columns)
             k_positions = torch.where(valid, k_positions, -1)
         if scores.q_documents is None or scores.k_documents is None:
             return Places(q_positions, None), Places(k_positions, None)
-        ids = _at(scores.q_documents, q_positions[0]), _at(scores.k_documents, self.columns)
+        ids = _columns_at(scores.q_documents, q_positions[0]), _columns_at(scores.k_documents, self.columns)
         q_documents, k_documents = numbered(*ids)
         return Places(q_positions, q_documents), Places(k_positions, k_documents)
 
@@ -354,7 +354,7 @@ def precision_of(dtype: torch.dtype) -> str:
     return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _at(x: Tensor, positions: Tensor) -> Tensor:
+def _columns_at(x: Tensor, positions: Tensor) -> Tensor:
     """Columns of [B|1, Sg] at positions; those of padding are the first or last, which nothing looks at."""
     return x.index_select(1, positions.clamp(0, x.shape[1] - 1))
 

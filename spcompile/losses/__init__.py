@@ -1,0 +1,1 @@
+"""Losses of linear heads as one op, which never holds all of the logits."""

@@ -1,0 +1,1 @@
+"""What the backward gets saved and what it makes again, by a budget of bytes."""

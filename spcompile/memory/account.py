@@ -1,0 +1,179 @@
+"""The memory of one rank: what is held all along, what is saved for the backward, and the most that is alive at once.
+
+Read off the final graphs, so that it holds for the order in which calls really run. A view counts as its base: that is
+the storage that stays alive. Nothing is fused: an upper estimate for a compiler that fuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+import torch.fx as fx
+from torch.distributed.tensor import DTensor
+
+from spcompile.diagnostics import SourceLine, source_of
+from spcompile.graph.sizes import hint
+from spcompile.graph.storage import outputs_of, root_of, saved_values, storage_bytes, storage_size
+from spcompile.losses.scratch import scratch_bytes
+from spcompile.machine.optimizers import Optimizer
+from spcompile.memory.liveness import Lives
+from spcompile.memory.planner import MemoryPlan
+
+
+@dataclass(frozen=True)
+class Action:
+    """What was done to save memory, for all layers alike at once. kind: "recompute". bytes: no longer saved.
+
+    seconds: that it costs a step. source: the user's line whose results are not saved.
+    """
+
+    kind: str
+    count: int
+    bytes: int
+    seconds: float
+    op: str
+    source: SourceLine | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank.
+
+    saved_activation_bytes: kept from forward to backward, inputs and parameters not counted.
+    saved_activation_bytes_one_device: the same for the unsharded model, with the same attention ops and partitioner.
+    peak_bytes: parameters, gradients and the most that is alive at once, if nothing is fused: an upper estimate.
+    optimizer_bytes: of the states of the optimizer that the options name. total_bytes: with them, the peak of all.
+    transient_bytes: at the peak, what is neither saved nor a gradient. peak_at: the call at the peak.
+    host_bytes: of this rank's values in the host's memory.
+    budget_bytes: what total_bytes was to stay within; None: no limit. fits: whether it does.
+    """
+
+    saved_activation_bytes: sympy.Expr
+    saved_activation_bytes_one_device: sympy.Expr
+    parameter_bytes: sympy.Expr
+    gradient_bytes: sympy.Expr
+    peak_bytes: sympy.Expr
+    optimizer_bytes: sympy.Expr
+    transient_bytes: sympy.Expr
+    host_bytes: sympy.Expr
+    total_bytes: sympy.Expr
+    budget_bytes: int | None
+    fits: bool
+    peak_at: str
+    actions: tuple[Action, ...]
+
+
+def memory_of(
+    sharded: Mapping[str, fx.GraphModule],
+    single: Mapping[str, fx.GraphModule],
+    parameters: Iterable[torch.Tensor],
+    optimizer: Optimizer,
+    plan: MemoryPlan | None = None,
+) -> Memory:
+    """From the final graphs of one rank and of one device, by phase. plan: what was chosen for the former."""
+    held = [_held(p) for p in parameters]
+    trained = [_held(p) for p in parameters if p.requires_grad and "backward" in sharded]
+    states = sum(optimizer.bytes(p.numel(), p.element_size()) for p in trained)
+    high = max((_high_water(phase, sharded) for phase in sharded), key=lambda found: found.hint)
+    parameter_bytes = sum(p.numel() * p.element_size() for p in held)
+    limit = plan.limit if plan is not None else None
+    return Memory(
+        saved_activation_bytes=saved_bytes(sharded),
+        saved_activation_bytes_one_device=saved_bytes(single),
+        parameter_bytes=sympy.Integer(parameter_bytes),
+        gradient_bytes=sympy.Integer(sum(p.numel() * p.element_size() for p in trained)),
+        peak_bytes=parameter_bytes + high.size,
+        optimizer_bytes=sympy.Integer(states),
+        transient_bytes=high.transient,
+        host_bytes=sympy.Integer(0),
+        total_bytes=parameter_bytes + states + high.size,
+        budget_bytes=limit,
+        fits=limit is None or parameter_bytes + states + high.hint <= limit,
+        peak_at=high.where,
+        actions=actions_of(plan) if plan is not None else (),
+    )
+
+
+def _held(parameter: torch.Tensor) -> torch.Tensor:
+    """What this rank has of a parameter."""
+    local: Any = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return local
+
+
+def saved_bytes(graphs: Mapping[str, fx.GraphModule]) -> sympy.Expr:
+    """Bytes of the distinct storages that "forward" returns for "backward"."""
+    if "forward" not in graphs or "backward" not in graphs:
+        return sympy.Integer(0)
+    kept = {root_of(node) for node in saved_values(graphs["forward"].graph, graphs["backward"].graph)}
+    return sum((storage_size(node) for node in kept if node.op == "call_function"), sympy.Integer(0))
+
+
+@dataclass(frozen=True)
+class _High:
+    """The most that is alive in a graph, parameters aside. hint: size at traced sizes."""
+
+    hint: int
+    size: sympy.Expr
+    transient: sympy.Expr
+    where: str
+
+
+def _high_water(phase: str, graphs: Mapping[str, fx.GraphModule]) -> _High:
+    """In the backward, what the forward gave its caller is alive as well."""
+    graph = graphs[phase].graph
+    order = [node for node in graph.nodes if node.op != "output"]
+    before = [node for node in order if node.op == "placeholder" and not _is_held(node)]
+    returned = {root_of(node) for node in outputs_of(graph) if isinstance(node, fx.Node)}
+    lives = Lives.of(order, before, returned, root_of)
+    sizes = {root: 0 if _is_held(root) else storage_bytes(root) for root in lives.born}
+    levels = lives.bytes(sizes.__getitem__, [int(scratch_bytes(node, hint)) for node in order]) or [0]
+    at = levels.index(max(levels))
+    there = [root for root in lives.during(at) if not _is_held(root)]
+    stay = set(before) | returned
+    inside = scratch_bytes(order[at]) if order else sympy.Integer(0)
+    outside = _given_to_caller(graphs) if phase == "backward" else []
+    return _High(
+        levels[at] + sum(map(storage_bytes, outside)),
+        _total([*there, *outside]) + inside,
+        _total(root for root in there if root not in stay) + inside,
+        _where(phase, order[at]) if order else phase,
+    )
+
+
+def _is_held(node: fx.Node) -> bool:
+    """Inputs of the whole program, of which nearly all bytes are parameters: they are counted once, on their own."""
+    return node.op == "placeholder" and "primals" in str(node.target)
+
+
+def _given_to_caller(graphs: Mapping[str, fx.GraphModule]) -> list[fx.Node]:
+    """What the forward returns and does not save: it is the caller's until the end of the step."""
+    forward = graphs["forward"].graph
+    saved = {root_of(node) for node in saved_values(forward, graphs["backward"].graph)}
+    found = {root_of(node): None for node in outputs_of(forward) if isinstance(node, fx.Node)}
+    return [root for root in found if root not in saved and root.op == "call_function"]
+
+
+def _total(roots: Iterable[fx.Node]) -> sympy.Expr:
+    return sum(map(storage_size, roots), sympy.Integer(0))
+
+
+def _where(phase: str, node: fx.Node) -> str:
+    source = source_of(node)
+    place = f" of {source.file.rpartition('/')[2]}:{source.line}" if source is not None else ""
+    return f"{phase}, {node.name}{place}"
+
+
+def actions_of(plan: MemoryPlan) -> tuple[Action, ...]:
+    """Trades of one kind, which layers alike have in common, as one row, the largest first."""
+    rows: dict[tuple[str, SourceLine | None], Action] = {}
+    for trade in plan.trades:
+        root = root_of(trade.given_up[0])
+        key = getattr(root.target, "__name__", str(root.target)), source_of(root)
+        before = rows.get(key, Action("recompute", 0, 0, 0.0, *key))
+        count, total = before.count + 1, before.bytes + trade.bytes
+        rows[key] = Action("recompute", count, total, before.seconds + trade.seconds, *key)
+    return tuple(sorted(rows.values(), key=lambda row: -row.bytes))

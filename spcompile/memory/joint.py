@@ -1,0 +1,98 @@
+"""The joint graph of a step, seen as memory: what forward and backward compute, read and keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch.fx as fx
+
+from spcompile.graph.sizes import hint
+from spcompile.graph.storage import outputs_of, root_of, storage_bytes
+from spcompile.losses.scratch import scratch_bytes
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A joint graph, taken apart.
+
+    forward: the calls that need no gradient of an output, in order. backward: all other calls.
+    returned: the outputs of the forward. gradients: the outputs of the backward.
+    parameters: the inputs that get a gradient.
+    """
+
+    inputs: tuple[fx.Node, ...]
+    forward: tuple[fx.Node, ...]
+    backward: tuple[fx.Node, ...]
+    returned: tuple[fx.Node, ...]
+    gradients: tuple[fx.Node, ...]
+    parameters: frozenset[fx.Node]
+
+    @classmethod
+    def of(cls, graph: fx.Graph, forward_outputs: int) -> Joint:
+        """forward_outputs: how many of the graph's outputs are the forward's; the others are gradients of inputs."""
+        outputs = outputs_of(graph)
+        inputs = tuple(graph.find_nodes(op="placeholder"))
+        returned = _nodes(outputs[:forward_outputs])
+        later = {node for node in inputs if "tangents" in str(node.target)}
+        primals = [node for node in inputs if node not in later]
+        calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+        for node in calls:
+            if any(value in later for value in node.all_input_nodes):
+                later.add(node)
+        pairs = zip(primals, outputs[forward_outputs:], strict=False)
+        return cls(
+            inputs=inputs,
+            forward=tuple(node for node in calls if node not in later),
+            backward=tuple(node for node in calls if node in later),
+            returned=returned,
+            gradients=_nodes(outputs[forward_outputs:]),
+            parameters=frozenset(primal for primal, gradient in pairs if isinstance(gradient, fx.Node)),
+        )
+
+    @cached_property
+    def storage(self) -> dict[fx.Node, fx.Node]:
+        """Of each value the node that made its storage."""
+        return {node: root_of(node) for node in (*self.inputs, *self.forward, *self.backward)}
+
+    @cached_property
+    def bytes_of(self) -> dict[fx.Node, int]:
+        """What each node allocates."""
+        return {node: storage_bytes(node) for node in self.storage}
+
+    @cached_property
+    def scratch(self) -> dict[fx.Node, int]:
+        """What each node takes besides while it runs."""
+        return {node: int(scratch_bytes(node, hint)) for node in self.storage}
+
+    @cached_property
+    def is_forward(self) -> frozenset[fx.Node]:
+        """`forward`, to look up."""
+        return frozenset(self.forward)
+
+    @cached_property
+    def read_by_backward(self) -> tuple[fx.Node, ...]:
+        """The values of the forward that the backward computes with, or returns."""
+        found = {value: None for node in self.backward for value in node.all_input_nodes if value in self.is_forward}
+        found.update((value, None) for value in self.gradients if value in self.is_forward)
+        return tuple(found)
+
+    @property
+    def input_bytes(self) -> int:
+        """Of all inputs of the forward: parameters, buffers and the batch."""
+        return sum(self.bytes_of[node] for node in self.inputs if "tangents" not in str(node.target))
+
+
+def _nodes(values: Iterable[object]) -> tuple[fx.Node, ...]:
+    return tuple(value for value in values if isinstance(value, fx.Node))
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes and all that they are computed from."""
+    found, pending = set(nodes), list(nodes)
+    while pending:
+        new = [value for value in pending.pop().all_input_nodes if value not in found]
+        found.update(new)
+        pending += new
+    return found

@@ -1,0 +1,45 @@
+"""What is said of a plan of memory: a remark about what it chose, an error where nothing fits."""
+
+from __future__ import annotations
+
+from spcompile.diagnostics import OutOfMemory, Remarks
+from spcompile.machine.byte_sizes import bytes_text
+from spcompile.machine.mesh import MeshShape
+from spcompile.memory.planner import MemoryPlan
+
+
+def remark_memory(plan: MemoryPlan, remarks: Remarks) -> None:
+    """Say in one line what is made again and what that costs; nothing where nothing changes."""
+    limit = "" if plan.limit is None else f" (limit {bytes_text(plan.limit)})"
+    if plan.trades:
+        won = sum(trade.bytes for trade in plan.trades)
+        remarks.add(
+            "SPR601",
+            f"{bytes_text(won)} of {len(plan.trades)} values are made again instead of saved, for "
+            f"{1e3 * plan.seconds:.3g} ms a step: a step takes {bytes_text(plan.total)} in all instead of "
+            f"{bytes_text(plan.as_it_was)}{limit}",
+            strict_error=False,
+        )
+    if plan.blocks is not None and not plan.blocks.period:
+        remarks.add("SPR602", "no blocks that repeat were found along the residual stream", strict_error=False)
+    if not plan.fits:
+        remarks.add("SPR603", _too_large(plan), strict_error=False)
+
+
+def require_memory(plan: MemoryPlan | None, mesh: MeshShape) -> None:
+    """Raises OutOfMemory where a step does not fit, with what would help."""
+    if plan is None or plan.fits:
+        return
+    ranks = f"more than {mesh.world_size} ranks on cp or tp" if mesh.world_size > 1 else "several ranks on cp or tp"
+    raise OutOfMemory(
+        _too_large(plan),
+        legal=f"{ranks}, spcompile.parallelize with shard_parameters, fewer tokens, or memory='speed' to try it",
+    )
+
+
+def _too_large(plan: MemoryPlan) -> str:
+    assert plan.limit is not None
+    return (
+        f"a step takes at least {bytes_text(plan.total)} on one rank, of which {bytes_text(plan.state_bytes)} are "
+        f"parameters, other inputs and states of the optimizer; the limit is {bytes_text(plan.limit)}"
+    )

@@ -1,0 +1,132 @@
+"""Option `memory`: what is made again changes bytes and seconds, never a number.
+
+B batch, S sequence, D width, N heads, H head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import spcompile
+from spcompile.memory.account import saved_bytes
+from spcompile.program.observed import observed
+from spcompile.schedule.saved_bytes import saved_activation_bytes
+
+D, N, LAYERS, S = 16, 4, 3, 301
+
+
+class Block(nn.Module):
+    """Attention and an MLP, each behind a norm; dropout behind both where `p` is not 0."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+        self.p = p
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        B, length, _ = x_BSD.shape
+        q, k, v = (t.view(B, length, N, -1).transpose(1, 2) for t in self.qkv(self.first(x_BSD)).chunk(3, -1))
+        y_BNSH = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x_BSD = x_BSD + F.dropout(self.out(y_BNSH.transpose(1, 2).reshape(B, length, D)), self.p, self.training)
+        return x_BSD + F.dropout(self.down(F.gelu(self.up(self.second(x_BSD)))), self.p, self.training)
+
+
+class Decoder(nn.Module):
+    """Blocks over vectors; the mean square is the loss. `again`: every block is checkpointed by the model itself."""
+
+    def __init__(self, p: float = 0.0, again: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Linear(D, D)
+        self.blocks = nn.ModuleList(Block(p) for _ in range(LAYERS))
+        self.again = again
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_BSD = self.embed(x_BSD)
+        for block in self.blocks:
+            x_BSD = checkpoint(block, x_BSD, use_reentrant=False) if self.again else block(x_BSD)
+        return x_BSD.square().mean()
+
+
+def memory_of(model: nn.Module, mesh: Mapping[str, int], **options: Any) -> Any:
+    return spcompile.explain(model, (torch.randn(1, S, D, dtype=torch.float64),), mesh, **options).memory
+
+
+@pytest.mark.parametrize(
+    ("mesh", "attention"),
+    [({"cp": 2}, "ring"), ({"cp": 2}, "ulysses"), ({"tp": 2}, "ring"), ({"tp": 2, "cp": 2}, "ulysses")],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
+)
+@pytest.mark.parametrize("kind", ["plain", "dropout", "checkpointed"])
+@pytest.mark.thinned(3, covers=["mesh"])
+def test_numbers_stay_what_they_are(mesh: dict[str, int], attention: str, kind: str) -> None:
+    torch.manual_seed(0)
+    model = Decoder(p=0.2 if kind == "dropout" else 0.0, again=kind == "checkpointed").double()
+    options: dict[str, Any] = {"attention": attention} if "cp" in mesh else {}
+    speed, least = (memory_of(model, mesh, memory=memory, **options) for memory in ("speed", "min"))
+    assert least.peak_bytes <= speed.peak_bytes
+    if kind != "checkpointed":
+        assert least.saved_activation_bytes < 0.6 * speed.saved_activation_bytes
+        assert least.actions
+    report = spcompile.verify(model, (torch.randn(1, S, D, dtype=torch.float64),), mesh, memory="min", **options)
+    assert report.ok, report
+
+
+def test_a_budget_is_kept_and_the_plan_says_how() -> None:
+    model = Decoder().double()
+    speed, least = (memory_of(model, {"cp": 2}, memory=memory) for memory in ("speed", "min"))
+    budget = int(speed.total_bytes + least.total_bytes) // 2
+    plan = spcompile.explain(model, (torch.randn(1, S, D, dtype=torch.float64),), {"cp": 2}, memory=budget)
+    assert plan.memory.fits
+    assert plan.memory.total_bytes <= budget
+    assert plan.memory.budget_bytes == budget
+    assert "SPR601" in [remark.code for remark in plan.remarks]
+    assert "Not saved for backward" in str(plan)
+    found = plan.to_dict()["memory"]
+    assert found["fits"] is True
+    assert {"optimizer_bytes", "transient_bytes", "host_bytes", "budget_bytes", "total_bytes"} <= set(found)
+    assert all({"kind", "bytes", "seconds", "source"} <= set(row) for row in found["actions"])
+
+
+def test_what_does_not_fit_is_said_by_explain_and_refused_by_the_backend() -> None:
+    model, x_BSD = Decoder(), torch.randn(1, S, D)
+    plan = spcompile.explain(model, (x_BSD,), {"cp": 2}, memory=1000)
+    assert not plan.memory.fits
+    assert "SPR603" in [remark.code for remark in plan.remarks]
+    compiled = torch.compile(model, backend="spcompile", options={"memory": 1000, "compiler": "eager"})
+    with pytest.raises(Exception, match="SP106") as refused:
+        compiled(x_BSD)
+    assert "shard_parameters" in str(refused.value)
+
+
+def test_what_is_saved_is_what_is_planned() -> None:
+    model, x_BSD = Decoder(), torch.randn(1, S, D)
+    compiled = torch.compile(model, backend="spcompile", options={"memory": "min", "compiler": "eager"})
+    with observed() as programs:
+        compiled(x_BSD).backward()
+    ((_, emission),) = programs
+    assert saved_activation_bytes(model, lambda: compiled(x_BSD)) == saved_bytes(emission.graphs) + x_BSD.nbytes
+
+
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_gradients_of_one_device(compiler: str) -> None:
+    torch.manual_seed(0)
+    model, x_BSD = Decoder(), torch.randn(1, S, D)
+    compiled = torch.compile(model, backend="spcompile", options={"memory": "min", "compiler": compiler})
+    with observed() as programs:
+        compiled(x_BSD).backward()
+    assert programs[0][1].memory is not None
+    assert programs[0][1].memory.trades
+    own = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    model(x_BSD).backward()
+    for p, gradient in zip(model.parameters(), own, strict=True):
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,209 @@
+"""Plans of memory on joint graphs of a few layers: blocks, what is alive when, trades, and what is chosen.
+
+B batch, S sequence, D width, F width inside the MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.fx as fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spcompile.diagnostics import IllegalOption
+from spcompile.graph.storage import saved_values
+from spcompile.machine.accelerators import ACCELERATORS
+from spcompile.machine.byte_sizes import bytes_text, parse_bytes
+from spcompile.machine.mesh import MeshShape
+from spcompile.machine.optimizers import OPTIMIZERS
+from spcompile.memory.joint import Joint
+from spcompile.memory.liveness import Lives, peak_of
+from spcompile.memory.planner import Wish, plan_memory
+from spcompile.memory.stream_blocks import find_blocks
+from spcompile.memory.trades import Savings, made_again
+from spcompile.options import Options
+from spcompile.schedule.op_cost import CostModel
+from spcompile.torch_private import aot_autograd, make_boxed_func, min_cut_rematerialization_partition
+
+B, S, D, WIDE = 1, 64, 16, 64
+COST = CostModel(MeshShape(()), ACCELERATORS["h100"], {}, fuses=False)
+
+
+class Layer(nn.Module):
+    """A residual MLP behind a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(D)
+        self.up = nn.Linear(D, WIDE, bias=False)
+        self.down = nn.Linear(WIDE, D, bias=False)
+
+    def forward(self, x_BSD: Tensor, memory_BSD: Tensor | None = None) -> Tensor:
+        y_BSD = self.norm(x_BSD) if memory_BSD is None else self.norm(x_BSD) * memory_BSD
+        return x_BSD + self.down(F.gelu(self.up(y_BSD)))
+
+
+class Stack(nn.Module):
+    """So many layers; with `remembers`, each also reads the output of a first part."""
+
+    def __init__(self, layers: int, remembers: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Linear(D, D)
+        self.layers = nn.ModuleList(Layer() for _ in range(layers))
+        self.remembers = remembers
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_BSD = self.first(x_BSD)
+        memory_BSD = x_BSD.sigmoid() if self.remembers else None
+        for layer in self.layers:
+            x_BSD = layer(x_BSD, memory_BSD)
+        return x_BSD.square().mean()
+
+
+def joint_of(function: Callable[..., Any], *inputs: Tensor) -> tuple[Joint, list[fx.Node]]:
+    """The joint graph of a function, and what torch's partitioner saves."""
+    found: list[tuple[Joint, list[fx.Node]]] = []
+
+    def partition(gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+        here = {node.name: node for node in gm.graph.nodes}
+        saved = [here[n.name] for n in saved_values(forward.graph, backward.graph) if n.op == "call_function"]
+        found.append((Joint.of(gm.graph, kwargs["num_fwd_outputs"]), saved))
+        return forward, backward
+
+    def run(gm: fx.GraphModule, _: Any) -> Any:
+        return make_boxed_func(gm.forward)
+
+    torch.compile(function, backend=aot_autograd(fw_compiler=run, partition_fn=partition))(*inputs)
+    return found[0]
+
+
+def stack(layers: int, remembers: bool = False) -> tuple[Joint, list[fx.Node]]:
+    return joint_of(Stack(layers, remembers), torch.randn(B, S, D))
+
+
+@pytest.mark.parametrize("remembers", [False, True])
+def test_blocks_are_what_repeats_along_the_stream(remembers: bool) -> None:
+    joint, _ = stack(4, remembers)
+    blocks = find_blocks(joint, COST.is_heavy)
+    assert blocks.period == 1
+    assert len(blocks.inputs) >= 4
+    assert all(tuple(node.meta["val"].shape) == (B, S, D) for node in blocks.inputs)
+    adds = [node for node in blocks.inputs if node.target is torch.ops.aten.add.Tensor]
+    assert len(adds) >= 3
+
+
+def test_a_model_without_blocks_has_none() -> None:
+    weight = torch.randn(D, D, requires_grad=True)
+    joint, _ = joint_of(lambda x_BSD: (x_BSD @ weight).square().mean(), torch.randn(B, S, D))
+    assert find_blocks(joint, COST.is_heavy).period == 0
+
+
+def test_what_is_alive_when() -> None:
+    """X is 4 bytes wide: a and b are there until their sum, c from there on."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    a, b = (graph.call_function(op, (x,)) for op in (torch.ops.aten.sin.default, torch.ops.aten.cos.default))
+    view = graph.call_function(torch.ops.aten.view.default, (a, [2, 2]))
+    c = graph.call_function(torch.ops.aten.add.Tensor, (view, b))
+    order = [a, b, view, c]
+    roots = {a: a, b: b, view: a, c: c, x: x}
+    lives = Lives.of(order, (), (), roots.__getitem__)
+    sizes = {a: 4, b: 4, c: 4, view: 0}
+    assert lives.bytes(sizes.__getitem__, [0, 0, 1, 0]) == [4, 8, 9, 12]
+    assert Lives.of(order, (), (b,), roots.__getitem__).bytes(sizes.__getitem__, [0] * 4)[-1] == 12
+    assert lives.during(1) == [a, b]
+
+
+def test_trades_go_from_cheap_bytes_to_dear_ones_and_keep_the_inputs_of_blocks() -> None:
+    joint, _ = stack(4)
+    blocks = find_blocks(joint, COST.is_heavy)
+    seconds = {True: 1.0, False: 0.0}
+    savings = Savings(joint, set(joint.read_by_backward), frozenset(blocks.inputs), lambda n: seconds[COST.is_heavy(n)])
+    trades = savings.trades()
+    assert all(trade.bytes > 0 for trade in trades)
+    given_up = {joint.storage[node] for trade in trades for node in trade.given_up}
+    assert not given_up & {joint.storage[node] for node in blocks.inputs}
+    heavy = [any(map(COST.is_heavy, trade.again)) for trade in trades]
+    assert any(heavy)
+    assert not any(heavy[:4]), "norms and activations come first"
+    assert made_again(joint, savings.saved) == savings.again
+
+
+def test_what_draws_random_numbers_runs_once() -> None:
+    weight = torch.randn(D, D, requires_grad=True)
+
+    def drops(x_BSD: Tensor) -> Tensor:
+        return F.dropout(x_BSD @ weight, 0.5, training=True).sin().square().mean()
+
+    joint, saved = joint_of(drops, torch.randn(B, S, D))
+    savings = Savings(joint, set(saved), frozenset(), lambda node: COST.work(node).seconds)
+    savings.trades()
+    tag = torch.Tag.nondeterministic_seeded
+    assert not [node for node in savings.again if tag in getattr(node.target, "tags", ())]
+
+
+def test_nothing_changes_where_a_step_fits() -> None:
+    joint, saved = stack(3)
+    plan = plan_memory(joint, saved, COST, Wish(10**9))
+    assert plan.fits
+    assert not plan.trades
+    assert set(plan.saved) == set(saved)
+
+
+def test_the_cheapest_plan_that_fits() -> None:
+    joint, saved = stack(6)
+    speed = plan_memory(joint, saved, COST, Wish())
+    least = plan_memory(joint, saved, COST, Wish(least=True))
+    assert least.total < speed.total
+    middle = (speed.total + least.total) // 2
+    plan = plan_memory(joint, saved, COST, Wish(middle))
+    assert plan.fits
+    assert plan.total <= middle
+    assert 0 < plan.seconds < least.seconds
+    assert plan.peak == peak_of(joint, plan.saved)
+    assert plan.as_it_was == speed.total
+
+
+def test_a_budget_that_nobody_can_meet() -> None:
+    joint, saved = stack(3)
+    plan = plan_memory(joint, saved, COST, Wish(1))
+    assert not plan.fits
+
+
+def test_states_of_the_optimizer_count() -> None:
+    joint, saved = stack(2)
+    none, adamw = (plan_memory(joint, saved, COST, Wish(optimizer=OPTIMIZERS[name])) for name in ("none", "adamw"))
+    parameters = sum(p.numel() * p.element_size() for p in Stack(2).parameters())
+    assert adamw.total - none.total == 2 * parameters
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("72GiB", 72 * 2**30),
+        ("80 GB", 80 * 10**9),
+        ("4096", 4096),
+        ("1.5KiB", 1536),
+        ("7B", 7),
+        ("x", None),
+        ("1 GiG", None),
+    ],
+)
+def test_bytes_as_people_write_them(text: str, count: int | None) -> None:
+    assert parse_bytes(text) == count
+
+
+def test_bytes_as_people_read_them() -> None:
+    assert [bytes_text(n) for n in (0, 1023, 1536, 3 * 2**30)] == ["0 B", "1023 B", "1.50 KiB", "3.00 GiB"]
+
+
+@pytest.mark.parametrize("memory", ["72GiG", "-3GiB", 0, True, 1.5, None, "sped"])
+def test_what_is_no_budget(memory: Any) -> None:
+    with pytest.raises(IllegalOption, match="memory=") as refused:
+        Options.parse({"memory": memory})
+    assert "'auto', 'speed', 'min'" in str(refused.value)

@@ -68,7 +68,7 @@ def explain(
         traced = compile_for(*over_planned_parts(*moved, split), shape, chosen, PIPELINE)
         if shard_parameters is None:
             _remark_weight_memory(model, traced.program, inputs)
-        plans.append(_plan(model, traced, chosen, [id(value) in own for value in inputs], _held(model, parts)))
+        plans.append(_plan(model, traced, chosen, [id(value) in own for value in inputs], _parts_held(model, parts)))
 
     with put_back(model, example_inputs) if chosen.on_graph_break == "gather" else nullcontext():
         through_dynamo(model, example_inputs, over_whole_batch(describe, shape.size("dp")), chosen, shape.size("dp"))
@@ -116,7 +116,7 @@ def _planned_parts(
     return {id(p): parts[name] for name, p in model.named_parameters()}
 
 
-def _held(model: nn.Module, parts: Mapping[int, Parts]) -> list[torch.Tensor]:
+def _parts_held(model: nn.Module, parts: Mapping[int, Parts]) -> list[torch.Tensor]:
     """What a rank has of each parameter, without values."""
     import torch
 

@@ -58,10 +58,10 @@ class RecognizeLinearLoss(Pass):
             others = [(user, why) for moved, user in reads if (why := _obstacle(moved, user)) is not None]
             if others:
                 user, why = others[0]
-                text = f"the logits {head.logits.name} {_sizes(head)} are built: {why}"
+                text = f"the logits {head.logits.name} {_sizes_of_logits(head)} are built: {why}"
                 ctx.remarks.add("SPR208", text, head.logits if user.op == "output" else user, strict_error=False)
                 continue
-            rewrites += _rewrite(head, reads)
+            rewrites += _rewrite_losses(head, reads)
         if rewrites:
             erase_dead(gm)
         return rewrites
@@ -73,7 +73,7 @@ class RecognizeLinearLoss(Pass):
         return head if head.classes > self.wider_than * head.width and _is_of_the_model(head.weight) else None
 
 
-def _sizes(head: LinearHead) -> list[int]:
+def _sizes_of_logits(head: LinearHead) -> list[int]:
     return [hint(size) for size in shape_of(head.logits)]
 
 
@@ -145,10 +145,10 @@ class _Loss(NamedTuple):
 
     def can_stand_before(self, normalizers: Sequence[tuple[Moved, fx.Node]]) -> bool:
         """Whether there are normalizers, and what it reads does not depend on them."""
-        return bool(normalizers) and _sources(*self.needed).isdisjoint(node for _, node in normalizers)
+        return bool(normalizers) and _made_of(*self.needed).isdisjoint(node for _, node in normalizers)
 
 
-def _rewrite(head: LinearHead, reads: Sequence[tuple[Moved, fx.Node]]) -> int:
+def _rewrite_losses(head: LinearHead, reads: Sequence[tuple[Moved, fx.Node]]) -> int:
     """One op for each loss; a normalizer of the same rows reads the op of the first of them."""
     groups: dict[Any, list[tuple[Moved, fx.Node]]] = {}
     for logits, user in reads:
@@ -168,11 +168,11 @@ def _rewrite(head: LinearHead, reads: Sequence[tuple[Moved, fx.Node]]) -> int:
             user.replace_all_uses_with(loss)
         for logits, user in normalizers:
             found = lse if lse is not None else _write_normalizer(head, logits.rows, user)
-            user.replace_all_uses_with(_as_written(found, user))
+            user.replace_all_uses_with(_as_logsumexp(found, user))
     return len(reads)
 
 
-def _sources(*values: fx.Node) -> set[fx.Node]:
+def _made_of(*values: fx.Node) -> set[fx.Node]:
     """The values and all that they are made of."""
     found: set[fx.Node] = set()
     pending = list(values)
@@ -207,7 +207,7 @@ def _write_loss(head: LinearHead, rows: Moved, loss: _Loss, normalizers: Sequenc
 
 def _move_before(place: fx.Node, needed: Sequence[fx.Node]) -> None:
     """Let all that `needed` are made of stand in front of `place`, in the order that it has."""
-    wanted, is_behind = _sources(*needed), False
+    wanted, is_behind = _made_of(*needed), False
     for node in list(place.graph.nodes):
         is_behind = is_behind or node is place
         if is_behind and node in wanted:
@@ -220,7 +220,7 @@ def _write_normalizer(head: LinearHead, rows: Moved, like: fx.Node) -> fx.Node:
     return splice(normalizer_of_rows, args, like=like)
 
 
-def _as_written(lse: fx.Node, node: fx.Node) -> fx.Node:
+def _as_logsumexp(lse: fx.Node, node: fx.Node) -> fx.Node:
     """`lse` in the shape and dtype of a logsumexp."""
     found, written = lse.meta["val"], node.meta["val"]
     lse = splice(lambda lse, written: _in_shape(lse, written.shape), (lse, node), like=node)

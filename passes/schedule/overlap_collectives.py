@@ -35,7 +35,7 @@ class OverlapCollectives(Pass):
 
     memory_mib: at most this much is alive for the sake of overlap alone: parameters gathered ahead of their use,
         operands of products that were put off, gradients on their way. Nor more than the room that a plan of memory
-        leaves below its limit.
+        leaves below its limit; nothing under memory="min".
     ahead: a gather starts this many times its own predicted seconds before its use.
     """
 
@@ -54,8 +54,8 @@ class OverlapCollectives(Pass):
         cost = cost_model(ctx.mesh, ctx.options).of_one_graph()
         output = gm.graph.output_node()
         old = [node for node in gm.graph.nodes if node is not output]
-        limit = Wish.of(ctx.options).bytes
-        room = math.inf if limit is None else (1 - ROOM) * limit
+        wish = Wish.of(ctx.options)
+        room = 0.0 if wish.least else math.inf if wish.bytes is None else (1 - ROOM) * wish.bytes
         new = ListScheduler(gm.graph, cost, min(self.memory_mib * MEBIBYTE, room), self.ahead).run()
         moved = sum(a is not b for a, b in zip(old, new, strict=True))
         if moved and timeline("", new, cost).seconds > timeline("", old, cost).seconds:

@@ -48,11 +48,11 @@ def _forward(*args: Any) -> Three:
     call = LinearCrossEntropyCall.bind(*args)
     _check_targets(call)
     x_ND, labels_N = _flat(call)
-    lse_N, picked_N, total_N = (x_ND.new_empty(len(x_ND), dtype=_dtype_of(call)) for _ in range(3))
+    lse_N, picked_N, total_N = (x_ND.new_empty(len(x_ND), dtype=_dtype_of_sums(call)) for _ in range(3))
     if not call.with_total:
         total_N.zero_()
     for rows in chunks_of_rows(len(x_ND), x_ND.shape[1], len(call.weight)):
-        z_RC = _logits(call, x_ND[rows])
+        z_RC = _logits_of_chunk(call, x_ND[rows])
         place_R1, is_here_R1 = _places(call, labels_N[rows], z_RC.shape[1])
         picked_N[rows] = z_RC.gather(1, place_R1).where(is_here_R1, 0).squeeze(1)
         if call.with_total:
@@ -75,7 +75,7 @@ def _backward(*args: Any) -> Three:
     db_C = x_ND.new_zeros(0 if call.bias is None else len(call.bias), dtype=sums)
     for rows in chunks_of_rows(len(x_ND), x_ND.shape[1], len(call.weight)):
         kept: list[Tensor] = []
-        z_RC = _logits(call, x_ND[rows], kept)
+        z_RC = _logits_of_chunk(call, x_ND[rows], kept)
         dz_RC = z_RC.sub_(lse_N[rows, None]).exp_().mul_(grad_lse_N[rows, None])
         if grad_total_N is not None:
             dz_RC.addr_(grad_total_N[rows], _class_weights(call, dz_RC))
@@ -101,15 +101,15 @@ def _in_rows(call: LinearLoss, values_N: Tensor) -> Tensor:
     return values_N.view(call.labels.shape)
 
 
-def _dtype_of(call: LinearLoss) -> torch.dtype:
+def _dtype_of_sums(call: LinearLoss) -> torch.dtype:
     return wide(call.logit_steps.dtype_of(call.x.dtype))
 
 
-def _logits(call: LinearLoss, x_RD: Tensor, kept: list[Tensor] | None = None) -> Tensor:
+def _logits_of_chunk(call: LinearLoss, x_RD: Tensor, kept: list[Tensor] | None = None) -> Tensor:
     """The logits of some rows in the dtype of the results, which the caller may overwrite; padding is very small."""
     z_RC = call.logit_steps.apply(torch.nn.functional.linear(x_RD, call.weight, call.bias), kept)
     is_kept = bool(kept) and z_RC is kept[-1]  # type: ignore[index]
-    z_RC = z_RC.clone() if is_kept and z_RC.dtype == _dtype_of(call) else z_RC.to(_dtype_of(call))
+    z_RC = z_RC.clone() if is_kept and z_RC.dtype == _dtype_of_sums(call) else z_RC.to(_dtype_of_sums(call))
     present_C = _present_classes(call, z_RC)
     return z_RC if present_C is None else z_RC.masked_fill_(~present_C, torch.finfo(z_RC.dtype).min)
 
@@ -167,17 +167,17 @@ def _check_targets(call: LinearCrossEntropyCall) -> None:
         raise IndexError(f"Target {int(call.labels[~is_class][0])} is out of bounds.")
 
 
-def _fake_forward(*args: Any) -> Three:
+def _forward_shapes(*args: Any) -> Three:
     call = LinearCrossEntropyCall.bind(*args)
     rows = call.x.shape[:-1]
     torch._check(len(rows) == call.labels.dim(), lambda: f"labels of {call.labels.shape} for rows of {rows}")
     for one, other in zip(rows, call.labels.shape, strict=True):
         torch._check(one == other, lambda: f"labels of {call.labels.shape} for rows of {rows}")
-    lse, picked, total = (call.x.new_empty(call.labels.shape, dtype=_dtype_of(call)) for _ in range(3))
+    lse, picked, total = (call.x.new_empty(call.labels.shape, dtype=_dtype_of_sums(call)) for _ in range(3))
     return lse, picked, total
 
 
-def _fake_backward(*args: Any) -> Three:
+def _backward_shapes(*args: Any) -> Three:
     call = LinearCrossEntropyBackwardCall.bind(*args)
     dx = call.x.new_empty(call.x.shape if call.x_gradient else (0,))
     dw = call.weight.new_empty(call.weight.shape if call.weight_gradient else (0,))
@@ -212,19 +212,22 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     return tuple(gradients)
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> None:
+def _refuse_twice(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError("spx::linear_cross_entropy can be differentiated once only")
 
 
 for _name, _kernel, _fake in (
-    (LinearCrossEntropyCall.NAME, _forward, _fake_forward),
-    (LinearCrossEntropyBackwardCall.NAME, _backward, _fake_backward),
+    (LinearCrossEntropyCall.NAME, _forward, _forward_shapes),
+    (LinearCrossEntropyBackwardCall.NAME, _backward, _backward_shapes),
 ):
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"spx::{_name}", _fake, lib=_LIBRARY)
 torch.library.register_autograd("spx::linear_cross_entropy", _differentiate, setup_context=_save, lib=_LIBRARY)
 torch.library.register_autograd(
-    "spx::linear_cross_entropy_backward", _refuse, setup_context=lambda ctx, inputs, output: None, lib=_LIBRARY
+    "spx::linear_cross_entropy_backward",
+    _refuse_twice,
+    setup_context=lambda ctx, inputs, output: None,
+    lib=_LIBRARY,
 )
 
 

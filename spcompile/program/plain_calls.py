@@ -141,7 +141,7 @@ class PlainCalls:
                 target.agreement.require(Record(f"{STOPPED}{type(error).__name__} {comparable_text(error)}"))
 
     def _target(self, running: _Running) -> Target | None:
-        return self._target_of(running.call.options, _device_type(running.call))
+        return self._target_of(running.call.options, _device_of_call(running.call))
 
     def _tell(self, running: _Running) -> None:
         """Of a call that runs, or ran, as plain code.
@@ -196,10 +196,10 @@ def _facts(running: _Running, options: Options) -> tuple[Fact, ...]:
     tensors = {name: x for name, x in named.items() if isinstance(x, torch.Tensor)}
     facts = facts_of_inputs(list(tensors), list(tensors.values()), with_values=options.compare_inputs)()
     drew = any(not torch.equal(a, b) for a, b in zip(running.random, _random_states(), strict=True))
-    return (*facts, *([random_fact(_device_type(call))] if drew else []))
+    return (*facts, *([random_fact(_device_of_call(call))] if drew else []))
 
 
-def _device_type(call: CompiledCall) -> str:
+def _device_of_call(call: CompiledCall) -> str:
     owner = getattr(call.function, "__self__", None)
     own = [*owner.parameters()] if isinstance(owner, torch.nn.Module) else []
     values = [*own, *pytree.tree_leaves((call.args, dict(call.kwargs)))]

@@ -75,7 +75,7 @@ class Moved:
             if moves[-1].target in _FLATTENS:
                 dim = rank - 1
             else:
-                order = _order(moves[-1], rank)
+                order = _order_of_dims(moves[-1], rank)
                 if order is None or (rows := [d for d in order if d != order[dim]]) != sorted(rows):
                     break
                 dim = order[dim]
@@ -129,18 +129,18 @@ def readers(head: LinearHead) -> Iterator[tuple[Moved, fx.Node]]:
     while pending:
         logits = pending.pop()
         for user in logits.value.users:
-            behind = _behind(logits, user)
+            behind = _moved_behind(logits, user)
             if behind is None:
                 yield logits, user
             else:
                 pending.append(behind)
 
 
-def _behind(logits: Moved, user: fx.Node) -> Moved | None:
+def _moved_behind(logits: Moved, user: fx.Node) -> Moved | None:
     """The logits behind an op that only moves rows, or is a step."""
     if not is_tensor(user) or not user.args or user.all_input_nodes[:1] != [logits.value]:
         return None
-    step = _step(user)
+    step = _step_of(user)
     if step is not None:
         return replace(logits, value=user, steps=logits.steps.behind(step))
     if user.target in _COPIES:
@@ -149,7 +149,7 @@ def _behind(logits: Moved, user: fx.Node) -> Moved | None:
     return None if dim is None else replace(logits, value=user, dim=dim, moves=(*logits.moves, user))
 
 
-def _order(move: fx.Node, rank: int) -> list[int] | None:
+def _order_of_dims(move: fx.Node, rank: int) -> list[int] | None:
     """For every dim of the result of a transpose, the dim of its operand."""
     order = list(range(rank))
     if move.target is aten.t.default and rank == 2:
@@ -168,7 +168,7 @@ def _order(move: fx.Node, rank: int) -> list[int] | None:
     return None
 
 
-def _step(user: fx.Node) -> LogitStep | None:
+def _step_of(user: fx.Node) -> LogitStep | None:
     if user.target is aten.tanh.default:
         return LogitStep("tanh")
     before, after = operand_value(user), user.meta["val"]
@@ -195,7 +195,7 @@ def _dim_behind(logits: Moved, user: fx.Node) -> int | None:
     if user.target in _FLATTENS:
         is_last = dim == rank - 1 and len(after) > 0 and same(before[-1], after[-1])
         return len(after) - 1 if is_last else None
-    if (order := _order(user, rank)) is not None:
+    if (order := _order_of_dims(user, rank)) is not None:
         return order.index(dim)
     at: Any = argument(user, 1, "dim", 0)
     if user.target in (aten.slice.Tensor, aten.narrow.default):

@@ -254,11 +254,11 @@ def peel(node: fx.Node, factor: float, dtype: torch.dtype, found: EagerAttention
     elif node.target in (aten.div.Tensor, aten.div.Scalar):
         factor /= args[1]
     elif node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        fill = _fill(args[2], node, factor, found)
+        fill = _fill_of(args[2], node, factor, found)
         found.terms.append(Term(args[1], node, dtype, factor, fill, masked=True))
     elif node.target in (aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.self):
         keeps = args[1] is below
-        fill = _fill(args[2 if keeps else 1], node, factor, found)
+        fill = _fill_of(args[2 if keeps else 1], node, factor, found)
         found.terms.append(Term(args[0], node, dtype, factor, fill, masked=not keeps))
     elif node.target is aten.nan_to_num.default:
         lowest = argument(node, 3, "neginf")
@@ -281,7 +281,7 @@ def peel(node: fx.Node, factor: float, dtype: torch.dtype, found: EagerAttention
     peel(below, factor, dtype, found)
 
 
-def _fill(arg: Any, node: fx.Node, factor: float, found: EagerAttention) -> float:
+def _fill_of(arg: Any, node: fx.Node, factor: float, found: EagerAttention) -> float:
     """What takes the place of scores; nan_to_num has put a finite number there if it was -inf."""
     fill = _scalar(arg, node)
     return found.lowest / factor if found.lowest is not None and fill * factor == -torch.inf else fill

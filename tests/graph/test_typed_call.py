@@ -52,6 +52,7 @@ def _graph(kind: type[TypedCall], only_required: bool) -> tuple[fx.GraphModule, 
             value = [value] if type_name.startswith("List") else value
         else:
             value = [2, 3] if type_name.startswith("List") else NUMBERS[type_name]
+            value = False if argument.has_default_value() and argument.default_value is True else value
         if argument.kwarg_only:
             kwargs[argument.name] = value
         else:
@@ -141,6 +142,7 @@ COMMON_NAMES = {
     "dim",
     "mask",
     "scale",
+    "weight",
     "bias",
     "length",
     "out",

@@ -59,7 +59,7 @@ def filled(
         after = [term for term in left[: left.index(part)] if _excludes(readings[term], readings[part])]
         if not after:
             raise NotKnown(part.node, "masked scores are not replaced by a large negative number")
-        same = next((term for term in after if _clauses(readings[term]) == _clauses(readings[part])), None)
+        same = next((term for term in after if _bit_clauses(readings[term]) == _bit_clauses(readings[part])), None)
         if same is not None:
             (number,) = readings[same].fills  # type: ignore[union-attr]
             fills[part] += number
@@ -82,6 +82,6 @@ def _excludes(term: Reading | None, mask: Reading | None) -> bool:
     return clauses(sympy.And(term.condition, mask.condition)) == clauses(term.condition)
 
 
-def _clauses(reading: Reading | None) -> list[Boolean]:
+def _bit_clauses(reading: Reading | None) -> list[Boolean]:
     assert reading is not None
     return clauses(reading.condition)

@@ -53,7 +53,7 @@ def split_bias(
             try:
                 linear[part] = read_linear(part.node, reader, indices)
             except Unreadable:
-                dense.append((part, f"{_name(stopped_at)} has no symbolic form", stopped_at))
+                dense.append((part, f"{_name_of_part(stopped_at)} has no symbolic form", stopped_at))
     where: fx.Node | None
     while True:
         total = sympy.And(*(reading.condition for reading in readings.values()))
@@ -98,11 +98,11 @@ def _is_one_fill(readings: dict[BiasTerm, Reading], parts: list[BiasTerm]) -> bo
 def _explain(clause: Boolean, reader: Reader) -> tuple[str, fx.Node | None]:
     for element in sorted(clause.atoms(Element), key=str):
         stopped_at = reader.stopped_at[element.node_name]
-        return f"{_name(stopped_at)} has no symbolic form that fits {_without_names(clause)}", stopped_at
+        return f"{_name_of_part(stopped_at)} has no symbolic form that fits {_without_names(clause)}", stopped_at
     return f"{_without_names(clause)} is none of the known forms", None
 
 
-def _name(node: fx.Node) -> str:
+def _name_of_part(node: fx.Node) -> str:
     return "a buffer" if node.op == "placeholder" and node.meta.get("state") else str(node.target)
 
 

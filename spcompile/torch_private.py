@@ -285,10 +285,9 @@ def on_compiled_calls(
     @functools.wraps(make)
     def make_and_watch(self: Any, callback: Any, *args: Any, **kwargs: Any) -> None:
         make(self, callback, *args, **kwargs)
-        chosen = eval_frame.innermost_backend(callback)
-        if getattr(chosen, "compiler_fn", None) is not backend:
+        function, options = _backend_and_options(eval_frame.innermost_backend(callback))
+        if function is not backend:
             return
-        options = getattr(chosen, "kwargs", {}).get("options")
 
         def first() -> Callable[[], None]:
             begins(_current_call(options))
@@ -312,6 +311,15 @@ def on_compiled_calls(
         self.enter_exit_hooks[:] = [first, settings, *self.enter_exit_hooks, last]
 
     context.__init__ = make_and_watch  # type: ignore[method-assign]
+
+
+def _backend_and_options(chosen: Any) -> tuple[Any, Mapping[str, Any] | None]:
+    """Without what torch.compile, or a `functools.partial` of the user's, puts around a backend to hold its options."""
+    function, options = getattr(chosen, "compiler_fn", chosen), getattr(chosen, "kwargs", {}).get("options")
+    while isinstance(function, functools.partial):
+        options = function.keywords.get("options") if options is None else options
+        function = function.func
+    return function, options
 
 
 def _nothing() -> None:

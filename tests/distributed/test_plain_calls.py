@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import plain_models as pm
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from worker_pool import WorkerPool
 
 import spcompile
+from spcompile import backend
 
 PoolOf = Callable[[int], WorkerPool]
 SECONDS = 60.0
@@ -99,6 +101,8 @@ def fallen_back(axis: str, kind: type[nn.Module], way: Callable[..., Any], made_
             spcompile.parallelize(model, mesh, (own,), compiler="eager", shard_parameters=axis)
         elif made_by == "compile":
             model.compile(backend="spcompile", options={"mesh": mesh, "compiler": "eager"})
+        elif made_by == "partial":
+            model.compile(backend=partial(backend.spcompile, options={"mesh": mesh, "compiler": "eager"}))
         else:
             model = torch.compile(model, backend="spcompile", options={"mesh": mesh, "compiler": "eager"})
         if warm:
@@ -154,7 +158,9 @@ def look(axis: str, found: list[Any], words: str) -> None:
 
 
 @pytest.mark.parametrize("axis", ["dp", "cp", "tp"])
-@pytest.mark.parametrize(("made_by", "way"), [("parallelize", forced), ("parallelize", disabled), ("wrapper", forced)])
+@pytest.mark.parametrize(
+    ("made_by", "way"), [("parallelize", forced), ("parallelize", disabled), ("wrapper", forced), ("partial", forced)]
+)
 @pytest.mark.thinned(4)
 def test_however_it_was_compiled(worker_pool: PoolOf, axis: str, made_by: str, way: Callable[..., Any]) -> None:
     look(axis, worker_pool(2).run(fallen_back, axis, Averaged, way, made_by, False, timeout=SECONDS), "torch.compiler")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +14,11 @@ import torch.distributed as dist
 import torch.fx as fx
 
 from spcompile.capture.autocast import autocast_off
-from spcompile.capture.dynamo_settings import ignore_library_logging
+from spcompile.capture.dynamo_settings import as_in_one_graph, ignore_library_logging
+from spcompile.capture.graph_breaks import counted, mark_part, model_call, model_part_of, options_of_part
 from spcompile.capture.local_inputs import on_local_parts, over_local_parts
 from spcompile.capture.module_buffer import relied_on, watched
 from spcompile.capture.python_floats import without_symbolic_floats
-from spcompile.capture.retrace import refuse_graph_break
 from spcompile.collectives import gathers_on_gloo
 from spcompile.diagnostics import IllegalOption, remark_lines
 from spcompile.graph.axes import axes_of, bind_axes
@@ -42,6 +43,7 @@ from spcompile.program.program_cache import Finished
 from spcompile.program.same_inputs import shape_text
 from spcompile.program.shared_dump import SharedDump, shared_dump
 from spcompile.program.whole_batch import over_whole_batch
+from spcompile.torch_private import on_compiled_calls
 
 log = logging.getLogger(__name__)
 ignore_library_logging()  # torch.compile(..., backend="spcompile") imports this module before it traces
@@ -63,7 +65,8 @@ def spcompile(
         SpcompileError: before any collective of the model runs, with the same text on every rank.
     """
     with _PLAIN_CALLS.noting_errors():
-        return _PLAIN_CALLS.counted(_program(gm, example_inputs, options, others))
+        program = counted(_program(gm, example_inputs, options, others))
+        return _PLAIN_CALLS.counted(program, is_part=model_part_of(gm) is not None)
 
 
 def _program(
@@ -77,11 +80,14 @@ def _program(
         log.info("SPR401 world size 1: compiled without sharding")
         return _alone(gm, example_inputs, chosen)
     agreement = _agreement(dist.group.WORLD, mesh)
-    whole = functools.partial(_over, mesh, options, others, agreement)
+    degree = mesh.shape.size("dp")
     with agreement.caller.inside("compiles") as refused, agreement.shared_errors():
         if refused is not None:
             raise refused
-        return over_whole_batch(whole, mesh.shape.size("dp"))(gm, example_inputs)
+        chosen = _options_of(options, others)
+        mark_part(gm, chosen, degree)
+        whole = functools.partial(_over, mesh, options_of_part(gm, chosen), agreement)
+        return over_whole_batch(whole, degree)(gm, example_inputs)
 
 
 def _options_of(options: Mapping[str, Any] | None, others: Mapping[str, Any]) -> Options:
@@ -93,15 +99,8 @@ def _options_of(options: Mapping[str, Any] | None, others: Mapping[str, Any]) ->
 
 
 def _over(
-    mesh: RuntimeMesh,
-    options: Mapping[str, Any] | None,
-    others: Mapping[str, Any],
-    agreement: Agreement,
-    gm: fx.GraphModule,
-    inputs: Sequence[Any],
+    mesh: RuntimeMesh, chosen: Options, agreement: Agreement, gm: fx.GraphModule, inputs: Sequence[Any]
 ) -> Callable[..., Any]:
-    chosen = _options_of(options, others)
-    refuse_graph_break(gm)
     agreement.require(_what_is_compiled(gm, inputs, chosen))
     return _compile(gm, inputs, chosen, mesh, agreement, shared_dump(chosen.dump, mesh, agreement))
 
@@ -267,5 +266,11 @@ def _device_type(inputs: Sequence[Any]) -> str:
     return next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
 
 
+@contextlib.contextmanager
+def _around_calls() -> Iterator[None]:
+    with as_in_one_graph(), model_call():
+        yield
+
+
 _PLAIN_CALLS = PlainCalls(_target_of)
-_PLAIN_CALLS.watch(spcompile)
+on_compiled_calls(spcompile, _PLAIN_CALLS.begins, _PLAIN_CALLS.ends, around=_around_calls)

@@ -150,7 +150,7 @@ class ForkedChild(SpcompileError, RuntimeError):
 
 
 class GraphBreak(SpcompileError, RuntimeError):
-    """Dynamo split the model into more than one graph; sharding decisions would be lost between the parts."""
+    """Dynamo split the model into several graphs: what crosses between two is not sharded. See `on_graph_break`."""
 
     code, title = "SP301", "the model is not one graph"
 
@@ -208,6 +208,8 @@ REMARKS: dict[str, str] = {
     "SPR102": "an op has no sharding rule: it is computed replicated on every rank",
     "SPR103": "an op cannot be computed on a shard of the sequence: its input is gathered",
     "SPR104": "no symbol for the number of batch entries goes through the compiler: each number is another program",
+    "SPR105": "the model is not one graph: each part is sharded on its own, and what crosses between two is whole",
+    "SPR107": "an op mixes entries of the batch: those of all ranks of dp are gathered, and every rank computes it",
     "SPR201": "a mask could not be read: it stays dense, sharded by query rows",
     "SPR202": "an attention could not be recognised: its keys and values are gathered",
     "SPR203": "attention strategy chosen",
@@ -286,9 +288,16 @@ class Remarks:
     rows: list[Remark] = field(default_factory=list)
 
     def add(
-        self, code: str, text: str, node: fx.Node | None = None, *, value: str | None = None, strict_error: bool = True
+        self,
+        code: str,
+        text: str,
+        node: fx.Node | None = None,
+        *,
+        value: str | None = None,
+        where: SourceLine | None = None,
+        strict_error: bool = True,
     ) -> None:
-        """Record a remark about `node`.
+        """Record a remark about `node`, or about a line.
 
         text: the same for all layers, so without names of nodes. value: the name of what it is about, by default of
         `node`.
@@ -296,7 +305,7 @@ class Remarks:
         Raises:
             StrictRemark: if the compile is strict and the remark tells of a loss, not only of a choice.
         """
-        where = source_of(node) if node is not None else None
+        where = source_of(node) if node is not None else where
         value = value or (node.name if node is not None else None)
         remark = Remark(code, text, where, strict_error, () if value is None else (value,))
         if self.strict and strict_error:

@@ -35,6 +35,9 @@ def explain(
 ) -> Plan:
     """What the backend would make of a model on a mesh; needs no process group, and computes nothing.
 
+    With on_graph_break="gather" a model that breaks is explained part by part, `plan.parts`. What is behind a break may
+    depend on values, so the parts in front of it are computed, on one device.
+
     model: its weights may be real, fake or on `meta`. It is compiled for training if gradients are enabled.
     example_inputs: keyword arguments (a dict) or positional ones; torch._dynamo.mark_dynamic works on them.
     shard_parameters: explains the model as `parallelize` leaves it, with these axes; () for none; None: drop-in.
@@ -43,12 +46,16 @@ def explain(
     Raises:
         SpcompileError: an illegal option or mesh, a model that is not one graph, a remark under strict.
     """
+    from contextlib import nullcontext
+    from dataclasses import replace
+
     from spcompile.capture.meta_device import off_meta
     from spcompile.options import Options
     from spcompile.parameters.planned_parts import over_planned_parts
     from spcompile.passes import PIPELINE
     from spcompile.program.trace import compile_for, mesh_shape, through_dynamo
     from spcompile.program.whole_batch import over_whole_batch
+    from spcompile.report.put_back import put_back
 
     shape, chosen = mesh_shape(mesh), Options.parse(options)
     parts = _planned_parts(model, example_inputs, shape, chosen, shard_parameters)
@@ -63,8 +70,9 @@ def explain(
             _remark_weight_memory(model, traced.program, inputs)
         plans.append(_plan(model, traced, chosen, [id(value) in own for value in inputs], _parts_held(model, parts)))
 
-    through_dynamo(model, example_inputs, over_whole_batch(describe, shape.size("dp")))
-    return plans[0]
+    with put_back(model, example_inputs) if chosen.on_graph_break == "gather" else nullcontext():
+        through_dynamo(model, example_inputs, over_whole_batch(describe, shape.size("dp")), chosen, shape.size("dp"))
+    return replace(plans[0], parts=plans[1:])
 
 
 def _remark_weight_memory(model: nn.Module, program: LocalProgram, inputs: Sequence[Any]) -> None:

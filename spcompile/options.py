@@ -21,6 +21,7 @@ ATTENTION = ("auto", "ring", "ulysses", "hybrid")
 BALANCE = ("zigzag", "contiguous")
 OUTPUTS = ("full", "sharded", "loss")
 COMPILER = ("inductor", "eager")
+ON_GRAPH_BREAK = ("error", "gather")
 MEMORY = ("auto", "speed", "min")
 COMPARE = ("auto", "call", "later", "compile")
 
@@ -50,6 +51,9 @@ class Options:
         wait for it; "later": a thread compares, and the next call learns what it found; "compile": not at calls. "auto"
         is "call" on CPU meshes and "later" on accelerators.
     compare_inputs: compare the values of inputs, too, on ranks of cp and tp.
+    on_graph_break: what to do with a model that Dynamo makes several graphs of: "error", or "gather": each graph is
+        sharded on its own, what crosses between two is whole on every rank of cp and tp, and remarks say what that is.
+        Not over dp.
     strict: turn every remark about lost parallelism into an error.
     """
 
@@ -67,6 +71,7 @@ class Options:
     dump: str | None = None
     compare: str = "auto"
     compare_inputs: bool = True
+    on_graph_break: str = "error"
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -78,6 +83,7 @@ class Options:
         _one_of("outputs", self.outputs, OUTPUTS)
         _one_of("compiler", self.compiler, COMPILER)
         _one_of("compare", self.compare, COMPARE)
+        _one_of("on_graph_break", self.on_graph_break, ON_GRAPH_BREAK)
         _one_of("accelerator", self.accelerator, tuple(ACCELERATORS))
         _one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
         if self.memory not in MEMORY:

@@ -39,7 +39,8 @@ def parallelize(
     the mesh, before optimizers are made.
 
     model: real weights, equal on all ranks, of which each keeps its parts; or on `meta`, to be made part by part.
-    example_inputs: keyword arguments (a dict) or positional ones of one training step. Not computed with.
+    example_inputs: keyword arguments (a dict) or positional ones of one training step. Not computed with, unless the
+        model is not one graph.
     shard_parameters: None, or axes of the mesh: "cp", "dp", "tp", or several of them.
     initialize: for a model on `meta`: builds the same model on real tensors. It runs on all ranks, from the same seed,
         and no rank ever holds all that it makes. A transformers model needs none: its config says how to build it.
@@ -141,7 +142,8 @@ def _check_source(on_meta: bool, build: object, checkpoint: object) -> None:
 def _split_over_tp(
     model: nn.Module, example_inputs: Mapping[str, Any] | Sequence[Any], shape: MeshShape, options: Options
 ) -> dict[str, int | str]:
-    """Parameter name -> the dim that tp splits, or why it splits none. Computes nothing."""
+    """Parameter name -> the dim that tp splits, or why it splits none. Computes nothing but parts of a broken model."""
+    from contextlib import nullcontext
     from dataclasses import replace
 
     import torch
@@ -153,6 +155,7 @@ def _split_over_tp(
     from spcompile.program.build import build
     from spcompile.program.trace import through_dynamo
     from spcompile.program.whole_batch import over_whole_batch
+    from spcompile.report.put_back import put_back
 
     passes = PIPELINE[: [p.name for p in PIPELINE].index(PLANNED) + 1]
     known = {p.name for p in passes}
@@ -168,8 +171,9 @@ def _split_over_tp(
             if id(value) in names:
                 found[names[id(value)]] = split
 
-    with torch.enable_grad():
-        through_dynamo(model, example_inputs, over_whole_batch(backend, shape.size("dp")))
+    kept = put_back(model, example_inputs) if options.on_graph_break == "gather" else nullcontext()
+    with torch.enable_grad(), kept:
+        through_dynamo(model, example_inputs, over_whole_batch(backend, shape.size("dp")), options, shape.size("dp"))
     return found
 
 

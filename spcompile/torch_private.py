@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import functools
 import inspect
-import os
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,9 @@ from torch._dynamo import eval_frame
 
 # torch 2.13: torch/_functorch/aot_autograd.py, partitioners.py; torch/_dynamo/backends/common.py
 from torch._dynamo.backends.common import aot_autograd
+
+# torch 2.13: torch/_dynamo/convert_frame.py. Where Dynamo is entered from a frame.
+from torch._dynamo.convert_frame import CatchErrorsWrapper
 
 # torch 2.13: torch/_dynamo/eval_frame.py. The programs that Dynamo keeps for code.
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
@@ -96,9 +98,11 @@ fused_all_gather_matmul = torch.ops.symm_mem.fused_all_gather_matmul
 fused_matmul_reduce_scatter = torch.ops.symm_mem.fused_matmul_reduce_scatter
 VMAP_SWITCHES = (_vmap_increment_nesting, _vmap_decrement_nesting, lazy_load_decompositions)
 
+RESUMED = "torch_dynamo_resume_in_"  # the functions that Dynamo makes of what is behind a graph break
 NODES_ABOVE = 16  # views and conversions between an output and the compiled node that made it are fewer
 
 __all__ = [
+    "RESUMED",
     "VMAP_SWITCHES",
     "CompiledCall",
     "CustomGraphPass",
@@ -122,12 +126,14 @@ __all__ = [
     "detect_is_causal_mask",
     "disable_functional_mode",
     "disable_modes",
+    "enters_dynamo",
     "fused_all_gather_matmul",
     "fused_matmul_reduce_scatter",
     "get_hash_for_files",
     "group_timeout",
     "inductor_cache_dir",
     "inductor_decompositions",
+    "is_compiled_call",
     "keep_for_ever",
     "load_autograd_result",
     "make_boxed_func",
@@ -136,8 +142,8 @@ __all__ = [
     "on_compiled_calls",
     "preserve_node_ordering",
     "resolve_process_group",
-    "runs_whole_call",
     "trace_again",
+    "traced_frame",
     "traced_function",
     "under_function_modes",
     "unset_fake_temporarily",
@@ -151,11 +157,27 @@ def resolve_process_group(name: str) -> ProcessGroup:
 
 def traced_function() -> str:
     """What Dynamo, which is calling a backend, traces: the class of a model, or the name of a function."""
-    try:
-        code = InstructionTranslator.current_tx().f_code
-    except AttributeError:  # nothing is traced
+    frame = traced_frame()
+    if frame is None:
         return "a graph"
+    code = frame.f_code
     return str(getattr(code, "co_qualname", code.co_name)).removesuffix(".forward")
+
+
+def enters_dynamo(code: types.CodeType) -> bool:
+    """Whether this is torch's code between a frame and Dynamo, which is to compile it."""
+    return code is CatchErrorsWrapper.__call__.__code__
+
+
+def traced_frame() -> Any:
+    """What Dynamo, which is calling a backend, knows of the frame it traces: f_code, f_globals, f_locals, closure.
+
+    None where nothing is traced.
+    """
+    try:
+        return InstructionTranslator.current_tx()
+    except AttributeError:
+        return None
 
 
 @contextlib.contextmanager
@@ -249,11 +271,13 @@ def on_compiled_calls(
     backend: Callable[..., Any],
     begins: Callable[[CompiledCall], None],
     ends: Callable[[CompiledCall, BaseException | None], None],
+    around: Callable[[], contextlib.AbstractContextManager[None]],
 ) -> None:
     """From now on what torch.compile makes for `backend` says when it is called, and how that ended.
 
     It says so whether Dynamo then runs a program, makes one, or runs plain code. What `begins` or `ends` raises ends
-    the call; `ends` gets the error that the call ended in.
+    the call; `ends` gets the error that the call ended in. What runs between the two, Dynamo's tracing included, runs
+    inside of an `around`.
     """
     context = eval_frame.OptimizeContext
     make = context.__init__
@@ -261,14 +285,18 @@ def on_compiled_calls(
     @functools.wraps(make)
     def make_and_watch(self: Any, callback: Any, *args: Any, **kwargs: Any) -> None:
         make(self, callback, *args, **kwargs)
-        chosen = eval_frame.innermost_backend(callback)
-        if getattr(chosen, "compiler_fn", None) is not backend:
+        function, options = _backend_and_options(eval_frame.innermost_backend(callback))
+        if function is not backend:
             return
-        options = getattr(chosen, "kwargs", {}).get("options")
 
         def first() -> Callable[[], None]:
             begins(_current_call(options))
             return _nothing
+
+        def settings() -> Callable[[], None]:
+            context = around()
+            context.__enter__()
+            return functools.partial(context.__exit__, None, None, None)  # type: ignore[return-value]
 
         def last() -> Callable[[], None]:
             call, before = _current_call(options), sys.exc_info()[1]
@@ -280,48 +308,35 @@ def on_compiled_calls(
             return cleanup
 
         # The first may end the call before others of the list have changed anything, the last after they are undone.
-        self.enter_exit_hooks[:] = [first, *self.enter_exit_hooks, last]
+        self.enter_exit_hooks[:] = [first, settings, *self.enter_exit_hooks, last]
 
     context.__init__ = make_and_watch  # type: ignore[method-assign]
+
+
+def _backend_and_options(chosen: Any) -> tuple[Any, Mapping[str, Any] | None]:
+    """Without what torch.compile, or a `functools.partial` of the user's, puts around a backend to hold its options."""
+    function, options = getattr(chosen, "compiler_fn", chosen), getattr(chosen, "kwargs", {}).get("options")
+    while isinstance(function, functools.partial):
+        options = function.keywords.get("options") if options is None else options
+        function = function.func
+    return function, options
 
 
 def _nothing() -> None:
     return None
 
 
-def _is_wrapper(code: types.CodeType) -> bool:
+def is_compiled_call(code: types.CodeType) -> bool:
+    """Whether this is torch's code around every call of what torch.compile returned."""
     return code.co_name == "compile_wrapper" and code.co_filename == eval_frame.__file__
 
 
 def _current_call(options: Mapping[str, Any] | None) -> CompiledCall:
     frame = sys._getframe(1)
-    while frame is not None and not _is_wrapper(frame.f_code):
+    while frame is not None and not is_compiled_call(frame.f_code):
         frame = frame.f_back  # type: ignore[assignment]
     given = frame.f_locals if frame is not None else {}
     return CompiledCall(given.get("fn", "a function"), given.get("args", ()), given.get("kwargs", {}), options)
-
-
-def runs_whole_call(is_plumbing: Callable[[str], bool]) -> bool:
-    """Whether the program that calls this is all of a call of something compiled: no code above it runs plainly.
-
-    is_plumbing: whether code of a file, besides torch's own, only calls on.
-    """
-    frame, running = sys._getframe(1), 0
-    while frame is not None and not _is_wrapper(frame.f_code):
-        running += not _calls_on(frame.f_code.co_filename, is_plumbing)
-        frame = frame.f_back  # type: ignore[assignment]
-    return running <= 1  # the frame that has become the program
-
-
-_TORCH = os.path.join(os.path.dirname(torch.__file__), "")
-_LAYERS = os.path.join(_TORCH, "nn", "modules", "")  # of torch, but as a user's: they compute
-
-
-@functools.lru_cache(maxsize=4096)
-def _calls_on(file: str, is_plumbing: Callable[[str], bool]) -> bool:
-    if file in (torch.nn.modules.module.__file__, contextlib.__file__):
-        return True
-    return is_plumbing(file) or (file.startswith(_TORCH) and not file.startswith(_LAYERS))
 
 
 def compiler_stance() -> str:

@@ -3,8 +3,8 @@
 Before: calls that want a value in different states read the same node. After: every call reads its operands in the
 state it wants, through `reshard(x, axis, src, dst)`; which calls run sharded is a minimum cut over bytes.
 
-On `dp` and `tp` every call runs sharded that can. On `tp` this is Megatron without sequence parallelism. What would
-need the entries of other ranks of `dp` is an error: nobody has them.
+On `dp` and `tp` every call runs sharded that can. On `tp` this is Megatron without sequence parallelism. What needs the
+entries of other ranks of `dp`, such as a sort of all tokens, gathers them: every rank then computes it for all.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from spcompile.sharding.layout import layout_of, show
 from spcompile.sharding.lowering import READ_SIZES
 from spcompile.sharding.propagate import leaves_sums
 from spcompile.sharding.resharding import (
+    blocks_of,
     change_state,
     hand_over,
     reads_directly,
@@ -68,7 +69,7 @@ class InsertReshards(AxisPass):
         """Insert the reshards of the axis; returns how many.
 
         Raises:
-            BatchNotSplit: an op reads the entries of other ranks.
+            BatchNotSplit: random numbers are drawn for entries of other ranks.
         """
         axis = self.axis
         if any(is_reshard(n, axis) for n in gm.graph.nodes):
@@ -77,31 +78,46 @@ class InsertReshards(AxisPass):
         before = len(gm.graph.nodes)
         _insert(gm.graph, axis, gathered, ctx)
         if axis == "dp":
-            _refuse_gathers(gm.graph)
+            _remark_gathered_entries(gm.graph, ctx)
             _refuse_draws_together(gm.graph)
         return len(gm.graph.nodes) - before
 
 
-def _refuse_gathers(graph: fx.Graph) -> None:
+def _gathers_of_entries(graph: fx.Graph) -> list[fx.Node]:
     gathers = (*reshards_of(graph, "dp", "S", "I"), *reshards_of(graph, "dp", "S", "R"))
-    for gather in (n for n in gathers if not is_view(operand(n, 0), "dp")):
+    return [n for n in gathers if not is_view(operand(n, 0), "dp")]
+
+
+def _remark_gathered_entries(graph: fx.Graph, ctx: Context) -> None:
+    for gather in _gathers_of_entries(graph):
         user = next(iter(gather.users))
         while is_reshard(user):
             user = next(iter(user.users))
         shape = tuple(operand(gather, 0).meta["val"].shape)
         layout = layout_of(user)
         why = "mixes entries of the batch" if layout is None or layout.call is not None else "has no sharding rule"
-        found = f"{user.target} {why}: it reads {shape}, of which every rank of dp has its own entries"
-        raise BatchNotSplit(found, where=source_of(user), legal="ops on each entry alone, or DDP over dp")
+        text = f"{user.target} {why}: {shape}, of which every rank of dp has its own entries, is gathered over dp"
+        ctx.remarks.add("SPR107", text, user if user.op == "call_function" else operand(gather, 0))
 
 
 def _refuse_draws_together(graph: fx.Graph) -> None:
-    """Ranks of dp may have other random states: what each has drawn for all entries is not one value."""
+    """Ranks of dp may have other random states: what each has drawn for all entries is not one value.
+
+    Nor may numbers that each has drawn meet what all have gathered, and go on with alike.
+    """
     drawn: set[fx.Node] = set()
+    gathered = set(_gathers_of_entries(graph))
     for node in graph.nodes:
         is_draw = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if state_of(node, "dp") == "I" and (is_draw or not drawn.isdisjoint(node.all_input_nodes)):
+        if state_of(node, "dp") != "I":
+            continue
+        if is_draw or not drawn.isdisjoint(node.all_input_nodes):
             drawn.add(node)
+        if not gathered.isdisjoint(node.all_input_nodes):
+            gathered.add(node)
+        if node in gathered and node in drawn:
+            found = f"{node.name}: each rank of dp draws its own random numbers for the entries of all, gathered here"
+            raise BatchNotSplit(found, where=source_of(node), legal="random numbers for each entry, or DDP over dp")
     for split in (n for n in reshards_of(graph, "dp", "I", "S") if operand(n, 0) in drawn):
         found = f"{operand(split, 0).name} is drawn for the entries of all ranks together, and each rank draws its own"
         raise BatchNotSplit(found, where=source_of(split), legal="random numbers for each entry, or DDP over dp")
@@ -153,7 +169,7 @@ def _reshard_operands(node: fx.Node, axis: str, could: set[fx.Node], ctx: Contex
             return _read_view(operand, axis, target, node, ctx)
         if state == target:
             return operand
-        if state.startswith("S") and (target.startswith("S") or not runs_sharded):
+        if axis != "dp" and state.startswith("S") and (target.startswith("S") or not runs_sharded):
             _remark_gather(operand, node, axis, could, ctx)
         return change_state(operand, axis, state, target, origin="insert-reshards")
 
@@ -217,8 +233,8 @@ def _may_stay_split(value: fx.Node, axis: str, place: Place, ctx: Context) -> bo
     assert layout is not None
     if is_view(value, axis):
         return False
-    if axis == "dp":
-        return place.part == 0
+    if axis == "dp":  # a DTensor has no word for entries in blocks
+        return place.part == 0 or (ctx.options.outputs == "full" and isinstance(blocks_of(value, place), int))
     is_whole_dim = len(leaves(layout.dims[0][place.dim])) == 1
     return axis == "cp" and ctx.options.outputs == "sharded" and is_whole_dim
 

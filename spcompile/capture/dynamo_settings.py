@@ -1,7 +1,13 @@
-"""Settings of Dynamo without which plain models break into several graphs."""
+"""Settings of Dynamo without which plain models break into several graphs.
+
+Dynamo reads them before it calls a backend, and a frame that it gives up never reaches one. So they are set from
+outside: some for the process, when the backend is looked up; those that would change what other backends get, only
+around calls of models that this one compiles.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,6 +49,22 @@ def ignore_library_logging() -> None:
     given = torch._dynamo.config.ignore_logging_functions
     if not isinstance(given, _WithLibraryMethods):
         torch._dynamo.config.ignore_logging_functions = _WithLibraryMethods(given)
+
+
+@contextlib.contextmanager
+def as_in_one_graph() -> Iterator[None]:
+    """What Dynamo does by itself only under fullgraph=True: numbers and sizes that depend on data become symbols.
+
+    Without it `.item()`, `nonzero` and `x[mask]` end the graph. Around every call, so it must be cheap: `config.patch`
+    makes a context variable each time, which Python keeps.
+    """
+    config = torch._dynamo.config
+    before = config.capture_scalar_outputs, config.capture_dynamic_output_shape_ops
+    config.capture_scalar_outputs = config.capture_dynamic_output_shape_ops = True
+    try:
+        yield
+    finally:
+        config.capture_scalar_outputs, config.capture_dynamic_output_shape_ops = before
 
 
 def added_by_libraries() -> list[Callable[..., Any]]:

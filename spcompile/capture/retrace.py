@@ -23,7 +23,7 @@ from spcompile.capture.custom_functions import with_own_gradient
 from spcompile.capture.flex_attention import without_block_sizes, written_out
 from spcompile.capture.module_buffer import KEY, ModuleBuffer, may_be_read
 from spcompile.capture.vmapped import without_vmaps
-from spcompile.diagnostics import CaptureFailed, GraphBreak, source_of
+from spcompile.diagnostics import CaptureFailed, source_of
 from spcompile.graph.sizes import same_shape
 from spcompile.torch_private import FunctionalTensor, FunctionalTensorMode, TracingContext, detect_fake_mode
 
@@ -178,22 +178,6 @@ def _name_placeholders(captured: fx.GraphModule, original: fx.GraphModule, input
                 node.meta[key] = source.meta[key]
     ends = [next(iter(graph.find_nodes(op="output"))) for graph in (original.graph, captured.graph)]
     ends[1].meta |= {key: ends[0].meta[key] for key in (OWN,) if key in ends[0].meta}
-
-
-def graph_break_of(gm: fx.GraphModule) -> Any:
-    """Dynamo's reason to end this graph in the middle of the model; None if it did not."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    return reason if reason is not None and reason.graph_break else None
-
-
-def refuse_graph_break(gm: fx.GraphModule) -> None:
-    """Dynamo says on each part of a broken model why it ended; sharding one part alone would be a guess."""
-    reason = graph_break_of(gm)
-    if reason is None:
-        return
-    frame = reason.user_stack[-1] if reason.user_stack else None
-    where = f"{frame.filename}:{frame.lineno} in {frame.name}\n      {frame.line}" if frame is not None else None
-    raise GraphBreak(f"Dynamo broke it: {reason.reason}", where=where, legal="a model that traces with fullgraph=True")
 
 
 def is_state(placeholder: fx.Node) -> bool:

@@ -29,6 +29,7 @@ META: Mapping[str, str] = {
     "axis": "of a bound collective: the mesh axis in whose place a process group's name stands",
     "verified": "the call that the verifier checked last, so that it is not checked again unchanged",
     "spx_place": "SCHEDULE graphs: a node's place in autograd's order",
+    "part": "of the output of a Dynamo graph: which part it is of a model that is not one graph",
     "own": "dp, of an input with entries of the batch: its example value on one rank; of the output: the shapes there",
 }
 

@@ -10,6 +10,7 @@ import torch
 import torch.fx as fx
 
 from spcompile.capture.autocast import autocast_off
+from spcompile.capture.graph_breaks import model_part_of
 from spcompile.capture.retrace import OWN, capture
 from spcompile.diagnostics import BatchNotSplit, Remarks, source_of
 from spcompile.graph.edit import copy_module
@@ -21,7 +22,7 @@ from spcompile.passes_api import Context, Pass, PassReport, Stage
 from spcompile.program.pipeline import History, check_order, configure, run_passes
 from spcompile.sharding.batch_entries import mark_batch
 from spcompile.sharding.global_view import mark_parts
-from spcompile.sharding.resharding import state_of
+from spcompile.sharding.resharding import blocks_of, state_of
 
 
 @dataclass
@@ -30,12 +31,15 @@ class Output:
 
     index: its place among the outputs of the local graph; None if it is not computed.
     dims: the tensor dims over which axes leave it split: `dp` its entries, `cp` under outputs="sharded".
+    blocks: how often the entries of the batch stand behind each other in the dim that `dp` splits, where a rank has its
+        own of each block.
     shape: of the whole over all axes, where it is split or not computed.
     """
 
     index: int | None
     dims: dict[str, int] = field(default_factory=dict)
     shape: tuple[Any, ...] | None = None
+    blocks: int = 1
 
 
 @dataclass
@@ -91,6 +95,8 @@ def build(
     ctx = Context(mesh, options, Remarks(strict=options.strict))
     history = history or History()
     captured = capture(gm, inputs)
+    if (part := model_part_of(gm)) is not None:
+        ctx.remarks.add("SPR105", part.text(captured.graph), where=part.where)
     mark_parts(captured.graph)
     mark_batch(captured.graph, mesh.size("dp"))
     with autocast_off():
@@ -157,6 +163,7 @@ def _note_split_outputs(gm: fx.GraphModule, outputs: list[Output], axis: str, ct
         place = parse_place(state_of(value, axis)) if isinstance(value, fx.Node) else None
         if place is not None and isinstance(value, fx.Node):
             output.dims[axis] = place.dim
+            output.blocks = blocks_of(value, place) if axis == "dp" else output.blocks
             if output.shape is None:
                 output.shape = tuple(value.meta["val"].shape)
         if own is not None and axis == "dp":

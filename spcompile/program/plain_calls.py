@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
-from spcompile.diagnostics import Remark, RunsUncompiled, SpcompileError, StrictRemark, is_own_file
+from spcompile.capture.call_frames import runs_whole_call
+from spcompile.diagnostics import Remark, RunsUncompiled, SpcompileError, StrictRemark
 from spcompile.machine.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.program.agreement import Agreement
 from spcompile.program.checked_calls import random_fact
 from spcompile.program.facts import STOPPED, Fact, Record, comparable_text
 from spcompile.program.same_inputs import facts_of_inputs
-from spcompile.torch_private import CompiledCall, RestartAnalysis, compiler_stance, on_compiled_calls, runs_whole_call
+from spcompile.torch_private import CompiledCall, RestartAnalysis, compiler_stance
 
 log = logging.getLogger("spcompile.backend")  # as all remarks
 
@@ -42,8 +43,8 @@ class Target(NamedTuple):
 class _Running:
     """A call that runs.
 
-    ran: a program that is all of it has run; parts: how many programs of parts of it; stopped: a compile has failed;
-    told: that it is plain code.
+    ran: a program that is all of it has run, or one graph of a model that breaks, where the options allow that; parts:
+    how many programs of other parts of it; stopped: a compile has failed; told: that it is plain code.
     """
 
     call: CompiledCall
@@ -63,17 +64,16 @@ class PlainCalls:
         self._of_thread = threading.local()
         self._swallowed: dict[str, str] = {}  # name -> the error of its compile, which Dynamo tries once
 
-    def watch(self, backend: Callable[..., Any]) -> None:
-        """Begin."""
-        on_compiled_calls(backend, self._begins, self._ends)
+    def counted(self, program: Callable[..., Any], *, is_part: bool) -> Callable[..., Any]:
+        """A program whose runs are known. is_part: of a model that breaks, each of whose graphs is sharded on its own.
 
-    def counted(self, program: Callable[..., Any]) -> Callable[..., Any]:
-        """A program whose runs are known."""
+        A break is refused over dp, so a part is never taken for all of a call there.
+        """
 
         def run(*args: Any) -> Any:
             running = self._innermost()
             if running is not None:
-                is_whole = runs_whole_call(is_own_file)
+                is_whole = is_part or runs_whole_call()
                 running.ran |= is_whole
                 running.parts += not is_whole
             return program(*args)
@@ -103,13 +103,15 @@ class PlainCalls:
         stack = self._stack()
         return stack[-1] if stack else None
 
-    def _begins(self, call: CompiledCall) -> None:
+    def begins(self, call: CompiledCall) -> None:
+        """A call begins."""
         running = _Running(call, _random_states())
         if compiler_stance() == "force_eager":
             self._tell(running)
         self._stack().append(running)
 
-    def _ends(self, call: CompiledCall, error: BaseException | None) -> None:
+    def ends(self, call: CompiledCall, error: BaseException | None) -> None:
+        """A call ends."""
         stack = self._stack()
         running = stack.pop()
         while running.call.function is not call.function:

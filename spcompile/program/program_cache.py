@@ -31,6 +31,7 @@ import torch
 import torch.fx as fx
 
 from spcompile.capture.autocast import autocast_off
+from spcompile.capture.graph_breaks import model_part_of
 from spcompile.capture.module_buffer import Relied, contents_of
 from spcompile.capture.retrace import OWN, is_state
 from spcompile.graph.printer import format_graph
@@ -89,6 +90,7 @@ def key_of(
         theirs,
         format_graph(gm),
         options.fingerprint(),
+        str(model_part_of(gm)),
         *(f"{k}={v}" for k, v in sorted(machine.items())),
     ]
     facts += [_input_facts(n, x) for n, x in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)]

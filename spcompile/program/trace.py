@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import nn
+from torch._subclasses import FakeTensor
 
-from spcompile.capture.dynamo_settings import ignore_library_logging
+from spcompile.capture.dynamo_settings import as_in_one_graph, ignore_library_logging
+from spcompile.capture.graph_breaks import ModelPart, counted, mark_part, model_call, model_part_of, options_of_part
 from spcompile.capture.local_inputs import over_local_parts
 from spcompile.capture.python_floats import without_symbolic_floats
-from spcompile.capture.retrace import refuse_graph_break
 from spcompile.diagnostics import CaptureFailed, GraphBreak, IllegalMesh
 from spcompile.graph.edit import copy_graph
 from spcompile.machine.mesh import MeshShape
@@ -67,47 +68,66 @@ def mesh_shape(mesh: Any) -> MeshShape:
     raise IllegalMesh(f"mesh={mesh!r}", legal='a dict of axis sizes as {"cp": 8}, or a DeviceMesh with axis names')
 
 
-def through_dynamo(model: nn.Module, example_inputs: Inputs, backend: Backend) -> Any:
+def through_dynamo(
+    model: nn.Module, example_inputs: Inputs, backend: Backend, options: Options | None = None, dp: int = 1
+) -> Any:
     """Call the model once, compiled by `backend`; None if `backend` returns None instead of a callable.
 
-    Compiles a fresh function around the model, so that what the user compiled or will compile is not touched.
+    Compiles a fresh function around the model, so that what the user compiled or will compile is not touched. Of a
+    model that breaks, where `options` allow that, `backend` gets each graph; those that it returns None for compute,
+    all but the last, as what is behind them may read values.
 
     Raises:
-        GraphBreak: the model is not one graph.
+        GraphBreak: the model is not one graph, or the inputs have no values and the model reads some between two.
         CaptureFailed: nothing of the model was traced.
         Exception: whatever `backend` raised, unwrapped.
     """
     ignore_library_logging()
+    chosen = options or Options()
     failures: list[Exception] = []
-    graphs: list[fx.GraphModule] = []
+    parts: list[ModelPart | None] = []
 
     def once(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         run = None
         try:
             without_symbolic_floats(gm)
-            refuse_graph_break(gm)
-            if graphs:
-                raise GraphBreak("Dynamo made a second graph of it", legal="a model that traces with fullgraph=True")
+            mark_part(gm, chosen, dp)
+            part = model_part_of(gm)
             run = backend(gm, inputs)
+            if run is None and part is not None and not part.returns:
+                run = fx.GraphModule(gm, copy_graph(gm.graph)).forward
+            parts.append(part)
         except RestartAnalysis:
             raise  # not a failure: Dynamo traces once more, with a number that it took for a symbol
         except Exception as error:
             failures.append(error)
-        graphs.append(gm)
-        return run or _stop
+        return counted(run or _stop)
 
     args = () if isinstance(example_inputs, Mapping) else tuple(example_inputs)
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
     entry = types.FunctionType(_entry.__code__.replace(), globals())
     result = None
     # Sizes seen in an earlier call of this function must not make those of this call symbols.
-    with torch._dynamo.config.patch(automatic_dynamic_shapes=False), contextlib.suppress(_LeaveModel):
-        result = torch.compile(entry, backend=once)(model, args, kwargs)
+    settings = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+    with model_call(), as_in_one_graph(), settings, contextlib.suppress(_LeaveModel):
+        try:
+            result = torch.compile(entry, backend=once)(model, args, kwargs)
+        except Exception as error:
+            part = parts[-1] if parts else None
+            if part is None or not _without_values(model, example_inputs):
+                raise
+            found = f"what is behind a break cannot be known without values ({type(error).__name__}). {part.reason}"
+            raise GraphBreak(found, where=part.where, legal="real weights and inputs, or one graph") from error
     if failures:
         raise failures[0]
-    if not graphs:
+    if not parts:
         raise CaptureFailed(f"Dynamo found nothing to compile in {type(model).__name__}", legal="a model that computes")
     return result
+
+
+def _without_values(model: nn.Module, example_inputs: Inputs) -> bool:
+    tensors = [*model.parameters(), *torch.utils._pytree.tree_leaves(example_inputs)]
+    return any(isinstance(x, FakeTensor) or (isinstance(x, torch.Tensor) and x.is_meta) for x in tensors)
 
 
 def _entry(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -132,6 +152,7 @@ def compile_for(
     keep_texts: of the graphs after each pass; the graphs themselves are kept in any case.
     """
     gm, inputs = over_local_parts(gm, inputs)
+    options = options_of_part(gm, options)
     serial = frozenset(p.name for p in itertools.takewhile(lambda p: p.axis is None, pipeline))
     if mesh.world_size == 1:
         pipeline = [p for p in pipeline if p.name in serial]

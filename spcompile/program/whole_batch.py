@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from spcompile.capture.frames import Frame, local_of, name_of, this_frame, traced_again
-from spcompile.capture.retrace import OWN, fake_inputs, graph_break_of
+from spcompile.capture.retrace import OWN, fake_inputs
 from spcompile.capture.specialised import numbers_where_specialised
 from spcompile.diagnostics import BatchNotSplit, RanksDisagree, RanksMissing
 from spcompile.graph.sizes import expression, hint
@@ -44,7 +44,7 @@ def over_whole_batch(backend: Backend, degree: int) -> Backend:
     def compile_whole(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         refused: list[NotTheBatch] = []
         with numbers_where_specialised(inputs):
-            if degree == 1 or graph_break_of(gm) is not None:  # which `backend` refuses
+            if degree == 1:
                 return backend(gm, inputs)
             for batch in _batches(degree):
                 try:
@@ -67,7 +67,7 @@ class _Batch:
 
     def is_in(self, x: Tensor) -> bool:
         """Whether a tensor may have these entries."""
-        return not x.requires_grad and x.ndim > self.dim and x.shape[self.dim] == hint(self.entries)
+        return x.ndim > self.dim and x.shape[self.dim] == hint(self.entries)
 
     def whole(self, x: Tensor) -> Tensor:
         """An empty tensor as `x` but with all ranks' entries, its dims in the same order in memory."""
@@ -76,7 +76,7 @@ class _Batch:
         for dim in sorted(range(x.ndim), key=lambda dim: (hint(x.stride(dim)), -dim)):
             strides[dim] = step
             step = step * shape[dim]
-        return x.new_empty_strided(shape, strides)
+        return x.detach().new_empty_strided(shape, strides).requires_grad_(x.requires_grad)
 
     @contextlib.contextmanager
     def a_number_where_no_symbol_will_do(self) -> Iterator[None]:
@@ -101,7 +101,7 @@ def _batches(degree: int) -> list[_Batch]:
     """
     found: dict[tuple[int, int], _Batch] = {}
     for dim in (0, 1):
-        for x in (x for x in _users_tensors() if x.ndim > dim and x.shape[dim] and not x.requires_grad):
+        for x in (x for x in _users_tensors() if x.ndim > dim and x.shape[dim]):
             found.setdefault((dim, x.shape[dim]), _Batch(dim, _own(x).shape[dim], degree))
     if not found:
         raise BatchNotSplit("no input of the model is a tensor with entries", legal="DDP over dp")
@@ -126,7 +126,7 @@ def _users_tensors() -> dict[Tensor, Any]:
         kind = source.guard_source
         of_module = kind.is_unspecialized_nn_module() or kind.is_specialized_nn_module()
         is_base = name_of(source).endswith("._base")  # of a view, which is what the model reads
-        is_tensor = type(x) in (Tensor, FakeTensor) and x.ndim
+        is_tensor = type(x) in (Tensor, FakeTensor) and x.ndim  # a weight that is passed is a Parameter
         if is_tensor and not is_base and not of_module and local_of(source) is not None:
             found[x] = source
     return found
@@ -199,7 +199,7 @@ def _instead(
         symbols = [dim for dim, size in enumerate(_own(x).shape) if _is_symbol(size)]
         has_entries = any(x is y for y in chosen)
         if has_entries or symbols:
-            found[x] = (batch.whole(x) if has_entries else torch.empty_like(x)).requires_grad_(x.requires_grad)
+            found[x] = batch.whole(x) if has_entries else torch.empty_like(x.detach()).requires_grad_(x.requires_grad)
             for dim in symbols:
                 torch._dynamo.maybe_mark_dynamic(found[x], dim)
             arguments.add(str(local_of(source)))

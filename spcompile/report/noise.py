@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from spcompile.attention.scores.mask import EXCLUDES
 from spcompile.program.pipeline import Snapshot
-from spcompile.report.trial import Outcome, Trial
+from spcompile.report.trial import Observer, Outcome, Trial
 from spcompile.report.verify_report import difference, largest
 
 DRAWS = 4
@@ -50,8 +50,13 @@ def noise_of(trial: Trial, snapshot: Snapshot) -> Noise:
     generator, noise = torch.Generator().manual_seed(0), Noise()
     still = trial.run(snapshot)
     for _ in range(DRAWS):
-        noise.add(trial.run(snapshot, lambda node, values: _move(node, values, generator)), still)
+        noise.add(trial.run(snapshot, mover(generator)), still)
     return noise
+
+
+def mover(generator: torch.Generator) -> Observer:
+    """Observes a run in which it moves each number by one unit."""
+    return lambda node, values: _move(node, values, generator)
 
 
 def allowance(moved: float, expected: Tensor) -> float:

@@ -67,7 +67,8 @@ class Sharding:
 class Plan:
     """The compiled program of one rank, explained. Sizes are sympy expressions: numbers, or of a dynamic length.
 
-    symbols: what each symbol is. graphs: the text after every pass, in order, then "forward" and "backward".
+    symbols: what each symbol is. parts: the further graphs of a model that is not one, in order; this is the first.
+    graphs: the text after every pass, in order, then "forward" and "backward".
     """
 
     model: str
@@ -83,6 +84,7 @@ class Plan:
     predicted: Prediction
     symbols: dict[str, str] = field(default_factory=dict)
     graphs: dict[str, str] = field(default_factory=dict, repr=False)
+    parts: list[Plan] = field(default_factory=list, repr=False)
 
     def graph(self, name: str) -> str:
         """The text of the graph after a pass, or "forward" or "backward": the final ones.
@@ -98,15 +100,21 @@ class Plan:
         """Write the plan as one HTML page that needs nothing else."""
         title = one_line(f"{self.model} on mesh {self.mesh}")
         schedule = {row.name for row in self.passes if row.stage == "schedule"}
-        remarks = remark_lines(self.remarks)
+        remarks = remark_lines([remark for plan in (self, *self.parts) for remark in plan.remarks])
+        summary, tables, graphs = self.summary()[1:], self.tables(), dict(self.graphs)
+        for number, part in enumerate(self.parts, 2):
+            summary += [f"Part {number}", *part.summary()[1:]]
+            tables += [(f"{title} of part {number}", header, rows) for title, header, rows in part.tables()]
+            graphs |= {f"part {number}: {name}": text for name, text in part.graphs.items()}
         with open(path, "w", encoding="utf-8") as file:
-            file.write(page(title, self.summary()[1:], self.tables(), remarks, self.graphs, schedule))
+            file.write(page(title, summary, tables, remarks, graphs, schedule))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: sizes are ints, or the text of their expression where they depend on a dynamic length."""
         memory = {name: _json_number(value) for name, value in vars(self.memory).items() if name != "actions"}
         memory["actions"] = [{**vars(row), "source": _source(row.source)} for row in self.memory.actions]
         return {
+            **({"parts": [part.to_dict() for part in self.parts]} if self.parts else {}),
             "schema_version": SCHEMA_VERSION,
             "model": self.model,
             "mesh": dict(self.mesh.axes),
@@ -154,7 +162,9 @@ class Plan:
             console.print("\nRemarks")
         for remark in remark_lines(self.remarks):
             console.print(f"  {remark}", soft_wrap=True)
-        return out.getvalue().rstrip() + "\n"
+        count = len(self.parts) + 1
+        texts = [f"\nPart {number} of {count}: {part}" for number, part in enumerate(self.parts, 2)]
+        return "\n".join([out.getvalue().rstrip(), *map(str.rstrip, texts)]) + "\n"
 
     def summary(self) -> list[str]:
         """The first lines of the report."""

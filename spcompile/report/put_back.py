@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 _DICTS = (dict, OrderedDict, defaultdict)
@@ -128,6 +129,8 @@ def _of_set(value: set[Any]) -> Callable[[], None]:
 
 
 def _differs(x: Tensor, old: Tensor, version: int) -> bool:
+    if x.is_meta or isinstance(x, FakeTensor):
+        return False
     if x._version != version:
         return True
     has_numbers = x.layout is torch.strided and not (x.is_nested or x.is_quantized)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 import spcompile.check.attention_specs  # noqa: F401  (the simulator must know attention)
 from spcompile.attention.scores.attention_call import AttentionCall
+from spcompile.capture.graph_breaks import model_part_of
 from spcompile.capture.retrace import OWN
 from spcompile.check.simulate import Simulator
 from spcompile.diagnostics import BatchNotSplit, IllegalOption
@@ -35,6 +36,10 @@ from spcompile.sharding.batch_entries import inputs_with_batch
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # where it is not enough, rounding is measured
 ROUNDING = 8  # units in the last place of the largest gradient: what less is, is rounding
 Observer = Callable[[fx.Node, list[Any]], None]
+
+
+class SeveralGraphs(Exception):
+    """The model is not one graph, and the options allow that: `broken_model` compares it."""
 
 
 @dataclass
@@ -88,7 +93,7 @@ class Trial:
     replaced: frozenset[int] = frozenset()
     given_tolerance: float | None = None
     tolerance: float = 0.0
-    allowed: dict[tuple[str, str], float] = field(default_factory=dict)
+    allowed: dict[tuple[Kind, str], float] = field(default_factory=dict)
 
     @property
     def program(self) -> LocalProgram:
@@ -211,11 +216,22 @@ class Trial:
     def joined(self, i: int, values: list[Tensor], dims: dict[str, int], mesh: MeshShape) -> list[Tensor]:
         """An output on all ranks, as the user gets it; dims: those that are split."""
         values = [x.detach() for x in values]
-        shape = self.program.outputs[i].shape
-        return values if not dims or shape is None else whole_of(values, dims, shape, mesh)
+        shape, blocks = self.program.outputs[i].shape, self.program.outputs[i].blocks
+        if not dims or shape is None:
+            return values
+        if blocks == 1:
+            return whole_of(values, dims, shape, mesh)
+        dim = dims["dp"]
+        sizes = (*shape[:dim], blocks, shape[dim] // blocks, *shape[dim + 1 :])
+        found = whole_of([x.unflatten(dim, (blocks, -1)) for x in values], {"dp": dim + 1}, sizes, mesh)
+        return [x.flatten(dim, dim + 1) for x in found]
 
     def _weight(self, i: int, dims: dict[str, int], mesh: MeshShape, rank: int) -> Tensor:
-        return part_of(self.weights[i], dims, mesh, rank)
+        blocks = self.program.outputs[i].blocks
+        if blocks == 1 or not dims:
+            return part_of(self.weights[i], dims, mesh, rank)
+        dim = dims["dp"]
+        return part_of(self.weights[i].unflatten(dim, (blocks, -1)), {"dp": dim + 1}, mesh, rank).flatten(dim, dim + 1)
 
     def tangent(self, i: int, dims: dict[str, int], rank: int, output: Tensor) -> Tensor:
         """The gradient that reaches an output on a rank."""
@@ -235,7 +251,11 @@ def trial_of(
     eager: Eager,
     rng: Tensor,
 ) -> Trial:
-    """Trace the model on the entries of dp's first rank; find which of its inputs and outputs are the plain model's."""
+    """Trace the model on the entries of dp's first rank; find which of its inputs and outputs are the plain model's.
+
+    Raises:
+        SeveralGraphs: there is no such trial.
+    """
     (given,), per_rank = split_batch(example_inputs, 1), split_batch(example_inputs, mesh.size("dp"))
     parts = [pytree.tree_leaves(inputs) for inputs in per_rank]
     entries = {id(own[0]): own for own in zip(*parts, strict=True) if own[0] is not own[-1]}
@@ -244,6 +264,8 @@ def trial_of(
     returned: list[Tensor] = []
 
     def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        if model_part_of(gm) is not None:
+            raise SeveralGraphs
         traced = compile_for(gm, inputs, mesh, options, pipeline, keep_texts=False)
         for node, batch in inputs_with_batch(traced.program.captured.graph).items():
             if batch.dim != 0:
@@ -263,7 +285,7 @@ def trial_of(
 
     known = over_whole_batch(backend, mesh.size("dp"))
     with put_back(model, per_rank[0]):
-        result = named_leaves(through_dynamo(model, per_rank[0], known))
+        result = named_leaves(through_dynamo(model, per_rank[0], known, options, mesh.size("dp")))
         buffers = dict(model.named_buffers())
     trial = trials[0]
     place = {id(x): i for i, x in enumerate(returned) if not isinstance(x, NotComputedTensor)}

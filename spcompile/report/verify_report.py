@@ -24,7 +24,7 @@ class TensorError:
     """How far one tensor is from the plain model's, on the worst rank.
 
     graph: "local" (before autograd), "final" (forward and backward as they run), or "late": final graphs that are only
-        wrong where a collective reads its operand as late as it may.
+        wrong where a collective reads its operand as late as it may; "parts": all graphs of a model that breaks.
     kind: a "new value" is that of a buffer, parameter or input which the model writes to.
     relative: max_abs over the largest element of the plain model's tensor.
     """

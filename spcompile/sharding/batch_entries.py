@@ -63,8 +63,8 @@ def inputs_with_batch(graph: fx.Graph) -> dict[fx.Node, Place]:
 
 
 def _is_users(placeholder: fx.Node) -> bool:
-    """Whether a placeholder is what the user passes in: no buffer, and nothing that needs a gradient."""
-    return not placeholder.meta.get("state") and not placeholder.meta.get("trainable")
+    """Whether a placeholder is what the user passes in: no buffer, and no weight, which has no entries."""
+    return not placeholder.meta.get("state") and (not placeholder.meta.get("trainable") or OWN in placeholder.meta)
 
 
 def require_batch(graph: fx.Graph, spaces: IndexSpaces, placements: Placements, degree: int) -> None:
@@ -154,8 +154,10 @@ def _certain(graph: fx.Graph, spaces: IndexSpaces, placements: Placements, atten
     for node in attentions:
         q_k_v = tensor_operands(node)[:3]
         found.update(n for n in _split_operands(node, spaces, placements.choices[node]) if n in q_k_v)
+    inputs_of = _inputs_split_into(graph, spaces, placements)
     size = -1
     while size != len(found):
+        found |= {x for node in found for x in inputs_of.get(node, ()) if len(inputs_of[node]) == 1}
         size = len(found)
         for node in (*graph.nodes, *reversed(graph.nodes)):
             if is_getitem(node):
@@ -172,6 +174,20 @@ def _certain(graph: fx.Graph, spaces: IndexSpaces, placements: Placements, atten
                 found.update(read)
             if node in found or any(n in found for n in read):
                 found.update(n for n in read if n not in found and _must_have_entries(node, n, placements))
+    return found
+
+
+def _inputs_split_into(
+    graph: fx.Graph, spaces: IndexSpaces, placements: Placements
+) -> dict[fx.Node, frozenset[fx.Node]]:
+    """The inputs that a value's entries come from: one that certainly has entries has them from one of these."""
+    found = {n: frozenset([n]) for n in inputs_with_batch(graph)}
+    for node in graph.nodes:
+        if is_getitem(node):
+            found[node] = found.get(node.all_input_nodes[0], frozenset())
+        elif node in placements.choices:
+            read = _split_operands(node, spaces, placements.choices[node])
+            found[node] = frozenset().union(*(found.get(n, frozenset()) for n in read))
     return found
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.fx as fx
 
-from spcompile.graph.reshard import Reshard, is_reshard, parse_place, reshard
+from spcompile.graph.reshard import Place, Reshard, is_reshard, parse_place, reshard
 from spcompile.graph.sizes import divides, same
 from spcompile.sharding.global_view import part_of_view
 from spcompile.sharding.layout import NodeLayout, layout_of, show
@@ -23,6 +25,13 @@ def state_of(value: fx.Node, axis: str) -> str:
     layout = layout_of(value)
     place = layout.place(axis) if layout is not None else None
     return str(place) if place is not None else "I"
+
+
+def blocks_of(value: fx.Node, place: Place) -> Any:
+    """How many indices stand in front of the factor of a dim that is split."""
+    layout = layout_of(value)
+    assert layout is not None
+    return math.prod(space.size for space in leaves(layout.dims[0][place.dim])[: place.part])
 
 
 def reshards_of(graph: fx.Graph, axis: str, src: str, dst: str) -> list[fx.Node]:

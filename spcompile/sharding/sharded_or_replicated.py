@@ -6,7 +6,7 @@ Every call that may run sharded is a node of a flow network; on the source's sid
     a slice    where a replicated call's value is taken in parts          (free forward; a gather backward)
 Calls on the path of a gradient always run sharded if they may: repeating them is never cheaper. So the cut decides
 over masks, positions and labels only, and stays small. On other axes every choice stands: on `tp` it was made for
-its weights, on `dp` nobody has the whole.
+its weights, on `dp` inputs come in parts and a gather is never cheaper.
 """
 
 from __future__ import annotations

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import plain_models as pm
@@ -14,13 +13,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from oracle import EXACT, compare_parameters, compare_tensors, default_dtype
-from refusals import refusal, same_text
+from refusals import refusal, remarks, same_text
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from worker_pool import WorkerPool
 
 import spcompile
+from spcompile import backend
 
 PoolOf = Callable[[int], WorkerPool]
 SECONDS = 60.0
@@ -52,27 +52,6 @@ class SkippedOutside(Averaged):
     @torch.compiler.disable(recursive=False)
     def forward(self, x: Tensor) -> Tensor:
         return self.attention(x).pow(2).mean()
-
-
-class Remarks(logging.Handler):
-    """What is logged as a warning by the package."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
-
-
-@contextlib.contextmanager
-def remarks() -> Iterator[list[str]]:
-    handler, logger = Remarks(), logging.getLogger("spcompile.backend")
-    logger.addHandler(handler)
-    try:
-        yield handler.texts
-    finally:
-        logger.removeHandler(handler)
 
 
 def forced(model: Any, call: Callable[[], Any]) -> Any:
@@ -122,6 +101,8 @@ def fallen_back(axis: str, kind: type[nn.Module], way: Callable[..., Any], made_
             spcompile.parallelize(model, mesh, (own,), compiler="eager", shard_parameters=axis)
         elif made_by == "compile":
             model.compile(backend="spcompile", options={"mesh": mesh, "compiler": "eager"})
+        elif made_by == "partial":
+            model.compile(backend=partial(backend.spcompile, options={"mesh": mesh, "compiler": "eager"}))
         else:
             model = torch.compile(model, backend="spcompile", options={"mesh": mesh, "compiler": "eager"})
         if warm:
@@ -177,7 +158,9 @@ def look(axis: str, found: list[Any], words: str) -> None:
 
 
 @pytest.mark.parametrize("axis", ["dp", "cp", "tp"])
-@pytest.mark.parametrize(("made_by", "way"), [("parallelize", forced), ("parallelize", disabled), ("wrapper", forced)])
+@pytest.mark.parametrize(
+    ("made_by", "way"), [("parallelize", forced), ("parallelize", disabled), ("wrapper", forced), ("partial", forced)]
+)
 @pytest.mark.thinned(4)
 def test_however_it_was_compiled(worker_pool: PoolOf, axis: str, made_by: str, way: Callable[..., Any]) -> None:
     look(axis, worker_pool(2).run(fallen_back, axis, Averaged, way, made_by, False, timeout=SECONDS), "torch.compiler")

@@ -194,19 +194,19 @@ def test_what_may_differ(worker_pool: PoolOf) -> None:
 
 def text_with_an_address() -> tuple[str, str]:
     """An internal error whose text has an object in it."""
-    model, kept = compiled(pm.SelfAttention()), backend.refuse_graph_break
+    model, kept = compiled(pm.SelfAttention()), backend.mark_part
 
-    def fails(gm: Any) -> None:
+    def fails(*_: Any) -> None:
         raise TypeError(f"no rule for {[object() for _ in range(1 + dist.get_rank())][-1]!r}")
 
-    backend.refuse_graph_break = fails
+    backend.mark_part = fails
     try:
         model(rows())
     except Exception as error:
         inner = getattr(error, "inner_exception", error)
         return type(inner).__name__, str(inner)
     finally:
-        backend.refuse_graph_break = kept
+        backend.mark_part = kept
     return "", ""
 
 

@@ -131,7 +131,7 @@ class Model(torch.nn.Module):
     def forward(self, x):
         h = x[:, None]
         y = torch.nn.functional.scaled_dot_product_attention(h, h, h)
-        return y * 2 if x.shape[0] > 3 else y
+        return y, torch.arange(x.shape[0])
 """
     notebook = ModuleType("notebook")
     monkeypatch.setitem(sys.modules, "notebook", notebook)

@@ -126,7 +126,8 @@ def test_a_number_where_a_symbol_does_not_tell_whole_groups(caplog: pytest.LogCa
         through_dynamo(model, (ids, reference), over_whole_batch(backend, 2))
 
 
-def test_a_cut_inside_of_a_block_is_refused() -> None:
+def test_a_cut_inside_of_a_block_gathers() -> None:
     model = Preferences(lambda x, n: (x[1 : n + 1], x[:n])).double()
-    with pytest.raises(BatchNotSplit, match=r"aten.slice.Tensor mixes entries of the batch"):
-        spcompile.verify(model, inputs(4, 2), mesh={"dp": 2})
+    report = spcompile.verify(model, inputs(4, 2), mesh={"dp": 2})
+    assert report.ok, str(report)
+    assert any("aten.slice.Tensor mixes entries of the batch" in remark.text for remark in report.remarks)

@@ -54,10 +54,13 @@ def test_sums_over_entries_are_sums_over_ranks(end: str, mesh: dict[str, int]) -
 
 
 @pytest.mark.parametrize("end", ["between entries", "sorted"])
-def test_what_mixes_entries_is_refused_with_its_line(end: str) -> None:
-    with pytest.raises(BatchNotSplit, match="mixes entries of the batch") as caught:
-        spcompile.verify(Entries(end), inputs(), mesh={"dp": 2})
-    assert "test_data_parallel.py" in str(caught.value)
+def test_what_mixes_entries_gathers_them_and_says_so(end: str) -> None:
+    report = spcompile.verify(Entries(end), inputs(), mesh={"dp": 2})
+    assert report.ok, str(report)
+    (remark,) = [remark for remark in report.remarks if remark.code == "SPR107"]
+    assert "mixes entries of the batch" in remark.text
+    assert remark.where is not None
+    assert "test_data_parallel.py" in remark.where.file
 
 
 class Twice(Entries):

@@ -1,8 +1,10 @@
-"""Calls that end in an error of spcompile: what it says, on which model and inputs."""
+"""Calls that end in an error of spcompile, or in warnings: what they say, on which model and inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -37,3 +39,24 @@ def ids(length: int = 16) -> Tensor:
 def same_text(texts: list[str]) -> str:
     assert len(set(texts)) == 1, texts
     return texts[0]
+
+
+class Warnings(logging.Handler):
+    """What is logged as a warning by the package."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def remarks() -> Iterator[list[str]]:
+    handler, logger = Warnings(), logging.getLogger("spcompile.backend")
+    logger.addHandler(handler)
+    try:
+        yield handler.texts
+    finally:
+        logger.removeHandler(handler)

@@ -22,7 +22,7 @@ from spcompile.capture.python_floats import without_symbolic_floats
 from spcompile.collectives import gathers_on_gloo
 from spcompile.diagnostics import IllegalOption, remark_lines
 from spcompile.graph.axes import axes_of, bind_axes
-from spcompile.graph.printer import format_graph
+from spcompile.graph.printer import compared_text
 from spcompile.machine.mesh import RuntimeMesh, runtime_mesh
 from spcompile.memory.planner import Wish
 from spcompile.options import Options
@@ -221,7 +221,7 @@ def _made(
         if dump is not None:
             dump.python(phase, final)
             dump.require_written()
-        text = format_graph(final)
+        text = compared_text(final)
         finished.text += text
         agreement.require(_compiled(text))
 

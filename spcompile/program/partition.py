@@ -54,6 +54,10 @@ class Partitioner(CustomPartitionerFn):
         """Itself: Inductor copies its settings, and this one holds the program."""
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For keys of torch's caches, which hold all settings: what decides."""
+        return bytes, (self.uuid(),)
+
     def uuid(self) -> bytes:
         """All that decides, beside the graph, on what is saved."""
         return f"{sources()} {self.wish} {self.cost}".encode()

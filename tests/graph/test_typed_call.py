@@ -143,6 +143,7 @@ COMMON_NAMES = {
     "mask",
     "scale",
     "weight",
+    "ignore_index",
     "bias",
     "length",
     "out",

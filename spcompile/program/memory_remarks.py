@@ -33,8 +33,7 @@ def require_memory(plan: MemoryPlan | None, mesh: MeshShape) -> None:
     ranks = f"more than {mesh.world_size} ranks on cp or tp" if mesh.world_size > 1 else "several ranks on cp or tp"
     raise OutOfMemory(
         _too_large(plan),
-        legal=f"{ranks}, spcompile.parallelize with shard_parameters, fewer tokens, the optimizer that it is in optimizer=, "
-        "or memory='speed'",
+        legal=f"{ranks}, parallelize with shard_parameters, fewer tokens, optimizer= as it is, or memory='speed'",
     )
 
 

@@ -49,7 +49,7 @@ def test_the_error_says_why_where_and_what_else(
 
 @pytest.mark.parametrize(("build", "inputs", "line"), MODELS, ids=NAMES)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}, {"cp": 2, "tp": 2}], ids=str)
-@pytest.mark.thinned(4, covers=["mesh"])
+@pytest.mark.thinned(10)
 def test_parts_are_the_plain_model(
     build: Callable[[], nn.Module], inputs: Callable[[], Inputs], line: str, mesh: dict[str, int]
 ) -> None:
@@ -147,6 +147,7 @@ class KeepsCount(bm.BranchesOnValues):
         return found
 
 
+@pytest.mark.thinned(2)
 def test_what_a_broken_model_writes_is_compared() -> None:
     with default_dtype(torch.float64):
         model = KeepsCount()

@@ -56,7 +56,7 @@ def alive_after(axis: str, how: str, after: str, backend: str = "spcompile") -> 
 
 @pytest.mark.parametrize("axis", ["cp", "tp", "dp"])
 @pytest.mark.parametrize(("how", "after"), [("compile", "step"), ("compile", "error"), ("parallelize", "step")])
-@pytest.mark.thinned(3, covers=["axis"])
+@pytest.mark.thinned(9)
 def test_no_model_outlives_its_user(worker_pool: PoolOf, axis: str, how: str, after: str) -> None:
     for alive, parts in worker_pool(2).run(alive_after, axis, how, after):
         assert alive == 0, f"of {parts}"

@@ -98,7 +98,7 @@ def agrees(model: nn.Module, inputs: Any, mesh: Mapping[str, int], **options: An
     return report
 
 
-@pytest.mark.thinned(6, covers=["mesh"])
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_and_gradients_on_all_ranks(name: str, mesh: dict[str, int]) -> None:
@@ -130,7 +130,7 @@ def calls(graphs: Mapping[str, fx.GraphModule]) -> list[fx.Node]:
     return [node for gm in graphs.values() for kind in kinds for node in kind.all_in(gm.graph)]
 
 
-@pytest.mark.thinned(4, covers=["mesh"])
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("name", ["plain", "tied", "softcap", "regularized"])
 def test_no_value_is_as_large_as_a_ranks_logits(name: str, mesh: dict[str, int]) -> None:
@@ -187,7 +187,7 @@ def test_predicted_seconds_count_one_product_more() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("mesh", [{"cp": 3}, {"tp": 2}, {"tp": 2, "cp": 2}], ids=str)
 @pytest.mark.parametrize("name", ["hf:llama", "hf:gemma2", "hf:gpt2"])
 def test_hugging_face_models(name: str, mesh: dict[str, int]) -> None:

@@ -67,7 +67,7 @@ def memory_of(model: nn.Module, mesh: Mapping[str, int], *, length: int = S, **o
     ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
 )
 @pytest.mark.parametrize("kind", ["plain", "dropout", "checkpointed"])
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 def test_numbers_stay_what_they_are(mesh: dict[str, int], attention: str, kind: str) -> None:
     torch.manual_seed(0)
     model = Decoder(p=0.2 if kind == "dropout" else 0.0, again=kind == "checkpointed").double()

@@ -42,7 +42,7 @@ def valid() -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize(("model", "inputs"), [(dm.ChosenTokens, tokens), (dm.ValidRowsOnly, valid)])
 @pytest.mark.parametrize("mesh", [{"dp": 2}, {"dp": 4}, {"cp": 2, "dp": 2}], ids=str)
-@pytest.mark.thinned(3, covers=["model"])
+@pytest.mark.thinned(6)
 def test_ops_over_all_tokens(model: Callable[[], nn.Module], inputs: Any, mesh: dict[str, int]) -> None:
     report = verified(model, *inputs(), mesh=mesh)
     assert report.ok, str(report)
@@ -56,6 +56,7 @@ def test_strict() -> None:
         verified(dm.ChosenTokens, *tokens(), strict=True)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("mesh", [{"dp": 2}, {"cp": 2}], ids=str)
 def test_pictures_in_text(mesh: dict[str, int]) -> None:
     """With one entry a rank, and more patches than the text has places for."""

@@ -102,6 +102,8 @@ def agrees(model: nn.Module, inputs: Any, mesh: Mapping[str, int], **options: An
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_and_gradients_on_all_ranks(name: str, mesh: dict[str, int]) -> None:
+    if name == "dropout" and "dp" in mesh:
+        pytest.skip("each rank of dp draws its own random numbers")
     agrees(made(MODELS[name]), batch(13), mesh)
 
 

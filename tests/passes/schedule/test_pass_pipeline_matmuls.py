@@ -35,7 +35,8 @@ from spcompile.schedule.communication import communication
 from spcompile.schedule.op_cost import CostModel, cost_model
 
 aten, spx = torch.ops.aten, torch.ops.spx
-EVERYWHERE = {"pipeline-matmuls": {"min_gain": -math.inf}}
+# With the logits built: the product inside of a loss without logits is not cut.
+EVERYWHERE = {"pipeline-matmuls": {"min_gain": -math.inf}, "recognize-linear-loss": False}
 LENGTHS = (1, 5, 8)
 DEGREES = (1, 2, 4, 7)
 
@@ -100,12 +101,8 @@ def calls_of(graph: Any) -> list[Any]:
 @pytest.mark.thinned(7)
 @pytest.mark.parametrize(("degree", "length"), [(2, 15), (4, 14)])
 def test_whole_models_in_both_modes_of_the_simulator(degree: int, length: int) -> None:
-    """Every gather and scatter beside a product, forward and backward: loss and gradients stay.
-
-    With the logits built: the product inside of a loss without logits is not cut.
-    """
-    passes = {**EVERYWHERE, "recognize-linear-loss": False}
-    graphs, plain, inputs = final_graphs(llama(), tokens(length), {"tp": degree}, passes=passes)
+    """Every gather and scatter beside a product, forward and backward: loss and gradients stay."""
+    graphs, plain, inputs = final_graphs(llama(), tokens(length), {"tp": degree}, passes=EVERYWHERE)
     names = [[node.target._opname for node in calls_of(graphs[phase].graph)] for phase in ("forward", "backward")]
     if degree == 2:
         # Two layers with two gathers and two scatters each, and the output head. What the backward gathers again only
@@ -192,7 +189,7 @@ def test_a_planted_race_is_caught(mode: Mode, race: Any, monkeypatch: pytest.Mon
 def test_the_bytes_stay_what_they_were() -> None:
     """Counted for each phase and origin; only the names of the rows are others."""
     sent: list[dict[tuple[str, str], Any]] = []
-    for passes in ({"pipeline-matmuls": False}, EVERYWHERE):
+    for passes in ({**EVERYWHERE, "pipeline-matmuls": False}, EVERYWHERE):
         graphs, _, _ = final_graphs(llama(1), tokens(), {"tp": 2}, passes=passes)
         found: dict[tuple[str, str], Any] = {}
         for phase, gm in graphs.items():

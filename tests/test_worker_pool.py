@@ -71,6 +71,7 @@ def test_workers_are_single_threaded_seeded_and_checked(worker_pool: PoolOf) -> 
     assert worker_pool(2).run(settings) == [expected, expected]
 
 
+@pytest.mark.thinned(4)
 def test_a_failure_shows_the_traceback_and_the_pool_recovers(worker_pool: PoolOf) -> None:
     pool = worker_pool(2)
     with pytest.raises(JobFailed, match=r"(?s)rank 0: .*rank 1: .*no luck"):

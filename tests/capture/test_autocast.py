@@ -121,6 +121,7 @@ def check(function: Callable[..., Any], inputs: Sequence[Tensor], *, around: boo
     return graph
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", CALLS)
 def test_calls_compute_what_they_do_under_autocast(name: str) -> None:
     function, inputs = CALLS[name]
@@ -147,6 +148,7 @@ class Kernels(TorchDispatchMode):
         return result
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", CALLS)
 def test_the_kernels_of_cuda_read_the_same_dtypes(name: str) -> None:
     function, inputs = CALLS[name]
@@ -270,6 +272,7 @@ FORMS: dict[Callable[..., Any], dict[torch.dtype, int]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_forms_of_autocast(form: Callable[..., Any]) -> None:

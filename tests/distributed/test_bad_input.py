@@ -177,6 +177,7 @@ def strict() -> str:
     return refusal(lambda: model(ids(), ids()))
 
 
+@pytest.mark.thinned(3)
 def test_strict(worker_pool: PoolOf) -> None:
     text = same_text(worker_pool(2).run(strict, timeout=SECONDS))
     assert text.startswith("SP401")

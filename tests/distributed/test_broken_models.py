@@ -65,7 +65,7 @@ class NotCompiled(bm.BranchesOnValues):
         return {"loss": self.first(x).square().mean()}
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("axis", ["dp", "cp"])
 def test_only_graphs_of_a_model_that_breaks_are_no_plain_code(worker_pool: PoolOf, axis: str) -> None:
     pool = worker_pool(2)
@@ -111,7 +111,7 @@ def sharded_parameters() -> list[float]:
         return found
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("run", [loss_only, sharded_parameters])
 def test_other_ways_to_use_them(worker_pool: PoolOf, run: Callable[[], list[float]]) -> None:
     for found in worker_pool(2).run(run):
@@ -132,6 +132,7 @@ def breaks_in_a_loop() -> str:
     return refusal(lambda: model(batch(0)["x"]))
 
 
+@pytest.mark.thinned(3)
 def test_ranks_that_differ_behind_a_break(worker_pool: PoolOf) -> None:
     text = same_text(worker_pool(2).run(takes_another_branch))
     assert text.startswith("SP201"), text

@@ -62,11 +62,13 @@ def test_no_model_outlives_its_user(worker_pool: PoolOf, axis: str, how: str, af
         assert alive == 0, f"of {parts}"
 
 
+@pytest.mark.thinned(4)
 def test_as_with_a_backend_of_torch(worker_pool: PoolOf) -> None:
     """The same lives, so that what is counted above is what it says."""
     assert {alive for alive, _ in worker_pool(2).run(alive_after, "cp", "compile", "step", "aot_eager")} == {0}
 
 
+@pytest.mark.thinned(4)
 def test_on_one_device() -> None:
     model = pm.ByHand()
     parts = [weakref.ref(x) for x in (*model.parameters(), *model.buffers(), *model.modules())]

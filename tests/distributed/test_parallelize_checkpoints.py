@@ -133,6 +133,7 @@ def refused_load(build: Callable[[], nn.Module], file: str, trouble: str) -> str
     return text
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("trouble", "word"), [("before", "cannot be looked at"), ("during", "Input/output error"), ("", "are NaN in")]
 )

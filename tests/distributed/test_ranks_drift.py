@@ -134,6 +134,7 @@ def other_python() -> str:
         backend._agreement.cache_clear()
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("mistake", "arguments", "words"),
     [
@@ -188,6 +189,7 @@ def allowed() -> int:
     return agreement.count - before
 
 
+@pytest.mark.thinned(3)
 def test_what_may_differ(worker_pool: PoolOf) -> None:
     assert worker_pool(2).run(allowed) == [4, 4], "a call and a backward, twice"
 
@@ -251,6 +253,7 @@ def two_threads() -> list[str]:
     return found
 
 
+@pytest.mark.thinned(3)
 def test_two_threads(worker_pool: PoolOf) -> None:
     for found in worker_pool(2).run(two_threads, timeout=SECONDS):
         assert found, "nothing was refused"
@@ -291,5 +294,6 @@ def parts_over_dp() -> int:
     return agreement.count - before
 
 
+@pytest.mark.thinned(3)
 def test_parts_over_dp(worker_pool: PoolOf) -> None:
     assert worker_pool(2).run(parts_over_dp) == [2, 2], "a call and a backward"

@@ -249,6 +249,7 @@ def wrong_gradient() -> list[str]:
     return [name for name, found in compare_parameters(plain, other).items() if found > EXACT]
 
 
+@pytest.mark.thinned(3)
 def test_the_oracle_sees_a_wrong_gradient(worker_pool: PoolOf) -> None:
     expected = ["gradient of attention.qkv.weight", "attention.qkv.weight after a step"]
     assert worker_pool(2).run(wrong_gradient) == [expected, expected]

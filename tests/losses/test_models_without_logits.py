@@ -107,6 +107,7 @@ def test_losses_and_gradients_on_all_ranks(name: str, mesh: dict[str, int]) -> N
     agrees(made(MODELS[name]), batch(13), mesh)
 
 
+@pytest.mark.thinned(3)
 def test_one_entry_on_each_rank_of_dp() -> None:
     """Rows and labels of one number of entries: that each rank has its own is certain."""
     given = {name: x[:2] for name, x in batch(13).items()}
@@ -119,7 +120,7 @@ def test_a_model_that_returns_logits_builds_them_and_says_so() -> None:
     assert f"[{B}, 13, {C}] are built" in remark.text
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}], ids=str)
 def test_a_model_that_returns_logits_does_without_them_where_the_caller_does(mesh: dict[str, int]) -> None:
     report = agrees(made(AlsoLogits), batch(13), mesh, outputs="loss", tolerance=1e-6)
@@ -132,7 +133,7 @@ def calls(graphs: Mapping[str, fx.GraphModule]) -> list[fx.Node]:
     return [node for gm in graphs.values() for kind in kinds for node in kind.all_in(gm.graph)]
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("name", ["plain", "tied", "softcap", "regularized"])
 def test_no_value_is_as_large_as_a_ranks_logits(name: str, mesh: dict[str, int]) -> None:
@@ -158,7 +159,7 @@ def tensors(value: Any) -> list[Tensor]:
     return [x for x in torch.utils._pytree.tree_leaves(value) if isinstance(x, Tensor)]
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2, "cp": 2}], ids=str)
 def test_lengths_may_be_symbols(mesh: dict[str, int]) -> None:
     given = batch(13)
@@ -167,6 +168,7 @@ def test_lengths_may_be_symbols(mesh: dict[str, int]) -> None:
     agrees(made(Decoder), given, mesh)
 
 
+@pytest.mark.thinned(4)
 def test_explain_shows_what_is_saved() -> None:
     model = made(lambda: Decoder(softcap=3.0))
     inputs = batch(64)
@@ -179,6 +181,7 @@ def test_explain_shows_what_is_saved() -> None:
     assert without["peak_bytes"] - with_op["peak_bytes"] > 2 * logits
 
 
+@pytest.mark.thinned(3)
 def test_predicted_seconds_count_one_product_more() -> None:
     """Of the head, in the dtype of the rows: four of them in place of three, and no more than that."""
     graphs, _, _ = final_graphs(made(Decoder).bfloat16(), tuple(batch(64).values()), {"cp": 2})

@@ -81,6 +81,7 @@ def test_numbers_stay_what_they_are(mesh: dict[str, int], attention: str, kind: 
     assert report.ok, report
 
 
+@pytest.mark.thinned(4)
 def test_a_budget_is_kept_and_the_plan_says_how() -> None:
     model = Decoder().double()
     speed, least = (memory_of(model, {"cp": 2}, length=LONG, memory=memory) for memory in ("speed", "min"))
@@ -97,6 +98,7 @@ def test_a_budget_is_kept_and_the_plan_says_how() -> None:
     assert all({"kind", "bytes", "seconds", "source"} <= set(row) for row in found["actions"])
 
 
+@pytest.mark.thinned(4)
 def test_what_does_not_fit_is_said_by_explain_and_refused_by_the_backend() -> None:
     model, x_BSD = Decoder(), torch.randn(1, S, D)
     plan = spcompile.explain(model, (x_BSD,), {"cp": 2}, memory=1000)
@@ -108,6 +110,7 @@ def test_what_does_not_fit_is_said_by_explain_and_refused_by_the_backend() -> No
     assert "shard_parameters" in str(refused.value)
 
 
+@pytest.mark.thinned(2)
 def test_what_is_saved_is_what_is_planned() -> None:
     model, x_BSD = Decoder(), torch.randn(1, S, D)
     compiled = torch.compile(model, backend="spcompile", options={"memory": "min", "compiler": "eager"})

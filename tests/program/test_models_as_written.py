@@ -151,6 +151,7 @@ def test_every_gradient(case: str, mesh: dict[str, int]) -> None:
     assert report.ok, report
 
 
+@pytest.mark.thinned(3)
 def test_convolutions_of_width_one_stay_split() -> None:
     plan = explain(WidthOne().eval(), [tokens(16).float()], {"cp": 2})
     assert 2 * plan.memory.saved_activation_bytes == plan.memory.saved_activation_bytes_one_device
@@ -217,6 +218,7 @@ class Caches(Attention):
         return super().forward(x_BSD + self.positions(x_BSD.shape[1])).square().mean()
 
 
+@pytest.mark.thinned(3)
 def test_what_a_model_caches_is_put_back() -> None:
     model = Caches().double()
     for _ in range(2):

@@ -82,7 +82,7 @@ def check(function: Callable[..., Any], run: Callable[..., Any], inputs: tuple[T
 MASK = (torch.arange(LENGTH) < torch.tensor([[LENGTH], [7]])).long()
 
 
-@pytest.mark.thinned(4, covers=["compiler"])
+@pytest.mark.thinned(8, covers=["compiler"])
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 @pytest.mark.parametrize("function", [masked_sdpa, causal_by_hand, dense_causal_sdpa, counted])
 def test_no_dense_mask_is_left(function: Callable[..., Any], compiler: str) -> None:

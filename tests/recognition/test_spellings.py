@@ -157,7 +157,7 @@ def share(plan: object) -> float:
     return float(memory.saved_activation_bytes / memory.saved_activation_bytes_one_device)
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("attend", READ, ids=lambda f: f.__name__)
 def test_one_attention_with_the_mask_that_was_meant(attend: Attend) -> None:
     model, given = Model(attend), inputs(attend)
@@ -170,7 +170,7 @@ def test_one_attention_with_the_mask_that_was_meant(attend: Attend) -> None:
         assert "documents" not in str(plan)
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("attend", READ, ids=lambda f: f.__name__)
 def test_and_over_tp(attend: Attend) -> None:
     report = verify(Model(attend), inputs(attend), mesh={"tp": 2})
@@ -195,6 +195,7 @@ def a_row_of_its_own(m: Model, q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -
 UNREAD = [talking_heads, a_factor_of_pairs, a_row_of_its_own]
 
 
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("attend", UNREAD, ids=lambda f: f.__name__)
 def test_what_is_not_read_keeps_the_promise_of_memory(attend: Attend) -> None:
     model, given = Model(attend), inputs(attend)

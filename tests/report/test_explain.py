@@ -112,7 +112,7 @@ def test_import_is_cheap() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     def call(words: str) -> int:
         monkeypatch.setattr(sys, "argv", ["spcompile", *words.split()])

@@ -326,6 +326,7 @@ class Reported(Block):
         }
 
 
+@pytest.mark.thinned(3)
 def test_outputs_without_a_gradient_and_inputs_that_are_put_back() -> None:
     inputs = batch()
     before = {name: x.clone() for name, x in inputs.items()}

@@ -41,7 +41,7 @@ class Keeping(nn.Module):
 KEPT = {"steps", "mean", "heads.bias", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}], ids=str)
 def test_new_values_are_compared(mesh: dict[str, int]) -> None:
     model = Keeping()

@@ -104,6 +104,7 @@ def test_groups_that_several_ranks_share_are_refused() -> None:
         spcompile.verify(model, (ids, reference), mesh={"dp": 4})
 
 
+@pytest.mark.thinned(4)
 def test_a_number_where_a_symbol_does_not_tell_whole_groups(caplog: pytest.LogCaptureFixture) -> None:
     """Then Dynamo traces again, with the number of entries as a number."""
     found: list[Any] = []

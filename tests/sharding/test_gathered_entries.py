@@ -93,6 +93,7 @@ class ScoresOfPairs(pm.SelfAttention):
         return {"loss": -F.logsigmoid(first - second).mean(), "scores": scores, "stacked": torch.stack([first, second])}
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("batch", [2, 4])
 def test_outputs_of_pairs(batch: int) -> None:
     report = verified(ScoresOfPairs, dm.states(0, batch=batch), dm.states(1, batch=batch))
@@ -142,6 +143,7 @@ def on_two_ranks() -> list[float]:
         return [float(x.detach().abs().max()) for x in differences]
 
 
+@pytest.mark.thinned(4)
 def test_on_processes(worker_pool: Callable[[int], WorkerPool]) -> None:
     for errors in worker_pool(2).run(on_two_ranks):
         assert all(error <= EXACT for error in errors), errors

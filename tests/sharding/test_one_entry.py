@@ -99,6 +99,7 @@ def test_a_entry_of_its_own_beside_the_batch() -> None:
     assert report.ok, str(report)
 
 
+@pytest.mark.thinned(4)
 def test_shared_inputs_with_a_dim_of_1() -> None:
     for end, others in (
         (mean, {"mask_11SS": random(1, 1, S, S)}),
@@ -155,6 +156,7 @@ def sorted_entries(y_BSD: Tensor, w_DD: Tensor) -> Tensor:
     return y_BSD.sort(0).values.sum()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("end", [first, sequence_first, sorted_entries])
 def test_what_cannot_be_followed_is_gathered_with_its_line(end: Callable[..., Tensor]) -> None:
     report = verify(end)

@@ -51,6 +51,7 @@ def inputs() -> list[Tensor]:
     return [torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True), torch.randint(0, 5, (3, 4))]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_spellings(name: str) -> None:
     given = inputs()

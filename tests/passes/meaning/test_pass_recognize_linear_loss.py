@@ -65,6 +65,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_become_the_op(name: str) -> None:
     if name == "torch's own" and not hasattr(F, "linear_cross_entropy"):
@@ -146,6 +147,7 @@ def test_logits_that_somebody_else_reads_are_built_and_a_remark_says_so(name: st
     assert f"[{B}, {S}, {C}]" in remark.text
 
 
+@pytest.mark.thinned(3)
 def test_the_caller_may_do_without_the_logits() -> None:
     program = after_pass(PASS, BUILT["an output"][0], inputs(), outputs="loss")
     assert len(nodes_of(program, OP)) == 1
@@ -208,7 +210,7 @@ def model(loss: Callable[..., Any]) -> Callable[..., Any]:
 MESHES = [{"cp": 2}, {"cp": 3}, {"tp": 2}, {"tp": 3}, {"dp": 2}, {"tp": 2, "cp": 2}]
 
 
-@pytest.mark.thinned(4, covers=["mesh"])
+@pytest.mark.thinned(10, covers=["mesh"])
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize(
     "name", [name for name in LOSSES if name not in ("cast", "one position", "rows first", "other rows")]

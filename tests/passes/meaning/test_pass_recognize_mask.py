@@ -213,6 +213,7 @@ UNREADABLE: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], list[str]
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_what_cannot_be_read_stays_dense(name: str) -> None:
     build, data, expected = UNREADABLE[name]

@@ -166,6 +166,7 @@ def test_programs(name: str, degree: int) -> None:
     check_pipeline(function, [*(x(*shape) for shape in shapes), *rest()], {"cp": degree}, attention="ring")
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", ["two layers", "shifted labels", "prefixes", "cross attention"])
 def test_the_balance_of_the_sequence(name: str) -> None:
     function, shapes, rest = PROGRAMS[name]

@@ -59,6 +59,7 @@ def without_squares(found: Rewritten) -> bool:
     return (LENGTH, LENGTH) not in {size[-2:] for size in found.sizes()}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", FORMS)
 def test_written_out(name: str) -> None:
     found = rewrite(attend(FORMS[name]), (*qkv(), SLOPES))

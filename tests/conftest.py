@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -41,7 +42,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "worker_pool" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("processes"))
-    left = set() if is_whole(config) else left_out(items, config.option.thinning_seed)
+    try:
+        left = set() if is_whole(config) else left_out(items, config.option.thinning_seed)
+    except pytest.UsageError as error:
+        if hasattr(config, "workerinput"):  # of an error while it collects, a process of xdist says nothing
+            print(error, file=sys.__stderr__)
+        raise
     config.hook.pytest_deselected(items=[item for item in items if item in left])
     items[:] = [item for item in items if item not in left]
 

@@ -71,7 +71,7 @@ def test_workers_are_single_threaded_seeded_and_checked(worker_pool: PoolOf) -> 
     assert worker_pool(2).run(settings) == [expected, expected]
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(10)
 def test_a_failure_shows_the_traceback_and_the_pool_recovers(worker_pool: PoolOf) -> None:
     pool = worker_pool(2)
     with pytest.raises(JobFailed, match=r"(?s)rank 0: .*rank 1: .*no luck"):
@@ -79,6 +79,7 @@ def test_a_failure_shows_the_traceback_and_the_pool_recovers(worker_pool: PoolOf
     assert pool.run(settings)[0][0] == 1
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.slow
 def test_a_death_and_a_hang_are_reported(worker_pool: PoolOf) -> None:
     pool = WorkerPool(2)

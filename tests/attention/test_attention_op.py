@@ -45,13 +45,13 @@ def local_calls() -> dict[str, tuple[Any, ...]]:
     }
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("name", local_calls())
 def test_opcheck(name: str) -> None:
     torch.library.opcheck(attention, local_calls()[name])
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("name", local_calls())
 def test_opcheck_backward(name: str) -> None:
     arguments = local_calls()[name]
@@ -106,6 +106,7 @@ def test_memory_order_of_results_for_any_strides() -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.thinned(2)
 def test_compiled_module_gradients() -> None:
     """Through AOTAutograd: forward and backward graphs, one compile for all lengths."""
     graphs: list[torch.fx.GraphModule] = []

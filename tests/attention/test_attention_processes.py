@@ -101,6 +101,6 @@ def check_all() -> None:
     check_disagreement(dist.group.WORLD)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(10)
 def test_two_processes(worker_pool: Callable[[int], WorkerPool]) -> None:
     worker_pool(2).run(check_all)

@@ -121,7 +121,7 @@ def check(function: Callable[..., Any], inputs: Sequence[Tensor], *, around: boo
     return graph
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("name", CALLS)
 def test_calls_compute_what_they_do_under_autocast(name: str) -> None:
     function, inputs = CALLS[name]
@@ -272,7 +272,7 @@ FORMS: dict[Callable[..., Any], dict[torch.dtype, int]] = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_forms_of_autocast(form: Callable[..., Any]) -> None:
@@ -285,6 +285,7 @@ def test_autocast_around_the_call() -> None:
     assert products(check(off_from_the_start, (x(3, 4), x(4, 4)), around=True)) == {torch.float32: 2}
 
 
+@pytest.mark.thinned(3)
 def test_flex_attention_casts_its_operands() -> None:
     """And nothing inside: scores stay in the precision that the call itself has."""
 

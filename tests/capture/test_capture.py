@@ -253,6 +253,7 @@ def test_custom_function_whose_gradient_is_no_factor_is_refused() -> None:
     torch.compile(lambda x: Transposed.apply(x), backend=compiled_by)(torch.randn(5, requires_grad=True))
 
 
+@pytest.mark.thinned(2)
 def test_vmap_is_written_out() -> None:
     """Its batching levels are gone, nested ones too, and what encloses the region stays."""
 

@@ -26,7 +26,7 @@ MODELS: list[tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]]]] =
 
 @pytest.mark.parametrize(("build", "inputs"), MODELS, ids=lambda x: getattr(x, "__name__", ""))
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}, {"cp": 3}], ids=str)
-@pytest.mark.thinned(8, covers=["mesh"])
+@pytest.mark.thinned(3, covers=["mesh"])
 def test_verify_goes_on(build: Callable[[], nn.Module], inputs: Any, mesh: dict[str, int]) -> None:
     with default_dtype(torch.float64):
         assert spcompile.verify(build(), inputs(), mesh=mesh, compiler="eager", tolerance=EXACT).ok
@@ -37,12 +37,13 @@ def batch(number: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("wrap", [False, True])
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 def test_so_does_the_backend(worker_pool: Callable[[int], WorkerPool], wrap: bool) -> None:
     for build in (dm.CountsByItem, dm.ValidRowsOnly):
         assert_same(worker_pool(2), Case(partial(build), batch, wrap=wrap))
 
 
+@pytest.mark.thinned(3)
 def test_other_backends_get_what_they_got() -> None:
     graphs: list[Any] = []
 

@@ -75,18 +75,19 @@ def test_alibi() -> None:
     assert found.masks == ["causal + alibi"]
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 def test_without_mods() -> None:
     assert rewrite(attend(), qkv()).masks == ["full"]
 
 
+@pytest.mark.thinned(2)
 def test_a_block_mask_from_outside() -> None:
     mask = create_block_mask(MASKS["causal window=4"], None, None, LENGTH, LENGTH, device="cpu")
     found = rewrite(lambda q, k, v: flex_attention(q, k, v, block_mask=mask), qkv())
     assert str(found.mask) == "causal window=4"
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 def test_on_all_ranks(attention: str) -> None:
     model = attend(MASKS["causal window=4"], lambda s, b, h, q, k: 2 * torch.tanh(s / 2))
@@ -101,7 +102,7 @@ UNKNOWN: dict[str, tuple[Mod | None, Mod | None]] = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_other_mods_are_refused(name: str) -> None:
     with pytest.raises(Exception, match="SP303") as caught:

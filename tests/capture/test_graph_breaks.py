@@ -36,7 +36,7 @@ NAMES = [build.__name__ for build, *_ in MODELS]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("build", "inputs", "line"), MODELS, ids=NAMES)
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(9)
 def test_the_error_says_why_where_and_what_else(
     build: Callable[[], nn.Module], inputs: Callable[[], Inputs], line: str
 ) -> None:
@@ -62,7 +62,7 @@ def test_parts_are_the_plain_model(
     assert all(remark.where is not None and not remark.where.file.startswith(torch.__path__[0]) for remark in found)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(9)
 def test_what_crosses_is_counted() -> None:
     plan = spcompile.explain(bm.BranchesOnValues(), rows(), mesh={"cp": 2}, on_graph_break="gather")
     texts = [remark.text for part in (plan, *plan.parts) for remark in part.remarks if remark.code == "SPR105"]
@@ -83,7 +83,7 @@ def test_one_graph_behind_a_break_is_one_graph() -> None:
         spcompile.explain(bm.PrintsFirst(), rows(), mesh={"dp": 2})
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("choice", ["error", "gather"])
 def test_over_dp_it_is_an_error(choice: str) -> None:
     with pytest.raises(GraphBreak, match="over dp what crosses") as caught:
@@ -91,12 +91,13 @@ def test_over_dp_it_is_an_error(choice: str) -> None:
     assert "if x.sum() > 0:" in str(caught.value)
 
 
+@pytest.mark.thinned(4)
 def test_strict() -> None:
     with pytest.raises(StrictRemark, match="SPR105"):
         spcompile.explain(bm.BranchesOnValues(), rows(), mesh={"cp": 2}, on_graph_break="gather", strict=True)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 def test_without_values_there_is_no_way_past_a_branch() -> None:
     with torch.device("meta"):
         model, x = bm.BranchesOnValues(), torch.ones(2, 9, 24)
@@ -122,7 +123,7 @@ class Scaled(Pass):
 
 
 @pytest.mark.parametrize("factor", [1, 1.03])
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(10)
 def test_half_precision(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """What rounding makes of the whole model and of each graph is measured, not more."""
     model, x = bm.BranchesOnValues().bfloat16(), dm.states().bfloat16()

@@ -35,6 +35,7 @@ def assert_every_rank_equals(found: list[torch.Tensor], expected: torch.Tensor) 
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize(("degree", "length"), [(1, 5), (2, 5), (3, 6), (4, 7)])
 def test_context_parallel_mlp_with_loss(degree: int, length: int, order: str) -> None:

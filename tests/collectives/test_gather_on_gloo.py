@@ -31,7 +31,7 @@ def gather_much(rounds: int, at_once: int) -> int:
     return wrong
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(10)
 def test_many_in_flight(worker_pool: Callable[[int], WorkerPool]) -> None:
     assert worker_pool(2).run(gather_much, 300, 4) == [0, 0]
 

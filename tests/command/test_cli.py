@@ -52,6 +52,7 @@ def test_settings_are_literals_or_text() -> None:
         arguments.parse_settings(["layers"])
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("spec", ["models:llama-tiny", "models:gpt-tiny", "models:bert-tiny", "hf:llama", "hf:bert"])
 def test_a_built_model_runs_on_its_example_inputs(spec: str) -> None:
     built = model_spec.build_model(spec, seq=16, dtype="float64")
@@ -107,7 +108,7 @@ def test_a_users_error_has_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(8)
 def test_train_prints_json(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = "train models:gpt-tiny --set vocab=256 --set layers=1 --steps 2 --seq 16 --backend aot_eager --json"
     assert call(monkeypatch, *words.split(), "--dump", str(tmp_path)) == 0
@@ -119,7 +120,7 @@ def test_train_prints_json(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(8)
 def test_a_rank_that_fails_ends_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -27,6 +27,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return int(exit_.value.code or 0)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("command", ["train", "explain", "verify"])
 @pytest.mark.parametrize(
     "words",
@@ -99,6 +100,7 @@ def test_a_text_that_is_no_file(
     assert error.count("\n") == 1
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "setting",
     ["layers=abc", "layers=0", "layers=-1", "layers=True", "layers=1.5", "layers=10**9", "layers=999999999",
@@ -195,7 +197,7 @@ def test_ctrl_c_in_this_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("moment", ["starting", "training"])
 def test_ctrl_c_ends_every_process_with_one_line(moment: str) -> None:
     """On a terminal of its own, whose Ctrl-C reaches the command and all that it has started."""

@@ -80,6 +80,7 @@ def counted() -> list[Traffic]:
     return count_collectives(run)
 
 
+@pytest.mark.thinned(2)
 def test_traffic_counts_compiled_and_eager_collectives(worker_pool: PoolOf) -> None:
     expected = [
         Traffic("all_reduce", 2, (16 + 8) * 16 * 4),
@@ -108,7 +109,7 @@ def test_both_runs_see_the_same_batches_and_dp_ranks_their_rows() -> None:
     assert (whole["ids_BS"][masked_BS] == 0).all()
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(5)
 @pytest.mark.slow
 def test_two_processes_train_and_agree(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"

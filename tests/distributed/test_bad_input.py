@@ -95,7 +95,7 @@ def draws_other_numbers() -> str:
     return refusal(lambda: model(torch.ones(2, 4)))
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize(
     ("mistake", "words"),
     [
@@ -177,7 +177,7 @@ def strict() -> str:
     return refusal(lambda: model(ids(), ids()))
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 def test_strict(worker_pool: PoolOf) -> None:
     text = same_text(worker_pool(2).run(strict, timeout=SECONDS))
     assert text.startswith("SP401")
@@ -198,6 +198,7 @@ def a_mode_on_one_rank() -> str:
     return refusal(lambda: model(ids(), ids()))
 
 
+@pytest.mark.thinned(2)
 def test_a_mode_is_refused_by_name_on_every_rank(worker_pool: PoolOf) -> None:
     text = same_text(worker_pool(2).run(a_mode_on_one_rank, timeout=SECONDS))
     assert "SP102" in text

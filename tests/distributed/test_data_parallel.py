@@ -70,7 +70,7 @@ def test_own_entries(worker_pool: PoolOf, model: str, axes: dict[str, int], comp
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize(
     ("model", "axes", "compiler"),
     [

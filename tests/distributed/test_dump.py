@@ -33,6 +33,7 @@ def refused(folder: str, ranks: tuple[int, ...]) -> str:
         return refusal(lambda: model(torch.ones(2, 16, pm.WIDTH)))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("ranks", [(0, 1), (0,), (1,)], ids=str)
 def test_a_file_in_its_place(worker_pool: PoolOf, tmp_path: Path, ranks: tuple[int, ...]) -> None:
     folder = tmp_path / "dump"
@@ -54,6 +55,7 @@ def full_on_rank_1(folder: str) -> str:
         return refusal(lambda: model(torch.ones(2, 16, pm.WIDTH)))
 
 
+@pytest.mark.thinned(2)
 def test_a_disk_that_is_full_later(worker_pool: PoolOf, tmp_path: Path) -> None:
     text = same_text(worker_pool(2).run(full_on_rank_1, str(tmp_path), timeout=SECONDS))
     assert text.startswith(f"SP102 illegal option value: dump='{tmp_path}': No space left on device")
@@ -65,7 +67,7 @@ def dumped_twice(folder: str) -> None:
         compiled(pm.SelfAttention(), dump=folder)(torch.ones(2, 16, pm.WIDTH)).sum().backward()
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 def test_what_an_older_run_left_is_removed_and_this_run_s_stays(worker_pool: PoolOf, tmp_path: Path) -> None:
     for rank in range(4):
         old = tmp_path / f"rank{rank}" / "graph1000000"

@@ -60,7 +60,7 @@ def test_hugging_face_on_three_ranks(worker_pool: PoolOf, compiler: str) -> None
     assert_same(worker_pool(3), case, FLOAT32_INSIDE)
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", ["first apart", "apart"])
 def test_heads_in_groups_on_two_ranks(worker_pool: PoolOf, way: str, compiler: str) -> None:
@@ -79,7 +79,7 @@ def growing(number: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("attention", [HYBRID, "ulysses"], ids=str)
 def test_a_dynamic_length(worker_pool: PoolOf, attention: object) -> None:
     case = Case(

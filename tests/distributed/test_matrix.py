@@ -41,7 +41,7 @@ def test_two_ranks(model: str, kind: str, attention: str) -> None:
     check(2, model, kind, attention)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @EVERY_MODEL
 def test_auto(model: str) -> None:
     """Takes one of the two for each attention, so one kind of input each will do."""

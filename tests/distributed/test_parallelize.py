@@ -220,7 +220,7 @@ def test_a_model_on_meta_is_made_as_the_plain_model_is(worker_pool: PoolOf, mode
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
 def test_a_transformers_model_says_itself_how_it_is_made(worker_pool: PoolOf, model: str) -> None:
     inputs = partial(tokens, names=("input_ids", "labels"))

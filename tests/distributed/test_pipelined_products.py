@@ -78,7 +78,7 @@ def against_plain(compiler: str, lengths: tuple[int, ...], batch: int) -> tuple[
 SLOW = (pytest.mark.slow, pytest.mark.thinned(4))
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize(
     ("ranks", "compiler", "lengths", "batch"),
     [

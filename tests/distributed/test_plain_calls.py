@@ -161,7 +161,7 @@ def look(axis: str, found: list[Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("made_by", "way"), [("parallelize", forced), ("parallelize", disabled), ("wrapper", forced), ("partial", forced)]
 )
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(6)
 def test_however_it_was_compiled(worker_pool: PoolOf, axis: str, made_by: str, way: Callable[..., Any]) -> None:
     look(axis, worker_pool(2).run(fallen_back, axis, Averaged, way, made_by, False, timeout=SECONDS), "torch.compiler")
 

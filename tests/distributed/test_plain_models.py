@@ -39,7 +39,7 @@ def test_attention_that_cannot_be_read_is_split_by_rows(worker_pool: PoolOf) -> 
     assert "SPR101" not in outcomes[0].remarks
 
 
-@pytest.mark.thinned(7)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("name", MODELS)
 def test_model(worker_pool: PoolOf, name: str) -> None:
     assert_same(worker_pool(2), MODELS[name])
@@ -67,13 +67,13 @@ def test_labels(worker_pool: PoolOf, reduction: str, labels: str) -> None:
     assert_same(worker_pool(2), Case(partial(pm.Reduced, reduction), arguments, options=options))
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_one_position_a_rank(worker_pool: PoolOf) -> None:
     arguments = partial(pm.labelled_at, places=((0, 0), (0, 1), (1, 1), (2, 0)), length=2, batch=3)
     assert_same(worker_pool(2), Case(partial(pm.Reduced, "mean"), arguments))
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("length", [63, 65, 1000])
 def test_uneven_lengths(worker_pool: PoolOf, length: int) -> None:
     places = tuple((row, s) for row in (0, 1) for s in range(0, length, 2))

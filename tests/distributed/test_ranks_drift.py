@@ -134,7 +134,7 @@ def other_python() -> str:
         backend._agreement.cache_clear()
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize(
     ("mistake", "arguments", "words"),
     [
@@ -169,6 +169,7 @@ def broadcast_weights() -> tuple[float, float]:
     return float(compiled(model)(rows()).sum()), float(plain(rows()).sum())
 
 
+@pytest.mark.thinned(2)
 def test_rank_0_becomes_the_truth(worker_pool: PoolOf) -> None:
     for have, want in worker_pool(2).run(broadcast_weights):
         assert have == pytest.approx(want, abs=1e-4)
@@ -189,7 +190,7 @@ def allowed() -> int:
     return agreement.count - before
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 def test_what_may_differ(worker_pool: PoolOf) -> None:
     assert worker_pool(2).run(allowed) == [4, 4], "a call and a backward, twice"
 
@@ -253,7 +254,7 @@ def two_threads() -> list[str]:
     return found
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(8)
 def test_two_threads(worker_pool: PoolOf) -> None:
     for found in worker_pool(2).run(two_threads, timeout=SECONDS):
         assert found, "nothing was refused"
@@ -276,6 +277,7 @@ def in_a_forked_child() -> str:
     return os.read(receiver, 10000).decode()
 
 
+@pytest.mark.thinned(2)
 def test_a_forked_child(worker_pool: PoolOf) -> None:
     for text in worker_pool(2).run(in_a_forked_child, timeout=SECONDS):
         assert text.startswith("SP204 called in a forked process"), text
@@ -294,6 +296,6 @@ def parts_over_dp() -> int:
     return agreement.count - before
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 def test_parts_over_dp(worker_pool: PoolOf) -> None:
     assert worker_pool(2).run(parts_over_dp) == [2, 2], "a call and a backward"

@@ -85,7 +85,7 @@ def test_four_ranks(worker_pool: PoolOf, name: str, mesh: dict[str, int], attent
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
 def test_hugging_face_on_four_ranks(worker_pool: PoolOf, name: str) -> None:
     agrees(worker_pool(4), hugging_face(name), {"tp": 2, "cp": 2}, FLOAT32_INSIDE)

@@ -47,7 +47,7 @@ GPT = partial(models.build, "gpt-tiny", layers=1)
 LLAMA = partial(models.build, "llama-tiny", layers=1)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 def test_loss_outside_the_model(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), Case(GPT, partial(tokens, labels=False), outer_loss))
 
@@ -84,7 +84,7 @@ def test_a_forward_that_writes_to_a_parameter(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), Case(Shrinking, padded))
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 def test_two_micro_batches_accumulate(worker_pool: PoolOf) -> None:
     outcomes = assert_same(worker_pool(2), Case(GPT, tokens, micro_batches=(0, 1)))
     assert len(outcomes[0].graphs) == 2, "one forward and one backward for both"
@@ -95,7 +95,7 @@ def test_torch_compile(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), Case(LLAMA, tokens, wrap=True))
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 def test_float32(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), Case(GPT, tokens, dtype=torch.float32), FLOAT32)
 
@@ -124,7 +124,7 @@ def test_inductor(worker_pool: PoolOf, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 def test_lengths_that_change_compile_once_more(worker_pool: PoolOf) -> None:
     outcomes = assert_same(worker_pool(2), Case(GPT, partial(tokens, grows=15), micro_batches=(0, 1, 2, 3)))
     assert len(outcomes[0].graphs) <= 4, "the second length is the last to compile"
@@ -138,7 +138,7 @@ def marked(number: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 def test_mark_dynamic_compiles_once(worker_pool: PoolOf) -> None:
     outcomes = assert_same(worker_pool(2), Case(LLAMA, marked, micro_batches=(0, 1, 2)))
     assert len(outcomes[0].graphs) == 2
@@ -164,7 +164,7 @@ def evaluate() -> dict[str, float]:
     return errors
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(10)
 def test_eval_and_no_grad(worker_pool: PoolOf) -> None:
     for errors in worker_pool(2).run(evaluate):
         assert all(found <= EXACT for found in errors.values()), errors
@@ -228,7 +228,7 @@ def loss_only() -> tuple[dict[str, float], str, int]:
     return errors, text, len(record.graphs)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 def test_loss_only(worker_pool: PoolOf) -> None:
     for errors, text, graphs in worker_pool(2).run(loss_only):
         assert all(found <= EXACT for found in errors.values()), errors
@@ -249,7 +249,7 @@ def wrong_gradient() -> list[str]:
     return [name for name, found in compare_parameters(plain, other).items() if found > EXACT]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 def test_the_oracle_sees_a_wrong_gradient(worker_pool: PoolOf) -> None:
     expected = ["gradient of attention.qkv.weight", "attention.qkv.weight after a step"]
     assert worker_pool(2).run(wrong_gradient) == [expected, expected]

@@ -107,20 +107,21 @@ def test_losses_and_gradients_on_all_ranks(name: str, mesh: dict[str, int]) -> N
     agrees(made(MODELS[name]), batch(13), mesh)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 def test_one_entry_on_each_rank_of_dp() -> None:
     """Rows and labels of one number of entries: that each rank has its own is certain."""
     given = {name: x[:2] for name, x in batch(13).items()}
     agrees(made(Decoder), given, {"dp": 2})
 
 
+@pytest.mark.thinned(2)
 def test_a_model_that_returns_logits_builds_them_and_says_so() -> None:
     report = agrees(made(AlsoLogits), batch(13), {"cp": 2}, tolerance=1e-6)
     (remark,) = [remark for remark in report.remarks if remark.code == "SPR208"]
     assert f"[{B}, 13, {C}] are built" in remark.text
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}], ids=str)
 def test_a_model_that_returns_logits_does_without_them_where_the_caller_does(mesh: dict[str, int]) -> None:
     report = agrees(made(AlsoLogits), batch(13), mesh, outputs="loss", tolerance=1e-6)
@@ -159,7 +160,7 @@ def tensors(value: Any) -> list[Tensor]:
     return [x for x in torch.utils._pytree.tree_leaves(value) if isinstance(x, Tensor)]
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2, "cp": 2}], ids=str)
 def test_lengths_may_be_symbols(mesh: dict[str, int]) -> None:
     given = batch(13)
@@ -168,7 +169,7 @@ def test_lengths_may_be_symbols(mesh: dict[str, int]) -> None:
     agrees(made(Decoder), given, mesh)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 def test_explain_shows_what_is_saved() -> None:
     model = made(lambda: Decoder(softcap=3.0))
     inputs = batch(64)

@@ -81,7 +81,7 @@ def test_numbers_stay_what_they_are(mesh: dict[str, int], attention: str, kind: 
     assert report.ok, report
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(10)
 def test_a_budget_is_kept_and_the_plan_says_how() -> None:
     model = Decoder().double()
     speed, least = (memory_of(model, {"cp": 2}, length=LONG, memory=memory) for memory in ("speed", "min"))
@@ -98,7 +98,7 @@ def test_a_budget_is_kept_and_the_plan_says_how() -> None:
     assert all({"kind", "bytes", "seconds", "source"} <= set(row) for row in found["actions"])
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(10)
 def test_what_does_not_fit_is_said_by_explain_and_refused_by_the_backend() -> None:
     model, x_BSD = Decoder(), torch.randn(1, S, D)
     plan = spcompile.explain(model, (x_BSD,), {"cp": 2}, memory=1000)
@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_said_by_explain_and_refused_by_the_backend() -> No
     assert "shard_parameters" in str(refused.value)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(5)
 def test_what_is_saved_is_what_is_planned() -> None:
     model, x_BSD = Decoder(), torch.randn(1, S, D)
     compiled = torch.compile(model, backend="spcompile", options={"memory": "min", "compiler": "eager"})
@@ -120,6 +120,7 @@ def test_what_is_saved_is_what_is_planned() -> None:
     assert saved_activation_bytes(model, lambda: compiled(x_BSD)) == saved_bytes(emission.graphs) + x_BSD.nbytes
 
 
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_gradients_of_one_device(compiler: str) -> None:
     torch.manual_seed(0)

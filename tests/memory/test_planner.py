@@ -87,6 +87,7 @@ def stack(layers: int, remembers: bool = False) -> tuple[Joint, list[fx.Node]]:
     return joint_of(Stack(layers, remembers), torch.randn(B, S, D))
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("remembers", [False, True])
 def test_blocks_are_what_repeats_along_the_stream(remembers: bool) -> None:
     joint, _ = stack(4, remembers)
@@ -137,6 +138,7 @@ def test_what_is_fused_away_takes_no_memory_and_keeps_what_it_reads() -> None:
     assert lives.dies[given] == order.index(exp)
 
 
+@pytest.mark.thinned(3)
 def test_trades_go_from_cheap_bytes_to_dear_ones_and_keep_the_inputs_of_blocks() -> None:
     joint, _ = stack(4)
     blocks = find_blocks(joint, COST.is_heavy)
@@ -173,6 +175,7 @@ def test_nothing_changes_where_a_step_fits() -> None:
     assert set(plan.saved) == set(saved)
 
 
+@pytest.mark.thinned(3)
 def test_the_cheapest_plan_that_fits() -> None:
     joint, saved = stack(6)
     speed = plan_memory(joint, saved, COST, Wish())
@@ -187,6 +190,7 @@ def test_the_cheapest_plan_that_fits() -> None:
     assert plan.as_it_was == speed.total
 
 
+@pytest.mark.thinned(2)
 def test_a_budget_that_nobody_can_meet() -> None:
     joint, saved = stack(3)
     plan = plan_memory(joint, saved, COST, Wish(1))

@@ -57,7 +57,7 @@ def check(name: str, limit: int) -> int:
     return made
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("name", [p.name for p in DERIVATION])
 def test_right_behind_every_single_rewrite(name: str) -> None:
     limit = 0

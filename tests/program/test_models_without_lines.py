@@ -45,7 +45,7 @@ def model_of(file: str) -> nn.Module:
     return names["Model"]()
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}, {"tp": 2, "cp": 2}, {"dp": 2}], ids=str)
 @pytest.mark.parametrize("file", ["<string>", CELL])
 def test_every_stage_takes_nodes_without_lines(file: str, mesh: dict[str, int]) -> None:
@@ -54,6 +54,7 @@ def test_every_stage_takes_nodes_without_lines(file: str, mesh: dict[str, int]) 
     assert report.ok, str(report)
 
 
+@pytest.mark.thinned(3)
 def test_a_cell_of_a_notebook_has_lines() -> None:
     linecache.cache[CELL] = (len(SOURCE), None, SOURCE.splitlines(True), CELL)
     try:

@@ -82,7 +82,7 @@ def check(function: Callable[..., Any], run: Callable[..., Any], inputs: tuple[T
 MASK = (torch.arange(LENGTH) < torch.tensor([[LENGTH], [7]])).long()
 
 
-@pytest.mark.thinned(8, covers=["compiler"])
+@pytest.mark.thinned(4, covers=["compiler"])
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 @pytest.mark.parametrize("function", [masked_sdpa, causal_by_hand, dense_causal_sdpa, counted])
 def test_no_dense_mask_is_left(function: Callable[..., Any], compiler: str) -> None:
@@ -93,6 +93,7 @@ def test_no_dense_mask_is_left(function: Callable[..., Any], compiler: str) -> N
     check(function, run, inputs)
 
 
+@pytest.mark.thinned(3)
 def test_a_program_is_gone_with_the_code_that_was_made_of_it() -> None:
     run, programs = compiled(masked_sdpa, (*qkv(), MASK))
     gone = weakref.ref(programs.pop())
@@ -173,7 +174,7 @@ def test_dropout_follows_the_seed_forward_and_backward() -> None:
     torch.testing.assert_close(loss(0.0), slope.detach(), rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(8)
 def test_a_hugging_face_model_with_padding() -> None:
     import transformers as T
 
@@ -241,6 +242,7 @@ def test_a_mode_is_refused_by_name(mode: str) -> None:
         model(torch.ones(1, 2))
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(("dynamic", "compiles"), [(True, 1), (False, 2)])
 def test_dynamic_is_obeyed(dynamic: bool, compiles: int) -> None:
     torch._dynamo.reset()

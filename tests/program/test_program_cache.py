@@ -74,7 +74,7 @@ def test_equal_compiles_have_equal_keys() -> None:
     assert key() is not None
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(
     "other",
     [

@@ -125,7 +125,7 @@ CASES: list[tuple[Callable[[], nn.Module], str, str, list[str]]] = [
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(7)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize(("build", "kind", "attention", "masks"), CASES)
 def test_eager_attention(build: Callable[[], nn.Module], kind: str, attention: str, masks: list[str]) -> None:
     with default_dtype(torch.float32 if kind == "left padding" else torch.float64):

@@ -27,6 +27,7 @@ def softcap_of_the_other_sign(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(torch.tanh(q @ k.mT * 0.2) * -3 + torch.where(causal(q, k), 0.0, -math.inf), -1) @ v
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("model", "cap", "scale"), [(softcap, 5, 0.7), (softcap_of_the_other_sign, 3, -0.6)])
 def test_softcap(model: Callable[..., Any], cap: float, scale: float) -> None:
     found = rewrite(model, qkv())
@@ -137,6 +138,7 @@ def added_with_sinks(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor
     return torch.cat([scores, column(torch.arange(4.0).to(q.dtype), scores)], -1).softmax(-1)[..., :-1] @ v
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("model", [filled, filled_behind_a_cap_and_a_bias, filled_twice, added, added_with_sinks])
 def test_rows_without_keys_and_a_finite_fill(model: Callable[..., Any]) -> None:
     """Such rows are uniform over all keys; added to scores, the fill leaves these their gradient."""
@@ -194,6 +196,7 @@ FACTORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of scores [2, 4, 1
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", FACTORS)
 def test_factors_that_are_no_constants_go_to_the_queries(name: str) -> None:
     def model(q: Tensor, k: Tensor, v: Tensor, f: Tensor) -> Tensor:

@@ -195,7 +195,7 @@ def a_row_of_its_own(m: Model, q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -
 UNREAD = [talking_heads, a_factor_of_pairs, a_row_of_its_own]
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("attend", UNREAD, ids=lambda f: f.__name__)
 def test_what_is_not_read_keeps_the_promise_of_memory(attend: Attend) -> None:
     model, given = Model(attend), inputs(attend)

@@ -65,6 +65,7 @@ def test_many_plans_of_one_model_do_not_meet_a_recompile_limit() -> None:
             assert plan.symbols == {}
 
 
+@pytest.mark.thinned(2)
 def test_inference_has_a_forward_only() -> None:
     with torch.no_grad():
         plan = plan_of(2)
@@ -73,6 +74,7 @@ def test_inference_has_a_forward_only() -> None:
     assert "return" in plan.graph("forward")
 
 
+@pytest.mark.thinned(3)
 def test_errors() -> None:
     class Broken(Model):
         def forward(self, ids_BS: Tensor) -> Tensor:
@@ -112,7 +114,7 @@ def test_import_is_cheap() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(10)
 def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     def call(words: str) -> int:
         monkeypatch.setattr(sys, "argv", ["spcompile", *words.split()])

@@ -77,6 +77,7 @@ def test_predicted_bytes_are_those_of_the_graphs(heads: int, kv_heads: int, degr
             assert rings == predicted.outer_bytes
 
 
+@pytest.mark.thinned(2)
 def test_what_happens_to_scores_is_listed() -> None:
     tensors = [torch.randn(1, 4, 8, 4, requires_grad=True) for _ in range(3)]
     plan = explain(Scored(), (*tensors, torch.randn(4)), mesh={"cp": 2})

@@ -32,7 +32,7 @@ def nodes_of(text: str) -> list[str]:
     return [line for line in text.splitlines() if not line.startswith("#")]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 def test_the_text_and_the_dict_tell_the_same() -> None:
     plan = plan_of(2, attention="ring")
     found = json.loads(json.dumps(plan.to_dict()))
@@ -95,6 +95,7 @@ def test_the_page_is_one_file_that_escapes_everything(tmp_path: Path) -> None:
     assert "+" in graphs["parallelize-attention"]["diff"]
 
 
+@pytest.mark.thinned(2)
 def test_a_model_from_exec_has_no_lines_and_its_names_are_shown_escaped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

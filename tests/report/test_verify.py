@@ -52,7 +52,7 @@ def batch(length: int = 10, entries: int = 2) -> dict[str, Tensor]:
     return {"ids_BS": torch.randint(11, (entries, length)), "labels_BS": labels}
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("degree", [1, 2, 3])
 @pytest.mark.parametrize("outputs", ["full", "loss", "sharded"])
 def test_every_tensor_of_a_right_program_agrees(degree: int, outputs: str) -> None:
@@ -68,6 +68,7 @@ def test_every_tensor_of_a_right_program_agrees(degree: int, outputs: str) -> No
     assert "agree" in str(report)
 
 
+@pytest.mark.thinned(2)
 def test_without_a_loss_all_outputs_are_differentiated() -> None:
     inputs = batch(7)
     del inputs["labels_BS"]
@@ -114,6 +115,7 @@ def test_dropout_over_dp_differs_and_a_note_says_why() -> None:
     assert DRAWN_BY_RANKS in report.notes
 
 
+@pytest.mark.thinned(2)
 def test_inference_compares_outputs_only() -> None:
     with torch.no_grad():
         report = verify(Block(), batch(), mesh={"cp": 2})
@@ -121,6 +123,7 @@ def test_inference_compares_outputs_only() -> None:
     assert {row.kind for row in report.rows} == {"output"}
 
 
+@pytest.mark.thinned(2)
 def test_the_model_and_the_generator_are_left_as_they_were() -> None:
     model, inputs = Block(dropout=0.5), batch()
     before = {name: p.clone() for name, p in model.state_dict().items()}
@@ -223,7 +226,7 @@ def overwrite_in_flight(node: fx.Node) -> None:
         node.graph.call_function(aten.mul_.Tensor, (node.args[0], 2)).meta = dict(node.meta)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(10)
 def test_an_operand_that_is_overwritten_in_flight_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Right if the collective has read it by then, and so in real runs now and then."""
     start = torch.ops._c10d_functional.all_reduce.default
@@ -256,6 +259,7 @@ def test_a_lowering_that_is_wrong_is_found_across_shapes(monkeypatch: pytest.Mon
     assert "self.norm(x_BSD)" in report.culprit.source.text
 
 
+@pytest.mark.thinned(2)
 def test_a_right_loss_with_wrong_gradients_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from spcompile.sharding.lowering import Lower
 
@@ -274,7 +278,7 @@ def test_a_right_loss_with_wrong_gradients_is_found(monkeypatch: pytest.MonkeyPa
     assert (report.culprit.pass_name, report.culprit.what) == ("lower", "gradient")
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(7)
 def test_a_pass_behind_autograd_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     broken_pipeline(monkeypatch, "lower-collectives", ScheduleSabotage(aten.embedding_dense_backward.default, double))
     report = verify(Block(), batch(), mesh={"cp": 2})
@@ -354,6 +358,7 @@ class Constants(Block):
         return {"logits": found["logits"] * torch.tensor([float(i) for i in range(11)], dtype=F64)}
 
 
+@pytest.mark.thinned(2)
 def test_a_constant_of_many_numbers_is_an_input_of_the_final_graphs() -> None:
     report = verify(Constants(), {"ids_BS": batch()["ids_BS"]}, mesh={"cp": 2})
     assert report.ok, str(report)
@@ -369,6 +374,7 @@ class Permuted(Block):
         return {"out": gate_BSV.transpose(1, 2).contiguous().cumsum(-1)}
 
 
+@pytest.mark.thinned(2)
 def test_kernels_that_leave_other_strides_than_their_fakes() -> None:
     report = verify(Permuted(), {"ids_BS": batch()["ids_BS"]}, mesh={"cp": 2})
     assert report.ok, str(report)

@@ -24,7 +24,7 @@ def gpt(dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
     return models.build("gpt-tiny").to(dtype), {"ids_BS": ids, "labels_BS": ids}
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_a_right_program_agrees(dtype: torch.dtype) -> None:
     model, inputs = gpt(dtype)
@@ -49,7 +49,7 @@ class Scaled(Pass):
         return 1
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_a_loss_that_is_three_percent_off_is_wrong(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     at = next(i for i, p in enumerate(spcompile.passes.PIPELINE) if p.name == "recognize-loss") + 1
@@ -80,7 +80,7 @@ def test_what_is_noise_for_the_most_part_is_named() -> None:
     assert any(note.startswith("rounding moves output") for note in report.notes)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(9)
 def test_a_given_tolerance_stays() -> None:
     """The plain loss is rounded more often: one unit in its last place."""
     torch.manual_seed(0)

@@ -45,7 +45,7 @@ def test_hugging_face_models(name: str, attention: str, degree: int, default_flo
     agrees(model, hf_models.inputs(0, model=name, kind="right padding", length=21), degree, attention)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("degree", [2, 3])
 def test_unread_attention_is_split_by_rows(degree: int) -> None:
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def test_unread_attention_is_split_by_rows(degree: int) -> None:
     assert f'softmax: "f64[2, 4, {-(-13 // degree)}, 13]' in plan.graph("lower")
 
 
-@pytest.mark.thinned(7)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("in_buffer", [False, True])
 def test_an_encoder_with_a_causal_mask_and_no_hint_is_one_graph(in_buffer: bool) -> None:
     """The layers of torch compare the mask's values to find out whether it is causal."""
@@ -69,7 +69,7 @@ def test_an_encoder_with_a_causal_mask_and_no_hint_is_one_graph(in_buffer: bool)
     assert {remark.code for remark in plan.remarks} <= {"SPR203"}
 
 
-@pytest.mark.thinned(7)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}, {"dp": 2}], ids=str)
 def test_a_model_written_by_hand_is_split_as_any_other(mesh: dict[str, int]) -> None:
     torch.manual_seed(0)

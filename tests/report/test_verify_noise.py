@@ -50,6 +50,7 @@ class InTheMidst(nn.Module):
         return self.out((weights @ v).transpose(1, 2).flatten(2)).square().mean()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_step_that_rounds_more(dtype: torch.dtype) -> None:
     """What is compared closer is what does not come through that step."""
@@ -58,6 +59,7 @@ def test_a_step_that_rounds_more(dtype: torch.dtype) -> None:
     assert report.tolerance > 1e-10
 
 
+@pytest.mark.thinned(2)
 def test_where_no_number_rounds_more_nothing_more_is_allowed() -> None:
     report = verify(InTheMidst(F64), (torch.randn(2, 9, 8, dtype=F64),), mesh={"cp": 2})
     assert report.ok, str(report)
@@ -79,6 +81,7 @@ class LeftPadded(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, mask).square().mean()
 
 
+@pytest.mark.thinned(2)
 def test_attention_is_compared_with_its_formula() -> None:
     """The flash kernel of CPUs has other gradients for rows that a large number leaves no key."""
     valid = torch.ones(2, 9, dtype=torch.bool)

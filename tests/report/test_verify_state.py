@@ -41,7 +41,7 @@ class Keeping(nn.Module):
 KEPT = {"steps", "mean", "heads.bias", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}], ids=str)
 def test_new_values_are_compared(mesh: dict[str, int]) -> None:
     model = Keeping()
@@ -59,6 +59,7 @@ def less(node: Any) -> None:
     node.args = (node.args[0], 0.8)
 
 
+@pytest.mark.thinned(4)
 def test_a_wrong_new_value_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and gradients do not show it."""
     broken_pipeline(monkeypatch, "recognize-loss", Sabotage(aten.mul.Tensor, less))

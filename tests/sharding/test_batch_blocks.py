@@ -89,7 +89,7 @@ class Joined(Preferences):
         return self.cut(self.head(x).sum(-1), len(ids)).square().exp().mean() * reference.mean()
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("name", JOINS)
 def test_joins(name: str) -> None:
     (ids,), reference = inputs(4, 1)
@@ -97,6 +97,7 @@ def test_joins(name: str) -> None:
     assert report.ok, str(report)
 
 
+@pytest.mark.thinned(2)
 def test_groups_that_several_ranks_share_are_refused() -> None:
     model = Joined(lambda z, n: z.view(2, -1).mean(1)).double()
     (ids,), reference = inputs(8, 1)
@@ -104,7 +105,7 @@ def test_groups_that_several_ranks_share_are_refused() -> None:
         spcompile.verify(model, (ids, reference), mesh={"dp": 4})
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(10)
 def test_a_number_where_a_symbol_does_not_tell_whole_groups(caplog: pytest.LogCaptureFixture) -> None:
     """Then Dynamo traces again, with the number of entries as a number."""
     found: list[Any] = []
@@ -127,6 +128,7 @@ def test_a_number_where_a_symbol_does_not_tell_whole_groups(caplog: pytest.LogCa
         through_dynamo(model, (ids, reference), over_whole_batch(backend, 2))
 
 
+@pytest.mark.thinned(3)
 def test_a_cut_inside_of_a_block_gathers() -> None:
     model = Preferences(lambda x, n: (x[1 : n + 1], x[:n])).double()
     report = spcompile.verify(model, inputs(4, 2), mesh={"dp": 2})

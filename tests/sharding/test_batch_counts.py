@@ -134,19 +134,21 @@ def test_groups_of_entries(name: str, entries: int) -> None:
     assert report.ok, str(report)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("entries", [2, 4])
 def test_a_part_of_the_batch_on_every_rank(entries: int) -> None:
     report = verify(lambda z, y: z.mean((1, 2)).view(2, -1).mean(1).square().sum(), entries)
     assert report.ok, str(report)
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("name", RIGHT)
 def test_what_counts_all_entries_is_right(name: str) -> None:
     report = verify(RIGHT[name], 2)
     assert report.ok, str(report)
 
 
+@pytest.mark.thinned(2)
 def test_a_mask_of_ones_has_all_entries() -> None:
     report = verify(RIGHT["mask of ones"], 1)
     assert report.ok, str(report)

@@ -42,7 +42,7 @@ def valid() -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize(("model", "inputs"), [(dm.ChosenTokens, tokens), (dm.ValidRowsOnly, valid)])
 @pytest.mark.parametrize("mesh", [{"dp": 2}, {"dp": 4}, {"cp": 2, "dp": 2}], ids=str)
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 def test_ops_over_all_tokens(model: Callable[[], nn.Module], inputs: Any, mesh: dict[str, int]) -> None:
     report = verified(model, *inputs(), mesh=mesh)
     assert report.ok, str(report)
@@ -51,12 +51,13 @@ def test_ops_over_all_tokens(model: Callable[[], nn.Module], inputs: Any, mesh: 
     assert all("gathered over dp" in r.text and r.where.file.endswith("data_models.py") for r in found)
 
 
+@pytest.mark.thinned(3)
 def test_strict() -> None:
     with pytest.raises(StrictRemark, match="SPR107"):
         verified(dm.ChosenTokens, *tokens(), strict=True)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("mesh", [{"dp": 2}, {"cp": 2}], ids=str)
 def test_pictures_in_text(mesh: dict[str, int]) -> None:
     """With one entry a rank, and more patches than the text has places for."""
@@ -107,6 +108,7 @@ class MeanOfStates(pm.SelfAttention):
         return super().forward(x).square().mean()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("batch", [2, 4])
 def test_embeddings_with_a_gradient(batch: int) -> None:
     report = verified(MeanOfStates, dm.states(batch=batch).requires_grad_())
@@ -143,7 +145,7 @@ def on_two_ranks() -> list[float]:
         return [float(x.detach().abs().max()) for x in differences]
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(10)
 def test_on_processes(worker_pool: Callable[[int], WorkerPool]) -> None:
     for errors in worker_pool(2).run(on_two_ranks):
         assert all(error <= EXACT for error in errors), errors

@@ -99,7 +99,7 @@ def test_a_entry_of_its_own_beside_the_batch() -> None:
     assert report.ok, str(report)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(6)
 def test_shared_inputs_with_a_dim_of_1() -> None:
     for end, others in (
         (mean, {"mask_11SS": random(1, 1, S, S)}),
@@ -156,7 +156,7 @@ def sorted_entries(y_BSD: Tensor, w_DD: Tensor) -> Tensor:
     return y_BSD.sort(0).values.sum()
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("end", [first, sequence_first, sorted_entries])
 def test_what_cannot_be_followed_is_gathered_with_its_line(end: Callable[..., Tensor]) -> None:
     report = verify(end)
@@ -164,6 +164,7 @@ def test_what_cannot_be_followed_is_gathered_with_its_line(end: Callable[..., Te
     assert "test_one_entry.py" in str(next(remark for remark in report.remarks if remark.code == "SPR107"))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("end", [squeezed, any_of_two])
 def test_a_batch_of_one_entry_is_none(end: Callable[..., Tensor]) -> None:
     """What a model does with a single entry is not what it does with the entries of all ranks."""
@@ -186,7 +187,7 @@ class Attention(nn.Module):
         return self.head(x_BSD + y_BSD).square().mean()
 
 
-@pytest.mark.thinned(7)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("needs_weights", [False, True])
 @pytest.mark.parametrize("mesh", [{"dp": 2}, {"cp": 2, "dp": 2}])
 def test_multihead_attention(needs_weights: bool, mesh: dict[str, int]) -> None:
@@ -210,6 +211,7 @@ class Latents(nn.Module):
         return (latents_BLD + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)).square().mean()
 
 
+@pytest.mark.thinned(2)
 def test_queries_that_are_no_input() -> None:
     report = spcompile.verify(Latents(), {"x_BSD": random(2, S, D)}, mesh={"dp": 2})
     assert report.ok, str(report)
@@ -244,6 +246,7 @@ def mean_of_heads(y_BSD: Tensor, w_DD: Tensor) -> Tensor:
     return z_SND.mean(1).square().sum()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("end", [by_tokens, by_heads, mean_of_heads])
 def test_dims_that_hold_the_batch_behind_something_else(end: Callable[..., Tensor]) -> None:
     report = verify(end)
@@ -261,7 +264,7 @@ def test_dims_that_hold_the_batch_in_other_places() -> None:
     assert "SPR107" in {remark.code for remark in report.remarks}
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("model", ["gpt-tiny", "llama-tiny", "bert-tiny"])
 def test_models_with_other_numbers_of_valid_tokens(model: str) -> None:
     ids_BS = torch.randint(0, 64, (2, 13), generator=torch.Generator().manual_seed(0))
@@ -300,7 +303,7 @@ def test_hugging_face_llama(others: str) -> None:
     assert report.ok, str(report)
 
 
-@pytest.mark.thinned(7)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("model", ["gpt-tiny", "llama-tiny"])
 def test_a_symbolic_length(model: str) -> None:
     """The entries are followed beside a length that is a symbol, and that stays one."""

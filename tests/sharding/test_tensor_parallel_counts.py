@@ -85,7 +85,7 @@ def test_a_layer_sends_what_megatron_sends(name: str, regather: bool, degree: in
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @MODELS
 def test_what_is_sent_again_is_named(name: str) -> None:
     again, none = (rows(plan_of(name, 2, 2, regather), "activation again") for regather in (True, False))
@@ -93,7 +93,7 @@ def test_what_is_sent_again_is_named(name: str) -> None:
     assert not none
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize(("name", "degree"), [("gpt-tiny", 2), ("llama-tiny", 2), ("gpt-tiny", 4)])
 def test_a_layer_saves_what_the_formula_says(name: str, degree: int) -> None:
     one, two = (int(plan_of(name, layers, degree, True).memory.saved_activation_bytes) for layers in (1, 2))

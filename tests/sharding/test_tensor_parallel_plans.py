@@ -98,6 +98,7 @@ def explained(key: str, theirs: str, ours: str) -> str | None:
     return next(fitting, None)
 
 
+@pytest.mark.thinned(4)
 def test_every_family_is_compared_or_says_why_not() -> None:
     assert list(hf_families.FAMILIES) == hf_families.found_families()
     assert NOT_BUILT.keys() <= set(hf_families.FAMILIES)

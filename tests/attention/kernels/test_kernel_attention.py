@@ -138,6 +138,7 @@ def test_naive_against_sdpa() -> None:
     check((naive_out, *naive_grads), (out.detach(), *grads))
 
 
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("with_lse", [False, True])
 @pytest.mark.parametrize("bias", [None, "float", "bool"])
 @pytest.mark.parametrize("text", MASKS)
@@ -169,6 +170,7 @@ def test_tile_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(tile.keep is not None and tile.keep.numel() <= 64 for tile in found)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("bias", [None, "float", "bool"])
 @pytest.mark.parametrize("text", MASKS)

@@ -145,7 +145,7 @@ def ops_of(program: LocalProgram) -> tuple[int, int]:
     return len(nodes_of(program, "spx.agree_on_hops")), len(nodes_of(program, "spx.ring_attention"))
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("balance", ["contiguous", "zigzag"])
 @pytest.mark.parametrize(
     ("lengths", "forward"),
@@ -178,6 +178,7 @@ def test_uneven_lengths_two_masks_and_a_bidirectional_one() -> None:
         assert ops_of(program) == (2, 3)  # one for each mask
 
 
+@pytest.mark.thinned(2)
 def test_hybrids_ask_for_the_hops_of_their_groups() -> None:
     ids = lengths_to_ids([6, 7], [13])
     program = check_pipeline(packed, inputs_for(ids), {"cp": 4}, attention={"ulysses": 2, "ring": 2})
@@ -185,6 +186,7 @@ def test_hybrids_ask_for_the_hops_of_their_groups() -> None:
     assert asked.args[3:] == (2, "zigzag", 2)
 
 
+@pytest.mark.thinned(2)
 def test_remarks_say_which_order_documents_get() -> None:
     for balance in sequence.ORDERS:
         program = after_pass(
@@ -212,6 +214,7 @@ def test_on_a_gpu_it_is_asked_where_the_tables_say_so() -> None:
     assert asked == {512: False, 2**20: True}
 
 
+@pytest.mark.thinned(3)
 def test_explain_says_at_most() -> None:
     class Packed(torch.nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
@@ -233,6 +236,7 @@ def test_explain_says_at_most() -> None:
     assert found["always"] == found["never"]
 
 
+@pytest.mark.thinned(2)
 def test_the_pass_may_be_told() -> None:
     run: Callable[..., LocalProgram] = functools.partial(after_pass, "parallelize-attention", packed, attention="ring")
     inputs = inputs_for(lengths_to_ids([8, 8], [16]))

@@ -78,6 +78,7 @@ def test_dense_form(mask: AttentionMask, seed: int) -> None:
                 assert bool(dense[b, 0, i, j]) == expected
 
 
+@pytest.mark.thinned(3)
 @settings(max_examples=600)
 @given(masks(), st.integers(0, 20), st.integers(1, 10), st.integers(0, 20), st.integers(1, 10))
 def test_classify_and_reach(mask: AttentionMask, q_first: int, q_length: int, k_first: int, k_length: int) -> None:

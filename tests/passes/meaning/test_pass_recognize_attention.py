@@ -48,6 +48,7 @@ return (getitem,)
         )
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_sdpa(is_causal: bool, scale: float | None) -> None:
@@ -74,6 +75,7 @@ def test_sdpa_of_rank_3() -> None:
     assert found.masks == ["full + bias"]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("shape", [(12, 12), (1, 12), (12, 1), (2, 1, 1, 12), (4, 12, 12), (2, 4, 12, 12)])
 def test_sdpa_bias_keeps_its_gradient(shape: tuple[int, ...]) -> None:
     bias = torch.randn(shape, dtype=torch.float64).requires_grad_()
@@ -102,6 +104,7 @@ REPEATS: dict[str, Callable[[Tensor, int], Tensor]] = {
 }
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("key_heads", [1, 2])
 @pytest.mark.parametrize("repeat", REPEATS)
 def test_repeated_heads_are_taken_before_the_repeat(repeat: str, key_heads: int) -> None:
@@ -113,6 +116,7 @@ def test_repeated_heads_are_taken_before_the_repeat(repeat: str, key_heads: int)
     assert k.shape[1] == v.shape[1] == key_heads
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "tile", [lambda x: x.repeat(1, 2, 1, 1), lambda x: torch.cat([x, x], 1), lambda x: x[:, [1, 0, 1, 0]]]
 )
@@ -191,6 +195,7 @@ def upcast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores, -1, dtype=torch.float64).to(q.dtype) @ v
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("model", [bmm_folded, bmm_folded_mask, einsum_bsnh, einsum_with_dots, repeated, upcast])
 def test_written_out_causal(model: Callable[..., Any]) -> None:
     found = rewrite(model, qkv())
@@ -202,6 +207,7 @@ def test_written_out_causal(model: Callable[..., Any]) -> None:
         assert found.attentions[0].args[1].meta["val"].shape[1] == 2  # type: ignore[union-attr]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("model", [baddbmm, scale_first])
 def test_written_out_with_a_bias(model: Callable[..., Any]) -> None:
     found = rewrite(model, qkv())
@@ -306,6 +312,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("model", REFUSED, ids=lambda f: f.__name__)
 def test_refused_with_a_remark(model: Callable[..., Any]) -> None:
     found = rewrite(model, qkv())

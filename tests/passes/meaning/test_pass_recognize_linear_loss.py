@@ -65,7 +65,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_become_the_op(name: str) -> None:
     if name == "torch's own" and not hasattr(F, "linear_cross_entropy"):
@@ -137,6 +137,7 @@ BUILT: dict[str, tuple[Callable[..., Any], str]] = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", BUILT)
 def test_logits_that_somebody_else_reads_are_built_and_a_remark_says_so(name: str) -> None:
     function, why = BUILT[name]
@@ -147,7 +148,7 @@ def test_logits_that_somebody_else_reads_are_built_and_a_remark_says_so(name: st
     assert f"[{B}, {S}, {C}]" in remark.text
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 def test_the_caller_may_do_without_the_logits() -> None:
     program = after_pass(PASS, BUILT["an output"][0], inputs(), outputs="loss")
     assert len(nodes_of(program, OP)) == 1
@@ -163,6 +164,7 @@ NOT_TAKEN: dict[str, Callable[..., Any]] = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", NOT_TAKEN)
 def test_others_stay_and_nothing_is_said(name: str) -> None:
     program = after_pass(PASS, NOT_TAKEN[name], inputs())
@@ -185,6 +187,7 @@ def test_steps_keep_the_order_and_the_dtypes_of_the_model() -> None:
     assert LinearCrossEntropyCall.of(node).steps == "div 30.0, tanh, mul 30.0, to float32"
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="this torch has none")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_torchs_own_op_in_chunks(reduction: str) -> None:
@@ -226,7 +229,7 @@ def test_every_rank_has_the_loss_and_the_gradients(name: str, mesh: dict[str, in
     assert rows <= B // mesh.get("dp", 1) * (2 * -(-S // chunks) if chunks > 2 else length)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_a_z_loss_on_all_ranks(mesh: dict[str, int]) -> None:
     check_pipeline(model(with_z_loss), inputs(), mesh, attention="ring" if "cp" in mesh else "auto")

@@ -32,6 +32,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_are_split(name: str) -> None:
     target = torch.randint(0, 5, (2, 7)) if name == "ignore_index" else some_ignored(2, 7)
@@ -79,11 +80,13 @@ def test_other_reductions_stay(reduction: str) -> None:
     assert program.history.snapshots[-1].report.rewrites == 0
 
 
+@pytest.mark.thinned(2)
 def test_targets_that_are_probabilities_stay() -> None:
     program = after_pass("recognize-loss", F.cross_entropy, [logits(6, 5), torch.rand(6, 5, dtype=torch.float64)])
     assert program.history.snapshots[-1].report.rewrites == 0
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("degree", [2, 4])
 def test_ranks_with_unequal_numbers_of_valid_tokens(degree: int) -> None:
     """All ignored tokens stand on the first ranks: a mean of means would be another number."""

@@ -134,7 +134,7 @@ POSITIONAL: list[tuple[str, Callable[[Tensor, Tensor], Tensor]]] = [
 ]
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("case", range(len(POSITIONAL)))
 def test_positional_masks(case: int) -> None:
     expected, build = POSITIONAL[case]
@@ -213,7 +213,7 @@ UNREADABLE: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], list[str]
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_what_cannot_be_read_stays_dense(name: str) -> None:
     build, data, expected = UNREADABLE[name]
@@ -239,6 +239,7 @@ BUFFERS = {  # a buffer, how scores take a part of it, the mask
 }
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", BUFFERS)
 def test_a_mask_in_a_buffer_is_read(name: str) -> None:
     values, apply, expected = BUFFERS[name]
@@ -309,7 +310,7 @@ DYNAMIC: dict[str, tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]] = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_symbolic_lengths(name: str) -> None:
     expected, build, data = DYNAMIC[name]
@@ -319,7 +320,7 @@ def test_symbolic_lengths(name: str) -> None:
     assert isinstance(found.attentions[0].meta["val"][0].shape[2], torch.SymInt)
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}], ids=str)
 @pytest.mark.parametrize("is_learned", [True, False])
 def test_rows_of_a_dense_bias_that_are_one_large_number(is_learned: bool, mesh: dict[str, int]) -> None:

@@ -42,7 +42,7 @@ SPELLINGS = {
 }
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_spellings(name: str) -> None:
     function, expected = SPELLINGS[name]

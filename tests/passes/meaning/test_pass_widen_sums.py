@@ -96,7 +96,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
 def test_losses_are_those_of_float32_rounded(loss: Callable[..., Any], dtype: torch.dtype) -> None:

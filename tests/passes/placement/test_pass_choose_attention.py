@@ -119,6 +119,7 @@ def both(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return windowed(causal(q, k, v), k, v)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("function", "options", "order"),
     [
@@ -135,6 +136,7 @@ def test_the_order_of_the_sequence(function: object, options: dict[str, object],
     assert chosen(4, 4, 4, function, **options).ctx.order == order
 
 
+@pytest.mark.thinned(2)
 def test_layers_that_alternate_between_masks_share_the_order_that_suits_most() -> None:
     def order(length: int) -> str:
         inputs = [torch.randn(1, 4, length, 4) for _ in range(3)]

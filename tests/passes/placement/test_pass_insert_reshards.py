@@ -67,6 +67,7 @@ def test_positions_are_made_whole_and_then_sliced() -> None:
     assert ("arange", "I", "S(0)") in changes(reshards(model, x(2, 7, 4), x(16, 4)))
 
 
+@pytest.mark.thinned(2)
 def test_outputs_are_gathered_or_left_split() -> None:
     assert changes(reshards(attend, x(2, 7, 4)))[-1][1:] == ("S(1)", "I")
     assert changes(reshards(attend, x(2, 7, 4), outputs="sharded"))[-1][1:] == ("I", "S(1)")

@@ -166,7 +166,7 @@ def test_programs(name: str, degree: int) -> None:
     check_pipeline(function, [*(x(*shape) for shape in shapes), *rest()], {"cp": degree}, attention="ring")
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", ["two layers", "shifted labels", "prefixes", "cross attention"])
 def test_the_balance_of_the_sequence(name: str) -> None:
     function, shapes, rest = PROGRAMS[name]
@@ -192,6 +192,7 @@ def unit(h: Tensor) -> Tensor:
     return h / h.norm(dim=-1, keepdim=True)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 def test_padding_is_never_a_division_by_zero(attention: str) -> None:
     """NaN in rows that nobody reads would still reach the gradients of w, as NaN times 0."""

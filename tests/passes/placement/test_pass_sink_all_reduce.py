@@ -89,7 +89,7 @@ def test_what_is_passed(end: Callable[..., Tensor], passed: bool) -> None:
     assert now < before if passed else now == before
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(8)
 @pytest.mark.slow
 def test_experts_are_weighted_before_their_sum_is_completed() -> None:
     """Bytes of the completed sum no longer grow with the experts of a token."""

@@ -132,11 +132,13 @@ def test_a_hybrid_may_be_cut_too(way: str) -> None:
     check("causal", 8, 4, 9, {"cp": 2, "tp": 2}, "ulysses", 2, way)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("way", WAYS)
 def test_keys_of_another_length(way: str) -> None:
     check_pipeline(full, qkv(4, 2, 9, 6), {"cp": 2}, attention="ulysses", passes=options(2, way))
 
 
+@pytest.mark.thinned(2)
 def test_dropout_is_that_of_one_device() -> None:
     chosen = {"attention": "ulysses", "passes": options(2, "first apart")}
     program, _, given = compiled_locally(dropped, qkv(4, 4, 13), {"cp": 2}, **chosen)

@@ -63,7 +63,7 @@ def count(gm: fx.GraphModule, op: str) -> int:
     return len(gm.graph.find_nodes(op="call_function", target=getattr(c10d, op).default))
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize(("bucket_mib", "gathers"), [(25.0, 1), (1e-3, 2), (0.0, 4)])
 @pytest.mark.parametrize("degree", [2, 4])
 def test_parts_of_gradients_are_those_of_the_whole(degree: int, bucket_mib: float, gathers: int) -> None:

@@ -37,7 +37,7 @@ CASES = {
 }
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("case", CASES)
 def test_whole_models_in_both_modes_of_the_simulator(case: str) -> None:
     """A start reads its operand at once or at its wait, its buffer is NaN until then: loss and gradients stay."""
@@ -63,7 +63,7 @@ def plant(graphs: Graphs, kind: str) -> None:
     graphs["backward"].recompile()
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_planted_race_is_caught(mode: Mode) -> None:
     mesh, options = CASES["tp"]
@@ -146,6 +146,7 @@ def test_parameters_are_gathered_ahead_of_their_use_but_not_at_the_top(phase: st
     assert waited.exposed < 0.2 * waited.communication  # nothing precedes the first gather or follows the last scatter
 
 
+@pytest.mark.thinned(2)
 def test_the_budget_of_memory_is_held() -> None:
     """None to spare: every gather starts right before its reader, whatever that costs."""
     off = {"bucket-collectives": False, "overlap-collectives": {"memory_mib": 0.0}}
@@ -201,7 +202,7 @@ def test_gradients_are_waited_for_at_the_end() -> None:
     assert names == ["mm", "all_reduce", "mm", "mm", "wait_tensor"]
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.slow
 def test_work_grows_with_the_layers() -> None:
     """Calls of Python functions in the pass: no more for each layer of five than for each of two."""

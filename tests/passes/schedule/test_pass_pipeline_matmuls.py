@@ -224,13 +224,13 @@ def test_it_pays_for_the_layers_of_a_large_model_on_long_sequences() -> None:
     assert with_it.predicted.phases[0].exposed < 0.5 * without.predicted.phases[0].exposed
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(6)
 def test_it_does_not_pay_where_products_are_small() -> None:
     graphs, _, _ = final_graphs(llama(1), tokens(), {"tp": 2})
     assert not [node for gm in graphs.values() for node in calls_of(gm.graph)]
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 def test_chunks_of_few_rows_do_not_pay() -> None:
     assert rewrites(llama_8b_layer(16)) == 0
 

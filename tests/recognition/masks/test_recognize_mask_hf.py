@@ -100,7 +100,7 @@ def test_transformers(name: str, call: str, dynamic: bool) -> None:
     assert not [op for op in found.ops() if "scaled_dot" in op or "tril" in op]
 
 
-@pytest.mark.thinned(7)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "bert"])
 def test_transformers_written_out(name: str) -> None:
     transformers = pytest.importorskip("transformers")

@@ -59,7 +59,7 @@ def without_squares(found: Rewritten) -> bool:
     return (LENGTH, LENGTH) not in {size[-2:] for size in found.sizes()}
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", FORMS)
 def test_written_out(name: str) -> None:
     found = rewrite(attend(FORMS[name]), (*qkv(), SLOPES))
@@ -114,6 +114,7 @@ LOOKALIKES: dict[str, Bias] = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", LOOKALIKES)
 def test_lookalikes_stay_a_bias(name: str) -> None:
     assert rewrite(attend(LOOKALIKES[name]), (*qkv(), SLOPES)).masks[0] == "causal + bias"

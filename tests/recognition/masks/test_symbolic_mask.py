@@ -156,6 +156,7 @@ WRITTEN: dict[str, Callable[[], Tensor]] = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", WRITTEN)
 def test_read_elements_are_those_of_the_tensor(name: str) -> None:
     check(WRITTEN[name])

@@ -55,7 +55,7 @@ def test_reads_in_each_row(name: str, mesh: dict[str, int]) -> None:
         assert "SPR103" not in {remark.code for remark in report.remarks}  # no positions of other ranks
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", ["last", "from the end"])
 def test_reads_in_the_only_row_of_a_rank(name: str) -> None:
     x_BSD = torch.randn(2, S, D, dtype=torch.float64)

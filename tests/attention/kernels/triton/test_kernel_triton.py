@@ -27,7 +27,7 @@ def run_interpreted(marked: str, config: pytest.Config) -> None:
     assert found.returncode == 0, found.stdout + found.stderr
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(10)
 def test_interpreted(pytestconfig: pytest.Config) -> None:
     run_interpreted("not manual", pytestconfig)
 
@@ -56,6 +56,7 @@ masks = st.builds(
 )
 
 
+@pytest.mark.thinned(2)
 @settings(derandomize=True, deadline=None, database=None, max_examples=300)
 @given(mask=masks, seed=st.integers(0, 99), S=st.integers(1, 70), T=st.integers(1, 70), shuffled=st.booleans())
 def test_tiles_say_what_the_dense_mask_says(mask: AttentionMask, seed: int, S: int, T: int, shuffled: bool) -> None:

@@ -73,7 +73,7 @@ def test_the_table_is_complete() -> None:
     assert {c.kernel for c in every if c.is_default} == {"forward", "rows", "keys", "bias"}
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_plain_kernels(capability: int) -> None:
     """Tensor cores of the right generation, asynchronous copies, no spills."""

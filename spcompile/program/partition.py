@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.fx as fx
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -48,7 +49,8 @@ class Partitioner(CustomPartitionerFn):
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         for node in plan.saved:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-        return self.base(gm, joint_inputs, **kwargs)
+        with torch._functorch.config.patch(cse=False):  # the first run has left none
+            return self.base(gm, joint_inputs, **kwargs)
 
     def __deepcopy__(self, memo: Any) -> Partitioner:
         """Itself: Inductor copies its settings, and this one holds the program."""

@@ -25,7 +25,8 @@ from spcompile.memory.planner import Wish
 from spcompile.options import Options
 from spcompile.passes_api import Pass
 from spcompile.program.build import LocalProgram, build
-from spcompile.program.emit import Emission, emit
+from spcompile.program.collection import rare_collection
+from spcompile.program.emit import Emission, cut, emit
 from spcompile.program.pipeline import History, Snapshot
 from spcompile.torch_private import RestartAnalysis
 
@@ -151,6 +152,18 @@ def compile_for(
 
     keep_texts: of the graphs after each pass; the graphs themselves are kept in any case.
     """
+    with rare_collection():
+        return _compiled_for(gm, inputs, mesh, options, pipeline, keep_texts)
+
+
+def _compiled_for(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    mesh: MeshShape,
+    options: Options,
+    pipeline: Sequence[Pass],
+    keep_texts: bool,
+) -> Traced:
     gm, inputs = over_local_parts(gm, inputs)
     options = options_of_part(gm, options)
     serial = frozenset(p.name for p in itertools.takewhile(lambda p: p.axis is None, pipeline))
@@ -163,8 +176,8 @@ def compile_for(
     return Traced(program, emitted(program, Wish.of(options)), serial)
 
 
-def on_one_device(traced: Traced) -> Emission:
-    """The final graphs of one device, with the same attention ops and the same partitioner.
+def on_one_device(traced: Traced) -> dict[str, fx.GraphModule]:
+    """Forward and backward of one device by phase, with the same attention ops and the same partitioner.
 
     They are made of the program before anything in it was about several devices. Call it where `compile_for` is called.
     """
@@ -172,9 +185,7 @@ def on_one_device(traced: Traced) -> Emission:
     assert before is not None
     gm = fx.GraphModule(before, copy_graph(before.graph))
     ctx = replace(program.ctx, mesh=MeshShape(()))
-    return emitted(
-        replace(program, gm=gm, inputs=program.all_inputs, ctx=ctx, history=History(keep_texts=False), schedule=[])
-    )
+    return cut(replace(program, gm=gm, inputs=program.all_inputs, ctx=ctx))
 
 
 def emitted(program: LocalProgram, wish: Wish | None = None) -> Emission:

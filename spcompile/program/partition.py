@@ -18,6 +18,7 @@ from spcompile.graph.storage import saved_values
 from spcompile.memory.joint import Joint
 from spcompile.memory.planner import MemoryPlan, Wish, plan_memory
 from spcompile.program.program_cache import sources
+from spcompile.program.progress import begins
 from spcompile.schedule.op_cost import CostModel
 from spcompile.torch_private import CustomPartitionerFn
 
@@ -41,6 +42,7 @@ class Partitioner(CustomPartitionerFn):
         forward, backward = self.base(gm, joint_inputs, **kwargs)
         here = {node.name: node for node in gm.graph.nodes}
         saved = [here[node.name] for node in saved_values(forward.graph, backward.graph) if node.op == "call_function"]
+        begins("planning memory")
         plan = plan_memory(Joint.of(gm.graph, kwargs["num_fwd_outputs"], self.cost.fuses), saved, self.cost, self.wish)
         self.planned(plan)
         if not plan.trades:

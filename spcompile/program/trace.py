@@ -28,6 +28,7 @@ from spcompile.program.build import LocalProgram, build
 from spcompile.program.collection import rare_collection
 from spcompile.program.emit import Emission, cut, emit
 from spcompile.program.pipeline import History, Snapshot
+from spcompile.program.progress import begins
 from spcompile.torch_private import RestartAnalysis
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any] | None]
@@ -83,6 +84,7 @@ def through_dynamo(
         CaptureFailed: nothing of the model was traced.
         Exception: whatever `backend` raised, unwrapped.
     """
+    begins("tracing the model")
     ignore_library_logging()
     chosen = options or Options()
     failures: list[Exception] = []
@@ -164,6 +166,7 @@ def _compiled_for(
     pipeline: Sequence[Pass],
     keep_texts: bool,
 ) -> Traced:
+    begins("reading the graph")
     gm, inputs = over_local_parts(gm, inputs)
     options = options_of_part(gm, options)
     serial = frozenset(p.name for p in itertools.takewhile(lambda p: p.axis is None, pipeline))
@@ -181,6 +184,7 @@ def on_one_device(traced: Traced) -> dict[str, fx.GraphModule]:
 
     They are made of the program before anything in it was about several devices. Call it where `compile_for` is called.
     """
+    begins("forward and backward of one device, to compare")
     before, program = traced.model_itself.gm, traced.program
     assert before is not None
     gm = fx.GraphModule(before, copy_graph(before.graph))
@@ -191,6 +195,7 @@ def on_one_device(traced: Traced) -> dict[str, fx.GraphModule]:
 def emitted(program: LocalProgram, wish: Wish | None = None) -> Emission:
     """The final graphs of a program, not bound to processes; forward and backward are both made at once."""
     emission = Emission(program, bind=lambda graph: None, wish=wish or Wish())
+    begins("forward and backward of one rank")
     with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
         emit(emission, "eager")
     return emission

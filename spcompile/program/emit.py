@@ -12,6 +12,7 @@ import torch
 import torch.fx as fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from spcompile.capture.autocast import autocast_off
 from spcompile.collectives import erase_identities
 from spcompile.graph.edit import copy_module
 from spcompile.memory.planner import MemoryPlan, Wish
@@ -130,20 +131,32 @@ def emit(emission: Emission, compiler: str) -> Callable[..., Any]:
         return _inductor(emission, gm, inputs) if compiler == "inductor" else _eager(emission, gm, inputs)
 
 
+def emit_nothing(emission: Emission) -> None:
+    """The final graphs, in `graphs`, and no code for them: AOTAutograd is left behind the partitioner."""
+    graphs = cut(emission.program, emission.partitioner(min_cut_rematerialization_partition))
+    with torch.no_grad(), autocast_off():
+        for phase, gm in graphs.items():
+            emission.schedule(gm, phase)
+
+
 class _CutInTwo(Exception):
     """Leaves AOTAutograd when all that was asked for is known."""
 
 
-def cut(program: LocalProgram) -> dict[str, fx.GraphModule]:
-    """Forward and backward as torch's partitioner leaves them, by phase; nothing is scheduled, planned or compiled."""
+def cut(
+    program: LocalProgram, partitioner: Callable[..., Any] = min_cut_rematerialization_partition
+) -> dict[str, fx.GraphModule]:
+    """Forward and backward behind the partitioner, or "inference", the one graph where no gradient is needed."""
     found: dict[str, fx.GraphModule] = {}
+    regather = program.ctx.options.regather
 
     def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
-        prepare_joint(joint.graph, program.ctx.options.regather)
-        found["forward"], found["backward"] = min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+        prepare_joint(joint.graph, regather)
+        found["forward"], found["backward"] = partitioner(joint, joint_inputs, **kwargs)
         raise _CutInTwo
 
     def inference(graph_module: fx.GraphModule, _: Sequence[Any]) -> Any:
+        prepare_joint(graph_module.graph, regather)
         found["inference"] = graph_module
         raise _CutInTwo
 

@@ -19,14 +19,14 @@ from spcompile.capture.graph_breaks import ModelPart, counted, mark_part, model_
 from spcompile.capture.local_inputs import over_local_parts
 from spcompile.capture.python_floats import without_symbolic_floats
 from spcompile.diagnostics import CaptureFailed, GraphBreak, IllegalMesh
-from spcompile.graph.edit import copy_graph
+from spcompile.graph.edit import copy_graph, copy_module
 from spcompile.machine.mesh import MeshShape
 from spcompile.memory.planner import Wish
 from spcompile.options import Options
 from spcompile.passes_api import Pass
 from spcompile.program.build import LocalProgram, build
 from spcompile.program.collection import rare_collection
-from spcompile.program.emit import Emission, cut, emit
+from spcompile.program.emit import Emission, cut, emit_nothing
 from spcompile.program.pipeline import History, Snapshot
 from spcompile.program.progress import begins
 from spcompile.torch_private import RestartAnalysis
@@ -187,7 +187,7 @@ def on_one_device(traced: Traced) -> dict[str, fx.GraphModule]:
     begins("forward and backward of one device, to compare")
     before, program = traced.model_itself.gm, traced.program
     assert before is not None
-    gm = fx.GraphModule(before, copy_graph(before.graph))
+    gm = copy_module(before)
     ctx = replace(program.ctx, mesh=MeshShape(()))
     return cut(replace(program, gm=gm, inputs=program.all_inputs, ctx=ctx))
 
@@ -196,6 +196,5 @@ def emitted(program: LocalProgram, wish: Wish | None = None) -> Emission:
     """The final graphs of a program, not bound to processes; forward and backward are both made at once."""
     emission = Emission(program, bind=lambda graph: None, wish=wish or Wish())
     begins("forward and backward of one rank")
-    with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
-        emit(emission, "eager")
+    emit_nothing(emission)
     return emission

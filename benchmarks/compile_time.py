@@ -2,6 +2,7 @@
 
     python benchmarks/compile_time.py [--layers 4,16,80] [--ranks 2,1024] [--axis cp] [--attention auto]
                                       [--warm-layers 8] [--seq 2048] [--no-warm] [--json]
+    python benchmarks/compile_time.py --explain 8,16,32,64
 
 Cold: one process compiles models/llama.py, forward and backward, for one rank of a mesh; nothing is run, so that any
 number of ranks will do. "own" is all that this project adds: capture, all passes, the verifier; "passes" what stands
@@ -12,6 +13,9 @@ for any number of ranks, passes at most 10% of the whole.
 
 Warm: the first step of two gloo processes, twice, with one folder for caches: the second time in new processes. Aim: at
 most a quarter of the first. Exits with 1 if losses or gradients of the two differ.
+
+--explain: CPU seconds of `spcompile explain models:llama3-8b --mesh cp=8 --seq 128k` for so many layers, and what of
+them planning memory took. Aims: linear in layers, planning at most 10%.
 """
 
 from __future__ import annotations
@@ -34,13 +38,15 @@ from rich.console import Console
 from rich.table import Table
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import spcompile
 from spcompile import models
 from spcompile.backend import plain
 from spcompile.command.train import join_processes, on_processes
+from spcompile.graph.axes import axes_of, bind_axes
 from spcompile.machine.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.passes import PIPELINE
-from spcompile.passes.schedule.lower_collectives import axes_of, bind_axes
+from spcompile.program import partition
 from spcompile.program.build import build
 from spcompile.program.emit import Emission, emit
 from spcompile.program.pipeline import History
@@ -180,6 +186,39 @@ def warm(layers: int, seq: int) -> dict[str, Any]:
     return {"layers": layers, "cold": runs[0], "warm": runs[1], "ratio": runs[1]["seconds"] / runs[0]["seconds"]}
 
 
+def explained(layers: int) -> dict[str, Any]:
+    """CPU seconds of explaining a Llama 3 8B of so many layers; planning: those of the plan of memory among them."""
+    planning = [0.0]
+    plan = partition.plan_memory
+
+    def timed(*args: Any) -> Any:
+        start = time.process_time()
+        try:
+            return plan(*args)
+        finally:
+            planning[0] += time.process_time() - start
+
+    torch._dynamo.reset()
+    with torch.device("meta"):
+        model = models.build("llama3-8b", layers=layers).to(torch.bfloat16)
+        ids = torch.empty(1, 131072, dtype=torch.int64)
+    partition.plan_memory = timed
+    start = time.process_time()
+    try:
+        spcompile.explain(model, [ids, ids], {"cp": 8})
+    finally:
+        partition.plan_memory = plan
+    return {"layers": layers, "seconds": time.process_time() - start, "planning": planning[0]}
+
+
+def show_explained(rows: list[dict[str, Any]]) -> None:
+    table = Table("layers", "explain, CPU s", "s a layer", "planning memory, s")
+    for row in rows:
+        cells = (row["seconds"], row["seconds"] / row["layers"], row["planning"])
+        table.add_row(str(row["layers"]), *(f"{cell:.2f}" for cell in cells))
+    Console(width=120).print(table)
+
+
 def show(rows: list[dict[str, Any]], again: dict[str, Any] | None) -> None:
     table = Table(
         "layers",
@@ -231,8 +270,17 @@ def main() -> int:
     parser.add_argument("--axis", choices=("cp", "tp"), default="cp")
     parser.add_argument("--attention", choices=("auto", "ring", "ulysses"), default="auto")
     parser.add_argument("--no-warm", action="store_true")
+    parser.add_argument("--explain", type=numbers)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
+    if given.explain:
+        explained(1)  # pays for imports
+        explanations = [explained(count) for count in given.explain]
+        if given.json:
+            print(json.dumps({"schema": 1, "torch": torch.__version__, "explain": explanations}, indent=1))
+        else:
+            show_explained(explanations)
+        return 0
     again = None if given.no_warm else warm(given.warm_layers, given.seq)
     rows = cold(given.layers, given.ranks, given.seq, given.axis, given.attention)
     if given.json:

@@ -31,6 +31,7 @@ from spcompile.program import observed, program_cache
 from spcompile.program.agreement import Agreement
 from spcompile.program.build import Output, build
 from spcompile.program.checked_calls import CheckedCalls, Inputs
+from spcompile.program.collection import rare_collection
 from spcompile.program.dump import Dump, own_dump
 from spcompile.program.emit import Emission, as_it_is, emit
 from spcompile.program.facts import Fact, Record
@@ -64,7 +65,7 @@ def spcompile(
     Raises:
         SpcompileError: before any collective of the model runs, with the same text on every rank.
     """
-    with _PLAIN_CALLS.noting_errors():
+    with _PLAIN_CALLS.noting_errors(), rare_collection():
         program = counted(_program(gm, example_inputs, options, others))
         return _PLAIN_CALLS.counted(program, is_part=model_part_of(gm) is not None)
 

@@ -53,6 +53,7 @@ def explain(
     from spcompile.options import Options
     from spcompile.parameters.planned_parts import over_planned_parts
     from spcompile.passes import PIPELINE
+    from spcompile.program.collection import rare_collection
     from spcompile.program.trace import compile_for, mesh_shape, through_dynamo
     from spcompile.program.whole_batch import over_whole_batch
     from spcompile.report.put_back import put_back
@@ -70,7 +71,8 @@ def explain(
             _remark_weight_memory(model, traced.program, inputs)
         plans.append(_plan(model, traced, chosen, [id(value) in own for value in inputs], _parts_held(model, parts)))
 
-    with put_back(model, example_inputs) if chosen.on_graph_break == "gather" else nullcontext():
+    kept = put_back(model, example_inputs) if chosen.on_graph_break == "gather" else nullcontext()
+    with kept, rare_collection():
         through_dynamo(model, example_inputs, over_whole_batch(describe, shape.size("dp")), chosen, shape.size("dp"))
     return replace(plans[0], parts=plans[1:])
 
@@ -153,7 +155,7 @@ def _plan(
         collectives=[r for phase, gm in final.items() for r in communication(phase, gm, program.ctx.mesh, trained)],
         memory=memory_of(
             final,
-            on_one_device(traced).graphs,
+            on_one_device(traced),
             held,
             OPTIMIZERS[options.optimizer],
             traced.sharded.memory,

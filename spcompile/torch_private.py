@@ -42,7 +42,8 @@ from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
 from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 
 # torch 2.13: torch/_functorch/_aot_autograd/autograd_cache.py, schemas.py. Its key of a graph, and its results.
-from torch._functorch._aot_autograd import autograd_cache
+# graph_compile.py: what it writes of graphs for its logs.
+from torch._functorch._aot_autograd import autograd_cache, graph_compile
 from torch._functorch._aot_autograd.schemas import AOTConfig
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -69,6 +70,9 @@ from torch._inductor.fx_passes.control_dependencies import preserve_node_orderin
 
 # torch 2.13: torch/_inductor/runtime/cache_dir_utils.py
 from torch._inductor.runtime.cache_dir_utils import cache_dir as inductor_cache_dir
+
+# torch 2.13: torch/_logging/_internal.py. Where TORCH_TRACE goes.
+from torch._logging._internal import trace_log
 
 # torch 2.13: torch/_subclasses/fake_tensor.py
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -130,6 +134,7 @@ __all__ = [
     "fused_all_gather_matmul",
     "fused_matmul_reduce_scatter",
     "get_hash_for_files",
+    "graph_compile",
     "group_timeout",
     "inductor_cache_dir",
     "inductor_decompositions",
@@ -143,6 +148,7 @@ __all__ = [
     "preserve_node_ordering",
     "resolve_process_group",
     "trace_again",
+    "trace_log",
     "traced_frame",
     "traced_function",
     "under_function_modes",

@@ -325,13 +325,13 @@ def _detach_no_grad_regions(graph: fx.Graph) -> None:
 
     Without the switches a pass may insert a node anywhere without losing its gradient.
     """
-    enabled, region = True, set()
+    enabled, region = True, dict[fx.Node, None]()  # in order: names of new nodes are alike on every rank
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
             enabled = bool(node.args[0])
             graph.erase_node(node)
         elif node.op == "call_function" and not enabled:
-            region.add(node)
+            region[node] = None
     for node in region:
         value = node.meta.get("val")
         outside = [user for user in node.users if user not in region]

@@ -9,14 +9,19 @@ import ast
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spcompile.diagnostics import IllegalMesh, IllegalModel, IllegalOption
 from spcompile.machine.mesh import MeshShape
+from spcompile.options import Options
 
 MOST_TOKENS = 1 << 30
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+MODEL_KINDS = "models:NAME, hf:TYPE or hf:FOLDER with a config.json"
+_SHORT_DTYPES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
+_THOUSANDS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 _COUNT = re.compile(r"[0-9]{1,18}")
 _OWN_FLAGS = {"mesh": "--mesh", "dump": "--dump"}
 
@@ -52,6 +57,53 @@ def parse_attention(text: str | None) -> str | dict[str, int] | None:
             raise IllegalOption(f"--attention {text!r}", legal="auto, ring, ulysses, hybrid, or as ulysses=4,ring=2")
         factors[name] = int(size)
     return factors
+
+
+def parse_tokens(name: str, text: str, least: int = 1) -> int:
+    """`"4096"`, or `"128k"` and `"1m"` as lengths of contexts are written: 128 * 1024 and 1024 * 1024.
+
+    Raises:
+        IllegalOption: no such number, or one out of range.
+    """
+    digits = text[:-1] if text[-1:].lower() in ("k", "m") else text
+    if not _COUNT.fullmatch(digits):
+        raise IllegalOption(f"{name} {text!r}", legal=f"{least} to {MOST_TOKENS}, or as 128k")
+    count = int(digits) * _THOUSANDS[text[len(digits) :].lower()]
+    require_between(name, count, least, MOST_TOKENS)
+    return count
+
+
+def parse_dtype(text: str) -> str:
+    """A dtype's name; `"bf16"`, `"fp16"`, `"fp32"` and `"fp64"` are short for it.
+
+    Raises:
+        IllegalModel: another one.
+    """
+    name = _SHORT_DTYPES.get(text, text)
+    if name not in DTYPES:
+        raise IllegalModel(f"dtype {text!r}", legal=", ".join((*DTYPES, *_SHORT_DTYPES)))
+    return name
+
+
+def require_model(model: str) -> None:
+    """Raises IllegalModel for what names no kind of model."""
+    kind, _, name = model.partition(":")
+    if kind not in ("models", "hf") or not name:
+        raise IllegalModel(repr(model), legal=MODEL_KINDS)
+
+
+def backend_options(given: Mapping[str, Any], mesh: Mapping[str, int], also: Sequence[str] = ()) -> dict[str, Any]:
+    """The options that were given, without None; each is checked, also against the mesh.
+
+    also: names that a command's own function takes, which checks them.
+
+    Raises:
+        UnknownOption, IllegalOption: what the backend would raise.
+    """
+    options = {name: value for name, value in given.items() if value is not None}
+    backends = {name: value for name, value in options.items() if name not in also}
+    Options.parse(backends).require_factors(MeshShape.of(mesh).size("cp"))
+    return options
 
 
 def parse_settings(lines: Sequence[str]) -> dict[str, Any]:

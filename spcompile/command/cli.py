@@ -15,12 +15,16 @@ from rich.console import Console
 
 from spcompile.command.arguments import (
     MOST_TOKENS,
+    backend_options,
     parse_attention,
+    parse_dtype,
     parse_mesh,
     parse_options,
     parse_settings,
+    parse_tokens,
     require_between,
     require_file,
+    require_model,
     require_place_for_file,
     require_rate,
 )
@@ -60,7 +64,7 @@ def train(
     mesh: Sizes = None,
     text: Path | None = None,
     steps: int = 60,
-    seq: int = 1024,
+    seq: str = "1024",
     batch: int = 1,
     lr: float = 1e-3,
     seed: int = 0,
@@ -82,28 +86,30 @@ def train(
         nproc: Number of processes; without --mesh they form one cp axis. Default 2.
         text: A file whose bytes are the tokens. Default: Python's language reference.
         steps: Training steps of each run.
-        seq: Tokens in a row.
+        seq: Tokens in a row: 4096, 128k.
         batch: Rows in a batch.
         lr: AdamW's learning rate.
         seed: Of weights and batches.
         attention: The backend's option: auto, ring, ulysses, hybrid, or factors as ulysses=4,ring=2.
         compiler: The backend's option: inductor or eager.
-        dtype: float32, float64, bfloat16 or float16.
+        dtype: float32, float64, bfloat16, float16, or short, as bf16.
         dump: A folder for the graph after every pass.
     """
     sizes = parse_mesh(mesh) if mesh else {"cp": 2 if nproc is None else nproc}
     for name, number, least, most in (
         ("--nproc", nproc, 1, MOST_RANKS),
         ("--steps", steps, 2, MOST_TOKENS),
-        ("--seq", seq, 2, MOST_TOKENS),
         ("--batch", batch, 1, MOST_TOKENS),
         ("--seed", seed, 0, MOST_TOKENS),
     ):
         require_between(name, number, least, most)
     require_rate("--lr", lr)
     require_file("--text", text)
+    tokens, dtype = parse_tokens("--seq", seq, 2), parse_dtype(dtype)
+    require_model(model)
     given = parse_settings(settings or [])
-    options = {"attention": parse_attention(attention), "compiler": compiler, **parse_options(option or [])}
+    asked = {"attention": parse_attention(attention), "compiler": compiler, **parse_options(option or [])}
+    options = backend_options(asked, sizes)
     check_model(model, given)
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -117,7 +123,7 @@ def train(
         model=model,
         mesh=sizes,
         steps=steps,
-        seq=seq,
+        seq=tokens,
         batch=batch,
         lr=lr,
         dtype=dtype,
@@ -154,7 +160,7 @@ def explain(
     /,
     *,
     mesh: Sizes = None,
-    seq: int = 4096,
+    seq: str = "4096",
     batch: int = 1,
     dtype: str = "bfloat16",
     attention: str | None = None,
@@ -169,25 +175,30 @@ def explain(
 
     Args:
         model: The model, see above.
-        seq: Tokens in a row.
+        seq: Tokens in a row: 4096, 128k.
         batch: Rows in a batch.
-        dtype: Of weights and activations.
+        dtype: Of weights and activations: bfloat16, float32, float16, float64, or short, as bf16.
         attention: The backend's option: auto, ring, ulysses, hybrid, or factors as ulysses=4,ring=2.
         outputs: The backend's option: full, sharded or loss.
         html: Also write the plan as an HTML page, with the graph after every pass.
         graph: Print the graph after this pass instead ("forward", "backward": the final ones).
     """
     sizes = parse_mesh(mesh or ["cp=2"])
-    require_between("--seq", seq, 1, MOST_TOKENS)
+    tokens, dtype = parse_tokens("--seq", seq), parse_dtype(dtype)
     require_between("--batch", batch, 1, MOST_TOKENS)
+    require_model(model)
     require_place_for_file("--html", html)
     given = parse_settings(settings or [])
-    options = _given(attention=parse_attention(attention), outputs=outputs) | parse_options(option or [])
+    asked = {"attention": parse_attention(attention), "outputs": outputs} | parse_options(option or [])
+    options = backend_options(asked, sizes, also=["shard_parameters"])
 
     import spcompile
+    from spcompile.command.compile_progress import compile_progress
 
-    built, inputs = _built(model, seq, batch, dtype, "meta", given)
-    plan = spcompile.explain(built, inputs, mesh=sizes, **options)
+    _require_graph(graph)
+    with compile_progress():
+        built, inputs = _built(model, tokens, batch, dtype, "meta", given)
+        plan = spcompile.explain(built, inputs, mesh=sizes, **options)
     if html is not None:
         plan.save(str(html))
     if graph is not None:
@@ -205,7 +216,7 @@ def verify(
     /,
     *,
     mesh: Sizes = None,
-    seq: int = 64,
+    seq: str = "64",
     batch: int = 1,
     dtype: str = "float64",
     attention: str | None = None,
@@ -220,21 +231,23 @@ def verify(
 
     Args:
         model: The model, see above.
-        seq: Tokens in a row.
+        seq: Tokens in a row: 4096, 128k.
         batch: Rows in a batch.
-        dtype: Of weights and activations.
+        dtype: Of weights and activations: bfloat16, float32, float16, float64, or short, as bf16.
         attention: The backend's option: auto, ring, ulysses, hybrid, or factors as ulysses=4,ring=2.
         outputs: The backend's option: full, sharded or loss.
     """
     sizes = parse_mesh(mesh or ["cp=2"])
-    require_between("--seq", seq, 1, MOST_TOKENS)
+    tokens, dtype = parse_tokens("--seq", seq), parse_dtype(dtype)
     require_between("--batch", batch, 1, MOST_TOKENS)
+    require_model(model)
     given = parse_settings(settings or [])
-    options = _given(attention=parse_attention(attention), outputs=outputs) | parse_options(option or [])
+    asked = {"attention": parse_attention(attention), "outputs": outputs} | parse_options(option or [])
+    options = backend_options(asked, sizes, also=["tolerance"])
 
     import spcompile
 
-    built, inputs = _built(model, seq, batch, dtype, "cpu", given)
+    built, inputs = _built(model, tokens, batch, dtype, "cpu", given)
     report = spcompile.verify(built, inputs, mesh=sizes, **options)
     print(json_text.dumps(report.to_dict()) if json else str(report))
     return 0 if report.ok else 1
@@ -275,9 +288,13 @@ def check_model(model: str, settings: dict[str, Any]) -> None:
         model_spec.plain_config(model.removeprefix("models:"), settings)
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that were given: the others keep the backend's defaults."""
-    return {name: value for name, value in options.items() if value is not None}
+def _require_graph(name: str | None) -> None:
+    """Raises IllegalOption for what is no name of a graph on any mesh, before one is made."""
+    from spcompile.passes import PIPELINE
+
+    names = ["capture", *(p.name for p in PIPELINE), "forward", "backward"]
+    if name is not None and name.removesuffix(" (backward)") not in names:
+        raise IllegalOption(f"--graph {name!r}", legal=", ".join(names))
 
 
 def _built(

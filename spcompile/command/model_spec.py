@@ -21,11 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from spcompile.command.arguments import parse_dtype, require_model
 from spcompile.diagnostics import IllegalModel
 from spcompile.plain_text import one_line
 
 Objective = Literal["next token", "masked token"]
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST_LAYERS = 1 << 12
 MOST_SIZE = 1 << 30
 MASKED_SHARE = 0.15  # of the tokens, for masked-token models (https://arxiv.org/abs/1810.04805)
@@ -61,13 +61,11 @@ def build_model(
     Raises:
         IllegalModel: unknown model, unknown or impossible setting, too few positions.
     """
+    wanted = getattr(torch, parse_dtype(dtype))
+    require_model(spec)
     kind, _, name = spec.partition(":")
-    if dtype not in DTYPES:
-        raise IllegalModel(f"dtype {dtype!r}", legal=", ".join(DTYPES))
-    if kind not in ("models", "hf") or not name:
-        raise IllegalModel(repr(spec), legal="models:NAME, hf:TYPE or hf:FOLDER with a config.json")
     make = _plain if kind == "models" else _transformers
-    with torch.device(device), default_dtype(DTYPES[dtype]):
+    with torch.device(device), default_dtype(wanted):
         return make(name, seq, dict(settings or {}))
 
 

@@ -6,6 +6,7 @@ is a storage of its own, born with the op.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -35,13 +36,19 @@ def _base(node: fx.Node) -> fx.Node | None:
         return source if isinstance(source, fx.Node) and _base(source) is not None else None
     if node.target in (torch.ops.aten._unsafe_view.default, _c10d.wait_tensor.default):
         return node.args[0]  # type: ignore[return-value]
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.returns or schema.returns[0].alias_info is None:
-        return None
-    for argument, value in zip(schema.arguments, node.args, strict=False):
-        if argument.alias_info is not None and isinstance(value, fx.Node):
+    for place in _shared_arguments(node.target):
+        if place < len(node.args) and isinstance(value := node.args[place], fx.Node):
             return value
     return None
+
+
+@functools.cache
+def _shared_arguments(target: Any) -> tuple[int, ...]:
+    """Which arguments of an op its result may share the storage of."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or not schema.returns or schema.returns[0].alias_info is None:
+        return ()
+    return tuple(place for place, argument in enumerate(schema.arguments) if argument.alias_info is not None)
 
 
 def born_at(root: fx.Node) -> fx.Node:

@@ -42,11 +42,16 @@ def _is_fusible(node: fx.Node) -> bool:
     return packet in _REDUCTIONS or torch.Tag.pointwise in getattr(node.target, "tags", ()) or packet is aten._to_copy
 
 
-def kernel_ends(order: Sequence[fx.Node], inside: Collection[fx.Node]) -> list[int]:
-    """For each call of an order, up to which call what it reads must be there. inside: calls that are fused away."""
+def kernel_ends(
+    order: Sequence[fx.Node], inside: Collection[fx.Node], root: Callable[[fx.Node], fx.Node] = root_of
+) -> list[int]:
+    """For each call of an order, up to which call what it reads must be there.
+
+    inside: calls that are fused away. root: finds the storage of a value.
+    """
     place = {node: at for at, node in enumerate(order)}
     ends = list(range(len(order)))
     for at in reversed(range(len(order))):
-        if order[at] in inside or root_of(order[at]) is not order[at]:  # a view is read where its readers are
+        if order[at] in inside or root(order[at]) is not order[at]:  # a view is read where its readers are
             ends[at] = max((ends[place[user]] for user in order[at].users if place.get(user, -1) > at), default=at)
     return ends

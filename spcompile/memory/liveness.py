@@ -50,7 +50,7 @@ class Lives:
         """
         place = {node: at for at, node in enumerate(order)}
         born, dies = dict.fromkeys(before, 0), dict.fromkeys(before, 0)
-        ends = kernel_ends(order, inside) if inside else range(len(order))
+        ends = kernel_ends(order, inside, root) if inside else range(len(order))
         for node, at in place.items():
             own = root(node)
             if own is node and node not in inside:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,12 +12,14 @@ import torch
 import torch.fx as fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from spcompile.capture.autocast import autocast_off
 from spcompile.collectives import erase_identities
 from spcompile.graph.edit import copy_module
 from spcompile.memory.planner import MemoryPlan, Wish
 from spcompile.passes_api import PassReport, Stage
 from spcompile.program import recompute
 from spcompile.program.build import LocalProgram
+from spcompile.program.log_texts import without_log_texts
 from spcompile.program.memory_remarks import remark_memory
 from spcompile.program.partition import Partitioner
 from spcompile.program.pipeline import run_passes
@@ -124,7 +127,43 @@ class _BehindUsersOwn(CustomGraphPass):
 def emit(emission: Emission, compiler: str) -> Callable[..., Any]:
     """A callable over the local graph's inputs, differentiable."""
     gm, inputs = emission.program.gm, emission.program.inputs
-    return _inductor(emission, gm, inputs) if compiler == "inductor" else _eager(emission, gm, inputs)
+    with without_log_texts():
+        return _inductor(emission, gm, inputs) if compiler == "inductor" else _eager(emission, gm, inputs)
+
+
+def emit_nothing(emission: Emission) -> None:
+    """The final graphs, in `graphs`, and no code for them: AOTAutograd is left behind the partitioner."""
+    graphs = cut(emission.program, emission.partitioner(min_cut_rematerialization_partition))
+    with torch.no_grad(), autocast_off():
+        for phase, gm in graphs.items():
+            emission.schedule(gm, phase)
+
+
+class _CutInTwo(Exception):
+    """Leaves AOTAutograd when all that was asked for is known."""
+
+
+def cut(
+    program: LocalProgram, partitioner: Callable[..., Any] = min_cut_rematerialization_partition
+) -> dict[str, fx.GraphModule]:
+    """Forward and backward behind the partitioner, or "inference", the one graph where no gradient is needed."""
+    found: dict[str, fx.GraphModule] = {}
+    regather = program.ctx.options.regather
+
+    def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        prepare_joint(joint.graph, regather)
+        found["forward"], found["backward"] = partitioner(joint, joint_inputs, **kwargs)
+        raise _CutInTwo
+
+    def inference(graph_module: fx.GraphModule, _: Sequence[Any]) -> Any:
+        prepare_joint(graph_module.graph, regather)
+        found["inference"] = graph_module
+        raise _CutInTwo
+
+    backend = aot_autograd(fw_compiler=inference, inference_compiler=inference, partition_fn=partition)
+    with without_log_texts(), contextlib.suppress(_CutInTwo):
+        backend(program.gm, program.inputs)
+    return found
 
 
 def _eager(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.fx as fx
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -17,6 +18,7 @@ from spcompile.graph.storage import saved_values
 from spcompile.memory.joint import Joint
 from spcompile.memory.planner import MemoryPlan, Wish, plan_memory
 from spcompile.program.program_cache import sources
+from spcompile.program.progress import begins
 from spcompile.schedule.op_cost import CostModel
 from spcompile.torch_private import CustomPartitionerFn
 
@@ -40,6 +42,7 @@ class Partitioner(CustomPartitionerFn):
         forward, backward = self.base(gm, joint_inputs, **kwargs)
         here = {node.name: node for node in gm.graph.nodes}
         saved = [here[node.name] for node in saved_values(forward.graph, backward.graph) if node.op == "call_function"]
+        begins("planning memory")
         plan = plan_memory(Joint.of(gm.graph, kwargs["num_fwd_outputs"], self.cost.fuses), saved, self.cost, self.wish)
         self.planned(plan)
         if not plan.trades:
@@ -48,7 +51,8 @@ class Partitioner(CustomPartitionerFn):
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         for node in plan.saved:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-        return self.base(gm, joint_inputs, **kwargs)
+        with torch._functorch.config.patch(cse=False):  # the first run has left none
+            return self.base(gm, joint_inputs, **kwargs)
 
     def __deepcopy__(self, memo: Any) -> Partitioner:
         """Itself: Inductor copies its settings, and this one holds the program."""

@@ -15,6 +15,7 @@ from spcompile.diagnostics import IllegalOption, InvalidGraph
 from spcompile.graph.edit import copy_module
 from spcompile.graph.printer import format_graph
 from spcompile.passes_api import Context, Pass, PassReport, Stage, count_changes, op_counts
+from spcompile.program.progress import begins
 from spcompile.sharding.global_view import states_of_inputs
 
 
@@ -116,6 +117,7 @@ def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history
     after = op_counts(gm.graph)
     for p in passes:
         before = after
+        begins(p.name)
         start = time.perf_counter()
         rewrites = p.run(gm, ctx)
         after = op_counts(gm.graph)

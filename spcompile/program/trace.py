@@ -19,14 +19,16 @@ from spcompile.capture.graph_breaks import ModelPart, counted, mark_part, model_
 from spcompile.capture.local_inputs import over_local_parts
 from spcompile.capture.python_floats import without_symbolic_floats
 from spcompile.diagnostics import CaptureFailed, GraphBreak, IllegalMesh
-from spcompile.graph.edit import copy_graph
+from spcompile.graph.edit import copy_graph, copy_module
 from spcompile.machine.mesh import MeshShape
 from spcompile.memory.planner import Wish
 from spcompile.options import Options
 from spcompile.passes_api import Pass
 from spcompile.program.build import LocalProgram, build
-from spcompile.program.emit import Emission, emit
+from spcompile.program.collection import rare_collection
+from spcompile.program.emit import Emission, cut, emit_nothing
 from spcompile.program.pipeline import History, Snapshot
+from spcompile.program.progress import begins
 from spcompile.torch_private import RestartAnalysis
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any] | None]
@@ -82,6 +84,7 @@ def through_dynamo(
         CaptureFailed: nothing of the model was traced.
         Exception: whatever `backend` raised, unwrapped.
     """
+    begins("tracing the model")
     ignore_library_logging()
     chosen = options or Options()
     failures: list[Exception] = []
@@ -151,6 +154,19 @@ def compile_for(
 
     keep_texts: of the graphs after each pass; the graphs themselves are kept in any case.
     """
+    with rare_collection():
+        return _compiled_for(gm, inputs, mesh, options, pipeline, keep_texts)
+
+
+def _compiled_for(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    mesh: MeshShape,
+    options: Options,
+    pipeline: Sequence[Pass],
+    keep_texts: bool,
+) -> Traced:
+    begins("reading the graph")
     gm, inputs = over_local_parts(gm, inputs)
     options = options_of_part(gm, options)
     serial = frozenset(p.name for p in itertools.takewhile(lambda p: p.axis is None, pipeline))
@@ -163,23 +179,22 @@ def compile_for(
     return Traced(program, emitted(program, Wish.of(options)), serial)
 
 
-def on_one_device(traced: Traced) -> Emission:
-    """The final graphs of one device, with the same attention ops and the same partitioner.
+def on_one_device(traced: Traced) -> dict[str, fx.GraphModule]:
+    """Forward and backward of one device by phase, with the same attention ops and the same partitioner.
 
     They are made of the program before anything in it was about several devices. Call it where `compile_for` is called.
     """
+    begins("forward and backward of one device, to compare")
     before, program = traced.model_itself.gm, traced.program
     assert before is not None
-    gm = fx.GraphModule(before, copy_graph(before.graph))
+    gm = copy_module(before)
     ctx = replace(program.ctx, mesh=MeshShape(()))
-    return emitted(
-        replace(program, gm=gm, inputs=program.all_inputs, ctx=ctx, history=History(keep_texts=False), schedule=[])
-    )
+    return cut(replace(program, gm=gm, inputs=program.all_inputs, ctx=ctx))
 
 
 def emitted(program: LocalProgram, wish: Wish | None = None) -> Emission:
     """The final graphs of a program, not bound to processes; forward and backward are both made at once."""
     emission = Emission(program, bind=lambda graph: None, wish=wish or Wish())
-    with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
-        emit(emission, "eager")
+    begins("forward and backward of one rank")
+    emit_nothing(emission)
     return emission

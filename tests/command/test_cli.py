@@ -14,6 +14,7 @@ import torch
 import spcompile
 from spcompile.command import arguments, cli, model_spec
 from spcompile.diagnostics import IllegalMesh, IllegalModel, IllegalOption
+from spcompile.program.progress import begins, shown_by
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -37,6 +38,38 @@ def test_mesh_sizes() -> None:
     for wrong in ("cp", "cp=", "cp=x", "cp=2,cp=4", "cp=-1"):
         with pytest.raises(IllegalMesh):
             arguments.parse_mesh([wrong])
+
+
+def test_lengths_as_contexts_are_written() -> None:
+    found = [arguments.parse_tokens("--seq", text) for text in ("4096", "128k", "128K", "1m")]
+    assert found == [4096, 131072, 131072, 1048576]
+    for wrong in ("", "k", "1.5k", "-1k", "2g", "1mk", "2000m"):
+        with pytest.raises(IllegalOption, match="--seq"):
+            arguments.parse_tokens("--seq", wrong)
+
+
+def test_short_names_of_dtypes() -> None:
+    for name, short in (("bfloat16", "bf16"), ("float32", "fp32"), ("float16", "fp16"), ("float64", "fp64")):
+        assert arguments.parse_dtype(name) == arguments.parse_dtype(short) == name
+    with pytest.raises(IllegalModel, match="bf16"):
+        arguments.parse_dtype("int8")
+
+
+def test_a_graph_that_no_pass_leaves_is_refused_before_one_is_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(spcompile, "explain", None)
+    assert call(monkeypatch, "explain", "models:llama-tiny", "--graph", "nothing") == 2
+    assert "insert-reshards" in capsys.readouterr().err
+
+
+def test_progress_is_told_to_who_shows_it() -> None:
+    told: list[str] = []
+    begins("before")
+    with shown_by(told.append):
+        begins("inside")
+    begins("behind")
+    assert told == ["inside"]
 
 
 def test_settings_are_literals_or_text() -> None:

@@ -53,7 +53,6 @@ def explain(
     from spcompile.options import Options
     from spcompile.parameters.planned_parts import over_planned_parts
     from spcompile.passes import PIPELINE
-    from spcompile.program.collection import rare_collection
     from spcompile.program.trace import compile_for, mesh_shape, through_dynamo
     from spcompile.program.whole_batch import over_whole_batch
     from spcompile.report.put_back import put_back
@@ -71,8 +70,7 @@ def explain(
             _remark_weight_memory(model, traced.program, inputs)
         plans.append(_plan(model, traced, chosen, [id(value) in own for value in inputs], _parts_held(model, parts)))
 
-    kept = put_back(model, example_inputs) if chosen.on_graph_break == "gather" else nullcontext()
-    with kept, rare_collection():
+    with put_back(model, example_inputs) if chosen.on_graph_break == "gather" else nullcontext():
         through_dynamo(model, example_inputs, over_whole_batch(describe, shape.size("dp")), chosen, shape.size("dp"))
     return replace(plans[0], parts=plans[1:])
 

@@ -21,7 +21,7 @@ MOST_TOKENS = 1 << 30
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 MODEL_KINDS = "models:NAME, hf:TYPE or hf:FOLDER with a config.json"
 _SHORT_DTYPES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
-_THOUSANDS = {"": 1, "k": 1 << 10, "m": 1 << 20}
+_MULTIPLES = {"": 1, "k": 1 << 10, "m": 1 << 20}
 _COUNT = re.compile(r"[0-9]{1,18}")
 _OWN_FLAGS = {"mesh": "--mesh", "dump": "--dump"}
 
@@ -68,7 +68,7 @@ def parse_tokens(name: str, text: str, least: int = 1) -> int:
     digits = text[:-1] if text[-1:].lower() in ("k", "m") else text
     if not _COUNT.fullmatch(digits):
         raise IllegalOption(f"{name} {text!r}", legal=f"{least} to {MOST_TOKENS}, or as 128k")
-    count = int(digits) * _THOUSANDS[text[len(digits) :].lower()]
+    count = int(digits) * _MULTIPLES[text[len(digits) :].lower()]
     require_between(name, count, least, MOST_TOKENS)
     return count
 

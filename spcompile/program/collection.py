@@ -21,7 +21,7 @@ _before = (0, 0, 0)
 
 @contextlib.contextmanager
 def rare_collection() -> Iterator[None]:
-    """Inside of this the youngest objects are collected less often. May be nested, and entered by several threads."""
+    """Inside of this the youngest objects are collected less often. It nests, and several threads may enter it."""
     global _compiles, _before
     with _lock:
         if _compiles == 0:

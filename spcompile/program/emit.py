@@ -95,6 +95,16 @@ def prepare_joint(graph: fx.Graph, regather: bool = True) -> None:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
+def _prepared(partitioner: Callable[..., Any], regather: bool) -> Callable[..., Any]:
+    """A partitioner that prepares the joint graph first."""
+
+    def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        prepare_joint(joint.graph, regather)
+        return partitioner(joint, joint_inputs, **kwargs)
+
+    return partition
+
+
 class _PrepareJoint(CustomGraphPass):
     """prepare_joint as a pass of Inductor. Its identity is all that decides on code beside the graph."""
 
@@ -134,7 +144,7 @@ def emit(emission: Emission, compiler: str) -> Callable[..., Any]:
 def emit_nothing(emission: Emission) -> None:
     """The final graphs, in `graphs`, and no code for them: AOTAutograd is left behind the partitioner."""
     graphs = cut(emission.program, emission.partitioner(min_cut_rematerialization_partition))
-    with torch.no_grad(), autocast_off():
+    with torch.no_grad(), autocast_off():  # as AOTAutograd calls its compilers
         for phase, gm in graphs.items():
             emission.schedule(gm, phase)
 
@@ -149,10 +159,10 @@ def cut(
     """Forward and backward behind the partitioner, or "inference", the one graph where no gradient is needed."""
     found: dict[str, fx.GraphModule] = {}
     regather = program.ctx.options.regather
+    prepared = _prepared(partitioner, regather)
 
     def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
-        prepare_joint(joint.graph, regather)
-        found["forward"], found["backward"] = partitioner(joint, joint_inputs, **kwargs)
+        found["forward"], found["backward"] = prepared(joint, joint_inputs, **kwargs)
         raise _CutInTwo
 
     def inference(graph_module: fx.GraphModule, _: Sequence[Any]) -> Any:
@@ -178,12 +188,6 @@ def _eager(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
 
         return run
 
-    partitioner = emission.partitioner(min_cut_rematerialization_partition)
-
-    def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
-        prepare_joint(joint.graph, regather)
-        return partitioner(joint, joint_inputs, **kwargs)
-
     def inference(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         prepare_joint(graph_module.graph, regather)
         return compiler("inference")(graph_module, example_inputs)
@@ -192,7 +196,7 @@ def _eager(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
         fw_compiler=compiler("forward"),
         bw_compiler=compiler("backward"),
         inference_compiler=inference,
-        partition_fn=partition,
+        partition_fn=_prepared(emission.partitioner(min_cut_rematerialization_partition), regather),
     )
     return backend(gm, inputs)
 

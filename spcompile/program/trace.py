@@ -112,7 +112,7 @@ def through_dynamo(
     result = None
     # Sizes seen in an earlier call of this function must not make those of this call symbols.
     settings = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
-    with model_call(), as_in_one_graph(), settings, contextlib.suppress(_LeaveModel):
+    with rare_collection(), model_call(), as_in_one_graph(), settings, contextlib.suppress(_LeaveModel):
         try:
             result = torch.compile(entry, backend=once)(model, args, kwargs)
         except Exception as error:
@@ -154,18 +154,6 @@ def compile_for(
 
     keep_texts: of the graphs after each pass; the graphs themselves are kept in any case.
     """
-    with rare_collection():
-        return _compiled_for(gm, inputs, mesh, options, pipeline, keep_texts)
-
-
-def _compiled_for(
-    gm: fx.GraphModule,
-    inputs: Sequence[Any],
-    mesh: MeshShape,
-    options: Options,
-    pipeline: Sequence[Pass],
-    keep_texts: bool,
-) -> Traced:
     begins("reading the graph")
     gm, inputs = over_local_parts(gm, inputs)
     options = options_of_part(gm, options)

@@ -14,7 +14,6 @@ import torch
 import spcompile
 from spcompile.command import arguments, cli, model_spec
 from spcompile.diagnostics import IllegalMesh, IllegalModel, IllegalOption
-from spcompile.program.progress import begins, shown_by
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -61,15 +60,6 @@ def test_a_graph_that_no_pass_leaves_is_refused_before_one_is_made(
     monkeypatch.setattr(spcompile, "explain", None)
     assert call(monkeypatch, "explain", "models:llama-tiny", "--graph", "nothing") == 2
     assert "insert-reshards" in capsys.readouterr().err
-
-
-def test_progress_is_told_to_who_shows_it() -> None:
-    told: list[str] = []
-    begins("before")
-    with shown_by(told.append):
-        begins("inside")
-    begins("behind")
-    assert told == ["inside"]
 
 
 def test_settings_are_literals_or_text() -> None:

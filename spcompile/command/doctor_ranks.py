@@ -98,7 +98,7 @@ def _pairs(collective: Collective, calls: list[Call], device: str) -> Iterator[t
         source, _ = collective.signature(call.arguments)
         parts = [_numbers(call.shape, device, i if source in "IR" else i + 100 * (other + 1)) for other in range(ranks)]
         wanted = collective.spec(parts, **call.arguments)[rank]
-        given = call.arguments | {"axis": group.group_name}
+        given: dict[str, Any] = {**call.arguments, "axis": group.group_name}
         yield (call.op or collective.op)(parts[rank], **given), wanted
 
 

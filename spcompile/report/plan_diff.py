@@ -71,7 +71,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Dif
         IllegalOption: an entry of a plan that is none.
     """
     try:
-        facts, others = (dict(_facts(plan)) for plan in (before, after))
+        facts, others = (dict(_facts_of_plan(plan)) for plan in (before, after))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise IllegalOption(f"an entry of a plan: {error!r}", legal="files of this version of spcompile") from None
     return [
@@ -91,12 +91,12 @@ def as_text(found: list[Difference]) -> str:
     return "\n".join(map(one_line, lines))
 
 
-def _facts(plan: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
+def _facts_of_plan(plan: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
     yield ("program", "model"), plan["model"]
     yield ("program", "mesh"), ", ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
     for name, value in plan["options"].items():
         yield ("options", name), str(value)
-    for kind, count in _counted(plan["attention"], _attention, {"count": 1}).items():
+    for kind, count in _counted(plan["attention"], _kind_of_attention, {"count": 1}).items():
         yield ("attention", kind), f"{count['count']}"
     for name, value in plan["memory"].items():
         if name != "actions":
@@ -104,7 +104,7 @@ def _facts(plan: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
             yield ("memory of a rank", name), _bytes(value) if is_bytes and value is not None else str(value)
     for kind, action in _counted(plan["memory"].get("actions", []), lambda row: row["kind"], {"bytes": 0}).items():
         yield ("memory of a rank", f"saved by {kind}"), _bytes(action["bytes"])
-    for kind, sums in _counted(plan["collectives"], _collective, {"count": 0, "bytes": 0}).items():
+    for kind, sums in _counted(plan["collectives"], _kind_of_collective, {"count": 0, "bytes": 0}).items():
         yield ("collectives", kind), f"{sums['count']} times, {_bytes(sums['bytes'])}"
     for row in plan["predicted"]["phases"]:
         for name in ("seconds", "compute", "communication", "exposed"):
@@ -121,23 +121,23 @@ def _counted(rows: list[Any], kind_of: Any, fields: Mapping[str, int]) -> dict[s
     for row in rows:
         known = sums.setdefault(kind_of(row), dict.fromkeys(fields, 0))
         for name, usual in fields.items():
-            known[name] = _sum(known[name], row.get(name, usual))
+            known[name] = _added(known[name], row.get(name, usual))
     return sums
 
 
-def _sum(known: Any, more: Any) -> Any:
+def _added(known: Any, more: Any) -> Any:
     """Sizes that depend on a length are texts."""
     if isinstance(known, (int, float)) and isinstance(more, (int, float)):
         return known + more
     return " + ".join(str(size) for size in (known, more) if size != 0)
 
 
-def _attention(row: Mapping[str, Any]) -> str:
+def _kind_of_attention(row: Mapping[str, Any]) -> str:
     scores = f", {row['scores']}" if row["scores"] else ""
     return f"{row['strategy']}, {row['heads']} heads, {row['kv_heads']} of keys, {row['mask']}{scores}"
 
 
-def _collective(row: Mapping[str, Any]) -> str:
+def _kind_of_collective(row: Mapping[str, Any]) -> str:
     return f"{row['phase']}, {row['axis']}, {row['op']} for {row['origin']}"
 
 

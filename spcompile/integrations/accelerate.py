@@ -3,8 +3,9 @@
     accelerator = SequenceParallelAccelerator(mesh={"cp": 2})
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
-`prepare` gives the ranks of one group the same batches, and compiles the model over the group in place of wrapping it in
-DDP. Over `dp` batches differ; there DDP averages gradients, as anything that accelerate's users write expects.
+`prepare` gives the ranks of one group the same batches, and compiles the model over the group in place of wrapping it
+in DDP. Over `dp` batches differ. There DDP averages gradients: code on top of accelerate scales its losses for that.
+Read from accelerate 1.15.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class SequenceParallelAccelerator(Accelerator):
     @property
     def num_batches(self) -> int:
         """How many different batches one step has: the size of `dp`."""
-        return self.mesh.size(self._place("dp")) if self._has("dp") else 1
+        return self.mesh.size(self._place("dp")) if self.mesh is not None and self._has("dp") else 1
 
     @property
     def batch_index(self) -> int:
@@ -116,7 +117,9 @@ class SequenceParallelAccelerator(Accelerator):
         if isinstance(model, DistributedDataParallel) and getattr(model, "_is_accelerate_prepared", False):
             return model
         if is_compiled_module(model):
-            raise IllegalModel("a model that torch.compile has wrapped", legal="the plain model, which prepare compiles")
+            raise IllegalModel(
+                "a model that torch.compile has wrapped", legal="the plain model, which prepare compiles"
+            )
         model = super().prepare_model(model, device_placement, evaluation_mode=True)
         is_sharded = any(isinstance(p, torch.distributed.tensor.DTensor) for p in model.parameters())
         if is_sharded and self.num_batches > 1:
@@ -142,7 +145,8 @@ class SequenceParallelAccelerator(Accelerator):
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         """What the processes have, each entry of a dataset once: neither those of the other ranks of `tp` and `cp`, nor
-        what was repeated to fill the last batches."""
+        what was repeated to fill the last batches.
+        """
         if self.mesh is None:
             return super().gather_for_metrics(input_data, use_gather_object)
         try:
@@ -173,18 +177,19 @@ class SequenceParallelAccelerator(Accelerator):
         assert self.mesh is not None
         kwargs = self.ddp_handler.to_kwargs() if self.ddp_handler is not None else {}
         devices = [self.device] if self.device.type != "cpu" else None
-        wrapped = DistributedDataParallel(
-            model, device_ids=devices, process_group=self.mesh.get_group("dp"), **kwargs
-        )
+        wrapped = DistributedDataParallel(model, device_ids=devices, process_group=self.mesh.get_group("dp"), **kwargs)
         if self.ddp_handler is not None:
             self.ddp_handler.register_comm_hook(wrapped)
-        wrapped._is_accelerate_prepared = True
+        prepared: Any = wrapped
+        prepared._is_accelerate_prepared = True
         return wrapped
 
     def _refuse_other_sharding(self) -> None:
         others = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
         if self.distributed_type in others:
-            raise IllegalOption(f"distributed_type={self.distributed_type.value}", legal="processes without FSDP, DeepSpeed")
+            raise IllegalOption(
+                f"distributed_type={self.distributed_type.value}", legal="processes without FSDP, DeepSpeed"
+            )
         if self.parallelism_config is not None:
             raise IllegalOption("parallelism_config=", legal='mesh={"dp": D, "tp": T, "cp": C}')
 
@@ -199,7 +204,9 @@ class SequenceParallelAccelerator(Accelerator):
                 legal = ", ".join(repr(name) for name in COMPILERS.values())
                 raise IllegalOption(f"dynamo_backend={plugin.backend.value.lower()!r}", legal=legal)
             if plugin.mode not in (None, "default") or plugin.use_regional_compilation:
-                raise IllegalOption(f"mode={plugin.mode!r}, use_regional_compilation={plugin.use_regional_compilation}", legal="neither")
+                raise IllegalOption(
+                    f"torch.compile with {plugin.to_kwargs()}", legal="no mode, no regional compilation"
+                )
             asked = {"compiler": COMPILERS[plugin.backend], **asked}
             plugin.backend = DynamoBackend.NO
         if self.mesh is not None:

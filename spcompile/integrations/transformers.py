@@ -1,8 +1,8 @@
 """The Trainer of transformers over a mesh: `SequenceParallelTrainer(model, args, ..., mesh={"cp": 2})`.
 
-Of any other Trainer's class: `class MyTrainer(SequenceParallelMixin, SFTTrainer): pass`. The ranks of one `tp` x `cp` group
-train as one process would; what one process computes with `dp` times the batch, `dp` such groups compute. The mixin
-replaces the Trainer's Accelerator and tells it how many ranks share a batch; read from transformers 5.23.
+Of any other Trainer: `class MyTrainer(SequenceParallelMixin, SFTTrainer): pass`. The ranks of one `tp` x `cp` group
+train as one process does, and `dp` such groups as one process with `dp` times the batch. The mixin replaces the
+Trainer's Accelerator and tells it how many ranks share a batch. Read from transformers 5.23.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class SequenceParallelMixin(_Base):
         spcompile_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self._mesh_and_options = {"mesh": mesh, "spcompile_options": spcompile_options}
+        self._mesh_and_options: dict[str, Any] = {"mesh": mesh, "spcompile_options": spcompile_options}
         super().__init__(*args, **kwargs)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
@@ -87,7 +87,9 @@ class SequenceParallelMixin(_Base):
         loader = super().get_train_dataloader()
         if loader.worker_init_fn is not None:
             workers = self.args.dataloader_num_workers
-            loader.worker_init_fn = functools.partial(seed_worker, num_workers=workers, rank=self.accelerator.batch_index)
+            loader.worker_init_fn = functools.partial(
+                seed_worker, num_workers=workers, rank=self.accelerator.batch_index
+            )
         return loader
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +105,7 @@ class SequenceParallelMixin(_Base):
         return loss, logits, labels
 
     def _nothing_twice(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The last batches are filled with entries from the start of the dataset: no loss counts the labels of those."""
+        """The last batches are filled with entries from the start of the dataset: no loss counts their labels."""
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
             return inputs
@@ -129,6 +131,12 @@ class SequenceParallelMixin(_Base):
             return torch.ones(())
         return (labels[..., 1:] if self._loss_shifts_labels else labels).ne(IGNORED).sum()
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        count = super()._get_num_items_in_batch(batch_samples, device)
+        if isinstance(count, Tensor) and not self.args.average_tokens_across_devices:
+            count = count * self.accelerator.ranks_per_batch  # nothing was added up that the Trainer divides
+        return count
+
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         before = self.state.num_input_tokens_seen
         super()._track_num_input_tokens(inputs)
@@ -140,7 +148,7 @@ class SequenceParallelMixin(_Base):
         self._share_random_states()
 
     def _share_random_states(self) -> None:
-        """The first rank's, along `tp`, then along `cp`: a checkpoint of another mesh has states for some ranks only."""
+        """The first rank's, along `tp`, then along `cp`: a checkpoint of another mesh has them for some ranks only."""
         mesh, device = self.accelerator.mesh, self.accelerator.device
         if mesh is None:
             return

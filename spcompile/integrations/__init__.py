@@ -1,1 +1,1 @@
-"""Switched on in the tools that people train with: accelerate, and the Trainer of transformers."""
+"""Switched on in accelerate and in the Trainer of transformers."""

@@ -30,9 +30,9 @@ def blocks_run() -> int:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     for block in blocks:
         names = {"model": copy.deepcopy(made), "rows": Rows(8), "collate": padded, "output_dir": tempfile.mkdtemp()}
-        with launched(2), mock.patch.dict(os.environ, ACCELERATE_USE_CPU="true"):
-            with mock.patch.object(SequenceParallelAccelerator, "_options", quick):
-                exec(compile(block, str(PAGE), "exec"), names)
+        on_cpu = mock.patch.dict(os.environ, ACCELERATE_USE_CPU="true")
+        with launched(2), on_cpu, mock.patch.object(SequenceParallelAccelerator, "_options", quick):
+            exec(compile(block, str(PAGE), "exec"), names)
     return len(blocks)
 
 

@@ -30,7 +30,8 @@ COMPARE = ("auto", "call", "later", "compile")
 class Options:
     """What `torch.compile(model, backend="spcompile", options={...})` accepts.
 
-    mesh: a DeviceMesh with named axes; default: one `cp` axis over the whole world.
+    mesh: a DeviceMesh with named axes, or their sizes, {"dp": 2, "cp": 4}, the first axis outermost; default: one `cp`
+        axis over the whole world.
     attention: how attention is parallelised: "auto" (by predicted time), "ring", "ulysses", "hybrid" (Ulysses among
         neighbours, a ring between groups of them), or a hybrid's factors, as {"ulysses": 4, "ring": 2} on cp = 8.
     balance: order of the sequence in causal rings: "zigzag" or "contiguous".
@@ -57,7 +58,7 @@ class Options:
     strict: turn every remark about lost parallelism into an error.
     """
 
-    mesh: DeviceMesh | None = None
+    mesh: DeviceMesh | Mapping[str, int] | None = None
     attention: str | Mapping[str, int] = "auto"
     balance: str = "zigzag"
     outputs: str = "full"

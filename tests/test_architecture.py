@@ -45,6 +45,7 @@ FOLDERS = (
     "program",
     "report",
     "command",
+    "integrations",
 )
 SEE_PASSES = {"", "report", "command"}  # what chooses the pipeline; "" is the root, which users import
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 AXES = ("dp", "tp", "cp")
 MOST_RANKS = 1 << 17
+LEGAL_MESH = 'a DeviceMesh with axis names, or a dict of axis sizes as {"cp": 8}'
 
 
 class AxisPart(NamedTuple):
@@ -148,29 +149,60 @@ def _group_of(world: dist.ProcessGroup, ranks: tuple[int, ...]) -> dist.ProcessG
         return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
-def runtime_mesh(mesh: DeviceMesh | None, device_type: str) -> RuntimeMesh | None:
+def runtime_mesh(mesh: DeviceMesh | Mapping[str, int] | None, device_type: str) -> RuntimeMesh | None:
     """The mesh to compile for; None on one device.
 
     Without `mesh`: one `cp` axis over the whole world.
 
     Raises:
         NoProcessGroup: the launcher set WORLD_SIZE > 1 but no process group exists.
-        IllegalMesh: unnamed axes, or names that mean nothing here.
+        IllegalMesh: unnamed axes, names that mean nothing here, or sizes that do not make up the world.
     """
-    import torch.distributed as dist  # slow to import: options and explain need meshes without it
-    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+    if mesh is None or isinstance(mesh, Mapping):
+        found = mesh_over_world(mesh, device_type)
+        return RuntimeMesh(*found) if found is not None else None
+    from torch.distributed.device_mesh import DeviceMesh
 
-    if mesh is None:
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else _launched_world_size()
-        if world == 1:
-            return None
-        mesh = init_device_mesh(device_type, (world,), mesh_dim_names=("cp",))
     if not isinstance(mesh, DeviceMesh):
-        raise IllegalMesh(f"mesh={mesh!r}", legal="a DeviceMesh with named axes")
+        raise IllegalMesh(f"mesh={mesh!r}", legal=LEGAL_MESH)
     if mesh.mesh_dim_names is None:
         raise IllegalMesh("a DeviceMesh without axis names", legal=f"mesh_dim_names out of {', '.join(AXES)}")
     shape = MeshShape.of(dict(zip(mesh.mesh_dim_names, mesh.mesh.shape, strict=True)))
     return RuntimeMesh(shape, mesh) if shape.world_size > 1 else None
+
+
+def mesh_over_world(sizes: Mapping[str, int] | None, device_type: str) -> tuple[MeshShape, DeviceMesh] | None:
+    """All ranks as a mesh with axes of these sizes, the first one outermost; without sizes one axis `cp`.
+
+    None on one device. The same sizes give the same mesh: its process groups are made when they are first asked for,
+    by all ranks.
+
+    Raises:
+        NoProcessGroup, IllegalMesh: as `runtime_mesh` does.
+    """
+    import torch.distributed as dist  # slow to import: options and explain need meshes without it
+
+    initialized = dist.is_available() and dist.is_initialized()
+    world = dist.get_world_size() if initialized else _launched_world_size()
+    shape = MeshShape.of({"cp": world} if sizes is None else sizes)
+    if shape.world_size != world:
+        counted = f"{shape.world_size} rank{'s' if shape.world_size > 1 else ''}"
+        raise IllegalMesh(
+            f"{str(shape) or 'no axes'}: {counted} of {world} launched",
+            legal=f"sizes whose product is {world}, or torchrun --nproc-per-node {shape.world_size}",
+        )
+    return (shape, _mesh_of_world(dist.group.WORLD, shape, device_type)) if world > 1 else None
+
+
+@functools.cache
+def _mesh_of_world(world: dist.ProcessGroup | None, shape: MeshShape, device_type: str) -> DeviceMesh:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from spcompile.torch_private import no_python_dispatcher, unset_fake_temporarily
+
+    names, sizes = zip(*shape.axes, strict=True)
+    with unset_fake_temporarily(), no_python_dispatcher():  # compiling, as `_group_of` does
+        return init_device_mesh(device_type, sizes, mesh_dim_names=names)
 
 
 def _launched_world_size() -> int:

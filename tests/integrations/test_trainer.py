@@ -1,0 +1,94 @@
+"""The Trainer of transformers over a mesh against the same Trainer in one process, in the same run."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import hf_models
+import pytest
+import torch
+from oracle import FLOAT32
+from trainer_runs import Rows, arguments, ddp_does_not_crash, launched, left_behind, padded, worst
+from worker_pool import WorkerPool
+
+PoolOf = Callable[[int], WorkerPool]
+EAGER = {"compiler": "eager"}
+
+
+def trainer_of(model: Any, settings: dict[str, Any], rows: int, eval_rows: int, cls: Any, **others: Any) -> Any:
+    """A Trainer with so many rows a batch, and so many to evaluate."""
+    sizes = {f"per_device_{phase}_batch_size": rows for phase in ("train", "eval")}
+    made = arguments(tempfile.mkdtemp(), settings | sizes)
+    return cls(model, made, padded, Rows(40), Rows(eval_rows), **others)
+
+
+def everything(trainer: Any, *, evaluates: bool) -> dict[str, Any]:
+    """What training, and evaluation and prediction, leave behind."""
+    trainer.train()
+    if not evaluates:
+        return left_behind(trainer)
+    trainer.evaluate()
+    predicted = trainer.predict(trainer.eval_dataset)
+    found = {"predictions": torch.tensor(predicted.predictions), "labels": torch.tensor(predicted.label_ids)}
+    return left_behind(trainer) | found
+
+
+def compare(model: str, settings: dict[str, Any], mesh: dict[str, int], evaluates: bool) -> dict[str, float]:
+    """One rank's work: both Trainers on equal models; the errors. The plain one's batches have all rows of a step."""
+    import transformers
+
+    from spcompile.integrations.transformers import SequenceParallelTrainer
+
+    made, batches = hf_models.build(model, layers=1), mesh.get("dp", 1)
+    rows = 7 if batches > 1 else 4  # to evaluate: over dp the last batches are not full
+    with launched(1):
+        given = settings | {"torch_compile": False}
+        plain = trainer_of(copy.deepcopy(made), given, 2 * batches, rows, transformers.Trainer)
+        assert plain.args.world_size == 1
+        want = everything(plain, evaluates=evaluates)
+    with launched(2), ddp_does_not_crash():
+        cls = partial(SequenceParallelTrainer, mesh=mesh, spcompile_options=EAGER)
+        return worst(want, everything(trainer_of(made, settings, 2, rows, cls), evaluates=evaluates))
+
+
+def assert_as_one_process(pool: WorkerPool, *arguments: Any) -> None:
+    for rank, errors in enumerate(pool.run(compare, *arguments)):
+        bad = {name: error for name, error in errors.items() if not error <= FLOAT32}
+        assert not bad, f"rank {rank}: {bad}"
+        assert len(errors) > 15
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated, clipped, smoothed": {
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 0.5,
+        "label_smoothing_factor": 0.1,
+        "include_num_input_tokens_seen": "all",
+    },
+    "checkpointed, grouped by length": {
+        "gradient_checkpointing": True,
+        "train_sampling_strategy": "group_by_length",
+    },
+    "workers": {"dataloader_num_workers": 1},
+    "each its own tokens": {"average_tokens_across_devices": False, "torch_compile": True},
+}
+
+
+@pytest.mark.thinned(5)
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("axis", ["cp", "tp"])
+def test_two_ranks(worker_pool: PoolOf, axis: str, settings: str) -> None:
+    assert_as_one_process(worker_pool(2), "llama", SETTINGS[settings], {axis: 2}, settings == "plain")
+
+
+@pytest.mark.slow
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("settings", [name for name in SETTINGS if name != "each its own tokens"])
+@pytest.mark.parametrize("mesh", [{"dp": 2, "cp": 2}, {"tp": 2, "dp": 2}], ids=str)
+def test_over_dp(worker_pool: PoolOf, mesh: dict[str, int], settings: str) -> None:
+    assert_as_one_process(worker_pool(4), "llama", SETTINGS[settings], mesh, True)

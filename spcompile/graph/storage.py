@@ -86,7 +86,7 @@ def saved_values(forward: fx.Graph, backward: fx.Graph) -> list[fx.Node]:
 
 
 def saved_pairs(forward: fx.Graph, backward: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
-    """Each output of `forward` that `backward` takes with the input that takes it: sizes are saved last, taken first."""
+    """Each output of `forward` that `backward` takes, with its input there. Sizes are saved last and taken first."""
     taken = [n for n in backward.nodes if n.op == "placeholder" and "tangents" not in str(n.target)]
     saved = sorted(saved_values(forward, backward), key=lambda node: isinstance(node.meta.get("val"), torch.Tensor))
     return list(zip(saved, taken, strict=True))

@@ -18,11 +18,12 @@ from torch.distributed.tensor import DTensor
 from spcompile.diagnostics import SourceLine, source_of
 from spcompile.graph.sizes import hint
 from spcompile.graph.storage import outputs_of, root_of, saved_pairs, saved_values, storage_bytes, storage_size
-from spcompile.losses.scratch import scratch_bytes
+from spcompile.machine.accelerators import Accelerator
 from spcompile.machine.optimizers import Optimizer
 from spcompile.memory.fusion import fused_away
 from spcompile.memory.liveness import Lives
 from spcompile.memory.planner import MemoryPlan
+from spcompile.memory.scratch import scratch_bytes
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def memory_of(
     single: Mapping[str, fx.GraphModule],
     parameters: Iterable[torch.Tensor],
     optimizer: Optimizer,
+    accelerator: Accelerator,
     plan: MemoryPlan | None = None,
     fuses: bool = False,
 ) -> Memory:
@@ -83,7 +85,7 @@ def memory_of(
     held = [_held(p) for p in parameters]
     trained = [_held(p) for p in parameters if p.requires_grad and "backward" in sharded]
     states = sum(optimizer.bytes(p.numel(), p.element_size()) for p in trained)
-    high = max((_high_water(phase, sharded, fuses) for phase in sharded), key=lambda found: found.hint)
+    high = max((_high_water(phase, sharded, accelerator, fuses) for phase in sharded), key=lambda found: found.hint)
     parameter_bytes = sum(p.numel() * p.element_size() for p in held)
     limit = plan.limit if plan is not None else None
     return Memory(
@@ -127,7 +129,7 @@ class _High:
     where: str
 
 
-def _high_water(phase: str, graphs: Mapping[str, fx.GraphModule], fuses: bool) -> _High:
+def _high_water(phase: str, graphs: Mapping[str, fx.GraphModule], accelerator: Accelerator, fuses: bool) -> _High:
     """In the backward, what the forward gave its caller is alive as well."""
     graph = graphs[phase].graph
     order = [node for node in graph.nodes if node.op != "output"]
@@ -137,11 +139,11 @@ def _high_water(phase: str, graphs: Mapping[str, fx.GraphModule], fuses: bool) -
     inside = fused_away(order, returned, storage) if fuses else ()
     lives = Lives.of(order, before, returned, storage, inside)
     sizes = {root: 0 if _is_held(root) else storage_bytes(root) for root in lives.born}
-    levels = lives.bytes(sizes.__getitem__, [int(scratch_bytes(node, hint)) for node in order]) or [0]
+    levels = lives.bytes(sizes.__getitem__, [int(scratch_bytes(node, accelerator, hint)) for node in order]) or [0]
     at = levels.index(max(levels))
     there = [root for root in lives.during(at) if not _is_held(root)]
     stay = before.keys() | returned
-    scratch = scratch_bytes(order[at]) if order else sympy.Integer(0)
+    scratch = scratch_bytes(order[at], accelerator) if order else sympy.Integer(0)
     outside = _given_to_caller(graphs) if phase == "backward" else []
     return _High(
         levels[at] + sum(map(storage_bytes, outside)),

@@ -21,9 +21,9 @@ from spcompile.graph.storage import outputs_of, root_of, saved_pairs, saved_valu
 from spcompile.machine.accelerators import Accelerator
 from spcompile.machine.optimizers import Optimizer
 from spcompile.memory.fusion import fused_away
+from spcompile.memory.inside_calls import bytes_inside
 from spcompile.memory.liveness import Lives
 from spcompile.memory.planner import MemoryPlan
-from spcompile.memory.scratch import scratch_bytes
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,11 @@ def _high_water(phase: str, graphs: Mapping[str, fx.GraphModule], accelerator: A
     inside = fused_away(order, returned, storage) if fuses else ()
     lives = Lives.of(order, before, returned, storage, inside)
     sizes = {root: 0 if _is_held(root) else storage_bytes(root) for root in lives.born}
-    levels = lives.bytes(sizes.__getitem__, [int(scratch_bytes(node, accelerator, hint)) for node in order]) or [0]
+    levels = lives.bytes(sizes.__getitem__, [int(bytes_inside(node, accelerator, hint)) for node in order]) or [0]
     at = levels.index(max(levels))
     there = [root for root in lives.during(at) if not _is_held(root)]
     stay = before.keys() | returned
-    scratch = scratch_bytes(order[at], accelerator) if order else sympy.Integer(0)
+    scratch = bytes_inside(order[at], accelerator) if order else sympy.Integer(0)
     outside = _given_to_caller(graphs) if phase == "backward" else []
     return _High(
         levels[at] + sum(map(storage_bytes, outside)),

@@ -11,7 +11,7 @@ import torch.fx as fx
 from spcompile.graph.sizes import hint
 from spcompile.graph.storage import outputs_of, root_of, storage_bytes
 from spcompile.machine.accelerators import Accelerator
-from spcompile.memory.scratch import scratch_bytes
+from spcompile.memory.inside_calls import bytes_inside
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Joint:
     @cached_property
     def scratch(self) -> dict[fx.Node, int]:
         """What each node takes besides while it runs."""
-        return {node: int(scratch_bytes(node, self.accelerator, hint)) for node in self.storage}
+        return {node: int(bytes_inside(node, self.accelerator, hint)) for node in self.storage}
 
     @cached_property
     def is_forward(self) -> frozenset[fx.Node]:

@@ -2,8 +2,9 @@
 
 Two families of kernels differ. The *fused* ones (Triton) write results where they belong, and carry a state between the
 hops of a ring. The *blocks* (CPUs, and what Triton does not do) give each block of scores results of its own, which are
-added to a state. What a kernel holds inside, per thread or per tile, is left out: it does not grow with the sequence.
-What data decides, as which documents meet, counts as if all did. Ranks have the same figures: the most that any holds.
+added to a state. Of what a kernel holds inside, which does not grow with the sequence, only a tile on one CPU core is
+counted. What data decides, as which documents meet, counts as if all did. All ranks have the same figures: the most
+that any of them holds.
 
 B batch, N query heads, G key heads, S query rows, T keys, H head size of q and k, V of v.
 """
@@ -20,7 +21,7 @@ from spcompile.attention.kernels.naive import accumulation_dtype
 from spcompile.attention.ring.ring_call import RingCall, attention_of
 from spcompile.attention.scores.attention_call import Attention, AttentionCall, GradientCall
 from spcompile.attention.scores.mask import AttentionMask
-from spcompile.graph.sizes import Size, expression
+from spcompile.graph.sizes import Size, expression, hint
 from spcompile.graph.typed_call import value_of
 
 
@@ -40,14 +41,23 @@ def attention_scratch(node: fx.Node, fused: bool, of: Callable[[Size], Size] = e
     return _fused_forward(sizes, stops) if fused else _blocks_forward(sizes, call, stops)
 
 
+# Rows, by the least rows of a call, and keys of a tile of PyTorch's kernel (torch 2.13: FlashAttentionKernel.cpp).
+_TILE_ROWS, _TILE_KEYS = ((768, 256), (192, 64), (0, 32)), 512
+
+
 @dataclass(frozen=True)
 class _Sizes:
-    """Numbers in q, in the output, in keys and values together, and in rows; bytes of a number, and of one in sums."""
+    """Numbers in q, in the output, in keys and values together, in rows, in one tile of scores, and in its results.
+
+    narrow, wide: bytes of a number, and of one in sums.
+    """
 
     q: sympy.Expr
     out: sympy.Expr
     kv: sympy.Expr
     rows: sympy.Expr
+    tile: int
+    tile_results: int
     narrow: int
     wide: int
 
@@ -56,7 +66,10 @@ class _Sizes:
         B, N, G, S, T, H, V = map(of, call.sizes)
         dtype = value_of(call.q).dtype
         rows = B * N * S
-        return cls(rows * H, rows * V, B * G * T * (H + V), rows, dtype.itemsize, accumulation_dtype(dtype).itemsize)
+        tile_rows = next(size for least, size in _TILE_ROWS if hint(call.sizes.q_rows) >= least)
+        tile, results = tile_rows * _TILE_KEYS, tile_rows * (2 + hint(call.sizes.v_size))
+        wide = accumulation_dtype(dtype).itemsize
+        return cls(rows * H, rows * V, B * G * T * (H + V), rows, tile, results, dtype.itemsize, wide)
 
     @property
     def casts(self) -> bool:
@@ -91,10 +104,11 @@ def _fused_backward(n: _Sizes, stops: int) -> sympy.Expr:
 
 def _blocks_forward(n: _Sizes, call: Attention, stops: int) -> sympy.Expr:
     """The sums, and a block's result beside them; of one block only what its tiles were put together in."""
+    tile = sympy.Integer((n.tile + n.tile_results) * n.wide)
     if stops == 1 and _is_one_block(call):
-        return sympy.Integer(0) if _is_direct(call) else n.out * n.narrow
+        return tile if _is_direct(call) else sympy.Max(tile, n.out * n.narrow)
     state = (n.out + n.rows) * n.wide
-    block = state + (n.q + n.kv) * n.wide * n.casts
+    block = state + (n.q + n.kv) * n.wide * n.casts + tile
     messages = n.messages if stops > 1 else sympy.Integer(0)
     at_the_end = state + n.out * n.narrow * n.casts
     return sympy.Max(state + block + messages - n.out * n.narrow - n.rows * n.wide, at_the_end)
@@ -103,17 +117,19 @@ def _blocks_forward(n: _Sizes, call: Attention, stops: int) -> sympy.Expr:
 def _blocks_backward(n: _Sizes, call: Attention, stops: int) -> sympy.Expr:
     """The sums of dq; a hop's of dk and dv, a block's result beside them, and in a ring those sent and received."""
     operands = (n.q + n.kv + 2 * n.out) * n.wide
-    lse = n.rows * n.wide
+    inside = n.rows * n.wide + 2 * n.tile * n.wide  # and the gradient of a tile beside it
     if stops == 1 and _is_one_block(call):
-        sums = (n.q + n.kv) * n.wide * (not _is_direct(call))
-        casts = operands * n.casts * (not _is_direct(call))
-        return sympy.Max(sums + casts + lse, n.results)  # what kernels leave in another order of memory is copied
-    sums, block = (n.q + n.kv) * n.wide, (n.q + n.kv) * n.wide + lse + operands * n.casts
+        if _is_direct(call):
+            return sympy.Max(inside, n.results)  # what the kernel leaves in another order of memory is copied
+        sums, of_tile = (n.q + n.kv) * n.wide * n.casts, n.kv * n.wide
+        return sums + of_tile + inside
+    sums, block = (n.q + n.kv) * n.wide, (n.q + n.kv) * n.wide + inside + operands * n.casts
     if stops == 1:
         return sums + block - n.results * n.casts
     # Behind the first hop a block of a zigzag order has half of the rows or half of the keys.
     halves = isinstance(call, RingCall) and call.order == "zigzag"
-    smaller = sympy.Min(n.q, n.kv) * n.wide / 2 if halves else sympy.Integer(0)
+    half = sympy.Min(n.q, n.kv) + sympy.Min(n.q + 2 * n.out, n.kv) * n.casts
+    smaller = half * n.wide / 2 if halves else sympy.Integer(0)
     later = (n.messages if stops > 2 else n.messages / 2) + 2 * n.kv * n.wide - smaller
     return sums + block + sympy.Max(n.messages, later) - n.results
 

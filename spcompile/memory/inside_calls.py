@@ -7,23 +7,23 @@ from collections.abc import Callable
 import sympy
 import torch.fx as fx
 
-from spcompile.attention.scratch import attention_scratch
+from spcompile.attention.attention_scratch import attention_scratch
 from spcompile.collectives.pipelined_matmuls import PIPELINED
 from spcompile.collectives.typed_calls import AllGatherMatmulCall, MatmulReduceScatterCall
 from spcompile.graph.sizes import Size, expression
 from spcompile.graph.typed_call import value_of
-from spcompile.losses.scratch import scratch_bytes as loss_scratch
+from spcompile.losses.scratch import scratch_bytes
 from spcompile.machine.accelerators import Accelerator
 
 
-def scratch_bytes(node: fx.Node, accelerator: Accelerator, of: Callable[[Size], Size] = expression) -> sympy.Expr:
+def bytes_inside(node: fx.Node, accelerator: Accelerator, of: Callable[[Size], Size] = expression) -> sympy.Expr:
     """Of a node, on an accelerator; 0 for what only computes its results.
 
     of: what a size counts as; `hint` for a number where sizes are symbols.
     """
     if node.target in PIPELINED:
         return _of_messages(node, of)
-    return loss_scratch(node, of) + attention_scratch(node, accelerator.fused_attention, of)
+    return scratch_bytes(node, of) + attention_scratch(node, accelerator.fused_attention, of)
 
 
 def _of_messages(node: fx.Node, of: Callable[[Size], Size]) -> sympy.Expr:

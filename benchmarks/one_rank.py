@@ -2,7 +2,7 @@
 
 The other ranks are made up: collectives run on torch's fake process group, which moves nothing. Numbers mean nothing,
 but every tensor has the size that it has on a real rank. Weights are drawn at the size that the rank holds; the model
-itself may be on `meta`. tests/distributed/test_memory.py shows that real processes allocate the same.
+itself may be on `meta`. tests/distributed/test_memory.py shows that real processes save the same.
 """
 
 from __future__ import annotations

@@ -132,6 +132,7 @@ def _parts_held(model: nn.Module, parts: Mapping[int, Parts]) -> list[torch.Tens
 def _plan(
     model: nn.Module, traced: Traced, options: Options, trained: Sequence[bool], held: Sequence[torch.Tensor]
 ) -> Plan:
+    from spcompile.machine.accelerators import ACCELERATORS
     from spcompile.machine.optimizers import OPTIMIZERS
     from spcompile.memory.account import memory_of
     from spcompile.memory.largest import largest_tensors
@@ -156,6 +157,7 @@ def _plan(
             on_one_device(traced),
             held,
             OPTIMIZERS[options.optimizer],
+            ACCELERATORS[options.accelerator],
             traced.sharded.memory,
             fuses=options.compiler == "inductor",
         ),

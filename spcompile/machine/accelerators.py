@@ -16,6 +16,7 @@ class Accelerator:
     bytes_per_second: of its memory, as reached. seconds_per_kernel: the least that anything takes.
     seconds_per_sync: that it idles after the host waited for one of its results. units: what computes one tile of a
     product's result each, at once; a product takes whole rounds of them. memory: bytes; None: as many as one likes.
+    fused_attention: whether attention runs in kernels of its own there, not block by block in PyTorch's.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Accelerator:
     seconds_per_sync: float = 0.0
     units: int = 1
     memory: int | None = None
+    fused_attention: bool = True
 
     @property
     def usable_memory(self) -> int | None:
@@ -65,5 +67,5 @@ ACCELERATORS = {
     "a100": Accelerator(
         "A100 SXM", {2: 312e12, 4: 19.5e12, 8: 19.5e12}, 0.75, 0.6, 0.8 * 2.04e12, 4e-6, 100e-6, 108, _A100
     ),
-    "cpu": Accelerator("one CPU core", {4: 80e9, 8: 40e9}, 0.6, 0.4, 6e9, 5e-6),
+    "cpu": Accelerator("one CPU core", {4: 80e9, 8: 40e9}, 0.6, 0.4, 6e9, 5e-6, fused_attention=False),
 }

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from spcompile.capture.autocast import autocast_off
 from spcompile.collectives import erase_identities
-from spcompile.graph.edit import copy_module
+from spcompile.graph.edit import copy_module, is_getitem
 from spcompile.memory.planner import MemoryPlan, Wish
 from spcompile.passes_api import PassReport, Stage
 from spcompile.program import recompute
@@ -183,8 +183,9 @@ def _eager(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
         def run(graph_module: fx.GraphModule, _: Sequence[Any]) -> Any:
             emission.schedule(graph_module, phase)
             _reshape_views(graph_module.graph)
+            _take_results_apart(graph_module.graph)
             graph_module.recompile()
-            return make_boxed_func(graph_module.forward)
+            return _interpreted(graph_module)
 
         return run
 
@@ -201,6 +202,19 @@ def _eager(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
     return backend(gm, inputs)
 
 
+def _interpreted(graph_module: fx.GraphModule) -> Callable[..., Any]:
+    """Runs a graph call by call. Every value dies with its last reader, inputs too: the caller's list is emptied.
+
+    A function with arguments would keep what the forward saved alive to the end of the backward.
+    """
+
+    def run(args: list[Any]) -> Any:
+        return fx.Interpreter(graph_module).boxed_run(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]  # torch 2.13: how AOTAutograd knows that it takes a list
+    return run
+
+
 def _reshape_views(graph: fx.Graph) -> None:
     """`view` becomes `reshape`: some kernels, softplus_backward's is one, leave other strides than their fakes say.
 
@@ -208,6 +222,14 @@ def _reshape_views(graph: fx.Graph) -> None:
     """
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default
+
+
+def _take_results_apart(graph: fx.Graph) -> None:
+    """Every result of an op with several is taken right behind it: what holds all of them then dies at once."""
+    for node in graph.nodes:
+        for user in reversed(list(node.users)):
+            if is_getitem(user):
+                node.append(user)
 
 
 def _inductor(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

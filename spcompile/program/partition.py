@@ -43,7 +43,8 @@ class Partitioner(CustomPartitionerFn):
         here = {node.name: node for node in gm.graph.nodes}
         saved = [here[node.name] for node in saved_values(forward.graph, backward.graph) if node.op == "call_function"]
         begins("planning memory")
-        plan = plan_memory(Joint.of(gm.graph, kwargs["num_fwd_outputs"], self.cost.fuses), saved, self.cost, self.wish)
+        joint = Joint.of(gm.graph, kwargs["num_fwd_outputs"], self.cost.accelerator, self.cost.fuses)
+        plan = plan_memory(joint, saved, self.cost, self.wish)
         self.planned(plan)
         if not plan.trades:
             return forward, backward

@@ -73,7 +73,7 @@ def joint_of(function: Callable[..., Any], *inputs: Tensor) -> tuple[Joint, list
         forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
         here = {node.name: node for node in gm.graph.nodes}
         saved = [here[n.name] for n in saved_values(forward.graph, backward.graph) if n.op == "call_function"]
-        found.append((Joint.of(gm.graph, kwargs["num_fwd_outputs"]), saved))
+        found.append((Joint.of(gm.graph, kwargs["num_fwd_outputs"], ACCELERATORS["h100"]), saved))
         return forward, backward
 
     def run(gm: fx.GraphModule, _: Any) -> Any:

@@ -110,7 +110,8 @@ class Forward:
 
     def __init__(self, q: Tensor, v_size: int, scores: Scores, choose: Choose) -> None:
         self._q, self._scores, self._choose = q, scores, choose
-        out = q.new_empty((*q.shape[:3], v_size))
+        B, N, S, _ = q.shape
+        out = q.new_empty((B, S, N, v_size)).transpose(1, 2)  # in memory as spx.attention returns it
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         self._tensors = ForwardTensors(out, lse, out, lse, lse)
         self._first = True

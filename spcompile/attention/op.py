@@ -61,7 +61,7 @@ for _schema in (
 
 def _attention(*args: Any) -> tuple[Tensor, Tensor]:
     call = AttentionCall.bind(*args)
-    (q_order, q_runs), (k_order, k_runs) = _places(call)
+    (q_order, q_runs), (k_order, k_runs) = _order_and_runs(call)
     out, lse = hop_state.forward(
         _sorted(call.q, q_order),
         _sorted(call.k, k_order),
@@ -75,7 +75,7 @@ def _attention(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _attention_backward(*args: Any) -> BackwardResult:
     call = AttentionBackwardCall.bind(*args)
-    (q_order, q_runs), (k_order, k_runs) = _places(call)
+    (q_order, q_runs), (k_order, k_runs) = _order_and_runs(call)
     rows = Rows(
         _sorted(call.q, q_order),
         _sorted(call.out, q_order),
@@ -154,7 +154,7 @@ def spec_ring_attention_backward(ranks: Sequence[tuple[Any, ...]]) -> list[Backw
 Runs = tuple["Tensor | None", tuple[Run, ...]]  # the order that sorts what they are about, and the runs
 
 
-def _places(call: AttentionCall) -> tuple[Runs, Runs]:
+def _order_and_runs(call: AttentionCall) -> tuple[Runs, Runs]:
     """Of rows and of keys. Where a kernel reads tables, positions are not looked at here, which would wait for them."""
     if call.tables is not None and hop_state.reads_tables(call.q, call.k, call.v, call.scores()):
         return (None, natural_runs(call.q.shape[2])), (None, natural_runs(call.k.shape[2]))

@@ -83,7 +83,7 @@ class TileTablesCall(TypedCall):
 
 
 @functools.lru_cache(maxsize=64)
-def _columns(length: int, degree: int, order: str, inner: int, device: torch.device) -> Tensor:
+def _every_position(length: int, degree: int, order: str, inner: int, device: torch.device) -> Tensor:
     """int32 [degree, keys of a part]: where the keys of every rank are, -1 for padding."""
     chunk = inner * sequence.chunk_length(length, inner * degree, order)
     offsets = torch.arange(chunk, dtype=torch.int32, device=device)
@@ -100,21 +100,21 @@ def _tile_tables(*args: Any) -> Tensor:
         q_positions = torch.arange(layout.rows, dtype=torch.int32, device=device)
     q_positions = torch.where(q_positions < call.q_length, q_positions.to(torch.int32), -1)
     if columns is None:
-        columns = _columns(call.k_length, call.degree, call.order, call.inner, device)
+        columns = _every_position(call.k_length, call.degree, call.order, call.inner, device)
     columns = columns.to(torch.int32).view(call.degree, -1)
     k_positions = columns[None]
     if call.key_valid is not None:
-        k_positions = torch.where(_at(call.key_valid, columns), columns, -1)
+        k_positions = torch.where(_ids_at(call.key_valid, columns), columns, -1)
     q_ids = k_ids = None
     if call.q_documents is not None:
         q_numbers, k_numbers = document_numbers(call.q_documents, call.k_documents)
-        q_ids, k_ids = _at(q_numbers, q_positions), _at(k_numbers, columns)
+        q_ids, k_ids = _ids_at(q_numbers, q_positions), _ids_at(k_numbers, columns)
     configs = device_configs(device, call.element, call.head_size, call.v_size, call.variant)
     mask = AttentionMask.parse(call.mask)
     return make_tables(layout, configs, mask, Places(q_positions, q_ids), Places(k_positions, k_ids), columns)
 
 
-def _at(x: Tensor, positions: Tensor) -> Tensor:
+def _ids_at(x: Tensor, positions: Tensor) -> Tensor:
     """Columns of [B|1, length] at positions of any shape; those of padding are the first or last."""
     found = x.index_select(1, positions.flatten().clamp(0, x.shape[1] - 1))
     return found.view(x.shape[0], *positions.shape)

@@ -49,7 +49,7 @@ class TableLayout:
     def before(self) -> dict[str, Size]:
         """Numbers of what is there once, by name."""
         documents = self.batch * self.rows if self.has_documents else 0
-        return {"positions": _aligned(self.rows), "documents": _aligned(documents)}
+        return {"positions": _rounded_up(self.rows), "documents": _rounded_up(documents)}
 
     def of_part(self) -> dict[str, Size]:
         """Numbers of what is there for each part, by name."""
@@ -60,14 +60,14 @@ class TableLayout:
             for kind in ("full", "partial"):
                 found[f"{kernel} {kind}"] = lines * SEGMENTS * 2
                 found[f"{kernel} {kind} count"] = lines
-        return {name: _aligned(count) for name, count in found.items()}
+        return {name: _rounded_up(count) for name, count in found.items()}
 
     def numbers(self, parts: int) -> Size:
         """Of the whole tensor."""
         return sum(self.before().values()) + parts * sum(self.of_part().values())
 
 
-def _aligned(count: Size) -> Size:
+def _rounded_up(count: Size) -> Size:
     """Tables begin at multiples of 16 bytes, so that kernels are compiled once for all of them."""
     return (count + 3) // 4 * 4
 
@@ -89,26 +89,26 @@ def make_tables(
     parts = columns.shape[0]
     tables = torch.zeros(layout.numbers(parts), dtype=torch.int32, device=columns.device)
     first = sum(layout.before().values())
-    _write(tables[None, :first], layout.before(), "positions", q.positions[None])
+    _put(tables[None, :first], layout.before(), "positions", q.positions[None])
     if q.documents is not None:
         documents = q.documents.expand(layout.batch, -1)
-        _write(tables[None, :first], layout.before(), "documents", documents.reshape(1, -1))
+        _put(tables[None, :first], layout.before(), "documents", documents.reshape(1, -1))
     records, place = tables[first:].view(parts, -1), layout.of_part()
-    _write(records, place, "columns", columns)
-    _write(records, place, "positions", k.positions.expand(layout.batch, -1, -1).transpose(0, 1).flatten(1))
+    _put(records, place, "columns", columns)
+    _put(records, place, "positions", k.positions.expand(layout.batch, -1, -1).transpose(0, 1).flatten(1))
     if k.documents is not None:
-        _write(records, place, "documents", k.documents.expand(layout.batch, -1, -1).transpose(0, 1).flatten(1))
+        _put(records, place, "documents", k.documents.expand(layout.batch, -1, -1).transpose(0, 1).flatten(1))
     q_places = Places(q.positions[None], q.documents)
     for kernel in KERNELS:
         for some in _some_parts(layout, configs, kernel, parts):
-            full, partial = _kinds(mask, q_places, k, some, configs, kernel)
+            full, partial = _kinds_of_parts(mask, q_places, k, some, configs, kernel)
             found = segments(*cut_short(full, partial, SEGMENTS), SEGMENTS)
             for name, table in zip(("full", "full count", "partial", "partial count"), found, strict=True):
-                _write(records[some], place, f"{kernel} {name}", table.flatten(1))
+                _put(records[some], place, f"{kernel} {name}", table.flatten(1))
     return tables
 
 
-def _write(records: Tensor, place: dict[str, int], name: str, value: Tensor) -> None:
+def _put(records: Tensor, place: dict[str, int], name: str, value: Tensor) -> None:
     """Into every record the values of a field."""
     start = sum(count for other, count in _fields_before(place, name))
     records[:, start : start + value.shape[1]] = value
@@ -129,7 +129,7 @@ def _some_parts(layout: TableLayout, configs: Configs, kernel: Kernel, parts: in
         yield slice(start, min(start + step, parts))
 
 
-def _kinds(
+def _kinds_of_parts(
     mask: AttentionMask, q: Places, k: Places, some: slice, configs: Configs, kernel: Kernel
 ) -> tuple[Tensor, Tensor]:
     """`tile_kinds` of some parts, [parts, B, lines, tiles of a line]."""

@@ -87,6 +87,7 @@ def _program(
         if refused is not None:
             raise refused
         chosen = _options_of(options, others)
+        _require_no_cuda_graphs(chosen)
         mark_part(gm, chosen, degree)
         whole = functools.partial(_over, mesh, options_of_part(gm, chosen), agreement)
         return over_whole_batch(whole, degree)(gm, example_inputs)
@@ -98,6 +99,13 @@ def _options_of(options: Mapping[str, Any] | None, others: Mapping[str, Any]) ->
             legal = 'options={"compiler": "inductor" or "eager", ...}; settings of Inductor in torch._inductor.config'
             raise IllegalOption(f"{name}={value!r}: not supported by this backend", legal=legal)
     return Options.parse(options)
+
+
+def _require_no_cuda_graphs(chosen: Options) -> None:
+    """Rings ask for their group, and at times for an answer on the host, whenever they run: no capture repeats that."""
+    if chosen.compiler == "inductor" and torch._inductor.config.triton.cudagraphs:
+        found = "torch._inductor.config.triton.cudagraphs=True on several ranks"
+        raise IllegalOption(found, legal="False: a sharded step is not captured in CUDA graphs")
 
 
 def _over(

@@ -11,8 +11,11 @@ import torch.distributed as dist
 import torch.fx as fx
 from final_graphs import final_graphs, llama, tokens
 
+from spcompile import backend
+from spcompile.diagnostics import IllegalOption
 from spcompile.graph.axes import axis_argument, bind_axes, groups_of
 from spcompile.machine import mesh
+from spcompile.options import Options
 from spcompile.schedule.channels import channels_of
 
 c10d = torch.ops._c10d_functional
@@ -105,6 +108,14 @@ def test_a_world_is_bound_again_whatever_happens() -> None:
         fail()
     assert seen == [None]
     assert world.bound_device_id == torch.device("cuda", 3)
+
+
+def test_cuda_graphs_are_refused_by_name() -> None:
+    with torch._inductor.config.patch({"triton.cudagraphs": True}):
+        backend._require_no_cuda_graphs(Options(compiler="eager"))
+        with pytest.raises(IllegalOption, match="cudagraphs=True"):
+            backend._require_no_cuda_graphs(Options(compiler="inductor"))
+    backend._require_no_cuda_graphs(Options(compiler="inductor"))
 
 
 def test_names_of_groups() -> None:

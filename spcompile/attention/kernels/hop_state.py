@@ -1,8 +1,8 @@
 """Rows that see the keys of one hop after another: what they carry between hops, and which kernel takes a hop.
 
-A hop is some keys with the runs they are in; one device alone has one hop. The Triton kernels take a hop whole, in one
-launch; the block providers take it block by block, and their results are merged. Either way nothing is rounded before
-the last hop.
+A hop is some keys with the runs they are in; one device alone has one hop. What PyTorch's own kernels on GPUs compute
+as well goes to them (`choice.TABLE`). The Triton kernels take a hop whole, in one launch; the block providers take it
+block by block, and their results are merged. Either way nothing is rounded before the last hop.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import importlib.util
 from typing import TYPE_CHECKING
 
-from spcompile.attention.kernels import blocks
+from spcompile.attention.kernels import blocks, whole_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,6 +60,8 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, q_runs: Sequence[Run], k_runs: Sequence[Run], scores: Scores, part: int = 0
 ) -> tuple[Tensor, Tensor]:
     """`blocks.forward`, by the best provider. part: as in `ForwardHops`."""
+    if (kernel := whole_rows.torch_kernel(q, k, v, q_runs, k_runs, scores)) is not None:
+        return whole_rows.forward(kernel, q, k, v, scores)
     if _whole_hops(q, k, v, scores) is None:
         return blocks.forward(q, k, v, q_runs, k_runs, scores)
     state = start_forward(q, k, v, scores)
@@ -78,6 +80,10 @@ def backward(
     part: int = 0,
 ) -> tuple[Gradients, Tensor | None]:
     """`blocks.backward`, by the best provider. part: as in `ForwardHops`."""
+    if rows.grad_lse is None:
+        kernel = whole_rows.torch_kernel(rows.q, k, v, q_runs, k_runs, scores)
+        if kernel is not None:
+            return whole_rows.backward(kernel, rows, k, v, scores), None
     provider = _whole_hops(rows.q, k, v, scores)
     if provider is None:
         return blocks.backward(rows, k, v, q_runs, k_runs, scores, wants_grad_bias)

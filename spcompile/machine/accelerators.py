@@ -16,7 +16,7 @@ class Accelerator:
     bytes_per_second: of its memory, as reached. seconds_per_kernel: the least that anything takes.
     seconds_per_sync: that it idles after the host waited for one of its results. units: what computes one tile of a
     product's result each, at once; a product takes whole rounds of them. memory: bytes; None: as many as one likes.
-    fused_attention: whether attention runs in kernels of its own there, not block by block in PyTorch's.
+    capability: of NVIDIA's GPUs, such as 90, which decides on kernels.
     """
 
     name: str
@@ -28,7 +28,12 @@ class Accelerator:
     seconds_per_sync: float = 0.0
     units: int = 1
     memory: int | None = None
-    fused_attention: bool = True
+    capability: int | None = None
+
+    @property
+    def fused_attention(self) -> bool:
+        """Whether attention runs in kernels of its own there, not block by block in PyTorch's."""
+        return self.capability is not None
 
     @property
     def usable_memory(self) -> int | None:
@@ -62,10 +67,10 @@ ACCELERATORS = {
     # Data sheets: dense bf16, float32 without TF32, float64 tensor cores. Reached: by large cuBLAS products and by
     # FlashAttention. A sync: a copy to the host and the launches that the host has not made meanwhile.
     "h100": Accelerator(
-        "H100 SXM", {2: 989e12, 4: 67e12, 8: 67e12}, 0.65, 0.5, 0.8 * 3.35e12, 3e-6, 100e-6, 132, _H100
+        "H100 SXM", {2: 989e12, 4: 67e12, 8: 67e12}, 0.65, 0.5, 0.8 * 3.35e12, 3e-6, 100e-6, 132, _H100, 90
     ),
     "a100": Accelerator(
-        "A100 SXM", {2: 312e12, 4: 19.5e12, 8: 19.5e12}, 0.75, 0.6, 0.8 * 2.04e12, 4e-6, 100e-6, 108, _A100
+        "A100 SXM", {2: 312e12, 4: 19.5e12, 8: 19.5e12}, 0.75, 0.6, 0.8 * 2.04e12, 4e-6, 100e-6, 108, _A100, 80
     ),
-    "cpu": Accelerator("one CPU core", {4: 80e9, 8: 40e9}, 0.6, 0.4, 6e9, 5e-6, fused_attention=False),
+    "cpu": Accelerator("one CPU core", {4: 80e9, 8: 40e9}, 0.6, 0.4, 6e9, 5e-6),
 }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from spcompile.diagnostics import IllegalMesh, NoProcessGroup
 
@@ -53,6 +54,19 @@ def axis_part(name: str) -> AxisPart | None:
     """The part of an axis that has this name; None for a whole axis."""
     found = re.fullmatch(r"(\w+)\.(inner|outer)(\d+)", name)
     return AxisPart(found[1], found[2] == "inner", int(found[3])) if found else None
+
+
+Channel = Literal["messages", "gradients"]
+
+
+def on_channel(axis: str, channel: Channel | None) -> str:
+    """The name of the group along an axis, or a part of one, that a channel has for itself."""
+    return axis if channel is None else f"{axis}/{channel}"
+
+
+def is_whole_axis(name: str) -> bool:
+    """Whether the group of this name is that of an axis, which the mesh brings along; others are made."""
+    return axis_part(name) is None and "/" not in name
 
 
 def whole_axis(name: str) -> str:
@@ -111,17 +125,20 @@ class RuntimeMesh:
     def group_name(self, axis: str) -> str:
         """The c10d name of this rank's group along `axis`: what a collective in an emitted graph is bound to.
 
-        Groups of parts of axes are made when they are first asked for: all their ranks must ask in the same order.
+        Groups of parts of axes, and those of channels on either, are made when they are first asked for: all their
+        ranks must ask in the same order.
         """
-        part = axis_part(axis)
-        if part is None:
+        if is_whole_axis(axis):
             return str(self.device_mesh.get_group(axis).group_name)
         import torch.distributed as dist
 
-        ranks = dist.get_process_group_ranks(self.device_mesh.get_group(part.axis))
-        own = next(group for group in part.groups(ranks) if dist.get_rank() in group)
+        name, _, channel = axis.partition("/")
+        part = axis_part(name)
+        ranks = dist.get_process_group_ranks(self.device_mesh.get_group(whole_axis(name)))
+        own = ranks if part is None else next(group for group in part.groups(ranks) if dist.get_rank() in group)
         assert dist.group.WORLD is not None
-        return str(_group_of(dist.group.WORLD, tuple(own)).group_name)
+        made = _group_of(dist.group.WORLD, tuple(own), channel, self.device_mesh.device_type)
+        return str(made.group_name)
 
     @property
     def coordinate(self) -> str:
@@ -135,18 +152,44 @@ class RuntimeMesh:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-@functools.cache
-def _group_of(world: dist.ProcessGroup, ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    """The group of some ranks, made once for each world by its members alone.
+@contextlib.contextmanager
+def unbound(world: dist.ProcessGroup) -> Iterator[None]:
+    """Groups that are made inside do not know that `init_process_group` bound the world to a device.
 
-    AOTAutograd compiles under a fake mode, and groups are made for real, as `Agreement` communicates.
+    torch 2.11 to 2.13 read it in `_new_group_with_tag` and `_new_process_group_helper` alone; the communicator of the
+    world stays as it is.
+    """
+    device = world.bound_device_id
+    try:
+        if device is not None:
+            world.bound_device_id = None
+        yield
+    finally:
+        if device is not None:
+            world.bound_device_id = device
+
+
+@functools.cache
+def _group_of(world: dist.ProcessGroup, ranks: tuple[int, ...], channel: str, device_type: str) -> dist.ProcessGroup:
+    """The group of some ranks for a channel, made once for each world by its members alone.
+
+    Where the world is bound to a device, torch would split its communicator, for which all ranks of the world must
+    come, also those of no mesh (pytorch/pytorch#129965). So the group is made as if it were not: its communicator
+    connects its members alone, when they first send. It waits as long as the world does. AOTAutograd compiles under a
+    fake mode, and groups are made for real, as `Agreement` communicates.
     """
     import torch.distributed as dist
 
-    from spcompile.torch_private import no_python_dispatcher, unset_fake_temporarily
+    from spcompile.torch_private import group_timeout, no_python_dispatcher, unset_fake_temporarily
 
-    with unset_fake_temporarily(), no_python_dispatcher():
-        return dist.new_group(list(ranks), use_local_synchronization=True)
+    described = f"spcompile {channel}".strip()
+    with unset_fake_temporarily(), no_python_dispatcher(), unbound(world):
+        return dist.new_group(
+            list(ranks),
+            timeout=group_timeout(device_type),
+            use_local_synchronization=True,
+            group_desc=described,
+        )
 
 
 def runtime_mesh(mesh: DeviceMesh | Mapping[str, int] | None, device_type: str) -> RuntimeMesh | None:

@@ -35,7 +35,7 @@ from spcompile.capture.graph_breaks import model_part_of
 from spcompile.capture.module_buffer import Relied, contents_of
 from spcompile.capture.retrace import OWN, is_state
 from spcompile.graph.printer import format_graph
-from spcompile.machine.mesh import axis_part
+from spcompile.machine.mesh import is_whole_axis
 from spcompile.options import Options
 from spcompile.passes_api import Pass
 from spcompile.plain_text import one_line
@@ -126,7 +126,7 @@ def store(key: str, coordinate: str, finished: Finished) -> None:
             content = pickle.dumps(finished)
         folder = _folder_of_programs()
         if are_own(folder.parent):
-            write_own(folder / (key if not any(map(axis_part, finished.groups)) else f"{key}-{coordinate}"), content)
+            write_own(folder / (key if all(map(is_whole_axis, finished.groups)) else f"{key}-{coordinate}"), content)
     except Exception as reason:
         log.info("not cached: %s", one_line(str(reason)))
 

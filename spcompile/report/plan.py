@@ -42,6 +42,7 @@ class AttentionRow:
 
     scores: what else happens to the scores, as "softcap 30, ALiBi, sinks, dropout 0.1, dense bias", and whether what
         rows without keys average is found apart; "" if nothing.
+    kernel: which computes it on the accelerator of the options, by `choice.TABLE`; "" on a CPU.
     """
 
     strategy: str
@@ -50,6 +51,7 @@ class AttentionRow:
     kv_heads: int
     mask: str
     scores: str = ""
+    kernel: str = ""
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,7 @@ class Plan:
         for row in self.attention:
             heads = f"{row.heads} heads, {row.kv_heads} key/value heads, mask {row.mask}"
             heads += f", {row.scores}" if row.scores else ""
+            heads += f", kernel {row.kernel}" if row.kernel else ""
             lines.append(f"Attention  {row.count} x {row.strategy}: {heads}")
         lines += [f"Why        {remark.text}" for remark in self.remarks if remark.code in ("SPR203", "SPR204")]
         step, sent, exposed = (1e3 * self.predicted.total(name) for name in ("seconds", "communication", "exposed"))

@@ -61,5 +61,5 @@ Fact = Rows | Places | Ranks | Ends
 Facts = Mapping[fx.Node, Fact]
 
 
-class Seen(Exception):  # noqa: N818 - not an error: the sort is over the rows of all ranks
+class Seen(Exception):
     """A call sees more than a rank's own rows."""

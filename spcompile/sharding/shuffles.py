@@ -91,6 +91,8 @@ class _Search:
         facts = {x: self.facts[x] for x in node.all_input_nodes if x in self.facts}
         facts = {x: fact for x, fact in facts.items() if fact.sort in self.found}
         sorts = {fact.sort for fact in facts.values()}
+        if sorts:
+            self.found.pop(node, None)  # a sort of what another one gave
         if node in self.found:
             sorts.add(node)
         if node in self.ends:

@@ -43,7 +43,6 @@ from spcompile.sharding.rules.views import PERMUTES
 from spcompile.sharding.sharded_or_replicated import sharded_calls, uses_of
 from spcompile.sharding.spaces import leaves
 
-
 _TRANSPOSES = frozenset(overloads(PERMUTES))
 
 

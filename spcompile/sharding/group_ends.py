@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.fx as fx
-from torch import Tensor
 
 from spcompile.graph.edit import argument, is_getitem, is_tensor, operand, shape_of
 from spcompile.graph.sizes import same
@@ -25,18 +24,19 @@ aten = torch.ops.aten
 CASTS = overloads("_to_copy to.dtype to.device to.dtype_layout contiguous clone detach alias lift_fresh_copy")
 SORTS = overloads("sort sort.stable argsort argsort.stable")
 GROUPED = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+_SORTS_OF_TWO = frozenset(overloads("sort sort.stable"))
+_WIDE = (torch.int32, torch.int64, torch.float32, torch.float64)
 _SAME_NUMBERS = frozenset((*CASTS, *overloads(RESHAPES + PERMUTES)))
 
 
 @dataclass(frozen=True)
 class GroupEnds:
-    """The ends of `groups` groups. key: the numbers that are counted. calls: what makes them, the first one counts.
+    """The ends of groups of rows that are sorted by `key`.
 
-    over: the dims of what the first call reads that it sums over.
+    calls: what makes them; the first one counts, over the dims `over` of what it reads.
     """
 
     key: fx.Node
-    groups: int
     calls: tuple[fx.Node, ...]
     over: tuple[int, ...]
 
@@ -68,18 +68,23 @@ def ends_of(grouped: fx.Node) -> GroupEnds | None:
     if counted is None:
         return None
     ids, over = counted
-    return GroupEnds(key_of(ids), groups, tuple(reversed([*calls, at])), over)
+    if key_of(ids).meta["val"].dtype not in (torch.int32, torch.int64):
+        return None  # numbers that a cast may change
+    return GroupEnds(key_of(ids), tuple(reversed([*calls, at])), over)
 
 
 def key_of(ids: fx.Node) -> fx.Node:
     """The value that has the same numbers as this one, some number of times moved, cast or sorted."""
-    while True:
-        if ids.target in _SAME_NUMBERS or ids.target in SORTS:
-            ids = operand(ids, 0)
-        elif is_getitem(ids) and operand(ids, 0).target in SORTS and ids.args[1] == 0:
-            ids = operand(ids, 0)
-        else:
-            return ids
+    while _has_same_numbers(ids):
+        ids = operand(ids, 0)
+    return ids
+
+
+def _has_same_numbers(ids: fx.Node) -> bool:
+    """Whether a value has the numbers of its first operand."""
+    if is_getitem(ids):
+        return operand(ids, 0).target in _SORTS_OF_TWO and ids.args[1] == 0
+    return ids.target in _SORTS_OF_TWO or (ids.target in _SAME_NUMBERS and ids.meta["val"].dtype in _WIDE)
 
 
 def _counted(node: fx.Node, groups: int) -> tuple[fx.Node, tuple[int, ...]] | None:
@@ -109,5 +114,3 @@ def _one_hot(node: fx.Node, groups: int) -> Iterator[fx.Node]:
             last_is_new = ids.target is aten.unsqueeze.default and ids.args[1] in (-1, len(shape_of(ids)) - 1)
             if is_range and last_is_new:
                 yield operand(ids, 0)
-
-

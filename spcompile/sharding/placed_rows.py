@@ -1,10 +1,10 @@
 """Calls that read places of sorted rows: which rows they read or write there, and whether a rank could for its own.
 
-    places // k, places % k    the token of a row, and which of its k rows
-    x[places // k]             rows of tokens, in sorted order
-    y[places] = sorted         rows in the order of the tokens again
-    ranks[places] = 0, 1, ...  where each row went; as is places.argsort()
-    sorted[ranks]              rows in the order of the tokens again
+places // k, places % k    the token of a row, and which of its k rows
+x[places // k]             rows of tokens, in sorted order
+y[places] = sorted         rows in the order of the tokens again
+ranks[places] = 0, 1, ...  where each row went; as is places.argsort()
+sorted[ranks]              rows in the order of the tokens again
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class _Search:
         self.graph, self.found = graph, found
         self.facts: dict[fx.Node, Fact] = {}
         self.ends: dict[fx.Node, GroupEnds] = {}
-        keys = [key_of(sort) for sort in found]
+        keys = [key_of(operand(sort, 0)) for sort in found]
         self.sort_by = {key: sort for key, sort in zip(keys, found, strict=True) if keys.count(key) == 1}
 
     def run(self) -> None:

@@ -96,9 +96,7 @@ def added_at(node: fx.Node, dim: int, pieces: Pieces, span: Span) -> OpRule:
 def gathered_at(node: fx.Node, dim: int, pieces: Pieces, span: Span) -> OpRule:
     """`b c, (a b) c -> (a b) c`: `gather` along `dim`, whose index is alike along all other dims."""
     rows = tuple(Factor(size) for size in pieces)
-    out: list[Dim] = [
-        rows if d == dim else factor for d, factor in enumerate(factors(tensor_results(node)[0].shape))
-    ]
+    out: list[Dim] = [rows if d == dim else factor for d, factor in enumerate(factors(tensor_results(node)[0].shape))]
     dims = [_span(rows, span) if d == dim else factor for d, factor in enumerate(out)]
     return make_rule(node, {"self": dims, "index": out}, [out])
 
@@ -140,4 +138,6 @@ def _span(rows: tuple[Factor, ...], span: Span) -> Dim:
 
 def _with_indices(node: fx.Node, dims: Sequence[Dim], index: Sequence[Dim], count: int) -> dict[str, Any]:
     """The layouts of what is indexed and of its indices, however the op calls them."""
-    return {"self": dims, "indices": [index] * count} if "indices" in arguments(node) else {"self": dims, "index": index}
+    return (
+        {"self": dims, "indices": [index] * count} if "indices" in arguments(node) else {"self": dims, "index": index}
+    )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.fx as fx
 
-from spcompile.graph.edit import argument, is_getitem, is_tensor, operand, shape_of
+from spcompile.graph.edit import argument, is_getitem, is_tensor, operand, result_number, shape_of
 from spcompile.graph.sizes import same
 from spcompile.sharding.rules.calls import arguments, overloads
 from spcompile.sharding.rules.reductions import reduced_dims
@@ -68,12 +68,12 @@ def ends_of(grouped: fx.Node) -> GroupEnds | None:
     if counted is None:
         return None
     ids, over = counted
-    if key_of(ids).meta["val"].dtype not in (torch.int32, torch.int64):
+    if numbers_of(ids).meta["val"].dtype not in (torch.int32, torch.int64):
         return None  # numbers that a cast may change
-    return GroupEnds(key_of(ids), tuple(reversed([*calls, at])), over)
+    return GroupEnds(numbers_of(ids), tuple(reversed([*calls, at])), over)
 
 
-def key_of(ids: fx.Node) -> fx.Node:
+def numbers_of(ids: fx.Node) -> fx.Node:
     """The value that has the same numbers as this one, some number of times moved, cast or sorted."""
     while _has_same_numbers(ids):
         ids = operand(ids, 0)
@@ -83,7 +83,7 @@ def key_of(ids: fx.Node) -> fx.Node:
 def _has_same_numbers(ids: fx.Node) -> bool:
     """Whether a value has the numbers of its first operand."""
     if is_getitem(ids):
-        return operand(ids, 0).target in _SORTS_OF_TWO and ids.args[1] == 0
+        return operand(ids, 0).target in _SORTS_OF_TWO and result_number(ids) == 0
     return ids.target in _SORTS_OF_TWO or (ids.target in _SAME_NUMBERS and ids.meta["val"].dtype in _WIDE)
 
 

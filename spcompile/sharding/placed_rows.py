@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spcompile.graph.edit import shape_of
 from spcompile.graph.sizes import quotient, same, same_shape
-from spcompile.sharding.row_order import Fact, Facts, Places, Ranks, Rows, Seen
+from spcompile.sharding.row_order import Fact, Facts, Ranks, RowPlaces, Seen, SortedRows
 from spcompile.sharding.rules import OpRule, shuffled
 from spcompile.sharding.rules.calls import arguments, overloads
 from spcompile.sharding.rules.indexing import is_range
@@ -30,12 +30,12 @@ _ROUNDED = frozenset(overloads("div.Tensor_mode div.Scalar_mode divide.Tensor_mo
 _QUOTIENTS = frozenset((*overloads("floor_divide floor_divide.Scalar"), *_ROUNDED))
 
 
-def divided(node: fx.Node, places: Places) -> Result:
+def part_of_places(node: fx.Node, places: RowPlaces) -> Result:
     """A quotient or a remainder of places counts their major or their minor factors."""
     args = arguments(node)
     if node.target in _ROUNDED and args["rounding_mode"] not in ("floor", "trunc"):
         raise Seen
-    if len(shape_of(node)) != 1 or isinstance(args["other"], Tensor | float) or same(args["other"], 1):
+    if len(shape_of(node)) != 1 or isinstance(args["other"], Tensor | float):
         raise Seen
     pieces, (first, last) = list(places.pieces), places.span
     cut, rest = last, args["other"]
@@ -64,21 +64,21 @@ def read(node: fx.Node, facts: Facts) -> Result:
     found = {dim: facts.get(index) for dim, index in indices.items()}
     first = min(found)
     if len(found) == 1 and isinstance(fact := found[first], Ranks) and node.target is not _GATHER:
-        if facts.get(x) != Rows(fact.sort, first):  # type: ignore[arg-type]
+        if facts.get(x) != SortedRows(fact.sort, first):  # type: ignore[arg-type]
             raise Seen
         return None, shuffled.put_back(node, first)
-    places = {dim: fact for dim, fact in found.items() if isinstance(fact, Places)}
+    places = {dim: fact for dim, fact in found.items() if isinstance(fact, RowPlaces)}
     if len(places) < len(found) or x in facts:
         raise Seen
     _require_one_reading(node, places, indices)
     fact = places[first]
-    rows = Rows(fact.sort, first)
+    rows = SortedRows(fact.sort, first)
     if node.target is _GATHER:
         return rows, shuffled.gathered_at(node, first, fact.pieces, fact.span)
     return rows, shuffled.read_at(node, fact.pieces, {dim: fact.span for dim, fact in places.items()})
 
 
-def _require_one_reading(node: fx.Node, places: dict[int, Places], indices: dict[int, fx.Node]) -> None:
+def _require_one_reading(node: fx.Node, places: dict[int, RowPlaces], indices: dict[int, fx.Node]) -> None:
     """All indices read the places in one way, each another part of it, and nothing else is in the dims they index."""
     first, shape = min(places), shape_of(node.args[0])  # type: ignore[arg-type]
     along = first if node.target is _GATHER else 0
@@ -101,14 +101,14 @@ def _require_one_reading(node: fx.Node, places: dict[int, Places], indices: dict
 def written(node: fx.Node, facts: Facts) -> Result:
     """Sorted rows are put where they came from, or 0, 1, 2, ... are, which says where each went."""
     ((dim, index),) = _indices(node).items()
-    base, rows, places = node.args[0], _written(node), facts.get(index)
+    base, rows, places = node.args[0], _rows_written(node), facts.get(index)
     if arguments(node).get("accumulate"):
         return added(node, facts)
-    if not isinstance(places, Places) or not places.is_whole or len(shape_of(index)) != 1 or base in facts:
+    if not isinstance(places, RowPlaces) or not places.is_whole or len(shape_of(index)) != 1 or base in facts:
         raise Seen
     if not same_shape(base.meta["val"], rows.meta["val"]):  # type: ignore[union-attr]
         raise Seen
-    if facts.get(rows) == Rows(places.sort, dim):
+    if facts.get(rows) == SortedRows(places.sort, dim):
         return None, shuffled.put_back(node, dim)
     if rows in facts or len(shape_of(rows)) != 1 or not is_range(rows, places.size):
         raise Seen
@@ -118,8 +118,8 @@ def written(node: fx.Node, facts: Facts) -> Result:
 def added(node: fx.Node, facts: Facts) -> Result:
     """Sorted rows are added to those of tokens."""
     ((dim, index),) = _indices(node).items()
-    base, rows, places = node.args[0], _written(node), facts.get(index)
-    if not isinstance(places, Places) or base in facts or facts.get(rows) != Rows(places.sort, dim):
+    base, rows, places = node.args[0], _rows_written(node), facts.get(index)
+    if not isinstance(places, RowPlaces) or base in facts or facts.get(rows) != SortedRows(places.sort, dim):
         raise Seen
     ours, theirs = shape_of(base), shape_of(rows)  # type: ignore[arg-type]
     if len(ours) != len(theirs) or not same(ours[dim], places.size):
@@ -142,7 +142,7 @@ def _indices(node: fx.Node) -> dict[int, fx.Node]:
     return {dim % max(len(shape_of(node.args[0])), 1): index}  # type: ignore[operator,dict-item,arg-type]
 
 
-def _written(node: fx.Node) -> fx.Node:
+def _rows_written(node: fx.Node) -> fx.Node:
     return node.args[2 if node.target in _BY_LIST else 3]  # type: ignore[return-value]
 
 

@@ -16,7 +16,7 @@ from spcompile.sharding.rules.shuffled import Pieces, Span
 
 
 @dataclass(frozen=True)
-class Rows:
+class SortedRows:
     """Dim `dim` is in the order of the sort."""
 
     sort: fx.Node
@@ -24,7 +24,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Places:
+class RowPlaces:
     """Numbers of unsorted rows, read as `pieces`, of which they count those of `span`. Dim `dim` is in sorted order."""
 
     sort: fx.Node
@@ -57,7 +57,7 @@ class Ends:
     sort: fx.Node
 
 
-Fact = Rows | Places | Ranks | Ends
+Fact = SortedRows | RowPlaces | Ranks | Ends
 Facts = Mapping[fx.Node, Fact]
 
 

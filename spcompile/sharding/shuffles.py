@@ -22,11 +22,11 @@ import torch.fx as fx
 
 from spcompile.graph.edit import is_getitem, operand, shape_of
 from spcompile.graph.sizes import same
-from spcompile.sharding.group_ends import CASTS, SORTS, GroupEnds, ends_of, is_grouped, key_of
+from spcompile.sharding.group_ends import CASTS, SORTS, GroupEnds, ends_of, is_grouped, numbers_of
 from spcompile.sharding.index_spaces import IndexSpaces
-from spcompile.sharding.placed_rows import DIVISIONS, READERS, divided
+from spcompile.sharding.placed_rows import DIVISIONS, READERS, part_of_places
 from spcompile.sharding.propagate import Placements
-from spcompile.sharding.row_order import Ends, Fact, Facts, Places, Ranks, Rows, Seen
+from spcompile.sharding.row_order import Ends, Fact, Facts, Ranks, RowPlaces, Seen, SortedRows
 from spcompile.sharding.rules import OpRule, rule_of, shuffled
 from spcompile.sharding.rules.calls import arguments, overloads
 from spcompile.sharding.rules.creation import CONSTANT, CONSTANT_WITH_MODEL, LIKE
@@ -55,7 +55,7 @@ def find_shuffles(graph: fx.Graph) -> list[Shuffle]:
     """The sorts of a graph whose order nobody sees."""
     found = {node: Shuffle(node) for node in graph.nodes if _is_sort_of_rows(node)}
     if found:
-        _Search(graph, found).run()
+        _RowSearch(graph, found).run()
     return list(found.values())
 
 
@@ -69,14 +69,14 @@ def split_apart(shuffles: Iterable[Shuffle], spaces: IndexSpaces, placements: Pl
     return [each for each in shuffles if len({over(node) for node in each.members}) > 1]
 
 
-class _Search:
+class _RowSearch:
     """One pass over a graph. A sort whose order is seen leaves `found`."""
 
     def __init__(self, graph: fx.Graph, found: dict[fx.Node, Shuffle]) -> None:
         self.graph, self.found = graph, found
         self.facts: dict[fx.Node, Fact] = {}
         self.ends: dict[fx.Node, GroupEnds] = {}
-        keys = [key_of(operand(sort, 0)) for sort in found]
+        keys = [numbers_of(operand(sort, 0)) for sort in found]
         self.sort_by = {key: sort for key, sort in zip(keys, found, strict=True) if keys.count(key) == 1}
 
     def run(self) -> None:
@@ -124,28 +124,30 @@ class _Search:
         if node in self.ends:
             return self.counted(node, sort, facts)
         if node is sort:
-            return _all_places(node) if len(tensor_results(node)) == 1 else Rows(node, 0), shuffled.sorted_rows(node)
+            return _all_places(node) if len(tensor_results(node)) == 1 else SortedRows(node, 0), shuffled.sorted_rows(
+                node
+            )
         if is_getitem(node):
             return self.result(node, sort), None
         if is_grouped(node):
-            return _grouped(node, facts), shuffled.grouped_rows(node)
-        if all(isinstance(fact, Rows) for fact in facts.values()) or node.target in _CONSTANTS:
+            return _rows_in_groups(node, facts), shuffled.grouped_rows(node)
+        if all(isinstance(fact, SortedRows) for fact in facts.values()) or node.target in _CONSTANTS:
             return row_by_row(node, facts), None
         if node.target in READERS:
             return READERS[node.target](node, facts)
-        ((x, fact), *others) = facts.items()
+        ((x, read), *others) = facts.items()
         if others:
             raise Seen
-        if node.target in SORTS and isinstance(fact, Places) and fact.is_whole and _is_sort_of_rows(node):
+        if node.target in SORTS and isinstance(read, RowPlaces) and read.is_whole and _is_sort_of_rows(node):
             return Ranks(sort), shuffled.sorted_rows(node)
-        if node.target in DIVISIONS and isinstance(fact, Places):
-            return divided(node, fact)
-        return _moved(node, x, fact), None
+        if node.target in DIVISIONS and isinstance(read, RowPlaces):
+            return part_of_places(node, read)
+        return _moved_places(node, x, read), None
 
     def result(self, node: fx.Node, sort: fx.Node) -> Fact | None:
         producer, is_first = operand(node, 0), node.args[1] == 0
         if producer is sort:
-            return Rows(sort, 0) if is_first else _all_places(sort)
+            return SortedRows(sort, 0) if is_first else _all_places(sort)
         fact = self.facts[producer]
         if isinstance(fact, Ranks) and is_first:
             raise Seen  # sorted places
@@ -155,7 +157,7 @@ class _Search:
         first, *_ = self.ends[node].calls
         if node is not first:
             return Ends(sort), None
-        if not all(isinstance(fact, Rows) for fact in facts.values()):
+        if not all(isinstance(fact, SortedRows) for fact in facts.values()):
             raise Seen
         return Ends(sort), shuffled.own_counts(node, self.ends[node].over)
 
@@ -167,15 +169,15 @@ def _is_sort_of_rows(node: fx.Node) -> bool:
     return len(shape) == 1 and not same(shape[0], 1)
 
 
-def _all_places(sort: fx.Node) -> Places:
-    return Places(sort, 0, tuple(shape_of(operand(sort, 0))), (0, 1))
+def _all_places(sort: fx.Node) -> RowPlaces:
+    return RowPlaces(sort, 0, tuple(shape_of(operand(sort, 0))), (0, 1))
 
 
-def _grouped(node: fx.Node, facts: Facts) -> Rows:
+def _rows_in_groups(node: fx.Node, facts: Facts) -> SortedRows:
     """Groups of equal numbers stand behind each other in ascending order, in all rows and in a rank's alike."""
     rows, weight, ends, *more = tensor_operands(node)
     fact = facts.get(rows)
-    if not isinstance(fact, Rows) or fact.dim != 0 or not isinstance(facts.get(ends), Ends) or weight in facts:
+    if not isinstance(fact, SortedRows) or fact.dim != 0 or not isinstance(facts.get(ends), Ends) or weight in facts:
         raise Seen
     if more or rule_of(node) is None or not same(shape_of(weight)[0], shape_of(ends)[0]):
         raise Seen
@@ -184,22 +186,22 @@ def _grouped(node: fx.Node, facts: Facts) -> Rows:
     return fact
 
 
-def _moved(node: fx.Node, x: fx.Node, fact: Fact) -> Fact:
+def _moved_places(node: fx.Node, x: fx.Node, fact: Fact) -> Fact:
     """Places keep their numbers where they are moved or cast."""
     if node.target not in _MOVES or node.meta["val"].dtype not in _INDICES or isinstance(fact, Ends):
         raise Seen
-    dim = fact.dim if isinstance(fact, Places) else 0
-    moved = row_by_row(node, {x: Rows(fact.sort, dim)})
+    dim = fact.dim if isinstance(fact, RowPlaces) else 0
+    moved = row_by_row(node, {x: SortedRows(fact.sort, dim)})
     if moved is None:
         raise Seen
-    if isinstance(fact, Places):
+    if isinstance(fact, RowPlaces):
         return replace(fact, dim=moved.dim)
     if len(shape_of(node)) != 1:
         raise Seen
     return fact
 
 
-def row_by_row(node: fx.Node, facts: Facts) -> Rows | None:
+def row_by_row(node: fx.Node, facts: Facts) -> SortedRows | None:
     """Where the result has rows in the order of the operands' rows; None if the call reads only shapes.
 
     Raises:
@@ -213,9 +215,9 @@ def row_by_row(node: fx.Node, facts: Facts) -> Rows | None:
     in_order = [(fact, dims) for fact, _, dims in read if fact is not None]
     if not in_order:
         return None
-    if not all(isinstance(fact, Rows) and len(dims[fact.dim]) == 1 for fact, dims in in_order):
+    if not all(isinstance(fact, SortedRows) and len(dims[fact.dim]) == 1 for fact, dims in in_order):
         raise Seen  # rows in groups of so many
-    name, *others = {dims[fact.dim][0] for fact, dims in in_order if isinstance(fact, Rows)}
+    name, *others = {dims[fact.dim][0] for fact, dims in in_order if isinstance(fact, SortedRows)}
     if others or name in rule.replicated or name in rule.paired or name in rule.prefix_of.values():
         raise Seen
     for fact, x, dims in read:
@@ -225,4 +227,4 @@ def row_by_row(node: fx.Node, facts: Facts) -> Rows | None:
     if len(found) != 1 or len(at := next(iter(found))) != 1 or any(dims[at[0]] != (name,) for dims in rule.results):
         raise Seen  # a sum over rows, or rows beside something else in one dim
     (sort,) = {fact.sort for fact, _ in in_order}
-    return Rows(sort, at[0])
+    return SortedRows(sort, at[0])

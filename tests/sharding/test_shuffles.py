@@ -24,6 +24,7 @@ UNSEEN = [
     mx.scattered_to_tokens,
     mx.tokens_of_each_choice,
     mx.accumulated,
+    mx.one_expert_a_token,
 ]
 
 

@@ -96,6 +96,13 @@ def accumulated(x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w_EDD: Tenso
     return torch.zeros_like(x_ND).index_put((row_R // K,), y_RD, accumulate=True)
 
 
+def one_expert_a_token(x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w_EDD: Tensor) -> Tensor:
+    """As code for any number of experts a token divides by it."""
+    expert_N, row_N = expert_NK[:, :1].reshape(-1).sort()
+    y_ND = apply(x_ND[row_N // 1], expert_N, w_EDD) * weight_NK[:, :1].reshape(-1)[row_N].unsqueeze(-1)
+    return torch.zeros_like(x_ND).index_copy(0, row_N, y_ND)
+
+
 def grouped(x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w_EDD: Tensor) -> Tensor:
     """Two grouped products, and a row of the first matrix as a bias."""
     expert_R, row_R = expert_NK.reshape(-1).sort()

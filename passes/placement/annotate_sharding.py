@@ -25,6 +25,7 @@ from spcompile.sharding.batch_entries import inputs_with_batch, require_batch
 from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces
 from spcompile.sharding.layout import annotate
 from spcompile.sharding.propagate import SCORES, Placements, propagate, sequence_seeds
+from spcompile.sharding.shuffles import find_shuffles, split_apart
 from spcompile.sharding.tensor_parallel import tensor_seeds
 
 
@@ -57,9 +58,18 @@ class AnnotateSharding(AxisPass):
         Raises:
             BatchNotSplit: entries that cannot be told from something else.
         """
-        spaces = find_index_spaces(gm.graph, apart=self.axis == "dp")
         place = {"dp": _place_batch, "cp": _place_sequence, "tp": _place_weights}[self.axis]
-        annotate(gm.graph, self.axis, spaces, place(gm.graph, spaces, ctx))
+        shuffles = find_shuffles(gm.graph) if self.axis != "tp" else []
+        while True:
+            rules = {node: rule for shuffle in shuffles for node, rule in shuffle.rules.items()}
+            spaces = find_index_spaces(gm.graph, apart=self.axis == "dp", rules=rules)
+            placements = place(gm.graph, spaces, ctx)
+            whole = split_apart(shuffles, spaces, placements)
+            if not whole:
+                break
+            shuffles = [shuffle for shuffle in shuffles if shuffle not in whole]
+        placements.forced = {node for shuffle in shuffles for node in shuffle.members}
+        annotate(gm.graph, self.axis, spaces, placements)
         return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -40,12 +41,16 @@ class IndexSpaces:
         return [leaves(dim) for dim in self.values[node][0]]
 
 
-def find_index_spaces(graph: fx.Graph, *, apart: bool = False) -> IndexSpaces:
+def find_index_spaces(
+    graph: fx.Graph, *, apart: bool = False, rules: Mapping[fx.Node, OpRule] | None = None
+) -> IndexSpaces:
     """One pass in topological order. Calls without a rule get new spaces for their results.
 
     apart: of an axis whose ranks have parts of their own from the start: where an op has another rule for that.
+    rules: of calls that have another rule than else.
     """
     spaces = IndexSpaces()
+    others = rules or {}
     for node in graph.nodes:
         examples = tensor_results(node)
         if node.op == "output" or not examples:
@@ -53,7 +58,7 @@ def find_index_spaces(graph: fx.Graph, *, apart: bool = False) -> IndexSpaces:
         if is_getitem(node):
             spaces.values[node] = [spaces.values[operand(node, 0)][result_number(node)]]
             continue
-        rule = rule_of(node) if node.op == "call_function" else None
+        rule = others.get(node) or (rule_of(node) if node.op == "call_function" else None)
         if apart and rule is not None and rule.apart is not None:
             first = next((spaces.values[n][0] for n in tensor_operands(node)), [])
             rule = rule.apart([[space.size for space in leaves(dim)] for dim in first])

@@ -21,6 +21,7 @@ class NodeLayout:
     choice: per mesh axis, the factor over which the call runs sharded.
     places: per mesh axis and result number, where the value is split (absent: replicated).
     partial: the axes on which the call, which is linear, reads and gives parts of sums.
+    forced: a call that has a choice runs sharded, whatever it costs.
     """
 
     dims: list[Dims]
@@ -28,6 +29,7 @@ class NodeLayout:
     choice: dict[str, Choice] = field(default_factory=dict)
     places: dict[str, dict[int, Place]] = field(default_factory=dict)
     partial: set[str] = field(default_factory=set)
+    forced: bool = False
 
     def place(self, axis: str, result: int = 0) -> Place | None:
         """Where a result is split on `axis`."""
@@ -62,7 +64,7 @@ def _layout(node: fx.Node, axis: str, spaces: IndexSpaces, placements: Placement
         held = place_of_view(node)
         show(node, axis, str(held))
         return NodeLayout(dims, places={axis: {0: held}})
-    layout = NodeLayout(dims, spaces.calls.get(node))
+    layout = NodeLayout(dims, spaces.calls.get(node), forced=node in placements.forced)
     if node in placements.choices:
         layout.choice[axis] = placements.choices[node]
     for number in range(len(dims)):

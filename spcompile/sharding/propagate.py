@@ -39,11 +39,13 @@ class Placements:
     choices: the calls that can run sharded, and over which factor.
     places: the values that can be split, and where: {(node, result number): Place}.
     origins: the value from which a placement came, back to a seed: {(node, result): (node, result) or None}.
+    forced: calls that may not run replicated where they can run sharded, since others rely on it.
     """
 
     choices: dict[fx.Node, Choice] = field(default_factory=dict)
     places: dict[tuple[fx.Node, int], Place] = field(default_factory=dict)
     origins: dict[tuple[fx.Node, int], tuple[fx.Node, int] | None] = field(default_factory=dict)
+    forced: set[fx.Node] = field(default_factory=set)
 
     def origin(self, node: fx.Node, result: int = 0) -> list[fx.Node]:
         """The chain of nodes that led to this value's placement, the seed last."""

@@ -76,7 +76,7 @@ def sharded_calls(graph: fx.Graph, axis: str) -> set[fx.Node]:
     """The calls that shall run sharded on `axis`, out of those that chose a factor."""
     gradient = trained_values(graph)
     candidates = [n for n in graph.nodes if (layout := layout_of(n)) is not None and axis in layout.choice]
-    forced = {n for n in candidates if axis != "cp" or n in gradient or _is_seed(layout_of(n))}
+    forced = {n for n in candidates if axis != "cp" or n in gradient or _must(layout_of(n))}
     network = nx.DiGraph()
     network.add_nodes_from(("sharded", "replicated"))
     for node in candidates:
@@ -89,8 +89,8 @@ def sharded_calls(graph: fx.Graph, axis: str) -> set[fx.Node]:
     return {n for n in candidates if n in sharded}
 
 
-def _is_seed(layout: NodeLayout | None) -> bool:
-    return layout is not None and layout.call is not None and bool(layout.call.rule.paired)
+def _must(layout: NodeLayout | None) -> bool:
+    return layout is not None and (layout.forced or (layout.call is not None and bool(layout.call.rule.paired)))
 
 
 def _chosen(node: fx.Node, axis: str) -> Choice | None:

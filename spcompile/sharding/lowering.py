@@ -6,6 +6,7 @@ form, everything else runs as it is. The traced graph is the LOCAL graph; its sh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from spcompile.attention.scores.attention_call import AttentionCall
+from spcompile.attention.scores.runs import PADDING
 from spcompile.capture.retrace import OWN
 from spcompile.check.states import OWN_PART
 from spcompile.graph.edit import operand
@@ -137,6 +139,8 @@ class Lower(fx.Interpreter):
         assert call is not None
         if choice.factor in call.rule.paired:
             return self.attention(n, args)
+        if choice.factor in call.rule.paired.values():
+            return self.merged_attention(n, choice, args)
         if is_prefix(call, choice):
             return args[0]
         args, kwargs = self.mask_reduced(n, layout, choice, args, kwargs)
@@ -272,6 +276,28 @@ class Lower(fx.Interpreter):
         if self.split.padded(q_dims[2][0]):
             out = self.on_split_dim(out, _dims_of(n), Place(2), True, self.mask_benignly)
         return out, lse
+
+    def merged_attention(self, n: fx.Node, choice: Choice, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """All queries over this rank's keys, merged over ranks: out is the mean of theirs, weighted by exp(lse)."""
+        call, split = AttentionCall.bind(*args), self.split
+        keys = _dims_of(AttentionCall.of(n).k)[2]
+        assert choice.part == 0, "positions of a dim of which an inner factor is split"
+        positions = self.positions(keys, call.k.device)
+        if split.padded(keys[0]):
+            length = math.prod(space.find().size for space in keys)
+            positions = positions.masked_fill(positions >= length, PADDING)
+        out, lse = call.but(k_positions=positions).run()
+        # A rank of which a query sees no key has weight 0; where it sees none at all, any weights do: all out are 0.
+        least = torch.finfo(lse.dtype).min
+
+        def total(state: str) -> Tensor:
+            lses = spx.all_gather(lse.unsqueeze(0), 0, split.degree, split.axis, split.degree, "contiguous", state)
+            return lses.clamp(min=least).logsumexp(0)
+
+        weight = (lse.clamp(min=least) - total("R")).exp()
+        merged = spx.all_reduce(out.to(lse.dtype) * weight.unsqueeze(-1), split.axis, split.degree, "I")
+        whole = total("I")  # read by few: else it is dead
+        return merged.to(out.dtype), whole.masked_fill(whole == least, -torch.inf)
 
     def mask_benignly(self, x: Tensor, dim: int, space: Space) -> Tensor:
         """Padding that attention left at 0 gets a value that may be divided by."""

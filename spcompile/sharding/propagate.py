@@ -82,7 +82,7 @@ def choice_at(dims: tuple[tuple[str, ...], ...], call: OpSpaces, place: Place) -
 def _shardable(call: OpSpaces, choice: Choice) -> Choice | None:
     rule = call.rule
     for leader, follower in rule.paired.items():
-        if choice.factor == follower:
+        if choice.factor == follower and follower not in rule.completed:
             choice = Choice(leader, choice.part)
     if is_prefix(call, choice):
         parts = [call.leaves_of(factor) for factor in (choice.factor, *_prefixes(call, choice.factor))]
@@ -191,7 +191,7 @@ def follow_prefix(call: OpSpaces, choice: Choice) -> None:
 
 
 def sequence_seeds(spaces: IndexSpaces) -> dict[fx.Node, Choice]:
-    """The calls whose rule pairs factors, attention, choose their leading one: the query's rows.
+    """The calls whose rule pairs factors, attention, choose their leading one: query rows, or keys of few queries.
 
     So does the softmax of an attention that stayed written out: it is split by rows, and reads all keys. Where there is
     none, any softmax over products of two sequences does.
@@ -210,9 +210,14 @@ def _seeds(spaces: IndexSpaces, key: str) -> dict[fx.Node, Choice]:
 
 
 def _leader(call: OpSpaces) -> str | None:
+    """The query rows, or the keys where ranks merge what they see; None for one key and one query."""
     in_results = {factor for dims in call.rule.results for dim in dims for factor in dim}
-    found = [leader for leader in call.rule.paired if leader in in_results - call.rule.replicated]
-    return found[0] if found else None  # a query of length 1 has no factor
+    for leader, follower in call.rule.paired.items():
+        if follower in call.rule.completed:
+            return follower
+        if leader in in_results - call.rule.replicated:
+            return leader
+    return None
 
 
 def _row_factor(call: OpSpaces, dim: int) -> str | None:

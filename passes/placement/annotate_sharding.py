@@ -58,7 +58,7 @@ class AnnotateSharding(AxisPass):
         Raises:
             BatchNotSplit: entries that cannot be told from something else.
         """
-        spaces = find_index_spaces(gm.graph, apart=self.axis == "dp")
+        spaces = find_index_spaces(gm.graph, apart=self.axis == "dp", moving=self.axis == "cp")
         place = {"dp": _place_batch, "cp": _place_sequence, "tp": _place_weights}[self.axis]
         annotate(gm.graph, self.axis, spaces, place(gm.graph, spaces, ctx))
         return 0

@@ -6,6 +6,7 @@ form, everything else runs as it is. The traced graph is the LOCAL graph; its sh
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from spcompile.machine.sequence import chunks_per_rank, local_length, pad
 from spcompile.sharding.global_view import is_view, part_of_view
 from spcompile.sharding.layout import NodeLayout, layout_of
 from spcompile.sharding.propagate import Choice, is_prefix, place_of, space_at
-from spcompile.sharding.rules.rule import LocalCall, tensor_operands, tensor_results
+from spcompile.sharding.rules.rule import LocalCall, Move, tensor_operands, tensor_results
 from spcompile.sharding.spaces import Space, leaves
 
 aten, spx = torch.ops.aten, torch.ops.spx
@@ -141,6 +142,8 @@ class Lower(fx.Interpreter):
             return self.attention(n, args)
         if choice.factor in call.rule.paired.values():
             return self.merged_attention(n, choice, args)
+        if choice.factor in call.rule.moved:
+            return self.moved(n, layout, choice)
         if is_prefix(call, choice):
             return args[0]
         args, kwargs = self.mask_reduced(n, layout, choice, args, kwargs)
@@ -263,6 +266,49 @@ class Lower(fx.Interpreter):
             x = pad(x, dim, split.capacity(space))
         part = spx.reduce_scatter(x, dim, split.axis, split.degree, split.order)
         return self.mask_benignly(part, dim, space) if split.padded(space) else part
+
+    def moved(self, n: fx.Node, layout: NodeLayout, choice: Choice) -> Any:
+        """A call that puts elements of its operands elsewhere: each of its moves by itself, and their sum."""
+        call, read = layout.call, tensor_operands(n)
+        assert call is not None
+        results = []
+        for number, (example, dims, names) in enumerate(
+            zip(tensor_results(n), layout.dims, call.rule.results, strict=True)
+        ):
+            target = place_of(names, call, choice)
+            parts = []
+            for move in (move for move in call.rule.moves if move.result == number):
+                source = place_of(call.rule.operands[move.operand], call, choice)
+                operand_layout = layout_of(read[move.operand])
+                assert operand_layout is not None
+                held = None if source is None else leaves(operand_layout.dims[0][source.dim])
+                wanted = None if target is None else leaves(dims[target.dim])
+                part = self.move(self.env[read[move.operand]], move, held, wanted)
+                parts.append(part.to(example.dtype) if example.ndim == part.ndim else part.squeeze(move.dim))
+            result = functools.reduce(torch.add, parts)
+            if target is not None and example.is_floating_point() and self.split.padded(leaves(dims[target.dim])[0]):
+                spaces = [leaves(dim) for dim in dims]
+                result = self.on_split_dim(result, spaces, target, True, self.mask_benignly)
+            results.append(result)
+        return results if isinstance(n.meta["val"], list | tuple) else results[0]
+
+    def move(self, x: Tensor, move: Move, held: list[Space] | None, wanted: list[Space] | None) -> Tensor:
+        """One move, from a dim that is split into `held` factors to one of `wanted`; None: ranks have it whole."""
+        axis, degree, order = self.split.axis, self.split.degree, self.split.order
+        if held is None:
+            assert wanted is not None, "a move from a whole dim to a whole dim"
+            x = x if same(x.shape[move.dim], move.count) else x.narrow(move.dim, move.start, move.count)
+            return spx.place(x, move.dim, move.to, *self.length_and_unit(wanted), axis, degree, order)
+        if wanted is not None:
+            old, new = self.length_and_unit(held), self.length_and_unit(wanted)
+            return spx.move(x, move.dim, move.start, move.count, *old, move.to, *new, axis, degree, order)
+        own = spx.pick(x, move.dim, move.start, move.count, *self.length_and_unit(held), axis, degree, order)
+        return spx.all_reduce(own, axis, degree, "I")
+
+    def length_and_unit(self, dim: list[Space]) -> tuple[Size, Size]:
+        """Of the layout of a dim whose first factor is split."""
+        outer, *inner = dim
+        return self.split.capacity(outer), math.prod(space.find().size for space in inner)
 
     def attention(self, n: fx.Node, args: tuple[Any, ...]) -> Any:
         """Query rows local, keys and values gathered: right as it stands; `parallelize-attention` improves it."""

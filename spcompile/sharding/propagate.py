@@ -59,6 +59,7 @@ def place_of(dims: tuple[tuple[str, ...], ...], call: OpSpaces, choice: Choice) 
     """Where an operand or result with these rule dims holds the chosen factor (or one that follows it)."""
     names = {choice.factor, call.rule.paired.get(choice.factor)}
     names.update(prefix for prefix, whole in call.rule.prefix_of.items() if whole == choice.factor)
+    names.update(call.rule.moved if choice.factor in call.rule.moved else ())
     for index, dim in enumerate(dims):
         offset = 0
         for factor in dim:
@@ -84,6 +85,8 @@ def _shardable(call: OpSpaces, choice: Choice) -> Choice | None:
     for leader, follower in rule.paired.items():
         if choice.factor == follower and follower not in rule.completed:
             choice = Choice(leader, choice.part)
+    if choice.factor in rule.moved:  # each of them is split over its first part, whatever parts the others have
+        return Choice(rule.moved[0]) if choice.part == 0 else None
     if is_prefix(call, choice):
         parts = [call.leaves_of(factor) for factor in (choice.factor, *_prefixes(call, choice.factor))]
         return choice if all(len(spaces) == 1 for spaces in parts) else None  # else it is no beginning of any part
@@ -109,7 +112,7 @@ def shards_results(call: OpSpaces, choice: Choice) -> bool:
 
 def leaves_sums(call: OpSpaces, choice: Choice) -> bool:
     """Whether the results are partial sums."""
-    return not shards_results(call, choice) and choice.factor not in call.rule.completed
+    return not shards_results(call, choice) and choice.factor not in call.rule.completed.union(call.rule.moved)
 
 
 def propagate(

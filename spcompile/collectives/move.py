@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spcompile.collectives.collective import Call, Size, define, rank_in, wait, with_size
-from spcompile.machine.pieces import Piece, Split, pieces
+from spcompile.machine.overlaps import LaidOut, Overlap, overlaps
 
 SCHEMA = (
     "move(Tensor x, int dim, SymInt start, SymInt count, SymInt length, SymInt unit, SymInt to_start, "
@@ -31,12 +31,12 @@ class _Plan:
         self, start: int, count: int, length: int, unit: int, to_start: int, to_length: int, to_unit: int, degree: int,
         order: str,
     ) -> None:  # fmt: skip
-        self.old, self.new = Split(length, unit, degree, order), Split(to_length, to_unit, degree, order)
+        self.old, self.new = LaidOut(length, unit, degree, order), LaidOut(to_length, to_unit, degree, order)
         self.span = (start, to_start, count)
 
-    def between(self, source: int, target: int) -> list[Piece]:
+    def between(self, source: int, target: int) -> list[Overlap]:
         """From rank to rank, ascending."""
-        return pieces(self.old.runs(source), self.new.runs(target), *self.span)
+        return overlaps(self.old.stretches(source), self.new.stretches(target), *self.span)
 
     def sent(self, rank: int) -> int:
         """Elements that leave a rank."""
@@ -48,7 +48,7 @@ def fake(
     x: Tensor, dim: int, start: Size, count: Size, length: Size, unit: Size, to_start: Size, to_length: Size,
     to_unit: Size, axis: str, degree: int, order: str,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty(with_size(x.shape, dim, Split(to_length, to_unit, degree, order).local))
+    return x.new_empty(with_size(x.shape, dim, LaidOut(to_length, to_unit, degree, order).local))
 
 
 def spec(parts: Sequence[Tensor], dim: int, axis: str, **layouts: int | str) -> list[Tensor]:
@@ -95,7 +95,7 @@ def _exchange(x: Tensor, out: Tensor, plan: _Plan, rank: int, axis: str) -> None
         first += piece.size
 
 
-def _sizes(by_peer: list[list[Piece]]) -> list[int]:
+def _sizes(by_peer: list[list[Overlap]]) -> list[int]:
     return [sum(piece.size for piece in of_peer) for of_peer in by_peer]
 
 
@@ -126,7 +126,10 @@ def examples(length: int, degree: int) -> Iterator[Call]:
         # (start, count, to_start, to_length): what follows 2 others; all but the first; the middle of a longer one
         for start, count, to, to_length in ((0, length, 2, length + 2), (1, length - 1, 0, length - 1), (1, 2, 3, 9)):
             for dim, unit, to_unit in ((0, 1, 1), (1, 3, 1), (1, 1, 2)):
-                old, new = Split(length, unit, degree, order), Split(-(-to_length // to_unit), to_unit, degree, order)
+                old, new = (
+                    LaidOut(length, unit, degree, order),
+                    LaidOut(-(-to_length // to_unit), to_unit, degree, order),
+                )
                 layouts = {"length": old.length, "unit": unit, "to_length": new.length, "to_unit": to_unit}
                 span = {"start": start, "count": count, "to_start": to}
                 shape = (old.local, 2) if dim == 0 else (2, old.local)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spcompile.collectives.collective import Call, Size, define, rank_in, with_size
-from spcompile.machine.pieces import Split, everything, pieces
+from spcompile.machine.overlaps import LaidOut, everything, overlaps
 
 SCHEMA = (
     "pick(Tensor x, int dim, SymInt start, SymInt count, SymInt length, SymInt unit, str axis, int degree, str order) "
@@ -41,7 +41,7 @@ def _picked(
     x: Tensor, rank: int, dim: int, start: int, count: int, length: int, unit: int, degree: int, order: str
 ) -> Tensor:
     out = x.new_zeros(with_size(x.shape, dim, count))
-    for piece in pieces(Split(length, unit, degree, order).runs(rank), everything(count), start, 0, count):
+    for piece in overlaps(LaidOut(length, unit, degree, order).stretches(rank), everything(count), start, 0, count):
         out.narrow(dim, piece.target, piece.size).copy_(x.narrow(dim, piece.source, piece.size))
     return out
 
@@ -62,7 +62,7 @@ def sent(
 def examples(length: int, degree: int) -> Iterator[Call]:
     for order in ("contiguous", "zigzag"):
         for dim, start, count, unit in ((0, 0, 1, 1), (1, 1, length - 1, 1), (1, 3, 4, 2)):
-            local = Split(length, unit, degree, order).local
+            local = LaidOut(length, unit, degree, order).local
             layout = {"length": length, "unit": unit, "axis": "cp", "degree": degree, "order": order}
             yield Call({"dim": dim, "start": start, "count": count, **layout}, shape=((2,) * dim + (local, 3)))
 

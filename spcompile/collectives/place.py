@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spcompile.collectives.collective import Call, Size, define, rank_in, with_size
-from spcompile.machine.pieces import Split, everything, pieces
+from spcompile.machine.overlaps import LaidOut, everything, overlaps
 
 SCHEMA = "place(Tensor x, int dim, SymInt start, SymInt length, SymInt unit, str axis, int degree, str order) -> Tensor"
 
@@ -19,7 +19,7 @@ rank 2    [a b]        [0 .]"""
 
 
 def fake(x: Tensor, dim: int, start: Size, length: Size, unit: Size, axis: str, degree: int, order: str) -> Tensor:
-    return x.new_empty(with_size(x.shape, dim, Split(length, unit, degree, order).local))
+    return x.new_empty(with_size(x.shape, dim, LaidOut(length, unit, degree, order).local))
 
 
 def spec(parts: Sequence[Tensor], dim: int, axis: str, **layout: int | str) -> list[Tensor]:
@@ -31,9 +31,9 @@ def eager(x: Tensor, dim: int, start: int, length: int, unit: int, axis: str, de
 
 
 def _placed(x: Tensor, rank: int, dim: int, start: int, length: int, unit: int, degree: int, order: str) -> Tensor:
-    split, size = Split(length, unit, degree, order), x.shape[dim]
+    split, size = LaidOut(length, unit, degree, order), x.shape[dim]
     out = x.new_zeros(with_size(x.shape, dim, split.local))
-    for piece in pieces(everything(size), split.runs(rank), 0, start, size):
+    for piece in overlaps(everything(size), split.stretches(rank), 0, start, size):
         out.narrow(dim, piece.target, piece.size).copy_(x.narrow(dim, piece.source, piece.size))
     return out
 

@@ -83,8 +83,9 @@ def sharded_calls(graph: fx.Graph, axis: str) -> set[fx.Node]:
     for node in candidates:
         capacity = {} if node in forced else {"capacity": estimated_bytes(node) + 1.0}
         network.add_edge("sharded", node, **capacity)
-        if _moves(node):
-            network.add_edge(node, "replicated", capacity=WIRE * estimated_bytes(node))
+        if _moves_elements(node):
+            network.add_edge(node, ("moved", node), capacity=WIRE * estimated_bytes(node))
+            network.add_edge(("moved", node), "replicated")
     for node in graph.nodes:
         for use in uses_of(node, axis):
             _add_use(network, use, axis, gradient)
@@ -96,7 +97,7 @@ def _is_seed(layout: NodeLayout | None) -> bool:
     return layout is not None and layout.call is not None and bool(layout.call.rule.paired)
 
 
-def _moves(node: fx.Node) -> bool:
+def _moves_elements(node: fx.Node) -> bool:
     layout = layout_of(node)
     return layout is not None and layout.call is not None and bool(layout.call.rule.moves)
 

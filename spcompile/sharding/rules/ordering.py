@@ -34,14 +34,9 @@ def roll(node: fx.Node) -> OpRule:
     args = arguments(node)
     x, dims, shifts = args["self"], args["dims"], args["shifts"]
     rule = mixed(node, dims or range(x.ndim))
-    if (
-        len(dims) != 1
-        or not isinstance(shifts[0], int)
-        or not isinstance(x.shape[dims[0]], int)
-        or not x.shape[dims[0]]
-    ):
+    length = x.shape[dims[0]] if len(dims) == 1 else None
+    if not isinstance(length, int) or not isinstance(shifts[0], int) or length == 0:
         return rule
-    length = x.shape[dims[0]]
     shift = shifts[0] % length
     return with_moves(node, rule, dims[0], [(0, 0, 0, shift, length - shift), (0, 0, length - shift, 0, shift)])
 

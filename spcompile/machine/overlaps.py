@@ -16,7 +16,7 @@ Size = Any  # int or SymInt
 
 
 @dataclass(frozen=True)
-class Split:
+class LaidOut:
     """A dim of `length` indices of `unit` elements each, over `degree` ranks."""
 
     length: Size
@@ -29,13 +29,13 @@ class Split:
         """Elements that a rank holds, padding included."""
         return local_length(self.length, self.degree, self.order) * self.unit
 
-    def runs(self, rank: int) -> list[Run]:
+    def stretches(self, rank: int) -> list[Stretch]:
         """What `rank` holds, padding included."""
         chunk = chunk_length(self.length, self.degree, self.order) * self.unit
-        return [Run(c * chunk, i * chunk, chunk) for i, c in enumerate(chunks_of(rank, self.degree, self.order))]
+        return [Stretch(c * chunk, i * chunk, chunk) for i, c in enumerate(chunks_of(rank, self.degree, self.order))]
 
 
-class Run(NamedTuple):
+class Stretch(NamedTuple):
     """`size` elements from position `first` of the whole dim on, which a rank holds from its element `start` on."""
 
     first: int
@@ -43,7 +43,7 @@ class Run(NamedTuple):
     size: int
 
 
-class Piece(NamedTuple):
+class Overlap(NamedTuple):
     """`size` elements: from `source` on in the tensor that has them, from `target` on in the one that gets them."""
 
     source: int
@@ -51,7 +51,7 @@ class Piece(NamedTuple):
     size: int
 
 
-def pieces(source: Sequence[Run], target: Sequence[Run], start: int, to: int, count: int) -> list[Piece]:
+def overlaps(source: Sequence[Stretch], target: Sequence[Stretch], start: int, to: int, count: int) -> list[Overlap]:
     """Of `count` elements, which go from position `start` of one dim to `to` of another, those that both sides hold."""
     found = []
     for a in source:
@@ -59,10 +59,10 @@ def pieces(source: Sequence[Run], target: Sequence[Run], start: int, to: int, co
             first = max(start, a.first, b.first + start - to)
             stop = min(start + count, a.first + a.size, b.first + b.size + start - to)
             if first < stop:
-                found.append(Piece(first - a.first + a.start, first + to - start - b.first + b.start, stop - first))
+                found.append(Overlap(first - a.first + a.start, first + to - start - b.first + b.start, stop - first))
     return found
 
 
-def everything(size: int) -> list[Run]:
+def everything(size: int) -> list[Stretch]:
     """What each rank holds of a dim that is whole."""
-    return [Run(0, 0, size)]
+    return [Stretch(0, 0, size)]

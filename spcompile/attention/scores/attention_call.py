@@ -119,7 +119,7 @@ class GradientCall(TypedCall):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCall(Attention):
-    """spx.attention. Positions int32 [S] and [T] of rows and keys; None where they count from 0."""
+    """spx.attention. Positions int32 [S] and [T] of rows and keys; None: they count from 0. Nobody sees PADDING."""
 
     NAME: ClassVar[str] = "attention"
 

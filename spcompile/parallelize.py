@@ -48,7 +48,7 @@ def parallelize(
     checkpoint: for a model on `meta`: a folder of torch.distributed.checkpoint, or safetensors, to read parts from.
     options: those of the backend, but `mesh`.
 
-    Returns the model, compiled by `model.compile`. Its method `save_pretrained`, if any, writes whole weights; all ranks
+    Returns the model, compiled by `model.compile`. Its `save_pretrained`, if any, writes whole weights; all ranks
     call it.
 
     Raises:

@@ -5,9 +5,9 @@
     class MyTrainer(SequenceParallelMixin, SFTTrainer):
         pass
 
-TRL computes log-probabilities of a language model in tiles of tokens and vocabulary, through kernels that write to their
-arguments: no compiler sees what they mean, and no part of a sequence can do with one of their tiles. Importing this module
-puts the formula in the place of the kernel, in this process. Read from TRL 1.16.
+TRL computes log-probabilities of a language model in tiles of tokens and vocabulary, by kernels that write to their
+arguments: no compiler sees what they mean, and a part of the sequence cannot go on with a tile. Importing this module
+puts the formula in the place of the kernel, for all Trainers of the process. Read from TRL 1.16.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class WrittenOut:
         logit_scale: float = 1.0,
         outputs: Sequence[str] = (),
     ) -> tuple[Tensor | None, ...]:
-        """Log-probabilities of targets, and what `outputs` names of entropy, log_sum_sq_probs, mean_logits and is_top1."""
+        """Log-probabilities of targets, then what `outputs` names, and None for the rest, in TRL's order."""
         del chunk_size  # of tiles: there are none
         logits_NV = F.linear(hidden_ND, weight_VD, bias_V).float() * logit_scale
         if softcap is not None:

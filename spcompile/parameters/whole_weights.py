@@ -31,8 +31,9 @@ def gathered_state(model: nn.Module) -> dict[str, Tensor]:
 
 def save_whole(model: nn.Module) -> None:
     """Where a model has a `save_pretrained`, let it write whole weights, once."""
-    if hasattr(type(model), "save_pretrained"):
-        model.__class__ = _saving_whole(type(model))
+    base: Any = type(model)
+    if hasattr(base, "save_pretrained"):
+        model.__class__ = _saving_whole(base)
 
 
 def _is_on_first_rank(value: DTensor) -> bool:

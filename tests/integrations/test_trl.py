@@ -1,4 +1,4 @@
-"""Trainers of TRL over a mesh against the same ones in one process; `dev` installs neither TRL nor PEFT and datasets."""
+"""Trainers of TRL over a mesh, and the same in one process; `dev` installs neither TRL nor PEFT nor datasets."""
 
 from __future__ import annotations
 

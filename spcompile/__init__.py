@@ -26,6 +26,7 @@ from spcompile.diagnostics import (
     UnknownOption,
 )
 from spcompile.explain import explain
+from spcompile.full_state_dict import full_state_dict
 from spcompile.options import Options
 from spcompile.parallelize import parallelize
 from spcompile.verify import verify
@@ -55,6 +56,7 @@ __all__ = [
     "__version__",
     "broadcast",
     "explain",
+    "full_state_dict",
     "parallelize",
     "verify",
 ]

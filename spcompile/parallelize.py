@@ -48,7 +48,8 @@ def parallelize(
     checkpoint: for a model on `meta`: a folder of torch.distributed.checkpoint, or safetensors, to read parts from.
     options: those of the backend, but `mesh`.
 
-    Returns the model, compiled by `model.compile`.
+    Returns the model, compiled by `model.compile`. Its `save_pretrained`, if any, writes whole weights; all ranks
+    call it.
 
     Raises:
         SpcompileError: an illegal mesh, option or axis, a model that is parallelized already, one on `meta` that
@@ -58,6 +59,7 @@ def parallelize(
 
     from spcompile.options import Options
     from spcompile.parameters.materialize import construct, constructor_of, fill_from_checkpoint, is_on_meta, shard_real
+    from spcompile.parameters.whole_weights import save_whole
     from spcompile.plain_text import one_line
     from spcompile.program.trace import mesh_shape
 
@@ -78,6 +80,7 @@ def parallelize(
     else:
         assert build is not None
         construct(model, mesh, plan.parts, build)
+    save_whole(model)
     model.compile(backend="spcompile", options={**options, "mesh": mesh})
     return model
 

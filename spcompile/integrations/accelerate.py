@@ -21,6 +21,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType, DynamoBackend, is_compiled_module, recursively_apply
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from spcompile.broadcast import broadcast
@@ -30,6 +31,11 @@ from spcompile.options import Options
 
 # accelerate's names of compilers; compiled is in any case, by the option `compiler`, which two of them choose.
 COMPILERS = {DynamoBackend.INDUCTOR: "inductor", DynamoBackend.EAGER: "eager"}
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `parallelize` has split its parameters, and compiled it."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
 
 
 class SequenceParallelAccelerator(Accelerator):
@@ -121,10 +127,9 @@ class SequenceParallelAccelerator(Accelerator):
                 "a model that torch.compile has wrapped", legal="the plain model, which prepare compiles"
             )
         model = super().prepare_model(model, device_placement, evaluation_mode=True)
-        is_sharded = any(isinstance(p, torch.distributed.tensor.DTensor) for p in model.parameters())
-        if is_sharded and self.num_batches > 1:
+        if is_sharded(model) and self.num_batches > 1:
             raise IllegalModel("a model whose parameters are sharded, over dp", legal="a mesh without dp")
-        if not is_sharded and model not in self._compiled:
+        if not is_sharded(model) and model not in self._compiled:
             if self.mesh is not None:
                 broadcast(model, self.mesh)
             model.compile(backend="spcompile", options=self.options)

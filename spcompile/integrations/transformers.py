@@ -20,7 +20,8 @@ from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
 from spcompile.diagnostics import IllegalOption
-from spcompile.integrations.accelerate import SequenceParallelAccelerator
+from spcompile.full_state_dict import full_state_dict
+from spcompile.integrations.accelerate import SequenceParallelAccelerator, is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -70,10 +71,30 @@ class SequenceParallelMixin(_Base):
         """How many ranks share a batch: by that the Trainer divides counts of tokens, and the number of its batches."""
         return self.accelerator.ranks_per_batch
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's; ranks that share batches draw the same random numbers for them."""
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; ranks that share batches draw the same random numbers for them.
+
+        Raises:
+            IllegalOption: checkpoints with an optimizer of sharded parameters, which the Trainer cannot write or read.
+        """
+        if is_sharded(self.model):
+            if resume_from_checkpoint or self.args.load_best_model_at_end:
+                asked = "resume_from_checkpoint" if resume_from_checkpoint else "load_best_model_at_end"
+                raise IllegalOption(f"{asked} with sharded parameters", legal="parallelize(..., checkpoint=folder)")
+            if self.args.save_strategy != "no" and not self.args.save_only_model:
+                legal = "save_only_model=True, or save_strategy='no' and torch.distributed.checkpoint"
+                raise IllegalOption("save_only_model=False with sharded parameters", legal=legal)
         self._share_random_states()
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not is_sharded(model):  # parallelize has put it there, and torch moves no DTensor that has had a gradient
+            super()._move_model_to_device(model, device)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if state_dict is None and is_sharded(self.model):
+            state_dict = full_state_dict(self.model)  # all ranks help: the Trainer lets one save
+        super()._save(output_dir, state_dict)
 
     def get_train_dataloader(self) -> Any:
         """The Trainer's; workers of ranks that share batches draw the same random numbers.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ import hf_models
 import pytest
 import torch.distributed as dist
 from oracle import FLOAT32
-from trainer_runs import Rows, arguments, launched, left_behind, padded, worst
+from trainer_runs import Rows, arguments, launched, left_behind, padded, shared_folder, worst
 from worker_pool import WorkerPool
 
 PoolOf = Callable[[int], WorkerPool]
@@ -38,15 +37,9 @@ def run(made: Any, folder: Path, mesh: dict[str, int] | None, start: Path | None
     return {name: value for name, value in found.items() if name != "train_loss"}  # that is of this call's steps
 
 
-def shared_folder() -> Path:
-    names = [tempfile.mkdtemp(prefix="spcompile-trainer-") if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(names)
-    return Path(names[0])
-
-
 def resumed(model: str, first: dict[str, int] | None, then: dict[str, int] | None) -> dict[str, float]:
     """Errors of a run that changes its mesh after three of five steps."""
-    made, folder = hf_models.build(model, layers=1), shared_folder()
+    made, folder = hf_models.build(model, layers=1), Path(shared_folder())
     want = run(made, folder / f"plain{dist.get_rank()}", None)
     if first is not None or dist.get_rank() == 0:
         run(made, folder / "first", first)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest import mock
@@ -13,6 +14,7 @@ import hf_models
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 LENGTH = 24
@@ -76,6 +78,13 @@ def ddp_does_not_crash() -> Iterator[None]:
         dist.set_debug_level(level)
 
 
+def shared_folder() -> str:
+    """A new folder, the same on all ranks."""
+    names = [tempfile.mkdtemp(prefix="spcompile-trainer-") if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(names)
+    return names[0]
+
+
 def arguments(folder: str, settings: Mapping[str, Any]) -> Any:
     """Five steps of two rows on CPU, each logged."""
     from transformers import TrainingArguments
@@ -107,7 +116,8 @@ def left_behind(trainer: Any, result: Any = None) -> dict[str, Any]:
     found["tokens seen"] = [float(trainer.state.num_input_tokens_seen)]
     found["epoch"] = [trainer.state.epoch]
     model: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
-    return found | {name: p.detach().clone() for name, p in model.named_parameters()}
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    return found | {n: p.full_tensor() if isinstance(p, DTensor) else p.clone() for n, p in parameters.items()}
 
 
 def worst(want: Mapping[str, Any], have: Mapping[str, Any]) -> dict[str, float]:

@@ -24,10 +24,10 @@ def off_meta(gm: fx.GraphModule, inputs: Sequence[Any], device: torch.device = C
         return gm, list(inputs)
     mode, fakes = fake_inputs(inputs)
     with mode:
-        return _moved(gm, device), [_on(device, x) for x in fakes]
+        return _moved(gm, device), [_put_on(device, x) for x in fakes]
 
 
-def _on(device: torch.device, value: Any) -> Any:
+def _put_on(device: torch.device, value: Any) -> Any:
     if not isinstance(value, torch.Tensor) or value.device.type != "meta":
         return value
     new = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
@@ -40,7 +40,7 @@ def _moved(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
         node.args = _replaced(node.args, device)
         node.kwargs = _replaced(node.kwargs, device)
         if node.op == "placeholder" and OWN in node.meta:
-            node.meta[OWN] = _on(device, node.meta[OWN])
+            node.meta[OWN] = _put_on(device, node.meta[OWN])
         if node.op == "get_attr" and isinstance(child := getattr(gm, str(node.target), None), fx.GraphModule):
             setattr(result, str(node.target), _moved(child, device))
     result.recompile()

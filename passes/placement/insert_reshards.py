@@ -25,7 +25,7 @@ from spcompile.graph.reshard import Place, is_reshard, parse_place
 from spcompile.passes.placement.annotate_sharding import LOSS_OF_ENTRIES, MLP
 from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
 from spcompile.sharding.global_view import is_view
-from spcompile.sharding.layout import layout_of, show
+from spcompile.sharding.layout import has_picked_rows, layout_of, show
 from spcompile.sharding.lowering import READ_SIZES
 from spcompile.sharding.propagate import leaves_sums
 from spcompile.sharding.resharding import (
@@ -153,8 +153,8 @@ def _insert(graph: fx.Graph, axis: str, could: set[fx.Node], ctx: Context) -> No
     for node in list(graph.nodes):
         if node.op == "output":
             _reshard_outputs(node, axis, ctx)
-        elif axis == "dp" and node.target in READ_SIZES:
-            continue  # nobody has all entries, but lowering knows how many there are
+        elif node.target in READ_SIZES and (axis == "dp" or has_picked_rows(operand(node, 0), axis)):
+            continue  # nobody has all entries, but lowering knows how many there are; nobody may ask for picked rows
         elif node.op == "call_function" and node.target is not operator.getitem:
             _reshard_operands(node, axis, could, ctx)
             _complete_sums(node, axis)

@@ -25,7 +25,7 @@ from spcompile.graph.reshard import Place, Reshard, is_reshard, parse_place
 from spcompile.graph.sizes import Size, divides, same
 from spcompile.machine.sequence import chunks_per_rank, local_length, pad
 from spcompile.sharding.global_view import is_view, part_of_view
-from spcompile.sharding.layout import NodeLayout, layout_of
+from spcompile.sharding.layout import NodeLayout, has_picked_rows, layout_of
 from spcompile.sharding.propagate import Choice, is_prefix, place_of, space_at
 from spcompile.sharding.rules.rule import LocalCall, Move, tensor_operands, tensor_results
 from spcompile.sharding.spaces import Space, leaves
@@ -116,7 +116,7 @@ class Lower(fx.Interpreter):
         """How much larger a size of a value is than that of the part which this rank has."""
         layout = layout_of(operand(n, 0))
         place = layout.place(self.split.axis) if layout is not None else None
-        if place is None:
+        if place is None or has_picked_rows(operand(n, 0), self.split.axis):
             return 1
         dim: Any = n.args[1] if len(n.args) > 1 else place.dim  # all numbers are more as well
         is_more = dim < place.dim if n.target is aten.sym_stride.int else dim == place.dim

@@ -102,8 +102,8 @@ def written(node: fx.Node, facts: Facts) -> Result:
     """Sorted rows are put where they came from, or 0, 1, 2, ... are, which says where each went."""
     ((dim, index),) = _indices(node).items()
     base, rows, places = node.args[0], _rows_written(node), facts.get(index)
-    if arguments(node).get("accumulate"):
-        return added(node, facts)
+    if arguments(node).get("accumulate") or (isinstance(places, RowPlaces) and places.picked):
+        return added(node, facts)  # of picked rows that have one place the last one stays, which is a rank's own
     if not isinstance(places, RowPlaces) or not places.is_whole or len(shape_of(index)) != 1 or base in facts:
         raise Seen
     if not same_shape(base.meta["val"], rows.meta["val"]):  # type: ignore[union-attr]
@@ -116,7 +116,7 @@ def written(node: fx.Node, facts: Facts) -> Result:
 
 
 def added(node: fx.Node, facts: Facts) -> Result:
-    """Sorted rows are added to those of tokens."""
+    """Sorted rows are added to those of tokens, or picked rows written."""
     ((dim, index),) = _indices(node).items()
     base, rows, places = node.args[0], _rows_written(node), facts.get(index)
     if not isinstance(places, RowPlaces) or base in facts or facts.get(rows) != SortedRows(places.sort, dim):

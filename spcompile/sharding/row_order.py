@@ -1,6 +1,7 @@
 """What is known of a value on the way from a sort to where its rows are put back.
 
-Facts are about one sort of rows. `Seen` says that a call would see the order of the rows of all ranks.
+Facts are about one sort of rows, or one call that picks some of them. `Seen` says that a call would see the order of
+the rows of all ranks.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ class SortedRows:
 
 @dataclass(frozen=True)
 class RowPlaces:
-    """Numbers of unsorted rows, read as `pieces`, of which they count those of `span`. Dim `dim` is in sorted order."""
+    """Numbers of unsorted rows, read as `pieces`, of which they count those of `span`. Dim `dim` is in sorted order.
+
+    picked: there is a place of some of the rows only.
+    """
 
     sort: fx.Node
     dim: int
     pieces: Pieces
     span: Span
+    picked: bool = False
 
     @property
     def size(self) -> Size:
@@ -39,8 +44,8 @@ class RowPlaces:
 
     @property
     def is_whole(self) -> bool:
-        """Whether each number is that of one row."""
-        return self.span == (0, len(self.pieces))
+        """Whether each number is that of one row, and each row has one."""
+        return self.span == (0, len(self.pieces)) and not self.picked
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,14 @@ class Ends:
     sort: fx.Node
 
 
-Fact = SortedRows | RowPlaces | Ranks | Ends
+@dataclass(frozen=True)
+class RowCount:
+    """How many rows were picked."""
+
+    sort: fx.Node
+
+
+Fact = SortedRows | RowPlaces | Ranks | Ends | RowCount
 Facts = Mapping[fx.Node, Fact]
 
 

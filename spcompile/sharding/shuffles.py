@@ -8,25 +8,29 @@ Whatever permutation the sort gives, `out` is the same if what stands between tr
 sorted by the rank, give the rank's part of `out`. So the sort shares the index space of its operand, and with it all
 rows in its order; and what counts places counts a rank's own.
 
+Rows may be picked as well, as by `torch.where(mask)` in a loop over experts. Then each rank picks among its own.
+
 `find_shuffles` follows the rows of each sort through the graph. A call that reads them otherwise than a rank could with
 its own rows alone ends that: the sort is over the rows of all ranks. So does an output, and a draw of random numbers.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.fx as fx
 
-from spcompile.graph.edit import is_getitem, operand, shape_of
+from spcompile.graph.edit import is_getitem, operand, result_number, shape_of
 from spcompile.graph.sizes import same
 from spcompile.sharding.group_ends import CASTS, SORTS, GroupEnds, ends_of, is_grouped, numbers_of
 from spcompile.sharding.index_spaces import IndexSpaces
 from spcompile.sharding.placed_rows import DIVISIONS, READERS, part_of_places
 from spcompile.sharding.propagate import Placements
-from spcompile.sharding.row_order import Ends, Fact, Facts, Ranks, RowPlaces, Seen, SortedRows
+from spcompile.sharding.row_order import Ends, Fact, Facts, Ranks, RowCount, RowPlaces, Seen, SortedRows
 from spcompile.sharding.rules import OpRule, rule_of, shuffled
 from spcompile.sharding.rules.calls import arguments, overloads
 from spcompile.sharding.rules.creation import CONSTANT, CONSTANT_WITH_MODEL, LIKE
@@ -36,6 +40,8 @@ _CONSTANTS = frozenset(overloads(CONSTANT + CONSTANT_WITH_MODEL + LIKE))
 _MOVES = frozenset(
     (*CASTS, *overloads("unsqueeze expand expand_as broadcast_to reshape view repeat squeeze squeeze.dim"))
 )
+_PICKS = frozenset(overloads("where nonzero_numpy"))
+_COMPARISONS = (operator.ge, operator.le, operator.gt, operator.lt)
 _INDICES = (torch.int32, torch.int64)
 
 
@@ -52,8 +58,8 @@ class Shuffle:
 
 
 def find_shuffles(graph: fx.Graph) -> list[Shuffle]:
-    """The sorts of a graph whose order nobody sees."""
-    found = {node: Shuffle(node) for node in graph.nodes if _is_sort_of_rows(node)}
+    """The sorts and picks of a graph whose order nobody sees."""
+    found = {node: Shuffle(node) for node in graph.nodes if _is_sort_of_rows(node) or _is_pick(node)}
     if found:
         _RowSearch(graph, found).run()
     return list(found.values())
@@ -97,8 +103,8 @@ class _RowSearch:
             sorts.add(node)
         if node in self.ends:
             sorts |= {self.sort_by[self.ends[node].key]} & self.found.keys()
-        if not sorts or (node.op == "call_function" and not tensor_results(node)):
-            return  # a size
+        if not sorts:
+            return
         try:
             if len(sorts) > 1:
                 raise Seen
@@ -112,7 +118,7 @@ class _RowSearch:
             self.facts[node] = fact
         if rule is not None:
             self.found[sort].rules[node] = rule
-        if rule is not None or not (is_getitem(node) or fact is None or isinstance(fact, Ends)):
+        if rule is not None or not (is_getitem(node) or fact is None or isinstance(fact, Ends | RowCount)):
             self.found[sort].members.add(node)
 
     def step(self, node: fx.Node, sort: fx.Node, facts: Facts) -> tuple[Fact | None, OpRule | None]:
@@ -124,15 +130,18 @@ class _RowSearch:
         if node in self.ends:
             return self.counted(node, sort, facts)
         if node is sort:
-            return _all_places(node) if len(tensor_results(node)) == 1 else SortedRows(node, 0), shuffled.sorted_rows(
-                node
-            )
+            return _start(node)
+        if node.op == "call_function" and not tensor_results(node):
+            return _counted_rows(node, sort, facts), None
         if is_getitem(node):
             return self.result(node, sort), None
         if is_grouped(node):
             return _rows_in_groups(node, facts), shuffled.grouped_rows(node)
+        facts = {x: fact for x, fact in facts.items() if not isinstance(fact, RowCount)}
+        if not facts:
+            raise Seen  # something of as many rows as were picked
         if all(isinstance(fact, SortedRows) for fact in facts.values()) or node.target in _CONSTANTS:
-            return row_by_row(node, facts), None
+            return row_by_row(node, facts)
         if node.target in READERS:
             return READERS[node.target](node, facts)
         ((x, read), *others) = facts.items()
@@ -142,14 +151,16 @@ class _RowSearch:
             return Ranks(sort), shuffled.sorted_rows(node)
         if node.target in DIVISIONS and isinstance(read, RowPlaces):
             return part_of_places(node, read)
-        return _moved_places(node, x, read), None
+        return _moved_places(node, x, read)
 
     def result(self, node: fx.Node, sort: fx.Node) -> Fact | None:
-        producer, is_first = operand(node, 0), node.args[1] == 0
+        producer, number = operand(node, 0), result_number(node)
+        if producer is sort and _is_pick(sort):
+            return RowPlaces(sort, 0, tuple(shape_of(operand(sort, 0))), (number, number + 1), picked=True)
         if producer is sort:
-            return SortedRows(sort, 0) if is_first else _all_places(sort)
+            return _all_places(sort) if number else SortedRows(sort, 0)
         fact = self.facts[producer]
-        if isinstance(fact, Ranks) and is_first:
+        if isinstance(fact, Ranks) and number == 0:
             raise Seen  # sorted places
         return fact
 
@@ -169,6 +180,32 @@ def _is_sort_of_rows(node: fx.Node) -> bool:
     return len(shape) == 1 and not same(shape[0], 1)
 
 
+def _is_pick(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in _PICKS and len(shape_of(operand(node, 0))) > 0
+
+
+def _start(node: fx.Node) -> tuple[Fact | None, OpRule]:
+    if _is_pick(node):
+        return SortedRows(node, 0), shuffled.picked_places(node)
+    is_argsort = len(tensor_results(node)) == 1
+    return _all_places(node) if is_argsort else SortedRows(node, 0), shuffled.sorted_rows(node)
+
+
+def _counted_rows(node: fx.Node, sort: fx.Node, facts: Facts) -> Fact | None:
+    """A size. Of picked rows it is another one on each rank: nothing but assertions about it may read it."""
+    if node.target is torch.ops.aten.sym_size.int:
+        fact, dim = facts.get(operand(node, 0)), node.args[1]
+        is_count = isinstance(fact, SortedRows | RowPlaces) and fact.dim == dim and _is_pick(sort)
+        return RowCount(sort) if is_count else None
+    if all(not isinstance(fact, RowCount) for fact in facts.values()) and not _is_pick(sort):
+        return None
+    if node.target in _COMPARISONS:
+        return RowCount(sort)
+    if node.target is torch.ops.aten._assert_scalar.default:
+        return None
+    raise Seen
+
+
 def _all_places(sort: fx.Node) -> RowPlaces:
     return RowPlaces(sort, 0, tuple(shape_of(operand(sort, 0))), (0, 1))
 
@@ -186,23 +223,25 @@ def _rows_in_groups(node: fx.Node, facts: Facts) -> SortedRows:
     return fact
 
 
-def _moved_places(node: fx.Node, x: fx.Node, fact: Fact) -> Fact:
+def _moved_places(node: fx.Node, x: fx.Node, fact: Fact) -> tuple[Fact, OpRule | None]:
     """Places keep their numbers where they are moved or cast."""
-    if node.target not in _MOVES or node.meta["val"].dtype not in _INDICES or isinstance(fact, Ends):
+    if node.target not in _MOVES or node.meta["val"].dtype not in _INDICES or not isinstance(fact, RowPlaces | Ranks):
         raise Seen
     dim = fact.dim if isinstance(fact, RowPlaces) else 0
-    moved = row_by_row(node, {x: SortedRows(fact.sort, dim)})
+    moved, rule = row_by_row(node, {x: SortedRows(fact.sort, dim)})
     if moved is None:
         raise Seen
     if isinstance(fact, RowPlaces):
-        return replace(fact, dim=moved.dim)
+        return replace(fact, dim=moved.dim), rule
     if len(shape_of(node)) != 1:
         raise Seen
-    return fact
+    return fact, rule
 
 
-def row_by_row(node: fx.Node, facts: Facts) -> SortedRows | None:
+def row_by_row(node: fx.Node, facts: Facts) -> tuple[SortedRows | None, OpRule | None]:
     """Where the result has rows in the order of the operands' rows; None if the call reads only shapes.
+
+    With it the call's rule, if the rows are picked ones: those are not as many as their dim has indices.
 
     Raises:
         Seen: rows are not treated alike, each by itself.
@@ -213,8 +252,11 @@ def row_by_row(node: fx.Node, facts: Facts) -> SortedRows | None:
     operands = list(enumerate(zip(tensor_operands(node), rule.operands, strict=True)))
     read = [(facts.get(x), x, dims) for number, (x, dims) in operands if number not in rule.unread]
     in_order = [(fact, dims) for fact, _, dims in read if fact is not None]
+    sorts = {fact.sort for fact in facts.values()}
+    if not in_order and any(map(_is_pick, sorts)):
+        raise Seen  # as many rows as were picked, which no operand has
     if not in_order:
-        return None
+        return None, None
     if not all(isinstance(fact, SortedRows) and len(dims[fact.dim]) == 1 for fact, dims in in_order):
         raise Seen  # rows in groups of so many
     name, *others = {dims[fact.dim][0] for fact, dims in in_order if isinstance(fact, SortedRows)}
@@ -226,5 +268,8 @@ def row_by_row(node: fx.Node, facts: Facts) -> SortedRows | None:
     found = {tuple(d for d, dim in enumerate(dims) if name in dim) for dims in rule.results}
     if len(found) != 1 or len(at := next(iter(found))) != 1 or any(dims[at[0]] != (name,) for dims in rule.results):
         raise Seen  # a sum over rows, or rows beside something else in one dim
-    (sort,) = {fact.sort for fact, _ in in_order}
-    return SortedRows(sort, at[0])
+    (sort,) = sorts
+    if not _is_pick(sort):
+        return SortedRows(sort, at[0]), None
+    total = math.prod(shape_of(operand(sort, 0)))
+    return SortedRows(sort, at[0]), shuffled.of_picked_rows(rule, name, total)

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from spcompile.graph.typed_call import named_arguments
 from spcompile.sharding.rules.calls import arguments
@@ -32,6 +34,33 @@ def sorted_rows(node: fx.Node) -> OpRule:
     (name,) = (key for key, value in arguments(node).items() if isinstance(value, Tensor))
     rows = factors(arguments(node)[name].shape)
     return make_rule(node, {name: rows}, [rows for _ in tensor_results(node)])
+
+
+def picked_places(node: fx.Node) -> OpRule:
+    """`a b -> (a b), (a b)`: the places of what is not zero, of which each rank has those among its own rows.
+
+    The size of a dim of picked rows is that of all rows. How many were picked only the picked rows themselves say.
+    """
+    (name,) = (key for key, value in arguments(node).items() if isinstance(value, Tensor))
+    dims = factors(arguments(node)[name].shape)
+    return make_rule(node, {name: dims}, [[tuple(dims)] for _ in tensor_results(node)])
+
+
+def of_picked_rows(rule: OpRule, name: str, size: Size) -> OpRule:
+    """A rule with picked rows for factor `name`, out of `size`: what its local form makes has as many as it reads."""
+    reads = next((i, dims.index((name,))) for i, dims in enumerate(rule.operands) if (name,) in dims)
+
+    def local(call: LocalCall) -> Any:
+        tensors = [x for x in tree_leaves((call.args, dict(call.kwargs))) if isinstance(x, Tensor)]
+        count = tensors[reads[0]].shape[reads[1]]
+        shapes = tuple(
+            tuple(count if dim == (name,) else length for dim, length in zip(dims, shape, strict=True))
+            for dims, shape in zip(rule.results, call.shapes, strict=True)
+        )
+        assert rule.local is not None
+        return rule.local(replace(call, shapes=shapes))
+
+    return replace(rule, sizes={**rule.sizes, name: size}, local=local if rule.local is not None else None)
 
 
 def part_of_place(node: fx.Node, pieces: Pieces, divided: Span) -> OpRule:

@@ -6,8 +6,7 @@ import mixtures as mx
 import pytest
 import torch
 import torch.nn.functional as F
-from mixtures import E, K, product, weighted
-from test_shuffles import GATHERS, verify
+from mixtures import GATHERS, E, K, product, verify, weighted
 from torch import Tensor
 
 pytest.importorskip("transformers.integrations.moe")  # it defines the op
@@ -69,7 +68,7 @@ def read_elsewhere(x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w_EDD: Te
     return weighted(y_RD, row_R, weight_NK) * counts_E.square().mean()
 
 
-@pytest.mark.thinned(4, covers=["body"])
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"cp": 3}, {"dp": 2}], ids=str)
 @pytest.mark.parametrize("body", [mx.grouped, by_one_hot, by_comparing, by_counts_of_unsorted])
 def test_each_rank_has_groups_of_its_own(body: mx.Body, mesh: dict[str, int]) -> None:
@@ -77,7 +76,7 @@ def test_each_rank_has_groups_of_its_own(body: mx.Body, mesh: dict[str, int]) ->
     assert not GATHERS & {remark.code for remark in report.remarks}, str(report)
 
 
-@pytest.mark.thinned(4, covers=["body"])
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"cp": 3}, {"dp": 2}], ids=str)
 @pytest.mark.parametrize("body", [of_other_numbers, in_descending_order, of_even_groups, read_elsewhere])
 def test_groups_of_all_rows(body: mx.Body, mesh: dict[str, int]) -> None:

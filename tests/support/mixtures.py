@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import spcompile
+
 B, S, D, E, K = 2, 10, 6, 4, 2
+GATHERS = {"SPR102", "SPR103", "SPR107"}  # the remarks that say so
 Body = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # x_ND, expert_NK, weight_NK, w_EDD -> y_ND
-GATHERS = {"SPR102", "SPR103", "SPR107"}
 
 
 class Mixture(nn.Module):
@@ -40,6 +43,14 @@ class Mixture(nn.Module):
 def states(batch: int = B, number: int = 0) -> Tensor:
     """Inputs of a mixture."""
     return torch.randn(batch, S, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1 + number))
+
+
+def verify(body: Body, mesh: dict[str, int], batch: int = B, **options: Any) -> spcompile.Report:
+    """All ranks against the plain mixture, exactly."""
+    x_BSD = states(batch)
+    report = spcompile.verify(Mixture(body), (x_BSD,), mesh=mesh, compiler="eager", tolerance=1e-10, **options)
+    assert report.ok, str(report)
+    return report
 
 
 def apply(x_RD: Tensor, expert_R: Tensor, w_EDD: Tensor) -> Tensor:
@@ -94,6 +105,25 @@ def accumulated(x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w_EDD: Tenso
     expert_R, row_R = expert_NK.reshape(-1).sort()
     y_RD = apply(x_ND[row_R // K], expert_R, w_EDD) * weight_NK.view(-1)[row_R, None]
     return torch.zeros_like(x_ND).index_put((row_R // K,), y_RD, accumulate=True)
+
+
+def picked_and_written(x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w_EDD: Tensor) -> Tensor:
+    """A loop over experts, each of which reads and writes rows of the tokens that it picks."""
+    y_ND, mask_NKE = torch.zeros_like(x_ND), expert_NK.unsqueeze(-1) == torch.arange(E)
+    for expert in range(E):
+        token, choice = torch.where(mask_NKE[..., expert])
+        y_ND[token] += weight_NK[token, choice, None] * torch.tanh(x_ND[token] @ w_EDD[expert])
+    return y_ND
+
+
+def picked_and_added(x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w_EDD: Tensor) -> Tensor:
+    """The same with masks [K, N], through views."""
+    y_ND, mask_EKN = torch.zeros_like(x_ND), F.one_hot(expert_NK, E).permute(2, 1, 0)
+    for expert in range(E):
+        choice, token = torch.where(mask_EKN[expert])
+        picked = torch.tanh(x_ND[None, token].reshape(-1, D) @ w_EDD[expert])
+        y_ND = y_ND.index_add(0, token, picked * weight_NK[token, choice, None])
+    return y_ND
 
 
 def one_expert_a_token(x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w_EDD: Tensor) -> Tensor:

@@ -129,25 +129,43 @@ class _High:
 
 def _high_water(phase: str, graphs: Mapping[str, fx.GraphModule], fuses: bool) -> _High:
     """In the backward, what the forward gave its caller is alive as well."""
+    order, lives, levels = _alive(phase, graphs, fuses)
     graph = graphs[phase].graph
-    order = [node for node in graph.nodes if node.op != "output"]
-    before = [node for node in order if node.op == "placeholder" and not _is_held(node)]
-    returned = {root_of(node) for node in outputs_of(graph) if isinstance(node, fx.Node)}
-    inside = fused_away(order, returned) if fuses else ()
-    lives = Lives.of(order, before, returned, root_of, inside)
-    sizes = {root: 0 if _is_held(root) else storage_bytes(root) for root in lives.born}
-    levels = lives.bytes(sizes.__getitem__, [int(scratch_bytes(node, hint)) for node in order]) or [0]
     at = levels.index(max(levels))
     there = [root for root in lives.during(at) if not _is_held(root)]
-    stay = set(before) | returned
+    before = [node for node in order if node.op == "placeholder" and not _is_held(node)]
+    stay = {*before, *_returned(graph)}
     scratch = scratch_bytes(order[at]) if order else sympy.Integer(0)
     outside = _given_to_caller(graphs) if phase == "backward" else []
     return _High(
-        levels[at] + sum(map(storage_bytes, outside)),
+        levels[at],
         _total([*there, *outside]) + scratch,
         _total(root for root in there if root not in stay) + scratch,
         _where(phase, order[at]) if order else phase,
     )
+
+
+def bytes_alive(phase: str, graphs: Mapping[str, fx.GraphModule], fuses: bool) -> list[int]:
+    """During each call of a final graph, parameters aside, at traced sizes."""
+    return _alive(phase, graphs, fuses)[2]
+
+
+def _alive(phase: str, graphs: Mapping[str, fx.GraphModule], fuses: bool) -> tuple[list[fx.Node], Lives, list[int]]:
+    graph = graphs[phase].graph
+    order = [node for node in graph.nodes if node.op != "output"]
+    before = [node for node in order if node.op == "placeholder" and not _is_held(node)]
+    returned = _returned(graph)
+    inside = fused_away(order, returned) if fuses else ()
+    lives = Lives.of(order, before, returned, root_of, inside)
+    sizes = {root: 0 if _is_held(root) else storage_bytes(root) for root in lives.born}
+    outside = sum(map(storage_bytes, _given_to_caller(graphs))) if phase == "backward" else 0
+    levels = lives.bytes(sizes.__getitem__, [int(scratch_bytes(node, hint)) for node in order]) or [0]
+    return order, lives, [level + outside for level in levels]
+
+
+def _returned(graph: fx.Graph) -> set[fx.Node]:
+    """The storages of what a graph returns."""
+    return {root_of(node) for node in outputs_of(graph) if isinstance(node, fx.Node)}
 
 
 def _is_held(node: fx.Node) -> bool:

@@ -28,6 +28,7 @@ from spcompile.diagnostics import (
 from spcompile.explain import explain
 from spcompile.options import Options
 from spcompile.parallelize import parallelize
+from spcompile.plan_world import plan
 from spcompile.verify import verify
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "broadcast",
     "explain",
     "parallelize",
+    "plan",
     "verify",
 ]
 __version__ = "0.1.0"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,6 +36,13 @@ class EqualBlocks:
         """How many blocks there are."""
         return len(self.blocks)
 
+    @property
+    def least(self) -> int:
+        """How many to keep, for as much work to be left as two blocks have: what is sent hides behind neighbours."""
+        inside = sum(map(_is_heavy, self.blocks[0]))
+        outside = sum(map(_is_heavy, self.streams[0].graph.nodes)) - inside * self.count
+        return max(0, 2 - outside // inside)
+
 
 def find_equal_blocks(graph: fx.Graph) -> EqualBlocks | None:
     """The longest run of equal blocks that can be left out, if there is one of at least two."""
@@ -42,9 +50,7 @@ def find_equal_blocks(graph: fx.Graph) -> EqualBlocks | None:
     streams = find_blocks(joint, _is_heavy).inputs
     place = {node: at for at, node in enumerate(graph.nodes)}
     calls = list(graph.nodes)
-    blocks = [
-        tuple(calls[place[first] + 1 : place[last] + 1]) for first, last in zip(streams, streams[1:], strict=False)
-    ]
+    blocks = [tuple(calls[place[first] + 1 : place[last] + 1]) for first, last in pairwise(streams)]
     shared = _read_by_several(blocks)
     kinds = [_kind_of(stream, block, shared) for stream, block in zip(streams, blocks, strict=False)]
     first, last = _longest_run(kinds)

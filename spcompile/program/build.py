@@ -103,7 +103,7 @@ def build_captured(
     history: History | None = None,
     part: ModelPart | None = None,
 ) -> LocalProgram:
-    """The GLOBAL and LOCAL stages on a captured graph, which gets marks for this mesh. part: which of a broken model."""
+    """The GLOBAL and LOCAL stages on a captured graph, which gets marks for this mesh. part: of a broken model."""
     passes = [p for p in configure(pipeline, options.passes) if p.runs_on(mesh)]
     check_order(passes)
     ctx = Context(mesh, options, Remarks(strict=options.strict))

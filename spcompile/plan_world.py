@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from spcompile.planning.search import Depths, Result
     from spcompile.report.plan_table import RankedPlans
 
+MOST_TRIED = 1024  # ranks, where none of the meshes that were asked for has enough memory
 TRIED_FURTHER = 2  # meshes of which more than one way to hold parameters is tried
 
 
@@ -65,9 +66,32 @@ def plan(
     for dp in sorted({dict(mesh).get("dp", 1) for mesh in found["meshes"]} - {1}):
         _with_depths(model, inputs, dp, chosen, explore)
     plans = ranked_plans(model, results, found["depths"], world, chosen)
-    if not any(row.fits for row in plans.rows):
-        raise OutOfMemory(*plans.too_large())
+    if plans.rows and not plans.rows[0].fits:
+        least = min(plans.rows, key=lambda row: row.figures.total).result.candidate
+        raise OutOfMemory(plans.too_large(), legal=_enough(model, inputs, least, chosen))
+    if not plans.rows:
+        raise IllegalMesh(results[0].error, legal="see above")
     return plans
+
+
+def _enough(model: nn.Module, inputs: Any, least: Candidate, options: Options) -> str:
+    """How many ranks would do: those of the candidate that takes least, with cp doubled until a step fits."""
+    from spcompile.passes import PIPELINE
+    from spcompile.planning.search import evaluate
+
+    found = f"more than {MOST_TRIED} ranks, fewer tokens, or another optimizer"
+
+    def explore(depths: Depths, dp: int) -> None:
+        nonlocal found
+        one = least.with_more_ranks()
+        while one.ranks <= MOST_TRIED and one.size("cp") <= depths.heads.tokens:
+            if evaluate(depths, one, options, PIPELINE).fits:
+                found = f"{one.ranks} ranks would do: " + " ".join(f"{axis}={size}" for axis, size in one.mesh)
+                return
+            one = one.with_more_ranks()
+
+    _with_depths(model, inputs, least.size("dp"), options, explore)
+    return found
 
 
 def _options(options: Mapping[str, Any]) -> Options:

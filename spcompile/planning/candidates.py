@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,17 @@ class Candidate:
     def size(self, axis: str) -> int:
         """Ranks along an axis."""
         return dict(self.mesh).get(axis, 1)
+
+    @property
+    def ranks(self) -> int:
+        """Of the whole mesh."""
+        return math.prod(size for _, size in self.mesh)
+
+    def with_more_ranks(self) -> Candidate:
+        """With cp twice as large, as a ring, parameters split as far as can be."""
+        sizes = dict(self.mesh) | {"cp": 2 * self.size("cp")}
+        mesh = tuple((axis, sizes[axis]) for axis in ORDER if axis in sizes)
+        return Candidate(mesh, "ring", True, shards(sizes)[-1])
 
     @property
     def options(self) -> dict[str, Any]:

@@ -118,15 +118,11 @@ def _kind_of(stream: fx.Node, block: Sequence[fx.Node], shared: set[fx.Node]) ->
 
     rows: list[object] = []
     for node in block:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda value: _Named(name(value)))
-        rows.append((str(node.target), repr(args), repr(kwargs), repr(_type(node)), str(node.meta.get("recompute"))))
+        read = [name(value) for value in node.all_input_nodes]
+        args = fx.node.map_arg((node.args, node.kwargs), lambda value: repr(names[value]))
+        rows.append((str(node.target), read, repr(args), repr(_type(node)), str(node.meta.get("recompute"))))
         names[node] = ("call", len(names))
     return tuple(rows)
-
-
-@dataclass(frozen=True)
-class _Named:
-    name: object
 
 
 def _type(node: fx.Node) -> object:

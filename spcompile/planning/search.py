@@ -173,13 +173,14 @@ def _rungs(steps: Sequence[ShortStep]) -> list[int]:
 
 def _first_that_fits(depths: Depths, steps: Sequence[ShortStep], rungs: Sequence[int], wish: Wish) -> int:
     """By what is alive in the joint graphs, as the compiler itself plans."""
-    if wish.least:
-        return min(rungs, key=lambda rung: (_planned_bytes(depths, steps, rung), rung))
-    if wish.bytes is None:
+    if wish.bytes is None and not wish.least:
         return 0
-    limit = ROOM * wish.bytes
-    fitting = (rung for rung in rungs if _planned_bytes(depths, steps, rung) <= limit)
-    return next(fitting, min(rungs, key=lambda rung: (_planned_bytes(depths, steps, rung), rung)))
+    planned: list[float] = []
+    for rung in rungs:
+        planned.append(_planned_bytes(depths, steps, rung))
+        if wish.bytes is not None and planned[-1] <= ROOM * wish.bytes:
+            return rung
+    return planned.index(min(planned))
 
 
 def _planned_bytes(depths: Depths, steps: Sequence[ShortStep], rung: int) -> float:
@@ -190,7 +191,8 @@ def _planned_bytes(depths: Depths, steps: Sequence[ShortStep], rung: int) -> flo
     if len(rows) > 1:
         few, more = _blocks(depths)
         steps_up = (depths.count - few) / (more - few)
-        rows = [tuple(a + (b - a) * steps_up for a, b in zip(*rows, strict=True))]  # type: ignore[arg-type]
+        state, *peaks = (a + (b - a) * steps_up for a, b in zip(*rows, strict=True))
+        return float(state + max(peaks))
     state, *peaks = rows[0]
     return float(state + max(peaks))
 

@@ -96,15 +96,14 @@ class RankedPlans:
         words.append(f'--option "shard_parameters={one.shard!r}"')
         return " ".join(words)
 
-    def too_large(self) -> tuple[str, str]:
-        """(what was found, what would do) where nothing fits."""
+    def too_large(self) -> str:
+        """What is found where nothing fits."""
         least = min(self.rows, key=lambda row: row.figures.total)
         assert self.limit is not None
-        found = (
+        return (
             f"on {self.world} ranks a step takes at least {bytes_text(least.figures.total)} on one rank "
             f"({name_of(least)}); the limit is {bytes_text(self.limit)}"
         )
-        return found, "more ranks, fewer tokens, another optimizer"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""

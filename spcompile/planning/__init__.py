@@ -1,1 +1,1 @@
-"""Which mesh and which options: candidates, each compiled at two small depths, and ranked by predicted time."""
+"""Which mesh and options to take: candidates, compiled at two small depths and ranked."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spcompile.machine.accelerators import Accelerator
-from spcompile.planning.linear import Figures
+from spcompile.planning.figures import Figures
 from spcompile.planning.search import Result
 
 ALIKE = 0.005  # of the time: nearer to one another, the tables cannot tell which is faster

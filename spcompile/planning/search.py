@@ -25,7 +25,7 @@ from spcompile.options import Options
 from spcompile.passes_api import Pass
 from spcompile.planning.candidates import Candidate, Heads
 from spcompile.planning.equal_blocks import find_equal_blocks, shortened
-from spcompile.planning.linear import Figures, between, extrapolated
+from spcompile.planning.figures import Figures, between, extrapolated
 from spcompile.planning.short_step import Short, ShortStep, forward_flops, short_step, split_of_parameters
 from spcompile.program.build import build_captured
 from spcompile.program.progress import begins, shown_by

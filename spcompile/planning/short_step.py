@@ -21,7 +21,7 @@ from spcompile.parameters.planned_parts import captured_over_planned_parts
 from spcompile.parameters.weight_plan import PLANNED, parts_of, split_over_tp
 from spcompile.passes_api import Pass
 from spcompile.planning.candidates import Candidate
-from spcompile.planning.linear import Figures
+from spcompile.planning.figures import Figures
 from spcompile.program.build import LocalProgram, build_captured
 from spcompile.program.emit import Emission, TracedStep, trace_step
 from spcompile.program.partition import cut_as_planned, saved_by

@@ -231,7 +231,8 @@ def ranked_plans(
 
 def _links(rows: Sequence[Ranked], options: Options) -> list[str]:
     meshes = {row.result.candidate.mesh for row in rows}
-    used = {link_of(MeshShape(mesh), axis, options.links) for mesh in meshes for axis, _ in mesh}
+    own = ACCELERATORS[options.accelerator].links
+    used = {link_of(MeshShape(mesh), axis, options.links, own=own) for mesh in meshes for axis, _ in mesh}
     return [
         f"{link.name}, {link.bytes_per_second / 1e9:g} GB/s each way" for link in sorted(used, key=lambda x: x.name)
     ]

@@ -50,7 +50,7 @@ def plan(
     if not isinstance(world, int) or isinstance(world, bool) or not 1 <= world <= MOST_RANKS:
         raise IllegalMesh(f"world={world!r}", legal=f"1 to {MOST_RANKS} ranks")
     require_known_axes(axes)
-    chosen = _options(options)
+    chosen = _checked_options(options)
     found: dict[str, Any] = {}
     results: list[Result] = []
 
@@ -94,7 +94,7 @@ def _enough(model: nn.Module, inputs: Any, least: Candidate, options: Options) -
     return found
 
 
-def _options(options: Mapping[str, Any]) -> Options:
+def _checked_options(options: Mapping[str, Any]) -> Options:
     from spcompile.diagnostics import IllegalOption
     from spcompile.options import Options
 

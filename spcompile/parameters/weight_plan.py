@@ -51,13 +51,13 @@ def weight_plan(
     plan = WeightPlan()
     for name, parameter in model.named_parameters():
         found = split.get(name, "the traced graph does not read it")
-        plan.parts[name] = parts_of(parameter.shape, found, degrees, axes)
+        plan.parts[name] = parts_of_parameter(parameter.shape, found, degrees, axes)
         if degrees.get("tp", 1) > 1 and not any(part.axis == "tp" for part in plan.parts[name]):
             plan.whole[name] = str(found)
     return plan
 
 
-def parts_of(
+def parts_of_parameter(
     shape: Sequence[int], found: int | str, degrees: Mapping[str, int], axes: Sequence[str]
 ) -> tuple[Part, ...]:
     """How a parameter of this shape is split. found: the dim that tp splits, or why it splits none."""

@@ -52,7 +52,7 @@ def find_equal_blocks(graph: fx.Graph) -> EqualBlocks | None:
     calls = list(graph.nodes)
     blocks = [tuple(calls[place[first] + 1 : place[last] + 1]) for first, last in pairwise(streams)]
     shared = _read_by_several(blocks)
-    kinds = [_kind_of(stream, block, shared) for stream, block in zip(streams, blocks, strict=False)]
+    kinds = [_what_it_computes(stream, block, shared) for stream, block in zip(streams, blocks, strict=False)]
     first, last = _longest_run(kinds)
     if last - first < 2 or not _leave_nothing_behind(blocks[first:last]):
         return None
@@ -106,7 +106,7 @@ def _read_by_several(blocks: Sequence[Sequence[fx.Node]]) -> set[fx.Node]:
     return {value for value, numbers in readers.items() if len(numbers) > 1 and value.op == "placeholder"}
 
 
-def _kind_of(stream: fx.Node, block: Sequence[fx.Node], shared: set[fx.Node]) -> tuple[object, ...]:
+def _what_it_computes(stream: fx.Node, block: Sequence[fx.Node], shared: set[fx.Node]) -> tuple[object, ...]:
     """Equal for blocks that compute the same of the stream, of parameters of their own, and of what all blocks read."""
     names: dict[fx.Node, object] = {stream: "stream"}
 

@@ -71,11 +71,11 @@ def why(rows: Sequence[Ranked], choice: int) -> str:
     """Why this one, in a sentence or two."""
     best = rows[choice]
     fitting = [row for row in rows if row.fits]
-    text = f"{name_of(best)} takes {best.seconds:.4g} s a step, the least of {len(fitting)} that fit"
+    text = f"{candidate_name(best)} takes {best.seconds:.4g} s a step, the least of {len(fitting)} that fit"
     if len(fitting) == 1:
-        text = f"{name_of(best)} is the only one that fits"
+        text = f"{candidate_name(best)} is the only one that fits"
     elif best is not fitting[0]:
-        text = f"{name_of(best)} takes the least memory of those within {ALIKE:.1%} of the fastest"
+        text = f"{candidate_name(best)} takes the least memory of those within {ALIKE:.1%} of the fastest"
     if best.figures.again > 0:
         text += f"; {1e3 * best.figures.again:.3g} ms of it make values again to stay within memory"
     return text
@@ -89,9 +89,9 @@ def what_it_would_take(rows: Sequence[Ranked], choice: int) -> str:
         return ""
     other = others[0]
     if not other.fits:
-        return f"{name_of(other)} takes {other.figures.total / 2**30:.1f} GiB and does not fit"
+        return f"{candidate_name(other)} takes {other.figures.total / 2**30:.1f} GiB and does not fit"
     late = other.seconds - best.seconds
-    text = f"{name_of(other)}, {late / best.seconds:+.1%} in time"
+    text = f"{candidate_name(other)}, {late / best.seconds:+.1%} in time"
     if late <= 0:
         return f"{text}, would be preferred if memory mattered less than {-late * 1e3:.3g} ms a step"
     if other.figures.exposed > late:
@@ -106,7 +106,7 @@ def _way(row: Ranked) -> object:
     return row.result.candidate.mesh, row.result.candidate.attention
 
 
-def name_of(row: Ranked) -> str:
+def candidate_name(row: Ranked) -> str:
     """`tp=2 cp=4, ulysses`."""
     one = row.result.candidate
     mesh = " ".join(f"{axis}={size}" for axis, size in one.mesh) or "one rank"

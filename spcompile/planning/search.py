@@ -111,7 +111,7 @@ def _short(
 
 def evaluate(depths: Depths, candidate: Candidate, options: Options, pipeline: Sequence[Pass]) -> Result:
     """One candidate at full depth: the least that has to be made again for it to fit."""
-    chosen = replace(options, **{**candidate.options, "passes": _passes(options, candidate)})
+    chosen = replace(options, **{**candidate.options, "passes": _all_passes(options, candidate)})
     try:
         split = _split(depths, candidate.mesh, options, pipeline)
         steps = [short_step(short, candidate, split, chosen, pipeline) for short in depths.shorts]
@@ -128,7 +128,7 @@ def _split(
     return depths.splits[mesh]
 
 
-def _passes(options: Options, candidate: Candidate) -> dict[str, Any]:
+def _all_passes(options: Options, candidate: Candidate) -> dict[str, Any]:
     return {**options.passes, **candidate.options.get("passes", {})}
 
 

@@ -18,7 +18,7 @@ from spcompile.memory.joint import Joint
 from spcompile.memory.ladder import Ladder, halves
 from spcompile.options import Options
 from spcompile.parameters.planned_parts import captured_over_planned_parts
-from spcompile.parameters.weight_plan import PLANNED, parts_of, split_over_tp
+from spcompile.parameters.weight_plan import PLANNED, parts_of_parameter, split_over_tp
 from spcompile.passes_api import Pass
 from spcompile.planning.candidates import Candidate
 from spcompile.planning.figures import Figures
@@ -122,7 +122,7 @@ def short_step(
     degrees = dict(candidate.mesh)
     placeholders = short.captured.graph.find_nodes(op="placeholder")
     parts = [
-        parts_of(node.meta["val"].shape, split.get(node.name, ""), degrees, candidate.shard) if own else ()
+        parts_of_parameter(node.meta["val"].shape, split.get(node.name, ""), degrees, candidate.shard) if own else ()
         for node, own in zip(placeholders, short.own, strict=True)
     ]
     over_parts = captured_over_planned_parts(short.captured, short.inputs, parts)

@@ -18,7 +18,7 @@ from spcompile.machine.mesh import MeshShape
 from spcompile.memory.planner import Wish
 from spcompile.options import Options
 from spcompile.plain_text import one_line
-from spcompile.planning.ranking import Ranked, chosen, name_of, ranked, what_it_would_take, why
+from spcompile.planning.ranking import Ranked, candidate_name, chosen, ranked, what_it_would_take, why
 from spcompile.planning.search import Depths, Result
 
 PLANS_SCHEMA_VERSION = 1
@@ -102,7 +102,7 @@ class RankedPlans:
         assert self.limit is not None
         return (
             f"on {self.world} ranks a step takes at least {bytes_text(least.figures.total)} on one rank "
-            f"({name_of(least)}); the limit is {bytes_text(self.limit)}"
+            f"({candidate_name(least)}); the limit is {bytes_text(self.limit)}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,7 +158,9 @@ class RankedPlans:
         lines += [f"Next       {self.runner_up}"] if self.runner_up else []
         lines += [f"Assumed    {note}" for note in self.notes]
         lines += [
-            f"Left out   {name}: {one_line(row.error.splitlines()[0])}" for row in self.refused for name in [_name(row)]
+            f"Left out   {name}: {one_line(row.error.splitlines()[0])}"
+            for row in self.refused
+            for name in [_refused_name(row)]
         ]
         lines += ["", "Paste      " + self.call(best).replace("\n", "\n           "), f"           {self.flags(best)}"]
         for line in lines:
@@ -203,7 +205,7 @@ class RankedPlans:
         ]
 
 
-def _name(result: Result) -> str:
+def _refused_name(result: Result) -> str:
     one = result.candidate
     return " ".join([*(f"{axis}={size}" for axis, size in one.mesh), one.attention_text]).strip()
 

@@ -29,6 +29,7 @@ from spcompile.explain import explain
 from spcompile.full_state_dict import full_state_dict
 from spcompile.options import Options
 from spcompile.parallelize import parallelize
+from spcompile.plan_world import plan
 from spcompile.verify import verify
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "explain",
     "full_state_dict",
     "parallelize",
+    "plan",
     "verify",
 ]
 __version__ = "0.1.0"

@@ -38,9 +38,11 @@ class Options:
     outputs: "full" (as the plain module), "sharded" (DTensor), "loss" (scalars only).
     compiler: what runs the local graph: "inductor" or "eager".
     regather: gather activations again in the backward instead of saving them whole: less memory, more communication.
-    links: what ranks of an axis talk over, {axis: "nvlink" | "network" | "loopback"}; default: NVLink inside a node of
-        eight ranks, the network beyond. Decides what is chosen and predicted, never what is right.
-    accelerator: what computes: "h100", "a100", "cpu". Decides what hides behind what, predicted times, and memory.
+    links: what ranks of an axis talk over, {axis: "nvlink" | "network" | "loopback" | ...}; default: NVLink inside a
+        node of eight ranks, the network beyond, of the generation that goes with the accelerator. Decides what is
+        chosen and predicted, never what is right.
+    accelerator: what computes: "h100", "h200", "b200", "a100", "cpu". Decides what hides behind what, predicted times,
+        and memory.
     memory: what a step may take on one rank. "auto": what the accelerator has, less a tenth, where one computes; beyond
         that, values are made again instead of saved, the cheapest first. "speed": as fast as can be. "min": as small as
         can be. Or a budget: bytes, or text as "72GiB".

@@ -43,6 +43,7 @@ FOLDERS = (
     "passes.schedule",
     "passes",
     "program",
+    "planning",
     "report",
     "command",
     "integrations",

@@ -153,8 +153,10 @@ def _cost(node: fx.Node, strategy: Strategy, order: str, ctx: Context) -> Cost:
         mask=call.attention_mask,
         bias_row=_bytes_of_bias_row(call),
     )
-    inner, outer = (link_of(ctx.mesh, "cp", ctx.options.links, degree) for degree in (strategy.inner, None))
-    flops = ACCELERATORS[ctx.options.accelerator].attention_flops(problem.itemsize)
+    accelerator = ACCELERATORS[ctx.options.accelerator]
+    links = ctx.options.links, accelerator.links
+    inner, outer = (link_of(ctx.mesh, "cp", links[0], degree, links[1]) for degree in (strategy.inner, None))
+    flops = accelerator.attention_flops(problem.itemsize)
     return cost(problem, strategy, order, inner, outer, flops)
 
 

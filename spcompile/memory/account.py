@@ -131,30 +131,56 @@ class _High:
 
 def _high_water(phase: str, graphs: Mapping[str, fx.GraphModule], accelerator: Accelerator, fuses: bool) -> _High:
     """In the backward, what the forward gave its caller is alive as well."""
-    graph = graphs[phase].graph
-    order = [node for node in graph.nodes if node.op != "output"]
-    storage = _storages_of_backward(graphs) if phase == "backward" else root_of
-    before = {storage(node): None for node in order if node.op == "placeholder" and not _is_held(storage(node))}
-    returned = {storage(node) for node in outputs_of(graph) if isinstance(node, fx.Node)}
-    inside = fused_away(order, returned, storage) if fuses else ()
-    lives = Lives.of(order, before, returned, storage, inside)
-    sizes = {root: 0 if _is_held(root) else storage_bytes(root) for root in lives.born}
-    levels = lives.bytes(sizes.__getitem__, [int(bytes_inside(node, accelerator, hint)) for node in order]) or [0]
+    order, lives, levels = _alive(phase, graphs, accelerator, fuses)
     at = levels.index(max(levels))
     there = [root for root in lives.during(at) if not _is_held(root)]
-    stay = before.keys() | returned
+    stay = {*_before(phase, graphs), *_returned(phase, graphs)}
     scratch = bytes_inside(order[at], accelerator) if order else sympy.Integer(0)
     outside = _given_to_caller(graphs) if phase == "backward" else []
     return _High(
-        levels[at] + sum(map(storage_bytes, outside)),
+        levels[at],
         _total([*there, *outside]) + scratch,
         _total(root for root in there if root not in stay) + scratch,
         _where(phase, order[at]) if order else phase,
     )
 
 
-def _storages_of_backward(graphs: Mapping[str, fx.GraphModule]) -> Callable[[fx.Node], fx.Node]:
-    """`root_of` for values of the backward. Of what is saved the forward's: two views of one storage may be saved."""
+def bytes_alive(
+    phase: str, graphs: Mapping[str, fx.GraphModule], accelerator: Accelerator, fuses: bool
+) -> list[int]:
+    """During each call of a final graph, parameters aside, at traced sizes."""
+    return _alive(phase, graphs, accelerator, fuses)[2]
+
+
+def _alive(
+    phase: str, graphs: Mapping[str, fx.GraphModule], accelerator: Accelerator, fuses: bool
+) -> tuple[list[fx.Node], Lives, list[int]]:
+    order = [node for node in graphs[phase].graph.nodes if node.op != "output"]
+    storage, returned = _storages(phase, graphs), _returned(phase, graphs)
+    inside = fused_away(order, returned, storage) if fuses else ()
+    lives = Lives.of(order, _before(phase, graphs), returned, storage, inside)
+    sizes = {root: 0 if _is_held(root) else storage_bytes(root) for root in lives.born}
+    outside = sum(map(storage_bytes, _given_to_caller(graphs))) if phase == "backward" else 0
+    levels = lives.bytes(sizes.__getitem__, [int(bytes_inside(node, accelerator, hint)) for node in order]) or [0]
+    return order, lives, [level + outside for level in levels]
+
+
+def _before(phase: str, graphs: Mapping[str, fx.GraphModule]) -> dict[fx.Node, None]:
+    """The storages that are alive when a graph begins."""
+    storage, inputs = _storages(phase, graphs), graphs[phase].graph.find_nodes(op="placeholder")
+    return {storage(node): None for node in inputs if not _is_held(storage(node))}
+
+
+def _returned(phase: str, graphs: Mapping[str, fx.GraphModule]) -> set[fx.Node]:
+    """The storages of what a graph returns."""
+    storage = _storages(phase, graphs)
+    return {storage(node) for node in outputs_of(graphs[phase].graph) if isinstance(node, fx.Node)}
+
+
+def _storages(phase: str, graphs: Mapping[str, fx.GraphModule]) -> Callable[[fx.Node], fx.Node]:
+    """`root_of`. Of what the backward takes the forward's: two views of one storage may be saved."""
+    if phase != "backward":
+        return root_of
     pairs = saved_pairs(graphs["forward"].graph, graphs["backward"].graph)
     of_forward = {taken: root_of(value) for value, taken in pairs}
 

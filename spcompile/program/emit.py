@@ -149,31 +149,57 @@ def emit_nothing(emission: Emission) -> None:
             emission.schedule(gm, phase)
 
 
-class _CutInTwo(Exception):
+class _Known(Exception):
     """Leaves AOTAutograd when all that was asked for is known."""
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """What AOTAutograd makes of a program: the joint graph, or `inference`, the one graph where no gradient is needed.
+
+    inputs, arguments: what a partitioner takes beside the graph.
+    """
+
+    joint: fx.GraphModule | None
+    inputs: Any = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    inference: fx.GraphModule | None = None
+
+    def cut(self, partitioner: Callable[..., Any]) -> dict[str, fx.GraphModule]:
+        """Forward and backward by phase, or "inference"."""
+        if self.joint is None:
+            assert self.inference is not None
+            return {"inference": self.inference}
+        forward, backward = partitioner(self.joint, self.inputs, **self.arguments)
+        return {"forward": forward, "backward": backward}
+
+
+def trace_step(program: LocalProgram) -> TracedStep:
+    """AOTAutograd up to the partitioner, under its joint graph prepared."""
+    found: list[TracedStep] = []
+    regather = program.ctx.options.regather
+
+    def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        prepare_joint(joint.graph, regather)
+        found.append(TracedStep(joint, joint_inputs, kwargs))
+        raise _Known
+
+    def inference(graph_module: fx.GraphModule, _: Sequence[Any]) -> Any:
+        prepare_joint(graph_module.graph, regather)
+        found.append(TracedStep(None, inference=graph_module))
+        raise _Known
+
+    backend = aot_autograd(fw_compiler=inference, inference_compiler=inference, partition_fn=partition)
+    with without_log_texts(), contextlib.suppress(_Known):
+        backend(program.gm, program.inputs)
+    return found[0]
 
 
 def cut(
     program: LocalProgram, partitioner: Callable[..., Any] = min_cut_rematerialization_partition
 ) -> dict[str, fx.GraphModule]:
     """Forward and backward behind the partitioner, or "inference", the one graph where no gradient is needed."""
-    found: dict[str, fx.GraphModule] = {}
-    regather = program.ctx.options.regather
-    prepared = _prepared(partitioner, regather)
-
-    def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
-        found["forward"], found["backward"] = prepared(joint, joint_inputs, **kwargs)
-        raise _CutInTwo
-
-    def inference(graph_module: fx.GraphModule, _: Sequence[Any]) -> Any:
-        prepare_joint(graph_module.graph, regather)
-        found["inference"] = graph_module
-        raise _CutInTwo
-
-    backend = aot_autograd(fw_compiler=inference, inference_compiler=inference, partition_fn=partition)
-    with without_log_texts(), contextlib.suppress(_CutInTwo):
-        backend(program.gm, program.inputs)
-    return found
+    return trace_step(program).cut(partitioner)
 
 
 def _eager(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

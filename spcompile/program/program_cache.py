@@ -154,8 +154,11 @@ def _input_facts(placeholder: fx.Node, value: Any) -> str:
 
 @functools.cache
 def sources() -> str:
-    """A hash of every source file of this package: what caches below, which see graphs alone, must be told."""
-    files = [(file.relative_to(root), file) for root in map(_folder, _PACKAGES) for file in sorted(root.rglob("*.py"))]
+    """A hash of every source and data file of this package: what caches below, which see graphs alone, must be told."""
+    found = [
+        (root, file) for root in map(_folder, _PACKAGES) for kind in ("*.py", "*.json") for file in root.rglob(kind)
+    ]
+    files = sorted((file.relative_to(root), file) for root, file in found)
     names = "\0".join(f"{name} {_file_hash(str(file))}" for name, file in files)
     return hashlib.sha256(names.encode()).hexdigest()
 

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from spcompile.capture.autocast import autocast_off
 from spcompile.capture.meta_device import off_meta
 from spcompile.collectives import gathers_on_gloo
-from spcompile.graph.axes import axes_of, bind_axes
+from spcompile.graph.axes import bind_axes, groups_of
 from spcompile.machine.accelerators import ACCELERATORS
 from spcompile.machine.mesh import MeshShape, RuntimeMesh
 from spcompile.machine.optimizers import OPTIMIZERS
@@ -109,7 +109,7 @@ def one_rank(
     found: list[OneRank] = []
 
     def bind(graph: fx.Graph) -> None:
-        bind_axes(graph, {axis: mesh.group_name(axis) for axis in axes_of(graph)})
+        bind_axes(graph, {axis: mesh.group_name(axis) for axis in groups_of(graph, {})})
         if device == "cpu":
             gathers_on_gloo(graph)
 

@@ -80,4 +80,5 @@ def _accelerator(row: Mapping[str, Any]) -> Accelerator:
         links=row["links"],
     )
 
+
 ACCELERATORS = {name: _accelerator(row) for name, row in HARDWARE["accelerators"].items()}

@@ -145,9 +145,7 @@ def _high_water(phase: str, graphs: Mapping[str, fx.GraphModule], accelerator: A
     )
 
 
-def bytes_alive(
-    phase: str, graphs: Mapping[str, fx.GraphModule], accelerator: Accelerator, fuses: bool
-) -> list[int]:
+def bytes_alive(phase: str, graphs: Mapping[str, fx.GraphModule], accelerator: Accelerator, fuses: bool) -> list[int]:
     """During each call of a final graph, parameters aside, at traced sizes."""
     return _alive(phase, graphs, accelerator, fuses)[2]
 

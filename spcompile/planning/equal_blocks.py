@@ -17,6 +17,7 @@ import torch.fx as fx
 
 from spcompile.graph.edit import copy_module
 from spcompile.graph.storage import outputs_of
+from spcompile.machine.accelerators import Accelerator
 from spcompile.memory.joint import Joint
 from spcompile.memory.stream_blocks import find_blocks
 from spcompile.schedule.op_cost import is_matmul, matmul_flops
@@ -44,9 +45,9 @@ class EqualBlocks:
         return max(0, 2 - outside // inside)
 
 
-def find_equal_blocks(graph: fx.Graph) -> EqualBlocks | None:
+def find_equal_blocks(graph: fx.Graph, accelerator: Accelerator) -> EqualBlocks | None:
     """The longest run of equal blocks that can be left out, if there is one of at least two."""
-    joint = _forward_only(graph)
+    joint = _forward_only(graph, accelerator)
     streams = find_blocks(joint, _is_heavy).inputs
     place = {node: at for at, node in enumerate(graph.nodes)}
     calls = list(graph.nodes)
@@ -78,7 +79,7 @@ def shortened(
     return result, kept
 
 
-def _forward_only(graph: fx.Graph) -> Joint:
+def _forward_only(graph: fx.Graph, accelerator: Accelerator) -> Joint:
     placeholders = tuple(graph.find_nodes(op="placeholder"))
     return Joint(
         inputs=placeholders,
@@ -87,6 +88,7 @@ def _forward_only(graph: fx.Graph) -> Joint:
         returned=tuple(node for node in outputs_of(graph) if isinstance(node, fx.Node)),
         gradients=(),
         parameters=frozenset(node for node in placeholders if node.meta.get("trainable")),
+        accelerator=accelerator,
     )
 
 

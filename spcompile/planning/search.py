@@ -19,6 +19,7 @@ from spcompile.capture.meta_device import off_meta
 from spcompile.capture.retrace import capture
 from spcompile.diagnostics import IllegalModel, SpcompileError
 from spcompile.graph.edit import copy_module
+from spcompile.machine.accelerators import ACCELERATORS
 from spcompile.machine.mesh import MeshShape
 from spcompile.memory.planner import ROOM, Wish
 from spcompile.options import Options
@@ -80,7 +81,7 @@ def depths_of(
     begins("reading the graph")
     gm, inputs = off_meta(gm, inputs)
     captured = capture(gm, inputs)
-    found = find_equal_blocks(captured.graph)
+    found = find_equal_blocks(captured.graph, ACCELERATORS[options.accelerator])
     if found is None or found.count <= found.least + MORE:
         whole = _short(captured, inputs, own, 0, options, pipeline)
         return Depths((whole[0],), 0, whole[1])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spcompile.capture.retrace import capture
+from spcompile.machine.accelerators import ACCELERATORS
 from spcompile.options import Options
 from spcompile.planning.equal_blocks import EqualBlocks, find_equal_blocks, shortened
 from spcompile.program.trace import through_dynamo
@@ -48,7 +49,7 @@ def captured(model: nn.Module, x_BSD: Tensor) -> tuple[torch.fx.GraphModule, lis
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> None:
         graph = capture(gm, inputs)
-        found.append((graph, list(inputs), find_equal_blocks(graph.graph)))
+        found.append((graph, list(inputs), find_equal_blocks(graph.graph, ACCELERATORS["cpu"])))
 
     through_dynamo(model, (x_BSD,), backend, Options())
     return found[0]

@@ -262,7 +262,7 @@ def searchsorted(node: fx.Node) -> OpRule | None:
 
 @register(aten.histc.default)
 def histogram(node: fx.Node) -> OpRule:
-    """`a b -> [c] | a: sum, b: sum` between given bounds, outside of which nothing is counted; else `[a] [b] -> [c]`."""
+    """`a b -> [c] | a: sum, b: sum` between given bounds, outside of which nothing counts; else `[a] [b] -> [c]`."""
     args = arguments(node)
     if args["min"] >= args["max"]:
         return data_dependent(node)

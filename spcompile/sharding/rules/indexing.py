@@ -261,7 +261,7 @@ def searchsorted(node: fx.Node) -> OpRule | None:
 
 
 @register(aten.histc.default)
-def histogram(node: fx.Node) -> OpRule:
+def histogram(node: fx.Node) -> OpRule | None:
     """`a b -> [c] | a: sum, b: sum` between given bounds, outside of which nothing counts; else `[a] [b] -> [c]`."""
     args = arguments(node)
     if args["min"] >= args["max"]:

@@ -85,7 +85,7 @@ def _require_one_reading(node: fx.Node, places: dict[int, RowPlaces], indices: d
     counted = [at for fact in places.values() for at in range(*fact.span)]
     fits = (
         sorted(places) == list(range(first, first + len(places)))
-        and len({fact.pieces for fact in places.values()}) == 1
+        and all(_same_pieces(fact.pieces, places[first].pieces) for fact in places.values())
         and len(set(counted)) == len(counted)
         and all(fact.dim == along and same(shape[dim], fact.size) for dim, fact in places.items())
     )
@@ -96,6 +96,10 @@ def _require_one_reading(node: fx.Node, places: dict[int, RowPlaces], indices: d
         fits = fits and all(len(shape_of(index)) == 1 for index in indices.values())
     if not fits:
         raise Seen
+
+
+def _same_pieces(a: shuffled.Pieces, b: shuffled.Pieces) -> bool:
+    return len(a) == len(b) and all(map(same, a, b))
 
 
 def written(node: fx.Node, facts: Facts) -> Result:

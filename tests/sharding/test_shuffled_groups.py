@@ -68,9 +68,15 @@ def read_elsewhere(x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w_EDD: Te
     return weighted(y_RD, row_R, weight_NK) * counts_E.square().mean()
 
 
+def with_a_loss_of_balance(x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w_EDD: Tensor) -> Tensor:
+    """Each rank's groups are its own; how full experts are is summed over ranks, without their padding."""
+    counts_E = torch.histc(expert_NK.flatten().double(), bins=E, min=0, max=E)
+    return mx.grouped(x_ND, expert_NK, weight_NK, w_EDD) * (counts_E / expert_NK.numel()).square().sum()
+
+
 @pytest.mark.thinned(6)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"cp": 3}, {"dp": 2}], ids=str)
-@pytest.mark.parametrize("body", [mx.grouped, by_one_hot, by_comparing, by_counts_of_unsorted])
+@pytest.mark.parametrize("body", [mx.grouped, with_a_loss_of_balance, by_one_hot, by_comparing, by_counts_of_unsorted])
 def test_each_rank_has_groups_of_its_own(body: mx.Body, mesh: dict[str, int]) -> None:
     report = verify(body, mesh)
     assert not GATHERS & {remark.code for remark in report.remarks}, str(report)

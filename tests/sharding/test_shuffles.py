@@ -11,6 +11,8 @@ import torch
 from mixtures import GATHERS, D, K, apply, verify
 from torch import Tensor
 
+import spcompile
+
 UNSEEN = [
     mx.inverse_by_writing,
     mx.inverse_by_sorting,
@@ -107,3 +109,13 @@ def test_where_the_order_is_seen_all_rows_are_sorted(body: mx.Body, mesh: dict[s
 @pytest.mark.parametrize("body", UNSEEN)
 def test_on_more_axes(body: mx.Body, mesh: dict[str, int]) -> None:
     verify(body, mesh, batch=4)
+
+
+@pytest.mark.thinned(8)
+@pytest.mark.parametrize("body", [*UNSEEN, mx.picked_and_added])
+def test_a_length_that_is_a_symbol(body: mx.Body) -> None:
+    x_BSD = mx.states()
+    torch._dynamo.mark_dynamic(x_BSD, 1)
+    report = spcompile.verify(mx.Mixture(body), (x_BSD,), mesh={"cp": 2}, compiler="eager", tolerance=1e-10)
+    assert report.ok, str(report)
+    assert not {"SPR103", "SPR107"} & {remark.code for remark in report.remarks}, str(report)

@@ -66,13 +66,12 @@ def of_picked_rows(rule: OpRule, name: str, size: Size) -> OpRule:
 def part_of_place(node: fx.Node, pieces: Pieces, divided: Span) -> OpRule:
     """`(a b c) -> (a b c)`, a quotient or a remainder of places: the divisor counts a rank's part of `divided`."""
     rows = tuple(Factor(size) for size in pieces)
-    others = math.prod(size for at, size in enumerate(pieces) if not divided[0] <= at < divided[1])
 
     def local(call: LocalCall) -> Any:
         args = named_arguments(node.target, call.args, call.kwargs)
         split = rule.results[0][0].index(call.factor)
         if divided[0] <= split < divided[1]:
-            args["other"] = call.shapes[0][0] // others
+            args["other"] = call.shapes[0][0] // math.prod((*pieces[: divided[0]], *pieces[divided[1] :]))
         return node.target(**args)  # type: ignore[operator]
 
     rule = make_rule(node, {"self": [rows]}, [[rows]], local=local)

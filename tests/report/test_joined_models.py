@@ -22,7 +22,7 @@ def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
-@pytest.mark.thinned(4, covers=["name"])
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 @pytest.mark.parametrize("degree", [2, 3])
 @pytest.mark.parametrize("name", MODELS)

@@ -90,16 +90,13 @@ def _device_mesh(mesh: DeviceMesh | Mapping[str, int], example_inputs: Any) -> D
     from torch.distributed.device_mesh import DeviceMesh
 
     from spcompile.diagnostics import IllegalMesh
-    from spcompile.machine.mesh import LEGAL_MESH, mesh_over_world
+    from spcompile.machine.mesh import LEGAL_MESH, mesh_of_sizes
 
     if isinstance(mesh, Mapping):
         given = [x for x in torch.utils._pytree.tree_leaves(example_inputs) if isinstance(x, torch.Tensor)]
         there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         usual = there.type if there is not None else "cpu"
-        found = mesh_over_world(mesh, next((x.device.type for x in given if not x.is_meta), usual))
-        if found is None:
-            raise IllegalMesh(f"mesh={dict(mesh)!r} on one device", legal='model.compile(backend="spcompile")')
-        return found[1]
+        return mesh_of_sizes(mesh, next((x.device.type for x in given if not x.is_meta), usual))
     if not isinstance(mesh, DeviceMesh):
         raise IllegalMesh(f"mesh={mesh!r}", legal=LEGAL_MESH)
     return mesh

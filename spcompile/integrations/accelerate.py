@@ -38,6 +38,16 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in model.parameters())
 
 
+def without_gradients_of_inputs(model: nn.Module) -> None:
+    """Take hooks off transformers' embeddings that make their outputs require gradients: Dynamo breaks a graph there.
+
+    Checkpointing with frozen embeddings needs them where it is reentrant. Compiled, it is not, whatever the model says.
+    """
+    for module in model.modules():
+        if callable(take_off := getattr(module, "disable_input_require_grads", None)):
+            take_off()
+
+
 class SequenceParallelAccelerator(Accelerator):
     """accelerate's `Accelerator` over a mesh.
 
@@ -132,6 +142,7 @@ class SequenceParallelAccelerator(Accelerator):
         if not is_sharded(model) and model not in self._compiled:
             if self.mesh is not None:
                 broadcast(model, self.mesh)
+            without_gradients_of_inputs(model)
             model.compile(backend="spcompile", options=self.options)
             self._compiled.add(model)
         if evaluation_mode or self.num_batches == 1 or not any(p.requires_grad for p in model.parameters()):

@@ -118,12 +118,18 @@ class SequenceParallelMixin(_Base):
         if self.accelerator.num_batches == 1:
             return super().prediction_step(model, inputs, *args, **kwargs)
         inputs = self._nothing_twice(inputs)
-        weight = self._weight_of_loss(inputs)
-        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        labels = inputs.get("labels")  # the step may take it out
+        loss, logits, predicted = super().prediction_step(model, inputs, *args, **kwargs)
         if loss is not None:
+            weight = self._weight_of_loss(labels)
             losses, weights = map(self.accelerator.gather_batches, (loss, weight.to(loss)))
             loss = torch.where(weights > 0, losses * weights, 0).sum() / weights.sum()
-        return loss, logits, labels
+        return loss, logits, predicted
+
+    def compute_loss(self, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+        """The Trainer's."""
+        self._divided_by_all = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        return super().compute_loss(*args, num_items_in_batch=num_items_in_batch, **kwargs)
 
     def _nothing_twice(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The last batches are filled with entries from the start of the dataset: no loss counts their labels."""
@@ -139,16 +145,13 @@ class SequenceParallelMixin(_Base):
                 changed[name][own:] = IGNORED
         return changed
 
-    def _weight_of_loss(self, inputs: dict[str, Any]) -> Tensor:
+    def _weight_of_loss(self, labels: Any) -> Tensor:
         """What the loss of this batch counts among those of all: as many labels as it is a mean of.
 
         A loss that was divided by the labels of all batches was multiplied by the number of batches: all count alike.
         """
-        labels = inputs.get("labels")
-        by_all = self.args.average_tokens_across_devices and (
-            self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        )
-        if by_all or not isinstance(labels, Tensor) or labels.is_floating_point():
+        passed_on = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        if (self._divided_by_all and passed_on) or not isinstance(labels, Tensor) or labels.is_floating_point():
             return torch.ones(())
         return (labels[..., 1:] if self._loss_shifts_labels else labels).ne(IGNORED).sum()
 

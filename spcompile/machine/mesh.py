@@ -202,8 +202,8 @@ def runtime_mesh(mesh: DeviceMesh | Mapping[str, int] | None, device_type: str) 
         IllegalMesh: unnamed axes, names that mean nothing here, or sizes that do not make up the world.
     """
     if mesh is None or isinstance(mesh, Mapping):
-        found = mesh_over_world(mesh, device_type)
-        return RuntimeMesh(*found) if found is not None else None
+        shape = _shape_over_world(mesh)
+        return RuntimeMesh(shape, _mesh_over_world(shape, device_type)) if shape.world_size > 1 else None
     from torch.distributed.device_mesh import DeviceMesh
 
     if not isinstance(mesh, DeviceMesh):
@@ -214,27 +214,40 @@ def runtime_mesh(mesh: DeviceMesh | Mapping[str, int] | None, device_type: str) 
     return RuntimeMesh(shape, mesh) if shape.world_size > 1 else None
 
 
-def mesh_over_world(sizes: Mapping[str, int] | None, device_type: str) -> tuple[MeshShape, DeviceMesh] | None:
-    """All ranks as a mesh with axes of these sizes, the first one outermost; without sizes one axis `cp`.
-
-    None on one device. The same sizes give the same mesh: its process groups are made when they are first asked for,
-    by all ranks.
+def mesh_of_sizes(sizes: Mapping[str, int], device_type: str) -> DeviceMesh:
+    """All ranks as a mesh with axes of these sizes, the first one outermost; one rank is a mesh, too.
 
     Raises:
-        NoProcessGroup, IllegalMesh: as `runtime_mesh` does.
+        NoProcessGroup, IllegalMesh: as `runtime_mesh` does; the former also for one process without a group.
     """
+    import torch.distributed as dist
+
+    shape = _shape_over_world(sizes)
+    if not dist.is_initialized():
+        raise NoProcessGroup("a mesh of one process", legal="call torch.distributed.init_process_group() before")
+    return _mesh_over_world(shape, device_type)
+
+
+def _shape_over_world(sizes: Mapping[str, int] | None) -> MeshShape:
     import torch.distributed as dist  # slow to import: options and explain need meshes without it
 
     initialized = dist.is_available() and dist.is_initialized()
     world = dist.get_world_size() if initialized else _launched_world_size()
     shape = MeshShape.of({"cp": world} if sizes is None else sizes)
-    if shape.world_size != world:
+    if not shape.axes or shape.world_size != world:
         counted = f"{shape.world_size} rank{'s' if shape.world_size > 1 else ''}"
         raise IllegalMesh(
             f"{str(shape) or 'no axes'}: {counted} of {world} launched",
             legal=f"sizes whose product is {world}, or torchrun --nproc-per-node {shape.world_size}",
         )
-    return (shape, _mesh_of_world(dist.group.WORLD, shape, device_type)) if world > 1 else None
+    return shape
+
+
+def _mesh_over_world(shape: MeshShape, device_type: str) -> DeviceMesh:
+    """The same sizes give the same mesh: its process groups are made when they are first asked for, by all ranks."""
+    import torch.distributed as dist
+
+    return _mesh_of_world(dist.group.WORLD, shape, device_type)
 
 
 @functools.cache

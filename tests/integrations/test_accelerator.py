@@ -76,6 +76,38 @@ def test_two_ranks(worker_pool: PoolOf, axis: str) -> None:
         assert not bad, bad
 
 
+def batches_over_dp(mesh: dict[str, int]) -> tuple[list[Any], float]:
+    """The rows that this process gets, its place along dp, and how far a step takes a schedule for two batches."""
+    from spcompile.integrations.accelerate import SequenceParallelAccelerator
+
+    with launched(4), ddp_does_not_crash():
+        accelerator = SequenceParallelAccelerator(cpu=True, mesh=mesh, spcompile_options=EAGER)
+        model = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=8)
+        loaders = [DataLoader(data, 2, collate_fn=padded) for data in (Rows(7), Stream())]
+        optimizer, schedule, rows, stream = accelerator.prepare(optimizer, schedule, *loaders)
+        optimizer.step()
+        schedule.step()
+        place = accelerator.batch_index
+        firsts = [[batch["input_ids"][:, :3].tolist() for batch in loader] for loader in (rows, stream)]
+        once = sum(len(accelerator.gather_for_metrics(batch["labels"])) for batch in rows)
+        return [place, firsts, once], schedule.get_last_lr()[0]
+
+
+@pytest.mark.slow
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("mesh", [{"dp": 2, "cp": 2}, {"tp": 2, "dp": 2}], ids=str)
+def test_batches_over_dp(worker_pool: PoolOf, mesh: dict[str, int]) -> None:
+    found = worker_pool(4).run(batches_over_dp, mesh)
+    for (place, firsts, once), rate in found:
+        assert once == 7
+        assert rate == pytest.approx(0.75)
+        for other, theirs, _ in (row for row, _ in found):
+            assert (firsts == theirs) == (place == other)
+    assert {place for (place, _, _), _ in found} == {0, 1}
+
+
 def refused() -> list[str]:
     from accelerate.utils import DataLoaderConfiguration, ParallelismConfig
 

@@ -101,6 +101,33 @@ def test_over_dp(worker_pool: PoolOf, mesh: dict[str, int], settings: str) -> No
     assert_as_one_process(worker_pool(4), "llama", SETTINGS[settings], mesh, True)
 
 
+def half_precision(mesh: dict[str, int]) -> tuple[float, float]:
+    """How far training with autocast to bfloat16 leads from float32, in one process and over a mesh."""
+    from spcompile.integrations.transformers import SequenceParallelTrainer
+
+    made, found = hf_models.build("llama", layers=1), []
+    with launched(1):
+        for settings in ({}, {"bf16": True}):
+            plain = trainer_of(copy.deepcopy(made), settings, 2, 4, transformers_trainer())
+            plain.train()
+            found.append(left_behind(plain))
+    with launched(2):
+        cls = partial(SequenceParallelTrainer, mesh=mesh, spcompile_options=EAGER)
+        trainer = trainer_of(copy.deepcopy(made), {"bf16": True}, 2, 4, cls)
+        trainer.train()
+        found.append(left_behind(trainer))
+    names = [name for name, _ in made.named_parameters()]
+    exact, plainly, spread = (torch.cat([run[name].flatten() for name in names]) for run in found)
+    return (plainly - exact).norm().item(), (spread - exact).norm().item()
+
+
+@pytest.mark.thinned(4)
+@pytest.mark.parametrize("axis", ["cp", "tp"])
+def test_bf16(worker_pool: PoolOf, axis: str) -> None:
+    for plainly, spread in worker_pool(2).run(half_precision, {axis: 2}):
+        assert 0 < spread < 1.5 * plainly
+
+
 def sharded() -> tuple[dict[str, float], list[str]]:
     """A model whose parameters are split, saved after training; and what it cannot do."""
     import spcompile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+from typing import TYPE_CHECKING
 
 from spcompile.command.arguments import (
     MOST_TOKENS,
@@ -16,8 +17,12 @@ from spcompile.command.arguments import (
     require_model,
 )
 from spcompile.command.flags import Json, Options, Settings
+from spcompile.diagnostics import OutOfMemory
 from spcompile.machine.mesh import MOST_RANKS
 from spcompile.options import Options as BackendOptions
+
+if TYPE_CHECKING:
+    from spcompile.report.plan_table import RankedPlans
 
 
 def plan(
@@ -26,6 +31,7 @@ def plan(
     *,
     world: int = 8,
     seq: str = "4096",
+    sweep: str | None = None,
     batch: int = 1,
     dtype: str = "bfloat16",
     gpu: str | None = None,
@@ -44,6 +50,7 @@ def plan(
         model: The model, see above.
         world: Ranks in all.
         seq: Tokens in a row: 4096, 128k.
+        sweep: Several lengths, as 32k,128k,1M, instead of --seq: the best of each, one row a length.
         batch: Rows in the whole batch, which dp splits.
         dtype: Of weights and activations: bfloat16, float32, float16, float64, or short, as bf16.
         gpu: The backend's option accelerator: h100, h200, b200, a100, cpu.
@@ -53,6 +60,7 @@ def plan(
         optimizer: The backend's option: adamw, adamw-float32, adamw-master, momentum, none.
         workers: Processes that compile; default: one for each core.
     """
+    lengths = [parse_tokens("--sweep", text) for text in sweep.split(",")] if sweep is not None else []
     tokens, dtype = parse_tokens("--seq", seq), parse_dtype(dtype)
     require_between("--world", world, 1, MOST_RANKS)
     require_between("--batch", batch, 1, MOST_TOKENS)
@@ -69,8 +77,23 @@ def plan(
     from spcompile.command.compile_progress import compile_progress
     from spcompile.command.model_spec import built_with_inputs
 
+    def plans_of(length: int) -> RankedPlans:
+        built, inputs = built_with_inputs(model, length, batch, dtype, "meta", given)
+        return spcompile.plan(built, inputs, world, axes=wanted, workers=workers, **options)
+
+    if not lengths:
+        with compile_progress():
+            found = plans_of(tokens)
+        print(json_text.dumps(found.to_dict()) if json else str(found))
+        return 0
+    from spcompile.report.sweep_table import sweep_dict, sweep_text
+
+    rows: dict[int, RankedPlans | OutOfMemory] = {}
     with compile_progress():
-        built, inputs = built_with_inputs(model, tokens, batch, dtype, "meta", given)
-        found = spcompile.plan(built, inputs, world, axes=wanted, workers=workers, **options)
-    print(json_text.dumps(found.to_dict()) if json else str(found))
+        for length in lengths:
+            try:
+                rows[length] = plans_of(length)
+            except OutOfMemory as error:
+                rows[length] = error
+    print(json_text.dumps(sweep_dict(rows)) if json else sweep_text(rows))
     return 0

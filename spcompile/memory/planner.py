@@ -23,6 +23,7 @@ from spcompile.options import Options, bytes_of_option
 from spcompile.schedule.op_cost import CostModel
 
 _LOOKS = 12  # numbers of trades that are tried where the least peak is searched
+_LAST_LOOKS = 6  # and of the last ones, each of which gives up half of the inputs of blocks
 ROOM = 0.98  # of the limit: what overlap keeps alive longer, behind the plan, takes the rest
 
 
@@ -91,7 +92,7 @@ def plan_memory(joint: Joint, saved: Collection[fx.Node], cost: CostModel, wish:
         return MemoryPlan(tuple(saved), (), (), None, peak, state, as_it_was, wish.bytes)
     cost = cost.of_one_graph()
     blocks = find_blocks(joint, cost.is_heavy)
-    savings = Savings(joint, set(saved), frozenset(blocks.inputs), lambda node: cost.work(node).seconds)
+    savings = Savings(joint, set(saved), blocks.inputs, lambda node: cost.work(node).seconds)
     search = _Search(joint, tuple(saved), savings.trades())
     count = search.least() if wish.least or wish.bytes is None else search.first_below(int(ROOM * wish.bytes) - state)
     kept = search.saved_after(count)
@@ -140,5 +141,7 @@ class _Search:
 
     def least(self) -> int:
         """A number of trades with the least peak: what is made again is alive, too, so that more is not always less."""
-        looks = {round(at * len(self.trades) / _LOOKS) for at in range(_LOOKS + 1)}
+        last = len(self.trades)
+        looks = {round(at * last / _LOOKS) for at in range(_LOOKS + 1)}
+        looks |= set(range(max(0, last - _LAST_LOOKS), last))
         return min(sorted(looks), key=lambda count: self.peak(count).bytes)

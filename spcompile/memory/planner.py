@@ -43,7 +43,7 @@ class Wish:
     @classmethod
     def of(cls, options: Options) -> Wish:
         """From the options `memory` and `optimizer`. "auto" is what the accelerator has, less a margin."""
-        asked, optimizer = options.memory, OPTIMIZERS[options.optimizer]
+        asked, optimizer = options.memory, options.states
         if asked == "auto":
             return cls(ACCELERATORS[options.accelerator].usable_memory, False, optimizer)
         if asked in ("speed", "min"):

@@ -88,9 +88,9 @@ class Options:
         _one_of("compare", self.compare, COMPARE)
         _one_of("on_graph_break", self.on_graph_break, ON_GRAPH_BREAK)
         _one_of("accelerator", self.accelerator, tuple(ACCELERATORS))
-        if hasattr(self.optimizer, "param_groups"):
+        if not isinstance(self.optimizer, str) and hasattr(self.optimizer, "param_groups"):
             object.__setattr__(self, "optimizer", text_of_states(self.optimizer))
-        elif not isinstance(self.optimizer, str) or optimizer_of(self.optimizer) is None:
+        elif not (isinstance(self.optimizer, str) and optimizer_of(self.optimizer) is not None):
             _one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
         if self.memory not in MEMORY:
             bytes_of_option(self.memory)

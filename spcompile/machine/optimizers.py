@@ -54,7 +54,7 @@ def text_of_states(optimizer: torch.optim.Optimizer) -> str:
         IllegalOption: it has no states yet and cannot be tried.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    counted = [(_state_bytes(optimizer, p), p.numel()) for p in parameters if optimizer.state.get(p)]
+    counted = [(_bytes_kept_for(optimizer, p), p.numel()) for p in parameters if optimizer.state.get(p)]
     if counted:
         each = round(sum(size for size, _ in counted) / max(1, sum(count for _, count in counted)))
     else:
@@ -62,7 +62,7 @@ def text_of_states(optimizer: torch.optim.Optimizer) -> str:
     return f"{each} bytes an element"
 
 
-def _state_bytes(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> int:
+def _bytes_kept_for(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> int:
     import torch
 
     return sum(x.nbytes for x in optimizer.state[parameter].values() if isinstance(x, torch.Tensor))
@@ -83,4 +83,4 @@ def _tried(optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> int:
     except Exception as error:
         found = f"optimizer={kind.__name__}: it has no states yet, and trying it ended in {type(error).__name__}"
         raise IllegalOption(found, legal=f"one that has made a step, or a name: {', '.join(OPTIMIZERS)}") from error
-    return round(_state_bytes(trial, parameter) / parameter.numel()) if parameter in trial.state else 0
+    return round(_bytes_kept_for(trial, parameter) / parameter.numel()) if parameter in trial.state else 0

@@ -10,7 +10,7 @@ Measured: what autograd keeps, and the high-water mark of PyTorch's allocator. B
 With --compiler eager values die with their last reader, and the plan counts every value. With inductor, calls that it
 fuses are left out of the plan, and what it writes in place is not known to it: there the peak is an estimate.
 
-Last it measures how long planning takes for a deep model (80 layers): --layers.
+Last it measures how long planning takes for a deep model: --layers, by default 80.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from compile_time import explained
 from one_rank import OneRank, as_rank, one_rank
 from rich.console import Console
 from rich.table import Table
 
-import spcompile
 from spcompile.command.model_spec import build_model
 from spcompile.memory.allocated import peak_on_cpu
 
@@ -73,19 +72,6 @@ def rows_of(spec: str, mesh: Mapping[str, int], seq: int, compiler: str, setting
     return rows
 
 
-def planning(layers: int) -> dict[str, Any]:
-    """Seconds that `explain` takes for a deep model with a budget, and of those without one."""
-    found: dict[str, Any] = {"layers": layers}
-    for name, memory in (("speed", "speed"), ("min", "min")):
-        settings = {"layers": layers}
-        built = build_model("models:llama3-8b", seq=131072, device="meta", dtype="bfloat16", settings=settings)
-        inputs = built.example_inputs(1, 131072, "meta")
-        began = time.perf_counter()
-        spcompile.explain(built.model, inputs, {"cp": 8}, outputs="loss", memory=memory, shard_parameters="cp")
-        found[name] = time.perf_counter() - began
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
@@ -100,14 +86,14 @@ def main() -> None:
     meshes = MESHES if given.mesh is None else [_mesh(text) for text in given.mesh]
     settings = {name: int(value) for name, _, value in (one.partition("=") for one in given.set)}
     rows = [r for spec in given.models for m in meshes for r in rows_of(spec, m, given.seq, given.compiler, settings)]
-    deep = planning(given.layers) if given.layers else None
+    deep = explained(given.layers) if given.layers else None
     if given.json:
         print(json.dumps({"rows": rows, "planning": deep}, indent=1))
     else:
         Console(width=140).print(_table(rows, given))
         if deep:
-            seconds = deep["min"] - deep["speed"]
-            print(f"{deep['layers']} layers: explain {deep['speed']:.1f} s, with a plan {seconds:.1f} s more")
+            of_it = f"{deep['planning']:.1f} CPU seconds of {deep['seconds']:.1f} of explain"
+            print(f"{deep['layers']} layers of Llama 3 8B at 128k tokens: planning memory takes {of_it}")
     wrong = [r for r in rows if r["saved"] != r["saved_planned"] or abs(r["off"]) > WORST]
     sys.exit(1 if wrong and given.compiler == "eager" else 0)
 

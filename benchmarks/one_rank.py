@@ -25,7 +25,6 @@ from spcompile.collectives import gathers_on_gloo
 from spcompile.graph.axes import bind_axes, groups_of
 from spcompile.machine.accelerators import ACCELERATORS
 from spcompile.machine.mesh import MeshShape, RuntimeMesh
-from spcompile.machine.optimizers import OPTIMIZERS
 from spcompile.memory.account import Memory, memory_of
 from spcompile.memory.planner import Wish
 from spcompile.options import Options
@@ -144,7 +143,7 @@ def _account(emission: Emission, inputs: Sequence[Any], options: Options) -> Mem
         emission.graphs,
         {},
         held,
-        OPTIMIZERS[options.optimizer],
+        options.states,
         ACCELERATORS[options.accelerator],
         emission.memory,
         fuses=options.compiler == "inductor",

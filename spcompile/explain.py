@@ -133,7 +133,6 @@ def _plan(
     model: nn.Module, traced: Traced, options: Options, trained: Sequence[bool], held: Sequence[torch.Tensor]
 ) -> Plan:
     from spcompile.machine.accelerators import ACCELERATORS
-    from spcompile.machine.optimizers import OPTIMIZERS
     from spcompile.memory.account import memory_of
     from spcompile.memory.largest import largest_tensors
     from spcompile.program.trace import on_one_device
@@ -156,7 +155,7 @@ def _plan(
             final,
             on_one_device(traced),
             held,
-            OPTIMIZERS[options.optimizer],
+            options.states,
             ACCELERATORS[options.accelerator],
             traced.sharded.memory,
             fuses=options.compiler == "inductor",

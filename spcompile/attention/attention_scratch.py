@@ -21,7 +21,7 @@ from spcompile.attention.kernels.naive import accumulation_dtype
 from spcompile.attention.ring.ring_call import RingCall, attention_of
 from spcompile.attention.scores.attention_call import Attention, AttentionCall, GradientCall
 from spcompile.attention.scores.mask import AttentionMask
-from spcompile.graph.sizes import Size, expression, hint
+from spcompile.graph.sizes import Size, expression
 from spcompile.graph.typed_call import value_of
 
 
@@ -66,8 +66,9 @@ class _Sizes:
         B, N, G, S, T, H, V = map(of, call.sizes)
         dtype = value_of(call.q).dtype
         rows = B * N * S
-        tile_rows = next(size for least, size in _TILE_ROWS if hint(call.sizes.q_rows) >= least)
-        tile, results = tile_rows * _TILE_KEYS, tile_rows * (2 + hint(call.sizes.v_size))
+        known = call.sizes.hints()
+        tile_rows = next(min(size, known.q_rows) for least, size in _TILE_ROWS if known.q_rows >= least)
+        tile, results = tile_rows * min(_TILE_KEYS, known.k_rows), tile_rows * (2 + known.v_size)
         wide = accumulation_dtype(dtype).itemsize
         return cls(rows * H, rows * V, B * G * T * (H + V), rows, tile, results, dtype.itemsize, wide)
 

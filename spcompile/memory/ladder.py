@@ -2,7 +2,7 @@
 
 Layers alike offer the same trades. A rung of the ladder is the number of kinds of trades that are made, each in all
 layers, the cheapest first. What a rung takes and costs is linear in the number of layers, so two programs of few layers
-tell what it is for many.
+tell what it is for many. Which inputs of blocks are given up depends on their number: no rung gives up any.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Ladder:
     @classmethod
     def of(cls, joint: Joint, saved: Collection[fx.Node], cost: CostModel, optimizer: Optimizer) -> Ladder:
         """saved: what the partitioner would save."""
-        blocks, trades = all_trades(joint, saved, cost)
+        blocks, trades = all_trades(joint, saved, cost, block_inputs=False)
         kinds = tuple(dict.fromkeys(map(_kind_of_trade, trades)))
         return cls(joint, tuple(saved), tuple(trades), blocks, kinds, state_bytes(joint, optimizer))
 

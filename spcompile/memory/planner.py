@@ -23,6 +23,7 @@ from spcompile.options import Options, bytes_of_option
 from spcompile.schedule.op_cost import CostModel
 
 _LOOKS = 12  # numbers of trades that are tried where the least peak is searched
+_LAST_LOOKS = 6  # and of the last ones, each of which gives up half of the inputs of blocks
 ROOM = 0.98  # of the limit: what overlap keeps alive longer, behind the plan, takes the rest
 
 
@@ -42,7 +43,7 @@ class Wish:
     @classmethod
     def of(cls, options: Options) -> Wish:
         """From the options `memory` and `optimizer`. "auto" is what the accelerator has, less a margin."""
-        asked, optimizer = options.memory, OPTIMIZERS[options.optimizer]
+        asked, optimizer = options.memory, options.states
         if asked == "auto":
             return cls(ACCELERATORS[options.accelerator].usable_memory, False, optimizer)
         if asked in ("speed", "min"):
@@ -104,12 +105,14 @@ def state_bytes(joint: Joint, optimizer: Optimizer) -> int:
     return joint.input_bytes + sum(states)
 
 
-def all_trades(joint: Joint, saved: Collection[fx.Node], cost: CostModel) -> tuple[Blocks, list[Trade]]:
-    """All that can be traded, the cheapest first, and the blocks that no trade reaches out of."""
+def all_trades(
+    joint: Joint, saved: Collection[fx.Node], cost: CostModel, *, block_inputs: bool = True
+) -> tuple[Blocks, list[Trade]]:
+    """All that can be traded, the cheapest first, and the blocks. block_inputs: whether their inputs can be, last."""
     cost = cost.of_one_graph()
     blocks = find_blocks(joint, cost.is_heavy)
-    savings = Savings(joint, set(saved), frozenset(blocks.inputs), lambda node: cost.work(node).seconds)
-    return blocks, savings.trades()
+    savings = Savings(joint, set(saved), blocks.inputs, lambda node: cost.work(node).seconds)
+    return blocks, savings.trades() + (savings.of_block_inputs() if block_inputs else [])
 
 
 def saved_after(saved: Iterable[fx.Node], trades: Iterable[Trade]) -> list[fx.Node]:
@@ -148,5 +151,7 @@ class _Search:
 
     def least(self) -> int:
         """A number of trades with the least peak: what is made again is alive, too, so that more is not always less."""
-        looks = {round(at * len(self.trades) / _LOOKS) for at in range(_LOOKS + 1)}
+        last = len(self.trades)
+        looks = {round(at * last / _LOOKS) for at in range(_LOOKS + 1)}
+        looks |= set(range(max(0, last - _LAST_LOOKS), last))
         return min(sorted(looks), key=lambda count: self.peak(count).bytes)

@@ -82,6 +82,8 @@ def cut_as_planned(
     """
     for node in again:
         node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        # It would save what stands between two checkpointed regions (torch 2.13: cleanup_recompute_tags).
+        node.meta.pop("ac_graph_id", None)
     for node in saved:
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     with torch._functorch.config.patch(cse=False):  # the first run has left none

@@ -154,7 +154,7 @@ def _alive(
     phase: str, graphs: Mapping[str, fx.GraphModule], accelerator: Accelerator, fuses: bool
 ) -> tuple[list[fx.Node], Lives, list[int]]:
     order = [node for node in graphs[phase].graph.nodes if node.op != "output"]
-    storage, returned = _storages(phase, graphs), _returned(phase, graphs)
+    storage, returned = _storages_in(phase, graphs), _returned(phase, graphs)
     inside = fused_away(order, returned, storage) if fuses else ()
     lives = Lives.of(order, _before(phase, graphs), returned, storage, inside)
     sizes = {root: 0 if _is_held(root) else storage_bytes(root) for root in lives.born}
@@ -165,17 +165,17 @@ def _alive(
 
 def _before(phase: str, graphs: Mapping[str, fx.GraphModule]) -> dict[fx.Node, None]:
     """The storages that are alive when a graph begins."""
-    storage, inputs = _storages(phase, graphs), graphs[phase].graph.find_nodes(op="placeholder")
+    storage, inputs = _storages_in(phase, graphs), graphs[phase].graph.find_nodes(op="placeholder")
     return {storage(node): None for node in inputs if not _is_held(storage(node))}
 
 
 def _returned(phase: str, graphs: Mapping[str, fx.GraphModule]) -> set[fx.Node]:
     """The storages of what a graph returns."""
-    storage = _storages(phase, graphs)
+    storage = _storages_in(phase, graphs)
     return {storage(node) for node in outputs_of(graphs[phase].graph) if isinstance(node, fx.Node)}
 
 
-def _storages(phase: str, graphs: Mapping[str, fx.GraphModule]) -> Callable[[fx.Node], fx.Node]:
+def _storages_in(phase: str, graphs: Mapping[str, fx.GraphModule]) -> Callable[[fx.Node], fx.Node]:
     """`root_of`. Of what the backward takes the forward's: two views of one storage may be saved."""
     if phase != "backward":
         return root_of

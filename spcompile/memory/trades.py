@@ -77,7 +77,7 @@ class Savings:
         return made
 
     def of_block_inputs(self) -> list[Trade]:
-        """Give up all inputs of blocks but every second, then all but every fourth, as long as that can be done; makes them."""
+        """Give up all inputs of blocks but every second, then all but every fourth, as long as that can be done."""
         made: list[Trade] = []
         stored = self.joint.storage
         while len(self.block_inputs) > 2:

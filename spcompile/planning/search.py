@@ -234,7 +234,7 @@ class Evaluator:
             return
         gc.freeze()  # what is shared stays shared
         context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(self.workers, context, _start, (self,)) as pool:
+        with ProcessPoolExecutor(self.workers, context, _start_worker, (self,)) as pool:
             self._pool = pool
             try:
                 yield self
@@ -270,7 +270,7 @@ class Evaluator:
 _here: list[Evaluator] = []  # of a worker
 
 
-def _start(evaluator: Evaluator) -> None:
+def _start_worker(evaluator: Evaluator) -> None:
     torch.set_num_threads(1)
     _here.append(evaluator)
 

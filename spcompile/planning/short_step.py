@@ -12,7 +12,6 @@ import torch.fx as fx
 from spcompile.attention.scores.attention_call import AttentionCall
 from spcompile.graph.edit import copy_module
 from spcompile.machine.mesh import MeshShape
-from spcompile.machine.optimizers import OPTIMIZERS
 from spcompile.memory.account import bytes_alive, saved_bytes
 from spcompile.memory.joint import Joint
 from spcompile.memory.ladder import Ladder, halves
@@ -81,7 +80,7 @@ class ShortStep:
         return self._figures(emission.graphs, again)
 
     def _figures(self, final: dict[str, fx.GraphModule], again: float) -> Figures:
-        optimizer = OPTIMIZERS[self.program.ctx.options.optimizer]
+        optimizer = self.program.ctx.options.states
         held = [x for x, own in zip(self.program.inputs, self.short.own, strict=True) if own]
         sizes = [(x.numel(), x.element_size()) for x in held]
         trained = [size for size, x in zip(sizes, held, strict=True) if x.requires_grad and "backward" in final]
@@ -135,7 +134,7 @@ def short_step(
     if traced.joint is not None:
         joint = Joint.of(traced.joint.graph, traced.arguments["num_fwd_outputs"], cost.accelerator, cost.fuses)
         saved = saved_by(traced.joint, base["forward"], base["backward"])
-        ladder = Ladder.of(joint, saved, cost, OPTIMIZERS[options.optimizer])
+        ladder = Ladder.of(joint, saved, cost, options.states)
     return ShortStep(short, program, traced, base, ladder, cost)
 
 

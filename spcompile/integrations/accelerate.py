@@ -42,10 +42,12 @@ def without_gradients_of_inputs(model: nn.Module) -> None:
     """Take hooks off transformers' embeddings that make their outputs require gradients: Dynamo breaks a graph there.
 
     Checkpointing with frozen embeddings needs them where it is reentrant. Compiled, it is not, whatever the model says.
+    Taken off by the name that transformers and PEFT give the hook: their own way forgets all but the last one.
     """
     for module in model.modules():
-        if callable(take_off := getattr(module, "disable_input_require_grads", None)):
-            take_off()
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
+                del module._forward_hooks[key]
 
 
 class SequenceParallelAccelerator(Accelerator):

@@ -74,7 +74,7 @@ def compare(name: str, mesh: dict[str, int], folder: str) -> dict[str, float]:
         "report_to": [],
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": name == "sft, adapters",
     }
 
     def trained(cls: Any, **others: Any) -> dict[str, Any]:

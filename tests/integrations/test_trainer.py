@@ -98,7 +98,9 @@ def test_two_ranks(worker_pool: PoolOf, axis: str, settings: str) -> None:
 @pytest.mark.parametrize("settings", [name for name in SETTINGS if name != "each its own tokens"])
 @pytest.mark.parametrize("mesh", [{"dp": 2, "cp": 2}, {"tp": 2, "dp": 2}], ids=str)
 def test_over_dp(worker_pool: PoolOf, mesh: dict[str, int], settings: str) -> None:
-    assert_as_one_process(worker_pool(4), "llama", SETTINGS[settings], mesh, True)
+    # Which rows are grouped by length depends on the rows of a batch, of which one process has more.
+    given = SETTINGS[settings] | {"train_sampling_strategy": "random"}
+    assert_as_one_process(worker_pool(4), "llama", given, mesh, True)
 
 
 def half_precision(mesh: dict[str, int]) -> tuple[float, float]:

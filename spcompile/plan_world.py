@@ -30,7 +30,8 @@ def plan(
     """Every mesh of `world` ranks and every way to run the model on it, ranked by predicted time.
 
     Needs no devices. Each candidate is compiled as `parallelize` would, at two small depths: layers that are equal in
-    the graph take equally much. Bytes of all layers are those of a full compile, seconds differ by less than a percent.
+    the graph take equally much. Saved and sent bytes are those of a full compile, peaks and seconds differ by a few
+    percent at most.
 
     model: its weights may be real, fake or on `meta`.
     inputs: of one training step, with the whole batch: dp splits it.

@@ -49,7 +49,7 @@ class Figures:
 def extrapolated(few: Figures, more: Figures, blocks: tuple[int, int], count: int) -> Figures:
     """Of `count` blocks, from programs of `blocks[0]` and `blocks[1]` blocks.
 
-    Exact for bytes and peaks, which grow by the same for each block. Seconds may differ by what overlaps at the edge of
+    Exact for bytes that grow by the same for each block. Peaks and seconds may differ by what is at the edge of
     a bucket of gradients.
     """
     return between(few, more, (count - blocks[0]) / (blocks[1] - blocks[0]))

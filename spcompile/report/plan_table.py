@@ -246,6 +246,6 @@ def _notes(depths: Depths) -> list[str]:
         few, more = (short.blocks for short in depths.shorts)
         notes.append(
             f"the graph has {depths.count} equal blocks; programs with {few} and {more} of them were compiled, and the "
-            "difference continued: exact for bytes, to about a percent for seconds"
+            "difference continued: exact for what is saved and sent, to a few percent for peaks and seconds"
         )
     return notes

@@ -18,6 +18,7 @@ from spcompile.machine.mesh import MeshShape
 from spcompile.options import Options
 
 MOST_TOKENS = 1 << 30
+MOST_PROCESSES = 64  # on one machine, where it has no more cores
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 MODEL_KINDS = "models:NAME, hf:TYPE or hf:FOLDER with a config.json"
 _SHORT_DTYPES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}

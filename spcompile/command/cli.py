@@ -1,4 +1,4 @@
-"""The command line: `spcompile train | explain | verify | passes`. Each command imports what it needs."""
+"""The command line: `spcompile train | explain | verify | diff | passes | doctor`. Commands import what they need."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 from spcompile.command.arguments import (
+    MOST_PROCESSES,
     MOST_TOKENS,
     backend_options,
     parse_attention,
@@ -254,6 +255,21 @@ def verify(
 
 
 @app.command
+def diff(before: str, after: str, /, *, json: Json = False) -> int:
+    """Tell what differs between two plans. Exits with 1 if something does.
+
+    Args:
+        before: A file that `spcompile explain --json` has printed.
+        after: Another one.
+    """
+    from spcompile.report.plan_diff import as_text, differences, read_plan
+
+    found = differences(read_plan(before), read_plan(after))
+    print(json_text.dumps([one._asdict() for one in found]) if json else as_text(found))
+    return 1 if found else 0
+
+
+@app.command
 def passes(*, json: Json = False) -> int:
     """List the passes in the order in which they run, with what must run before them and their options."""
     from spcompile.passes import PIPELINE
@@ -278,6 +294,43 @@ def passes(*, json: Json = False) -> int:
             if text:
                 print(f"{'':<32} {label}: {text}")
     return 0
+
+
+@app.command
+def doctor(*, nproc: int | None = None, json: Json = False) -> int:
+    """Tell what this machine has and lacks, and check every collective between ranks.
+
+    Under torchrun (`torchrun --nproc-per-node 8 --no-python spcompile doctor`) the ranks are those of the run, on all
+    its machines. Exits with 1 if something is wrong.
+
+    Args:
+        nproc: Processes that are started here. Default: one for each GPU, else 2.
+    """
+    require_between("--nproc", nproc, 1, MOST_PROCESSES)
+    is_launched = "LOCAL_WORLD_SIZE" in os.environ
+    if is_launched and nproc is not None:
+        raise IllegalOption(f"--nproc {nproc} under torchrun", legal="torchrun's --nproc-per-node alone")
+
+    import torch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from spcompile.command import doctor as checkup
+    from spcompile.command.doctor_ranks import check_ranks
+    from spcompile.command.train import on_processes
+
+    try:
+        of_ranks = (
+            check_ranks() if is_launched else on_processes(nproc or torch.cuda.device_count() or 2, check_ranks)[0]
+        )
+    except ChildFailedError as error:
+        rank, first = error.get_first_failure()
+        _say(f"FAILED: rank {rank} ended with exit code {first.exitcode}, see above")
+        return 1
+    found = [*checkup.findings(), *checkup.findings_of_ranks(of_ranks)]
+    if os.environ.get("RANK", "0") == "0":
+        text = json_text.dumps({"schema_version": 1, "findings": checkup.as_dicts(found)})
+        print(text if json else "\n".join(checkup.lines_of(found)))
+    return 1 if any(one.ok is False for one in found) else 0
 
 
 def check_model(model: str, settings: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from spcompile.collectives.counting import count_collectives
 from spcompile.command import model_spec
-from spcompile.command.arguments import require_file
+from spcompile.command.arguments import MOST_PROCESSES, require_file
 from spcompile.command.interrupts import end_silently, interrupts_for_this_process_alone
 from spcompile.command.train_progress import ShowStep, step_progress
 from spcompile.command.train_report import TrainingRun, TrainJob, TrainReport, relative
@@ -35,8 +35,6 @@ from spcompile.schedule.saved_bytes import saved_activation_bytes
 
 if TYPE_CHECKING:
     from spcompile.command.model_spec import BuiltModel
-
-MOST_PROCESSES = 64  # on one machine, where it has no more cores
 
 
 def read_text(file: str | None) -> bytes:
@@ -121,12 +119,12 @@ def _process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 @contextmanager
-def join_processes() -> Iterator[str]:
+def join_processes(timeout: timedelta = timedelta(minutes=30)) -> Iterator[str]:
     """The process group of `on_processes`: NCCL where every rank has a GPU, else gloo; yields the device type."""
-    device = "cuda" if torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"]) else "cpu"
+    device = "cuda" if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]) else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
     try:
         yield device
     finally:

@@ -42,7 +42,7 @@ import spcompile
 from spcompile import models
 from spcompile.backend import plain
 from spcompile.command.train import join_processes, on_processes
-from spcompile.graph.axes import axes_of, bind_axes
+from spcompile.graph.axes import bind_axes, groups_of
 from spcompile.machine.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.passes import PIPELINE
@@ -118,7 +118,7 @@ def measure(layers: int, ranks: int, seq: int, axis: str = "cp", attention: str 
     row: dict[str, Any] = {"layers": layers, "ranks": ranks}
 
     def bind(graph: fx.Graph) -> None:
-        bind_axes(graph, dict.fromkeys(axes_of(graph), dist.group.WORLD.group_name))  # type: ignore[union-attr]
+        bind_axes(graph, dict.fromkeys(groups_of(graph, {}), dist.group.WORLD.group_name))  # type: ignore[union-attr]
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> None:
         history = History(keep_texts=False)

@@ -17,6 +17,7 @@ from spcompile.passes.placement.hoist_shard import HoistShard
 from spcompile.passes.placement.insert_reshards import InsertReshards
 from spcompile.passes.placement.lower import LowerToLocal
 from spcompile.passes.placement.parallelize_attention import ParallelizeAttention
+from spcompile.passes.placement.share_tile_tables import ShareTileTables
 from spcompile.passes.placement.sink_all_gather import SinkAllGather
 from spcompile.passes.placement.sink_all_reduce import SinkAllReduce
 from spcompile.passes.placement.split_all_reduce import SplitAllReduce
@@ -60,6 +61,7 @@ PIPELINE: tuple[Pass, ...] = (
     # LOCAL stage: one rank's graph.
     SplitAllToAlls(),  # needs to see what leads to q, to k and to v, and what they are to become
     ParallelizeAttention(),  # the rest, while gathers of keys and values still stand beside their attention
+    ShareTileTables(),  # when it is settled which attention runs where
     # SCHEDULE stage: forward and backward graphs after autograd.
     BucketCollectives(),  # while an all-reduce is still one node
     PipelineMatmuls(),  # while a gather or a scatter is still one node; gathers of parameters are in buckets

@@ -26,8 +26,10 @@ from spcompile.diagnostics import (
     UnknownOption,
 )
 from spcompile.explain import explain
+from spcompile.full_state_dict import full_state_dict
 from spcompile.options import Options
 from spcompile.parallelize import parallelize
+from spcompile.plan_world import plan
 from spcompile.verify import verify
 
 __all__ = [
@@ -55,7 +57,9 @@ __all__ = [
     "__version__",
     "broadcast",
     "explain",
+    "full_state_dict",
     "parallelize",
+    "plan",
     "verify",
 ]
 __version__ = "0.1.0"

@@ -21,7 +21,7 @@ from spcompile.capture.module_buffer import relied_on, watched
 from spcompile.capture.python_floats import without_symbolic_floats
 from spcompile.collectives import gathers_on_gloo
 from spcompile.diagnostics import IllegalOption, remark_lines
-from spcompile.graph.axes import axes_of, bind_axes
+from spcompile.graph.axes import bind_axes, groups_of
 from spcompile.graph.printer import compared_text
 from spcompile.machine.mesh import RuntimeMesh, runtime_mesh
 from spcompile.memory.planner import Wish
@@ -44,6 +44,7 @@ from spcompile.program.program_cache import Finished
 from spcompile.program.same_inputs import shape_text
 from spcompile.program.shared_dump import SharedDump, shared_dump
 from spcompile.program.whole_batch import over_whole_batch
+from spcompile.schedule.channels import channels_of
 from spcompile.torch_private import on_compiled_calls
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ def _program(
         if refused is not None:
             raise refused
         chosen = _options_of(options, others)
+        _require_no_cuda_graphs(chosen)
         mark_part(gm, chosen, degree)
         whole = functools.partial(_over, mesh, options_of_part(gm, chosen), agreement)
         return over_whole_batch(whole, degree)(gm, example_inputs)
@@ -97,6 +99,13 @@ def _options_of(options: Mapping[str, Any] | None, others: Mapping[str, Any]) ->
             legal = 'options={"compiler": "inductor" or "eager", ...}; settings of Inductor in torch._inductor.config'
             raise IllegalOption(f"{name}={value!r}: not supported by this backend", legal=legal)
     return Options.parse(options)
+
+
+def _require_no_cuda_graphs(chosen: Options) -> None:
+    """Rings ask for their group, and at times for an answer on the host, whenever they run: no capture repeats that."""
+    if chosen.compiler == "inductor" and torch._inductor.config.triton.cudagraphs:
+        found = "torch._inductor.config.triton.cudagraphs=True on several ranks"
+        raise IllegalOption(found, legal="False: a sharded step is not captured in CUDA graphs")
 
 
 def _over(
@@ -182,7 +191,7 @@ def _cached(key: str | None, mesh: RuntimeMesh, agreement: Agreement) -> tuple[F
     assert found is not None
     finished = found[0]
     agreement.require(_compiled(finished.text))
-    groups = {axis: mesh.group_name(axis) for axis in finished.groups}  # those of parts of axes are made here
+    groups = {name: mesh.group_name(name) for name in finished.groups}  # those of parts and channels are made here
     return found if agreement.everywhere("its process groups exist:", groups == finished.groups) else None
 
 
@@ -212,9 +221,10 @@ def _made(
         return replace(finished, outputs=as_they_are, relied=[]), plain(gm, inputs, options.compiler)
 
     def bind(graph: fx.Graph) -> None:
-        groups = {axis: mesh.group_name(axis) for axis in axes_of(graph)}
+        channels = channels_of(graph)
+        groups = {name: mesh.group_name(name) for name in groups_of(graph, channels)}
         finished.groups |= groups
-        bind_axes(graph, groups)
+        bind_axes(graph, groups, channels)
         if mesh.device_mesh.device_type == "cpu":
             gathers_on_gloo(graph)
 

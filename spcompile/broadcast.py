@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,7 +10,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def broadcast(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
+def broadcast(model: nn.Module, mesh: DeviceMesh | Mapping[str, int] | None = None) -> nn.Module:
     """Give all ranks of a mesh the parameters and buffers of its first rank, in place. Called by all of them.
 
     A parameter that is split over an axis keeps its parts: along that axis nothing is sent.

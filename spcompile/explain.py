@@ -132,7 +132,7 @@ def _parts_held(model: nn.Module, parts: Mapping[int, Parts]) -> list[torch.Tens
 def _plan(
     model: nn.Module, traced: Traced, options: Options, trained: Sequence[bool], held: Sequence[torch.Tensor]
 ) -> Plan:
-    from spcompile.machine.optimizers import OPTIMIZERS
+    from spcompile.machine.accelerators import ACCELERATORS
     from spcompile.memory.account import memory_of
     from spcompile.memory.largest import largest_tensors
     from spcompile.program.trace import on_one_device
@@ -155,7 +155,8 @@ def _plan(
             final,
             on_one_device(traced),
             held,
-            OPTIMIZERS[options.optimizer],
+            options.states,
+            ACCELERATORS[options.accelerator],
             traced.sharded.memory,
             fuses=options.compiler == "inductor",
         ),
@@ -249,7 +250,7 @@ def _attention_rows(program: LocalProgram) -> list[AttentionRow]:
     from spcompile.report.plan import AttentionRow
 
     parallel = program.ctx.mesh.world_size > 1
-    kinds: Counter[tuple[str, int, int, str, str]] = Counter()
+    kinds: Counter[tuple[str, int, int, str, str, str]] = Counter()
     for node in AttentionCall.all_in(_last_global_graph(program)):
         call, custom = AttentionCall.of(node), node.meta.get("custom", {})
         if OF_ROWS_WITHOUT_KEYS in custom:
@@ -257,8 +258,34 @@ def _attention_rows(program: LocalProgram) -> list[AttentionRow]:
         sizes = call.sizes.hints()
         strategy = custom.get("spx_attention", "ring") if parallel else "one device"
         scores = _scores_text(call, AVERAGED in custom)
-        kinds[(strategy, sizes.heads, sizes.kv_heads, call.mask, scores)] += 1
+        kernel = _kernel_text(call, strategy, program)
+        kinds[(strategy, sizes.heads, sizes.kv_heads, call.mask, scores, kernel)] += 1
     return [AttentionRow(strategy, n, heads, kv, *rest) for (strategy, heads, kv, *rest), n in kinds.items()]
+
+
+def _kernel_text(call: AttentionCall, strategy: str, program: LocalProgram) -> str:
+    """The kernel that computes an attention on the accelerator of the options."""
+    from spcompile.attention.kernels.choice import Wanted, kernels_for
+    from spcompile.graph.typed_call import value_of
+    from spcompile.machine.accelerators import ACCELERATORS
+
+    capability = ACCELERATORS[program.ctx.options.accelerator].capability
+    if capability is None:
+        return ""
+    sizes = call.sizes.hints()
+    more = (call.bias, call.alibi_slopes, call.sinks)
+    wanted = Wanted(
+        capability=capability,
+        dtype=value_of(call.q).dtype,
+        head_size=sizes.qk_size,
+        v_size=sizes.v_size,
+        mask=call.attention_mask,
+        is_plain=not call.has_softcap and not call.has_dropout and all(x is None for x in more),
+        in_hops=program.ctx.mesh.size("cp") > 1 and strategy != "ulysses",
+        square=sizes.q_rows == sizes.k_rows,
+        scale=call.scale,
+    )
+    return kernels_for(wanted)[0].name
 
 
 def _scores_text(call: AttentionCall, is_averaged: bool) -> str:

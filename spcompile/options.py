@@ -12,10 +12,12 @@ from spcompile.machine.accelerators import ACCELERATORS
 from spcompile.machine.byte_sizes import parse_bytes
 from spcompile.machine.links import LINKS
 from spcompile.machine.mesh import AXES
-from spcompile.machine.optimizers import OPTIMIZERS
+from spcompile.machine.optimizers import OPTIMIZERS, optimizer_of, text_of_states
+from spcompile.machine.optimizers import Optimizer as States
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.optim import Optimizer
 
 ATTENTION = ("auto", "ring", "ulysses", "hybrid")
 BALANCE = ("zigzag", "contiguous")
@@ -30,21 +32,25 @@ COMPARE = ("auto", "call", "later", "compile")
 class Options:
     """What `torch.compile(model, backend="spcompile", options={...})` accepts.
 
-    mesh: a DeviceMesh with named axes; default: one `cp` axis over the whole world.
+    mesh: a DeviceMesh with named axes, or their sizes, {"dp": 2, "cp": 4}, the first axis outermost; default: one `cp`
+        axis over the whole world.
     attention: how attention is parallelised: "auto" (by predicted time), "ring", "ulysses", "hybrid" (Ulysses among
         neighbours, a ring between groups of them), or a hybrid's factors, as {"ulysses": 4, "ring": 2} on cp = 8.
     balance: order of the sequence in causal rings: "zigzag" or "contiguous".
     outputs: "full" (as the plain module), "sharded" (DTensor), "loss" (scalars only).
     compiler: what runs the local graph: "inductor" or "eager".
     regather: gather activations again in the backward instead of saving them whole: less memory, more communication.
-    links: what ranks of an axis talk over, {axis: "nvlink" | "network" | "loopback"}; default: NVLink inside a node of
-        eight ranks, the network beyond. Decides what is chosen and predicted, never what is right.
-    accelerator: what computes: "h100", "a100", "cpu". Decides what hides behind what, predicted times, and memory.
+    links: what ranks of an axis talk over, {axis: "nvlink" | "network" | "loopback" | ...}; default: NVLink inside a
+        node of eight ranks, the network beyond, of the generation that goes with the accelerator. Decides what is
+        chosen and predicted, never what is right.
+    accelerator: what computes: "h100", "h200", "b200", "a100", "cpu". Decides what hides behind what, predicted times,
+        and memory.
     memory: what a step may take on one rank. "auto": what the accelerator has, less a tenth, where one computes; beyond
         that, values are made again instead of saved, the cheapest first. "speed": as fast as can be. "min": as small as
         can be. Or a budget: bytes, or text as "72GiB".
     optimizer: whose states count as memory: "adamw" (two as the parameter), "adamw-float32" (two in float32),
-        "adamw-master" (these and a float32 copy of the parameter), "momentum" (one), "none".
+        "adamw-master" (these and a float32 copy of the parameter), "momentum" (one), "none". Or an optimizer of torch,
+        whose states count as they are, or before its first step as they will be; it becomes text, "8 bytes an element".
     passes: {pass name: False} switches a pass off, {pass name: {field: value}} sets its options.
     dump: a folder for numbered text of the graph after every pass.
     compare: when ranks compare what they do, besides at every compile: "call": before every call and backward, which
@@ -57,7 +63,7 @@ class Options:
     strict: turn every remark about lost parallelism into an error.
     """
 
-    mesh: DeviceMesh | None = None
+    mesh: DeviceMesh | Mapping[str, int] | None = None
     attention: str | Mapping[str, int] = "auto"
     balance: str = "zigzag"
     outputs: str = "full"
@@ -66,7 +72,7 @@ class Options:
     links: Mapping[str, str] = field(default_factory=dict)
     accelerator: str = "h100"
     memory: str | int = "auto"
-    optimizer: str = "adamw"
+    optimizer: str | Optimizer = "adamw"
     passes: Mapping[str, Any] = field(default_factory=dict)
     dump: str | None = None
     compare: str = "auto"
@@ -85,7 +91,10 @@ class Options:
         _one_of("compare", self.compare, COMPARE)
         _one_of("on_graph_break", self.on_graph_break, ON_GRAPH_BREAK)
         _one_of("accelerator", self.accelerator, tuple(ACCELERATORS))
-        _one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
+        if not isinstance(self.optimizer, str) and hasattr(self.optimizer, "param_groups"):
+            object.__setattr__(self, "optimizer", text_of_states(self.optimizer))
+        elif not (isinstance(self.optimizer, str) and optimizer_of(self.optimizer) is not None):
+            _one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
         if self.memory not in MEMORY:
             bytes_of_option(self.memory)
         for name in ("regather", "compare_inputs", "strict"):
@@ -115,6 +124,13 @@ class Options:
             if key not in legal:
                 raise UnknownOption(f"{key!r}{_did_you_mean(key, legal)}", legal=", ".join(legal))
         return cls(**given)
+
+    @property
+    def states(self) -> States:
+        """What the optimizer keeps."""
+        found = optimizer_of(str(self.optimizer))
+        assert found is not None
+        return found
 
     def require_factors(self, degree: int) -> None:
         """Raises IllegalOption where the factors of a hybrid do not make up the axis `cp`."""

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 def parallelize(
     model: nn.Module,
-    mesh: DeviceMesh,
+    mesh: DeviceMesh | Mapping[str, int],
     example_inputs: Mapping[str, Any] | Sequence[Any],
     *,
     shard_parameters: str | Sequence[str] | None = None,
@@ -38,6 +38,7 @@ def parallelize(
     be stored in, such as fused projections: less memory at rest, one gather more in each step. Called by all ranks of
     the mesh, before optimizers are made.
 
+    mesh: as the option `mesh`.
     model: real weights, equal on all ranks, of which each keeps its parts; or on `meta`, to be made part by part.
     example_inputs: keyword arguments (a dict) or positional ones of one training step. Not computed with, unless the
         model is not one graph.
@@ -47,7 +48,8 @@ def parallelize(
     checkpoint: for a model on `meta`: a folder of torch.distributed.checkpoint, or safetensors, to read parts from.
     options: those of the backend, but `mesh`.
 
-    Returns the model, compiled by `model.compile`.
+    Returns the model, compiled by `model.compile`. Its `save_pretrained`, if any, writes whole weights; all ranks
+    call it.
 
     Raises:
         SpcompileError: an illegal mesh, option or axis, a model that is parallelized already, one on `meta` that
@@ -55,16 +57,13 @@ def parallelize(
     """
     from pathlib import Path
 
-    from torch.distributed.device_mesh import DeviceMesh
-
-    from spcompile.diagnostics import IllegalMesh
     from spcompile.options import Options
     from spcompile.parameters.materialize import construct, constructor_of, fill_from_checkpoint, is_on_meta, shard_real
+    from spcompile.parameters.whole_weights import save_whole
     from spcompile.plain_text import one_line
     from spcompile.program.trace import mesh_shape
 
-    if not isinstance(mesh, DeviceMesh):
-        raise IllegalMesh(f"mesh={mesh!r}", legal="a DeviceMesh with named axes")
+    mesh = _device_mesh(mesh, example_inputs)
     shape, chosen = mesh_shape(mesh), Options.parse({**options, "mesh": mesh})
     on_meta = is_on_meta(model)
     build = initialize or (constructor_of(model) if on_meta else None)
@@ -81,8 +80,26 @@ def parallelize(
     else:
         assert build is not None
         construct(model, mesh, plan.parts, build)
+    save_whole(model)
     model.compile(backend="spcompile", options={**options, "mesh": mesh})
     return model
+
+
+def _device_mesh(mesh: DeviceMesh | Mapping[str, int], example_inputs: Any) -> DeviceMesh:
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from spcompile.diagnostics import IllegalMesh
+    from spcompile.machine.mesh import LEGAL_MESH, mesh_of_sizes
+
+    if isinstance(mesh, Mapping):
+        given = [x for x in torch.utils._pytree.tree_leaves(example_inputs) if isinstance(x, torch.Tensor)]
+        there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        usual = there.type if there is not None else "cpu"
+        return mesh_of_sizes(mesh, next((x.device.type for x in given if not x.is_meta), usual))
+    if not isinstance(mesh, DeviceMesh):
+        raise IllegalMesh(f"mesh={mesh!r}", legal=LEGAL_MESH)
+    return mesh
 
 
 def planned_weights(

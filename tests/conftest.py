@@ -89,6 +89,17 @@ def worker_pool() -> Iterator[Callable[[int], WorkerPool]]:
         opened.close()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Kernels on one thread: what they hold for each is no part of a plan."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:
     """Each test starts from the same seed and leaves no compiled code behind."""

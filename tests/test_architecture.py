@@ -43,8 +43,10 @@ FOLDERS = (
     "passes.schedule",
     "passes",
     "program",
+    "planning",
     "report",
     "command",
+    "integrations",
 )
 SEE_PASSES = {"", "report", "command"}  # what chooses the pipeline; "" is the root, which users import
 

@@ -24,7 +24,9 @@ from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
 from spcompile.sharding.batch_entries import inputs_with_batch, require_batch
 from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces
 from spcompile.sharding.layout import annotate
-from spcompile.sharding.propagate import SCORES, Placements, propagate, sequence_seeds
+from spcompile.sharding.propagate import SCORES, Choice, Placements, propagate, sequence_seeds
+from spcompile.sharding.sharded_or_replicated import trained_values
+from spcompile.sharding.shuffles import find_shuffles, split_apart
 from spcompile.sharding.tensor_parallel import tensor_seeds
 
 
@@ -57,9 +59,18 @@ class AnnotateSharding(AxisPass):
         Raises:
             BatchNotSplit: entries that cannot be told from something else.
         """
-        spaces = find_index_spaces(gm.graph, apart=self.axis == "dp")
         place = {"dp": _place_batch, "cp": _place_sequence, "tp": _place_weights}[self.axis]
-        annotate(gm.graph, self.axis, spaces, place(gm.graph, spaces, ctx))
+        shuffles = find_shuffles(gm.graph) if self.axis != "tp" else []
+        while True:
+            rules = {node: rule for shuffle in shuffles for node, rule in shuffle.rules.items()}
+            spaces = find_index_spaces(gm.graph, apart=self.axis == "dp", moving=self.axis == "cp", rules=rules)
+            placements = place(gm.graph, spaces, ctx)
+            whole = split_apart(shuffles, spaces, placements)
+            if not whole:
+                break
+            shuffles = [shuffle for shuffle in shuffles if shuffle not in whole]
+        placements.forced = {node for shuffle in shuffles for node in shuffle.members}
+        annotate(gm.graph, self.axis, spaces, placements)
         return 0
 
 
@@ -72,12 +83,21 @@ def _place_batch(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placemen
 
 def _place_sequence(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placements:
     seeds = sequence_seeds(spaces)
+    if _is_decoding(graph, spaces, seeds):
+        seeds = {}
     if not seeds:
         _remark_no_sequence(graph, ctx)
     for node in (n for n in seeds if SCORES in n.meta.get("custom", {})):
         text = "attention: what reads the weights is no product with values; split by query rows"
         ctx.remarks.add("SPR202", text, node)
     return propagate(spaces, seeds if ctx.mesh.size("cp") > 1 else {})
+
+
+def _is_decoding(graph: fx.Graph, spaces: IndexSpaces, seeds: Mapping[fx.Node, Choice]) -> bool:
+    """Whether one token at a time sees keys of a cache, which is whole: all queries have length 1, none a gradient."""
+    if any("s" in spaces.calls[n].rule.sizes or not spaces.calls[n].rule.paired for n in seeds):
+        return False
+    return trained_values(graph).isdisjoint(seeds)
 
 
 def _remark_no_sequence(graph: fx.Graph, ctx: Context) -> None:

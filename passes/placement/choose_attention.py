@@ -29,6 +29,7 @@ from spcompile.machine.accelerators import ACCELERATORS
 from spcompile.machine.links import link_of
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.recognition.attention_nodes import OF_ROWS_WITHOUT_KEYS
+from spcompile.sharding.rules.attention import merges_keys
 from spcompile.sharding.tensor_parallel import heads_on_a_rank
 
 CLEARLY = 0.95  # of the time of zigzag: with less to gain, equal work is worth more than the prediction
@@ -47,7 +48,7 @@ class ChooseAttention(Pass):
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
         """Decide; rewrites nothing."""
         degree = ctx.mesh.size("cp")
-        attentions = AttentionCall.all_in(gm.graph)
+        attentions = [node for node in AttentionCall.all_in(gm.graph) if not self._merges(node, ctx)]
         hybrid = _hybrid(attentions, degree, ctx)
         on_rings: list[tuple[fx.Node, Strategy]] = []
         for node in attentions:
@@ -70,6 +71,15 @@ class ChooseAttention(Pass):
             why = "documents are data, and are taken as one; hops that they leave empty are skipped when it runs"
             ctx.remarks.add("SPR203", f"rings have the sequence in {ctx.order} order: {why}", strict_error=False)
         return 0
+
+    def _merges(self, node: fx.Node, ctx: Context) -> bool:
+        """Whether this attention has queries so few that neither they nor keys travel."""
+        call = AttentionCall.of(node)
+        if merges := merges_keys(call):
+            few = hint(call.sizes.q_rows)
+            text = f"queries of an attention, {few}, see on each rank its own keys; results are merged by log-sum-exp"
+            ctx.remarks.add("SPR203", text, node, strict_error=False)
+        return merges
 
 
 def choose_strategy(node: fx.Node, degree: int, hybrid: Strategy | None, ctx: Context) -> tuple[Strategy, str]:
@@ -143,8 +153,10 @@ def _cost(node: fx.Node, strategy: Strategy, order: str, ctx: Context) -> Cost:
         mask=call.attention_mask,
         bias_row=_bytes_of_bias_row(call),
     )
-    inner, outer = (link_of(ctx.mesh, "cp", ctx.options.links, degree) for degree in (strategy.inner, None))
-    flops = ACCELERATORS[ctx.options.accelerator].attention_flops(problem.itemsize)
+    accelerator = ACCELERATORS[ctx.options.accelerator]
+    links = ctx.options.links, accelerator.links
+    inner, outer = (link_of(ctx.mesh, "cp", links[0], degree, links[1]) for degree in (strategy.inner, None))
+    flops = accelerator.attention_flops(problem.itemsize)
     return cost(problem, strategy, order, inner, outer, flops)
 
 

@@ -25,7 +25,7 @@ from spcompile.graph.reshard import Place, is_reshard, parse_place
 from spcompile.passes.placement.annotate_sharding import LOSS_OF_ENTRIES, MLP
 from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
 from spcompile.sharding.global_view import is_view
-from spcompile.sharding.layout import layout_of, show
+from spcompile.sharding.layout import has_picked_rows, layout_of, show
 from spcompile.sharding.lowering import READ_SIZES
 from spcompile.sharding.propagate import leaves_sums
 from spcompile.sharding.resharding import (
@@ -38,8 +38,12 @@ from spcompile.sharding.resharding import (
     state_of,
     target_of,
 )
+from spcompile.sharding.rules.calls import overloads
+from spcompile.sharding.rules.views import PERMUTES
 from spcompile.sharding.sharded_or_replicated import sharded_calls, uses_of
 from spcompile.sharding.spaces import leaves
+
+_TRANSPOSES = frozenset(overloads(PERMUTES))
 
 
 @dataclass(frozen=True)
@@ -149,8 +153,8 @@ def _insert(graph: fx.Graph, axis: str, could: set[fx.Node], ctx: Context) -> No
     for node in list(graph.nodes):
         if node.op == "output":
             _reshard_outputs(node, axis, ctx)
-        elif axis == "dp" and node.target in READ_SIZES:
-            continue  # nobody has all entries, but lowering knows how many there are
+        elif node.target in READ_SIZES and (axis == "dp" or has_picked_rows(operand(node, 0), axis)):
+            continue  # nobody has all entries, but lowering knows how many there are; nobody may ask for picked rows
         elif node.op == "call_function" and node.target is not operator.getitem:
             _reshard_operands(node, axis, could, ctx)
             _complete_sums(node, axis)
@@ -167,6 +171,8 @@ def _reshard_operands(node: fx.Node, axis: str, could: set[fx.Node], ctx: Contex
         state, target = state_of(operand, axis), target_of(next(uses), axis, runs_sharded=runs_sharded)
         if is_view(operand, axis):
             return _read_view(operand, axis, target, node, ctx)
+        if (state, target) == ("I", "R"):
+            return _vary(operand, axis, node, ctx)
         if state == target:
             return operand
         if axis != "dp" and state.startswith("S") and (target.startswith("S") or not runs_sharded):
@@ -175,6 +181,23 @@ def _reshard_operands(node: fx.Node, axis: str, could: set[fx.Node], ctx: Contex
 
     node.args = fx.node.map_arg(node.args, convert)
     node.kwargs = fx.node.map_arg(node.kwargs, convert)
+
+
+def _vary(value: fx.Node, axis: str, user: fx.Node, ctx: Context) -> fx.Node:
+    """I -> R, in front of transposes: behind one it would be a copy of a weight, made for each step."""
+    if is_view(value, axis):
+        return _read_view(value, axis, "R", user, ctx)
+    if value.target not in _TRANSPOSES:
+        return change_state(value, axis, "I", "R", origin="insert-reshards")
+    source = _vary(operand(value, 0), axis, user, ctx)
+    for other in source.users:
+        if (other.target, other.args[1:], other.kwargs) == (value.target, value.args[1:], value.kwargs):
+            return other
+    with value.graph.inserting_after(value):
+        moved = value.graph.call_function(value.target, (source, *value.args[1:]), value.kwargs)  # type: ignore[arg-type]
+    moved.meta = {**value.meta, "sharding": dict(value.meta.get("sharding", {}))}
+    show(moved, axis, "R")
+    return moved
 
 
 def _read_view(view: fx.Node, axis: str, target: str, user: fx.Node, ctx: Context) -> fx.Node:

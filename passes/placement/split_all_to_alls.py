@@ -145,7 +145,10 @@ def _times(node: fx.Node, heads: HeadSplit, since: set[fx.Node], cost: CostModel
         attention=cost.work(node).compute * padded,
         kernel=cost.accelerator.seconds_per_kernel,
         link=link_of(
-            cost.mesh, ring.axis if heads.degree == ring.degree else inner_part(ring.axis, heads.degree), cost.links
+            cost.mesh,
+            ring.axis if heads.degree == ring.degree else inner_part(ring.axis, heads.degree),
+            cost.links,
+            own=cost.accelerator.links,
         ),
     )
 

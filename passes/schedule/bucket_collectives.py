@@ -26,6 +26,7 @@ from spcompile.graph.sizes import numel_hint
 from spcompile.graph.splice import splice
 from spcompile.graph.typed_call import value_of
 from spcompile.machine import sequence
+from spcompile.machine.accelerators import ACCELERATORS
 from spcompile.machine.links import link_of
 from spcompile.passes_api import Context, Example, Pass, Stage
 
@@ -58,7 +59,7 @@ class BucketCollectives(Pass):
 
     def _limit(self, axis: str, ctx: Context) -> float:
         """Bytes of a full bucket on an axis."""
-        link = link_of(ctx.mesh, axis, ctx.options.links)
+        link = link_of(ctx.mesh, axis, ctx.options.links, own=ACCELERATORS[ctx.options.accelerator].links)
         latency = max(1, ctx.mesh.size(axis) - 1) * link.seconds_per_message
         return min(self.bucket_mib * MEBIBYTE, BYTES_TO_LATENCY * latency * link.bytes_per_second)
 

@@ -3,7 +3,7 @@
 B batch, N query heads, G key heads, S query rows, T keys, H head size of q and k, V of v. `mask` is the text of an
 `AttentionMask`; document ids, key validity and the bias's columns are in the natural order of the sequence. What else
 happens to the scores, and in which order, says `Scores`; a softcap or dropout of 0 is none. `inner` is that of `Ring`,
-`hops` that of `ring_forward`, which spx::ring_hops finds.
+`hops` that of `ring_forward`, which spx::ring_hops finds; `tables` are what spx::tile_tables finds.
 The memory order of results does not depend on the strides of the inputs: `out` lies in memory as [B, S, N, V], so that
 the next projection reads it as [B, S, N * V] and both save one tensor; all else is contiguous. Importing this module
 defines the ops.
@@ -44,24 +44,24 @@ _MORE = ("Tensor? alibi_slopes", "Tensor? sinks", "Tensor? dropout_seed", "float
 _OPTIONAL = ", ".join(f"{x}={'None' if x.startswith('Tensor') else '0.0'}" for x in _MORE)
 _WANTED = f"bool bias_gradient, {_OPTIONAL}, bool sinks_gradient=False"
 _LAST = "int inner=1, Tensor? hops=None"
+_TABLES = "Tensor? tables=None"
 _RESULT = "(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
 
 Backward = AttentionBackwardCall | RingBackwardCall
 BackwardResult = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 for _schema in (
-    f"attention({_LOCAL}, {_OPTIONAL}) -> (Tensor out, Tensor lse)",
-    f"attention_backward({_GRADS}, {_LOCAL}, {_WANTED}) -> {_RESULT}",
-    f"ring_attention({_SHARDED}, {_OPTIONAL}, {_LAST}) -> (Tensor out, Tensor lse)",
-    f"ring_attention_backward({_GRADS}, {_SHARDED}, {_WANTED}, {_LAST}) -> {_RESULT}",
+    f"attention({_LOCAL}, {_OPTIONAL}, {_TABLES}) -> (Tensor out, Tensor lse)",
+    f"attention_backward({_GRADS}, {_LOCAL}, {_WANTED}, {_TABLES}) -> {_RESULT}",
+    f"ring_attention({_SHARDED}, {_OPTIONAL}, {_LAST}, {_TABLES}) -> (Tensor out, Tensor lse)",
+    f"ring_attention_backward({_GRADS}, {_SHARDED}, {_WANTED}, {_LAST}, {_TABLES}) -> {_RESULT}",
 ):
     _LIBRARY.define(_schema, tags=_TAGS)
 
 
 def _attention(*args: Any) -> tuple[Tensor, Tensor]:
     call = AttentionCall.bind(*args)
-    q_order, q_runs = _runs(call.q_positions, call.q)
-    k_order, k_runs = _runs(call.k_positions, call.k)
+    (q_order, q_runs), (k_order, k_runs) = _order_and_runs(call)
     out, lse = hop_state.forward(
         _sorted(call.q, q_order),
         _sorted(call.k, k_order),
@@ -75,8 +75,7 @@ def _attention(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _attention_backward(*args: Any) -> BackwardResult:
     call = AttentionBackwardCall.bind(*args)
-    q_order, q_runs = _runs(call.q_positions, call.q)
-    k_order, k_runs = _runs(call.k_positions, call.k)
+    (q_order, q_runs), (k_order, k_runs) = _order_and_runs(call)
     rows = Rows(
         _sorted(call.q, q_order),
         _sorted(call.out, q_order),
@@ -152,7 +151,17 @@ def spec_ring_attention_backward(ranks: Sequence[tuple[Any, ...]]) -> list[Backw
     return drive_all([_ring_backward(rank, RingBackwardCall.bind(*args)) for rank, args in enumerate(ranks)])
 
 
-def _runs(positions: Tensor | None, x: Tensor) -> tuple[Tensor | None, tuple[Run, ...]]:
+Runs = tuple["Tensor | None", tuple[Run, ...]]  # the order that sorts what they are about, and the runs
+
+
+def _order_and_runs(call: AttentionCall) -> tuple[Runs, Runs]:
+    """Of rows and of keys. Where a kernel reads tables, positions are not looked at here, which would wait for them."""
+    if call.tables is not None and hop_state.reads_tables(call.q, call.k, call.v, call.scores()):
+        return (None, natural_runs(call.q.shape[2])), (None, natural_runs(call.k.shape[2]))
+    return _runs(call.q_positions, call.q), _runs(call.k_positions, call.k)
+
+
+def _runs(positions: Tensor | None, x: Tensor) -> Runs:
     return (None, natural_runs(x.shape[2])) if positions is None else runs_of(positions)
 
 

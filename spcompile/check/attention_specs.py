@@ -25,7 +25,8 @@ from spcompile.machine import sequence
 def spec_positions(calls: Sequence[tuple[Any, ...]]) -> list[Tensor]:
     """All ranks' results of spx::positions."""
     call = PositionsCall.bind(*calls[0])
-    return [sequence.positions(call.length, rank, call.degree, call.order, call.device) for rank in range(len(calls))]
+    layout = call.degree, call.order, call.device, call.inner
+    return [sequence.positions(call.length, rank, *layout) for rank in range(len(calls))]
 
 
 def ring_gradients(

@@ -18,7 +18,7 @@ from spcompile.diagnostics import InvalidGraph, source_of
 from spcompile.machine.mesh import MeshShape, whole_axis
 
 OWN_PART = "spx_own_part"  # in meta["custom"]: axes on which ranks make their parts from what all of them hold
-_FITS = {"I": "I", "S": "S", "P": "PS"}
+_FITS = {"I": "I", "R": "IR", "S": "S", "P": "PS"}
 _aten = torch.ops.aten
 _SHAPE_ONLY = {
     _aten.sym_size.int,

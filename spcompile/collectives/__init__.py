@@ -16,6 +16,9 @@ from spcompile.collectives.collective import (
 )
 from spcompile.collectives.gather_on_gloo import gathers_on_gloo
 from spcompile.collectives.mask_padding import MASK_PADDING
+from spcompile.collectives.move import MOVE
+from spcompile.collectives.pick import PICK
+from spcompile.collectives.place import PLACE
 from spcompile.collectives.reduce_scatter import REDUCE_SCATTER
 from spcompile.collectives.reorder import REORDER
 from spcompile.collectives.shard import SHARD
@@ -28,6 +31,9 @@ __all__ = [
     "COLLECTIVES",
     "GRADIENT",
     "MASK_PADDING",
+    "MOVE",
+    "PICK",
+    "PLACE",
     "REDUCE_SCATTER",
     "REORDER",
     "SHARD",

@@ -44,40 +44,55 @@ T = TypeVar("T")
 Requests = Generator[Shift | Wait, Any, T]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _InFlight:
-    received: Tensor
+    """A shift until it is waited for: then it lets go of what it sent and received, whoever still holds it."""
+
+    received: Tensor | None
     works: list[dist.Work]
-    sent: Tensor  # kept alive until waited
+    sent: Tensor | None
+
+    @classmethod
+    def start(cls, shift: Shift, group: dist.ProcessGroup, tag: int) -> _InFlight:
+        """Send and receive."""
+        rank, size = group.rank(), group.size()
+        message = shift.message.contiguous()
+        received = torch.empty_like(message) if shift.into is None else shift.into
+        to, source = (rank + shift.distance) % size, (rank - shift.distance) % size
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, message, group=group, group_peer=to, tag=tag),
+                dist.P2POp(dist.irecv, received, group=group, group_peer=source, tag=tag),
+            ]
+        )
+        return cls(received, works, message)
+
+    def wait(self) -> Tensor:
+        """What has arrived."""
+        with record_function(WAIT):
+            for work in self.works:
+                work.wait()
+        received = self.received
+        assert received is not None
+        self.received, self.works, self.sent = None, [], None
+        return received
 
 
 def drive(requests: Requests[T], group: dist.ProcessGroup) -> T:
     """Run one rank over a process group: every shift is one send and one receive, in flight until waited."""
-    rank, size = group.rank(), group.size()
     answer: Any = None
     tag = 0
     while True:
         try:
-            request = requests.send(answer)
+            request: Shift | Wait | None = requests.send(answer)
         except StopIteration as stop:
             return stop.value
         if isinstance(request, Shift):
-            message = request.message.contiguous()
-            received = torch.empty_like(message) if request.into is None else request.into
-            to, source = (rank + request.distance) % size, (rank - request.distance) % size
-            works = dist.batch_isend_irecv(
-                [
-                    dist.P2POp(dist.isend, message, group=group, group_peer=to, tag=tag),
-                    dist.P2POp(dist.irecv, received, group=group, group_peer=source, tag=tag),
-                ]
-            )
+            answer = _InFlight.start(request, group, tag)
             tag += 1
-            answer = _InFlight(received, works, message)
-        else:
-            with record_function(WAIT):
-                for work in request.handle.works:
-                    work.wait()
-            answer = request.handle.received
+        elif isinstance(request, Wait):
+            answer = request.handle.wait()
+        request = None  # it would hold its message while the algorithm goes on
 
 
 @dataclass(eq=False)

@@ -11,19 +11,20 @@ from spcompile.collectives.collective import _LIBRARY, rank_in
 from spcompile.machine import sequence
 
 _LIBRARY.define(
-    "positions(SymInt length, str axis, int degree, str order, *, Device device) -> Tensor",
+    "positions(SymInt length, str axis, int degree, str order, int inner=1, *, Device device) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def _positions(length: int, axis: str, degree: int, order: str, *, device: torch.device) -> Tensor:
-    """int32 [local_length]; entries >= length are padding."""
-    return sequence.positions(length, rank_in(axis), degree, order, device)
+def _positions(length: int, axis: str, degree: int, order: str, inner: int = 1, *, device: torch.device) -> Tensor:
+    """int32 [inner * local_length]; entries >= length are padding. inner: see `sequence.positions`."""
+    return sequence.positions(length, rank_in(axis), degree, order, device, inner)
 
 
 @torch.library.register_fake("spx::positions", lib=_LIBRARY)
-def _fake(length: Any, axis: str, degree: int, order: str, *, device: torch.device) -> Tensor:
-    return torch.empty(sequence.local_length(length, degree, order), dtype=torch.int32, device=device)
+def _fake(length: Any, axis: str, degree: int, order: str, inner: int = 1, *, device: torch.device) -> Tensor:
+    rows = inner * sequence.local_length(length, inner * degree, order)
+    return torch.empty(rows, dtype=torch.int32, device=device)
 
 
 _LIBRARY.impl("positions", _positions, "CompositeExplicitAutograd")

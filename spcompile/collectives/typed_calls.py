@@ -88,6 +88,7 @@ class PositionsCall(TypedCall):
     axis: str
     degree: int
     order: str
+    inner: int = 1
     device: Operand
 
 

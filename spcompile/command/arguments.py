@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from spcompile.diagnostics import IllegalMesh, IllegalModel, IllegalOption
-from spcompile.machine.mesh import MeshShape
+from spcompile.machine.links import LINKS
+from spcompile.machine.mesh import AXES, MeshShape
 from spcompile.options import Options
 
 MOST_TOKENS = 1 << 30
@@ -58,6 +59,30 @@ def parse_attention(text: str | None) -> str | dict[str, int] | None:
             raise IllegalOption(f"--attention {text!r}", legal="auto, ring, ulysses, hybrid, or as ulysses=4,ring=2")
         factors[name] = int(size)
     return factors
+
+
+def parse_axes(text: str) -> list[str]:
+    """`"tp,cp"` as names of axes.
+
+    Raises:
+        IllegalMesh: an unknown one, or one twice.
+    """
+    axes = text.split(",")
+    if not set(axes) <= set(AXES) or len(set(axes)) < len(axes):
+        raise IllegalMesh(f"--axes {text!r}", legal=f"out of {','.join(AXES)}, each once")
+    return axes
+
+
+def parse_link(text: str) -> dict[str, str]:
+    """What all axes talk over: `"nvlink"`, or `"ib"` for the network.
+
+    Raises:
+        IllegalOption: another one.
+    """
+    name = {"ib": "network"}.get(text, text)
+    if name not in LINKS:
+        raise IllegalOption(f"--link {text!r}", legal=", ".join(["ib", *LINKS]))
+    return dict.fromkeys(AXES, name)
 
 
 def parse_tokens(name: str, text: str, least: int = 1) -> int:

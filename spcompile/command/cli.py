@@ -1,4 +1,4 @@
-"""The command line: `spcompile train | explain | verify | diff | passes | doctor`. Commands import what they need."""
+"""The command line: `spcompile train | plan | explain | verify | diff | passes | doctor`. Imports wait."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
@@ -29,13 +29,12 @@ from spcompile.command.arguments import (
     require_place_for_file,
     require_rate,
 )
+from spcompile.command.flags import Json, Options, Settings, Sizes
 from spcompile.command.interrupts import STATUS
+from spcompile.command.plan_command import plan
 from spcompile.diagnostics import IllegalMesh, IllegalOption, SpcompileError
 from spcompile.machine.mesh import MOST_RANKS
 from spcompile.plain_text import one_line, some_lines
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 app = App(
     name="spcompile",
@@ -45,15 +44,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 
-Sizes = Annotated[list[str] | None, Parameter(name="--mesh", help="Axis sizes, as cp=8 or tp=2,cp=4.", negative="")]
-Settings = Annotated[
-    list[str] | None, Parameter(name="--set", help="A setting of the model, as layers=2; may be repeated.", negative="")
-]
-Options = Annotated[
-    list[str] | None,
-    Parameter(name="--option", help="Another backend option, as strict=True; may be repeated.", negative=""),
-]
-Json = Annotated[bool, Parameter(name="--json", help="Print JSON for programs.", negative="")]
+app.command(plan)
 
 
 @app.command
@@ -195,10 +186,11 @@ def explain(
 
     import spcompile
     from spcompile.command.compile_progress import compile_progress
+    from spcompile.command.model_spec import built_with_inputs
 
     _require_graph(graph)
     with compile_progress():
-        built, inputs = _built(model, tokens, batch, dtype, "meta", given)
+        built, inputs = built_with_inputs(model, tokens, batch, dtype, "meta", given)
         plan = spcompile.explain(built, inputs, mesh=sizes, **options)
     if html is not None:
         plan.save(str(html))
@@ -247,8 +239,9 @@ def verify(
     options = backend_options(asked, sizes, also=["tolerance"])
 
     import spcompile
+    from spcompile.command.model_spec import built_with_inputs
 
-    built, inputs = _built(model, tokens, batch, dtype, "cpu", given)
+    built, inputs = built_with_inputs(model, tokens, batch, dtype, "cpu", given)
     report = spcompile.verify(built, inputs, mesh=sizes, **options)
     print(json_text.dumps(report.to_dict()) if json else str(report))
     return 0 if report.ok else 1
@@ -348,18 +341,6 @@ def _require_graph(name: str | None) -> None:
     names = ["capture", *(p.name for p in PIPELINE), "forward", "backward"]
     if name is not None and name.removesuffix(" (backward)") not in names:
         raise IllegalOption(f"--graph {name!r}", legal=", ".join(names))
-
-
-def _built(
-    model: str, seq: int, batch: int, dtype: str, device: str, settings: dict[str, Any]
-) -> tuple[nn.Module, dict[str, Tensor]]:
-    import torch
-
-    from spcompile.command import model_spec
-
-    torch.manual_seed(0)
-    built = model_spec.build_model(model, seq=seq, device=device, dtype=dtype, settings=settings)
-    return built.model, built.example_inputs(batch, seq, device)
 
 
 def main() -> None:

@@ -69,6 +69,15 @@ def build_model(
         return make(name, seq, dict(settings or {}))
 
 
+def built_with_inputs(
+    spec: str, seq: int, batch: int, dtype: str, device: str, settings: Mapping[str, Any]
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model and the arguments of a training step on random tokens, both from seed 0."""
+    torch.manual_seed(0)
+    built = build_model(spec, seq=seq, device=device, dtype=dtype, settings=settings)
+    return built.model, built.example_inputs(batch, seq, device)
+
+
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Torch's default dtype inside the block, so that tables a model keeps in float32 stay so."""

@@ -85,6 +85,13 @@ def saved_values(forward: fx.Graph, backward: fx.Graph) -> list[fx.Node]:
     return [n for n in outputs[len(outputs) - len(taken) :] if isinstance(n, fx.Node)]
 
 
+def saved_pairs(forward: fx.Graph, backward: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:
+    """Each output of `forward` that `backward` takes, with its input there. Sizes are saved last and taken first."""
+    taken = [n for n in backward.nodes if n.op == "placeholder" and "tangents" not in str(n.target)]
+    saved = sorted(saved_values(forward, backward), key=lambda node: isinstance(node.meta.get("val"), torch.Tensor))
+    return list(zip(saved, taken, strict=True))
+
+
 def outputs_of(graph: fx.Graph) -> list[Any]:
     """What a graph returns, flat."""
     return list(pytree.arg_tree_leaves(*graph.output_node().args))

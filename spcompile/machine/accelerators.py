@@ -1,12 +1,15 @@
 """How fast one rank computes: with `spcompile.machine.links` the tables behind every decision that depends on time.
 
-Round numbers; decisions read them and never a clock.
+Figures and their sources are in `hardware.json`. Decisions read them and never a clock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+from spcompile.machine.hardware import HARDWARE
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,8 @@ class Accelerator:
     bytes_per_second: of its memory, as reached. seconds_per_kernel: the least that anything takes.
     seconds_per_sync: that it idles after the host waited for one of its results. units: what computes one tile of a
     product's result each, at once; a product takes whole rounds of them. memory: bytes; None: as many as one likes.
+    capability: of NVIDIA's GPUs, such as 90, which decides on kernels.
+    links: what "nvlink" and "network" are in machines with it, where they are not those of `LINKS`.
     """
 
     name: str
@@ -27,6 +32,13 @@ class Accelerator:
     seconds_per_sync: float = 0.0
     units: int = 1
     memory: int | None = None
+    capability: int | None = None
+    links: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def fused_attention(self) -> bool:
+        """Whether attention runs in kernels of its own there, not block by block in PyTorch's."""
+        return self.capability is not None
 
     @property
     def usable_memory(self) -> int | None:
@@ -53,17 +65,20 @@ class Accelerator:
         )
 
 
-# As nvidia-smi shows them for the cards "with 80 GB".
-_H100, _A100 = 81_559 * 2**20, 81_920 * 2**20
+def _accelerator(row: Mapping[str, Any]) -> Accelerator:
+    return Accelerator(
+        name=row["name"],
+        flops={int(size): flops for size, flops in row["peak_flops_by_bytes_of_an_element"].items()},
+        reached=row["reached_by_products"],
+        attention_reached=row["reached_by_attention"],
+        bytes_per_second=row["reached_by_memory"] * row["memory_bytes_per_second"],
+        seconds_per_kernel=row["seconds_per_kernel"],
+        seconds_per_sync=row["seconds_per_sync"],
+        units=row["units"],
+        memory=row["memory_bytes"],
+        capability=row["capability"],
+        links=row["links"],
+    )
 
-ACCELERATORS = {
-    # Data sheets: dense bf16, float32 without TF32, float64 tensor cores. Reached: by large cuBLAS products and by
-    # FlashAttention. A sync: a copy to the host and the launches that the host has not made meanwhile.
-    "h100": Accelerator(
-        "H100 SXM", {2: 989e12, 4: 67e12, 8: 67e12}, 0.65, 0.5, 0.8 * 3.35e12, 3e-6, 100e-6, 132, _H100
-    ),
-    "a100": Accelerator(
-        "A100 SXM", {2: 312e12, 4: 19.5e12, 8: 19.5e12}, 0.75, 0.6, 0.8 * 2.04e12, 4e-6, 100e-6, 108, _A100
-    ),
-    "cpu": Accelerator("one CPU core", {4: 80e9, 8: 40e9}, 0.6, 0.4, 6e9, 5e-6),
-}
+
+ACCELERATORS = {name: _accelerator(row) for name, row in HARDWARE["accelerators"].items()}

@@ -47,9 +47,14 @@ def chunks_of(rank: int, degree: int, order: str) -> tuple[int, ...]:
     return (rank, 2 * degree - 1 - rank) if chunks_per_rank(order) == 2 else (rank,)
 
 
-def positions(length: int, rank: int, degree: int, order: str, device: torch.device | str = "cpu") -> Tensor:
-    """Global position of every local element: int32 [local_length]; entries >= length are padding."""
-    chunk = chunk_length(length, degree, order)
+def positions(
+    length: int, rank: int, degree: int, order: str, device: torch.device | str = "cpu", inner: int = 1
+) -> Tensor:
+    """Global position of every local element: int32 [inner * local_length]; entries >= length are padding.
+
+    inner: the dimension is laid out over so many times more ranks, and `rank` holds what as many neighbours do.
+    """
+    chunk = inner * chunk_length(length, inner * degree, order)
     offsets = torch.arange(chunk, dtype=torch.int32, device=device)
     return torch.cat([offsets + c * chunk for c in chunks_of(rank, degree, order)])
 

@@ -6,7 +6,7 @@ the storage that stays alive. What Inductor fuses away is not counted (`spcompil
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,11 @@ from torch.distributed.tensor import DTensor
 
 from spcompile.diagnostics import SourceLine, source_of
 from spcompile.graph.sizes import hint
-from spcompile.graph.storage import outputs_of, root_of, saved_values, storage_bytes, storage_size
-from spcompile.losses.scratch import scratch_bytes
+from spcompile.graph.storage import outputs_of, root_of, saved_pairs, saved_values, storage_bytes, storage_size
+from spcompile.machine.accelerators import Accelerator
 from spcompile.machine.optimizers import Optimizer
 from spcompile.memory.fusion import fused_away
+from spcompile.memory.inside_calls import bytes_inside
 from spcompile.memory.liveness import Lives
 from spcompile.memory.planner import MemoryPlan
 
@@ -73,6 +74,7 @@ def memory_of(
     single: Mapping[str, fx.GraphModule],
     parameters: Iterable[torch.Tensor],
     optimizer: Optimizer,
+    accelerator: Accelerator,
     plan: MemoryPlan | None = None,
     fuses: bool = False,
 ) -> Memory:
@@ -83,7 +85,7 @@ def memory_of(
     held = [_held(p) for p in parameters]
     trained = [_held(p) for p in parameters if p.requires_grad and "backward" in sharded]
     states = sum(optimizer.bytes(p.numel(), p.element_size()) for p in trained)
-    high = max((_high_water(phase, sharded, fuses) for phase in sharded), key=lambda found: found.hint)
+    high = max((_high_water(phase, sharded, accelerator, fuses) for phase in sharded), key=lambda found: found.hint)
     parameter_bytes = sum(p.numel() * p.element_size() for p in held)
     limit = plan.limit if plan is not None else None
     return Memory(
@@ -127,27 +129,64 @@ class _High:
     where: str
 
 
-def _high_water(phase: str, graphs: Mapping[str, fx.GraphModule], fuses: bool) -> _High:
+def _high_water(phase: str, graphs: Mapping[str, fx.GraphModule], accelerator: Accelerator, fuses: bool) -> _High:
     """In the backward, what the forward gave its caller is alive as well."""
-    graph = graphs[phase].graph
-    order = [node for node in graph.nodes if node.op != "output"]
-    before = [node for node in order if node.op == "placeholder" and not _is_held(node)]
-    returned = {root_of(node) for node in outputs_of(graph) if isinstance(node, fx.Node)}
-    inside = fused_away(order, returned) if fuses else ()
-    lives = Lives.of(order, before, returned, root_of, inside)
-    sizes = {root: 0 if _is_held(root) else storage_bytes(root) for root in lives.born}
-    levels = lives.bytes(sizes.__getitem__, [int(scratch_bytes(node, hint)) for node in order]) or [0]
+    order, lives, levels = _alive(phase, graphs, accelerator, fuses)
     at = levels.index(max(levels))
     there = [root for root in lives.during(at) if not _is_held(root)]
-    stay = set(before) | returned
-    scratch = scratch_bytes(order[at]) if order else sympy.Integer(0)
+    stay = {*_before(phase, graphs), *_returned(phase, graphs)}
+    scratch = bytes_inside(order[at], accelerator) if order else sympy.Integer(0)
     outside = _given_to_caller(graphs) if phase == "backward" else []
     return _High(
-        levels[at] + sum(map(storage_bytes, outside)),
+        levels[at],
         _total([*there, *outside]) + scratch,
         _total(root for root in there if root not in stay) + scratch,
         _where(phase, order[at]) if order else phase,
     )
+
+
+def bytes_alive(phase: str, graphs: Mapping[str, fx.GraphModule], accelerator: Accelerator, fuses: bool) -> list[int]:
+    """During each call of a final graph, parameters aside, at traced sizes."""
+    return _alive(phase, graphs, accelerator, fuses)[2]
+
+
+def _alive(
+    phase: str, graphs: Mapping[str, fx.GraphModule], accelerator: Accelerator, fuses: bool
+) -> tuple[list[fx.Node], Lives, list[int]]:
+    order = [node for node in graphs[phase].graph.nodes if node.op != "output"]
+    storage, returned = _storages_in(phase, graphs), _returned(phase, graphs)
+    inside = fused_away(order, returned, storage) if fuses else ()
+    lives = Lives.of(order, _before(phase, graphs), returned, storage, inside)
+    sizes = {root: 0 if _is_held(root) else storage_bytes(root) for root in lives.born}
+    outside = sum(map(storage_bytes, _given_to_caller(graphs))) if phase == "backward" else 0
+    levels = lives.bytes(sizes.__getitem__, [int(bytes_inside(node, accelerator, hint)) for node in order]) or [0]
+    return order, lives, [level + outside for level in levels]
+
+
+def _before(phase: str, graphs: Mapping[str, fx.GraphModule]) -> dict[fx.Node, None]:
+    """The storages that are alive when a graph begins."""
+    storage, inputs = _storages_in(phase, graphs), graphs[phase].graph.find_nodes(op="placeholder")
+    return {storage(node): None for node in inputs if not _is_held(storage(node))}
+
+
+def _returned(phase: str, graphs: Mapping[str, fx.GraphModule]) -> set[fx.Node]:
+    """The storages of what a graph returns."""
+    storage = _storages_in(phase, graphs)
+    return {storage(node) for node in outputs_of(graphs[phase].graph) if isinstance(node, fx.Node)}
+
+
+def _storages_in(phase: str, graphs: Mapping[str, fx.GraphModule]) -> Callable[[fx.Node], fx.Node]:
+    """`root_of`. Of what the backward takes the forward's: two views of one storage may be saved."""
+    if phase != "backward":
+        return root_of
+    pairs = saved_pairs(graphs["forward"].graph, graphs["backward"].graph)
+    of_forward = {taken: root_of(value) for value, taken in pairs}
+
+    def storage(node: fx.Node) -> fx.Node:
+        root = root_of(node)
+        return of_forward.get(root, root)
+
+    return storage
 
 
 def _is_held(node: fx.Node) -> bool:

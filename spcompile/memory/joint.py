@@ -10,7 +10,8 @@ import torch.fx as fx
 
 from spcompile.graph.sizes import hint
 from spcompile.graph.storage import outputs_of, root_of, storage_bytes
-from spcompile.losses.scratch import scratch_bytes
+from spcompile.machine.accelerators import Accelerator
+from spcompile.memory.inside_calls import bytes_inside
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Joint:
 
     forward: the calls that need no gradient of an output, in order. backward: all other calls.
     returned: the outputs of the forward. gradients: the outputs of the backward.
-    parameters: the inputs that get a gradient. fuses: the compiler behind fuses elementwise calls.
+    parameters: the inputs that get a gradient. accelerator: what computes. fuses: the compiler behind fuses
+    elementwise calls.
     """
 
     inputs: tuple[fx.Node, ...]
@@ -28,10 +30,11 @@ class Joint:
     returned: tuple[fx.Node, ...]
     gradients: tuple[fx.Node, ...]
     parameters: frozenset[fx.Node]
+    accelerator: Accelerator
     fuses: bool = False
 
     @classmethod
-    def of(cls, graph: fx.Graph, forward_outputs: int, fuses: bool = False) -> Joint:
+    def of(cls, graph: fx.Graph, forward_outputs: int, accelerator: Accelerator, fuses: bool = False) -> Joint:
         """forward_outputs: how many of the graph's outputs are the forward's; the others are gradients of inputs."""
         outputs = outputs_of(graph)
         inputs = tuple(graph.find_nodes(op="placeholder"))
@@ -50,6 +53,7 @@ class Joint:
             returned=returned,
             gradients=_nodes(outputs[forward_outputs:]),
             parameters=frozenset(primal for primal, gradient in pairs if isinstance(gradient, fx.Node)),
+            accelerator=accelerator,
             fuses=fuses,
         )
 
@@ -66,7 +70,7 @@ class Joint:
     @cached_property
     def scratch(self) -> dict[fx.Node, int]:
         """What each node takes besides while it runs."""
-        return {node: int(scratch_bytes(node, hint)) for node in self.storage}
+        return {node: int(bytes_inside(node, self.accelerator, hint)) for node in self.storage}
 
     @cached_property
     def is_forward(self) -> frozenset[fx.Node]:

@@ -94,6 +94,14 @@ def backward_order(joint: Joint, saved: Collection[fx.Node]) -> list[fx.Node]:
 
 def peak_of(joint: Joint, saved: Collection[fx.Node]) -> Peak:
     """Of a step that saves these values of the forward: inputs are not counted, gradients are."""
+    return max(
+        (_largest(phase, order, levels) for phase, (order, levels) in levels_of(joint, saved).items()),
+        key=lambda peak: peak.bytes,
+    )
+
+
+def levels_of(joint: Joint, saved: Collection[fx.Node]) -> dict[str, tuple[list[fx.Node], list[int]]]:
+    """By phase the calls in their order, and the bytes that are alive during each."""
     storage = joint.storage
     returned = {storage[node] for node in joint.returned}
     kept = {storage[node] for node in saved} | returned
@@ -102,21 +110,23 @@ def peak_of(joint: Joint, saved: Collection[fx.Node]) -> Peak:
     backward = backward_order(joint, saved)
     held = [root for root in kept if root.op == "call_function"]
     stay = returned | {storage[node] for node in joint.gradients}
-    return max(
-        _largest("forward", forward, joint, (), kept),
-        _largest("backward", backward, joint, held, stay),
-        key=lambda peak: peak.bytes,
-    )
+    return {
+        "forward": (forward, _levels(forward, joint, (), kept)),
+        "backward": (backward, _levels(backward, joint, held, stay)),
+    }
 
 
-def _largest(
-    phase: str, order: Sequence[fx.Node], joint: Joint, before: Collection[fx.Node], kept: Collection[fx.Node]
-) -> Peak:
-    if not order:
-        return Peak(0, phase, None)
+def _levels(
+    order: Sequence[fx.Node], joint: Joint, before: Collection[fx.Node], kept: Collection[fx.Node]
+) -> list[int]:
     storage = joint.storage.__getitem__
     inside = fused_away(order, kept, storage) if joint.fuses else ()
     lives = Lives.of(order, before, kept, storage, inside)
-    levels = lives.bytes(joint.bytes_of.__getitem__, [joint.scratch[node] for node in order])
+    return lives.bytes(joint.bytes_of.__getitem__, [joint.scratch[node] for node in order])
+
+
+def _largest(phase: str, order: Sequence[fx.Node], levels: Sequence[int]) -> Peak:
+    if not order:
+        return Peak(0, phase, None)
     at = levels.index(max(levels))
     return Peak(levels[at], phase, order[at])

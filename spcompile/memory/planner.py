@@ -7,7 +7,7 @@ choose alike.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch.fx as fx
@@ -23,6 +23,7 @@ from spcompile.options import Options, bytes_of_option
 from spcompile.schedule.op_cost import CostModel
 
 _LOOKS = 12  # numbers of trades that are tried where the least peak is searched
+_LAST_LOOKS = 6  # and of the last ones, each of which gives up half of the inputs of blocks
 ROOM = 0.98  # of the limit: what overlap keeps alive longer, behind the plan, takes the rest
 
 
@@ -42,7 +43,7 @@ class Wish:
     @classmethod
     def of(cls, options: Options) -> Wish:
         """From the options `memory` and `optimizer`. "auto" is what the accelerator has, less a margin."""
-        asked, optimizer = options.memory, OPTIMIZERS[options.optimizer]
+        asked, optimizer = options.memory, options.states
         if asked == "auto":
             return cls(ACCELERATORS[options.accelerator].usable_memory, False, optimizer)
         if asked in ("speed", "min"):
@@ -84,25 +85,44 @@ class MemoryPlan:
 
 def plan_memory(joint: Joint, saved: Collection[fx.Node], cost: CostModel, wish: Wish) -> MemoryPlan:
     """saved: what the partitioner would save."""
-    state = joint.input_bytes + sum(_state_bytes(node, wish.optimizer) for node in joint.parameters)
+    state = state_bytes(joint, wish.optimizer)
     peak = peak_of(joint, saved)
     as_it_was = state + peak.bytes
     if not wish.least and (wish.bytes is None or as_it_was <= ROOM * wish.bytes):
         return MemoryPlan(tuple(saved), (), (), None, peak, state, as_it_was, wish.bytes)
-    cost = cost.of_one_graph()
-    blocks = find_blocks(joint, cost.is_heavy)
-    savings = Savings(joint, set(saved), frozenset(blocks.inputs), lambda node: cost.work(node).seconds)
-    search = _Search(joint, tuple(saved), savings.trades())
+    blocks, trades = all_trades(joint, saved, cost)
+    search = _Search(joint, tuple(saved), trades)
     count = search.least() if wish.least or wish.bytes is None else search.first_below(int(ROOM * wish.bytes) - state)
-    kept = search.saved_after(count)
+    kept = saved_after(saved, trades[:count])
     again = made_again(joint, set(kept))
-    chosen = tuple(search.trades[:count])
+    chosen = tuple(trades[:count])
     return MemoryPlan(tuple(kept), tuple(again), chosen, blocks, search.peak(count), state, as_it_was, wish.bytes)
 
 
-def _state_bytes(parameter: fx.Node, optimizer: Optimizer) -> int:
-    value = parameter.meta["val"]
-    return optimizer.bytes(numel_hint(value), value.element_size())
+def state_bytes(joint: Joint, optimizer: Optimizer) -> int:
+    """Of the inputs of a step and of the states of its optimizer."""
+    states = [optimizer.bytes(numel_hint(x), x.element_size()) for x in (p.meta["val"] for p in joint.parameters)]
+    return joint.input_bytes + sum(states)
+
+
+def all_trades(
+    joint: Joint, saved: Collection[fx.Node], cost: CostModel, *, block_inputs: bool = True
+) -> tuple[Blocks, list[Trade]]:
+    """All that can be traded, the cheapest first, and the blocks. block_inputs: whether their inputs can be, last."""
+    cost = cost.of_one_graph()
+    blocks = find_blocks(joint, cost.is_heavy)
+    savings = Savings(joint, set(saved), blocks.inputs, lambda node: cost.work(node).seconds)
+    return blocks, savings.trades() + (savings.of_block_inputs() if block_inputs else [])
+
+
+def saved_after(saved: Iterable[fx.Node], trades: Iterable[Trade]) -> list[fx.Node]:
+    """What is saved after these trades."""
+    kept = dict.fromkeys(saved)
+    for trade in trades:
+        for node in trade.given_up:
+            kept.pop(node, None)
+        kept.update(dict.fromkeys(trade.instead))
+    return list(kept)
 
 
 class _Search:
@@ -112,19 +132,10 @@ class _Search:
         self.joint, self.saved, self.trades = joint, saved, trades
         self._peaks: dict[int, Peak] = {}
 
-    def saved_after(self, count: int) -> list[fx.Node]:
-        """What is saved after so many trades."""
-        saved = dict.fromkeys(self.saved)
-        for trade in self.trades[:count]:
-            for node in trade.given_up:
-                del saved[node]
-            saved.update(dict.fromkeys(trade.instead))
-        return list(saved)
-
     def peak(self, count: int) -> Peak:
         """After so many trades."""
         if count not in self._peaks:
-            self._peaks[count] = peak_of(self.joint, self.saved_after(count))
+            self._peaks[count] = peak_of(self.joint, saved_after(self.saved, self.trades[:count]))
         return self._peaks[count]
 
     def first_below(self, limit: int) -> int:
@@ -140,5 +151,7 @@ class _Search:
 
     def least(self) -> int:
         """A number of trades with the least peak: what is made again is alive, too, so that more is not always less."""
-        looks = {round(at * len(self.trades) / _LOOKS) for at in range(_LOOKS + 1)}
+        last = len(self.trades)
+        looks = {round(at * last / _LOOKS) for at in range(_LOOKS + 1)}
+        looks |= set(range(max(0, last - _LAST_LOOKS), last))
         return min(sorted(looks), key=lambda count: self.peak(count).bytes)

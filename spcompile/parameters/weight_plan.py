@@ -50,24 +50,29 @@ def weight_plan(
     """
     plan = WeightPlan()
     for name, parameter in model.named_parameters():
-        parts = []
         found = split.get(name, "the traced graph does not read it")
-        if degrees.get("tp", 1) > 1 and isinstance(found, int):
-            parts.append(Part(found, "tp", degrees["tp"]))
-        elif degrees.get("tp", 1) > 1:
+        plan.parts[name] = parts_of_parameter(parameter.shape, found, degrees, axes)
+        if degrees.get("tp", 1) > 1 and not any(part.axis == "tp" for part in plan.parts[name]):
             plan.whole[name] = str(found)
-        for axis in sorted(axes, key=lambda axis: axis != "tp"):
-            if axis == "tp" and (parts or parameter.ndim < 2):
-                continue
-            degree, taken = degrees.get(axis, 1), {part.dim for part in parts}
-            free = (d for d, n in enumerate(parameter.shape) if n and n % degree == 0 and d not in taken)
-            dim = next(free, None)
-            if degree > 1 and dim is not None:
-                parts.append(Part(dim, axis, degree))
-                if axis == "tp":
-                    del plan.whole[name]
-        plan.parts[name] = nested(parts)
     return plan
+
+
+def parts_of_parameter(
+    shape: Sequence[int], found: int | str, degrees: Mapping[str, int], axes: Sequence[str]
+) -> tuple[Part, ...]:
+    """How a parameter of this shape is split. found: the dim that tp splits, or why it splits none."""
+    parts = []
+    if degrees.get("tp", 1) > 1 and isinstance(found, int):
+        parts.append(Part(found, "tp", degrees["tp"]))
+    for axis in sorted(axes, key=lambda axis: axis != "tp"):
+        if axis == "tp" and (parts or len(shape) < 2):
+            continue
+        degree, taken = degrees.get(axis, 1), {part.dim for part in parts}
+        free = (d for d, n in enumerate(shape) if n and n % degree == 0 and d not in taken)
+        dim = next(free, None)
+        if degree > 1 and dim is not None:
+            parts.append(Part(dim, axis, degree))
+    return nested(parts)
 
 
 def split_over_tp(graph: fx.Graph, degree: int) -> list[int | str]:

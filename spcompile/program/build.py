@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from spcompile.capture.autocast import autocast_off
-from spcompile.capture.graph_breaks import model_part_of
+from spcompile.capture.graph_breaks import ModelPart, model_part_of
 from spcompile.capture.retrace import OWN, capture
 from spcompile.diagnostics import BatchNotSplit, Remarks, source_of
 from spcompile.graph.edit import copy_module
@@ -90,17 +90,29 @@ def build(
         SpcompileError: the graph cannot be captured, or a remark came under strict.
     """
     options.require_factors(mesh.size("cp"))
+    captured = capture(gm, inputs)
+    return build_captured(captured, inputs, mesh, options, pipeline, history, model_part_of(gm))
+
+
+def build_captured(
+    captured: fx.GraphModule,
+    inputs: Sequence[Any],
+    mesh: MeshShape,
+    options: Options,
+    pipeline: Sequence[Pass],
+    history: History | None = None,
+    part: ModelPart | None = None,
+) -> LocalProgram:
+    """The GLOBAL and LOCAL stages on a captured graph, which gets marks for this mesh. part: of a broken model."""
     passes = [p for p in configure(pipeline, options.passes) if p.runs_on(mesh)]
     check_order(passes)
     ctx = Context(mesh, options, Remarks(strict=options.strict))
-    history = history or History()
-    captured = capture(gm, inputs)
-    if (part := model_part_of(gm)) is not None:
+    if part is not None:
         ctx.remarks.add("SPR105", part.text(captured.graph), where=part.where)
     mark_parts(captured.graph)
     mark_batch(captured.graph, mesh.size("dp"))
     with autocast_off():
-        return _build(captured, inputs, ctx, passes, history)
+        return _build(captured, inputs, ctx, passes, history or History())
 
 
 def _build(

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from spcompile.capture.autocast import autocast_off
 from spcompile.collectives import erase_identities
-from spcompile.graph.edit import copy_module
+from spcompile.graph.edit import copy_module, is_getitem
 from spcompile.memory.planner import MemoryPlan, Wish
 from spcompile.passes_api import PassReport, Stage
 from spcompile.program import recompute
@@ -149,31 +149,57 @@ def emit_nothing(emission: Emission) -> None:
             emission.schedule(gm, phase)
 
 
-class _CutInTwo(Exception):
+class _Known(Exception):
     """Leaves AOTAutograd when all that was asked for is known."""
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """What AOTAutograd makes of a program: the joint graph, or `inference`, the one graph where no gradient is needed.
+
+    inputs, arguments: what a partitioner takes beside the graph.
+    """
+
+    joint: fx.GraphModule | None
+    inputs: Any = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    inference: fx.GraphModule | None = None
+
+    def cut(self, partitioner: Callable[..., Any]) -> dict[str, fx.GraphModule]:
+        """Forward and backward by phase, or "inference"."""
+        if self.joint is None:
+            assert self.inference is not None
+            return {"inference": self.inference}
+        forward, backward = partitioner(self.joint, self.inputs, **self.arguments)
+        return {"forward": forward, "backward": backward}
+
+
+def trace_step(program: LocalProgram) -> TracedStep:
+    """AOTAutograd up to the partitioner, under its joint graph prepared."""
+    found: list[TracedStep] = []
+    regather = program.ctx.options.regather
+
+    def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+        prepare_joint(joint.graph, regather)
+        found.append(TracedStep(joint, joint_inputs, kwargs))
+        raise _Known
+
+    def inference(graph_module: fx.GraphModule, _: Sequence[Any]) -> Any:
+        prepare_joint(graph_module.graph, regather)
+        found.append(TracedStep(None, inference=graph_module))
+        raise _Known
+
+    backend = aot_autograd(fw_compiler=inference, inference_compiler=inference, partition_fn=partition)
+    with without_log_texts(), contextlib.suppress(_Known):
+        backend(program.gm, program.inputs)
+    return found[0]
 
 
 def cut(
     program: LocalProgram, partitioner: Callable[..., Any] = min_cut_rematerialization_partition
 ) -> dict[str, fx.GraphModule]:
     """Forward and backward behind the partitioner, or "inference", the one graph where no gradient is needed."""
-    found: dict[str, fx.GraphModule] = {}
-    regather = program.ctx.options.regather
-    prepared = _prepared(partitioner, regather)
-
-    def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
-        found["forward"], found["backward"] = prepared(joint, joint_inputs, **kwargs)
-        raise _CutInTwo
-
-    def inference(graph_module: fx.GraphModule, _: Sequence[Any]) -> Any:
-        prepare_joint(graph_module.graph, regather)
-        found["inference"] = graph_module
-        raise _CutInTwo
-
-    backend = aot_autograd(fw_compiler=inference, inference_compiler=inference, partition_fn=partition)
-    with without_log_texts(), contextlib.suppress(_CutInTwo):
-        backend(program.gm, program.inputs)
-    return found
+    return trace_step(program).cut(partitioner)
 
 
 def _eager(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -183,8 +209,9 @@ def _eager(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
         def run(graph_module: fx.GraphModule, _: Sequence[Any]) -> Any:
             emission.schedule(graph_module, phase)
             _reshape_views(graph_module.graph)
+            _take_results_apart(graph_module.graph)
             graph_module.recompile()
-            return make_boxed_func(graph_module.forward)
+            return _interpreted(graph_module)
 
         return run
 
@@ -201,6 +228,19 @@ def _eager(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Cal
     return backend(gm, inputs)
 
 
+def _interpreted(graph_module: fx.GraphModule) -> Callable[..., Any]:
+    """Runs a graph call by call. Every value dies with its last reader, inputs too: the caller's list is emptied.
+
+    A function with arguments would keep what the forward saved alive to the end of the backward.
+    """
+
+    def run(args: list[Any]) -> Any:
+        return fx.Interpreter(graph_module).boxed_run(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]  # torch 2.13: how AOTAutograd knows that it takes a list
+    return run
+
+
 def _reshape_views(graph: fx.Graph) -> None:
     """`view` becomes `reshape`: some kernels, softplus_backward's is one, leave other strides than their fakes say.
 
@@ -208,6 +248,14 @@ def _reshape_views(graph: fx.Graph) -> None:
     """
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default
+
+
+def _take_results_apart(graph: fx.Graph) -> None:
+    """Every result of an op with several is taken right behind it: what holds all of them then dies at once."""
+    for node in graph.nodes:
+        for user in reversed(list(node.users)):
+            if is_getitem(user):
+                node.append(user)
 
 
 def _inductor(emission: Emission, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

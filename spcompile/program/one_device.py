@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 RECOGNITION = ("recognize-softmax", "recognize-attention", "recognize-mask")
+BEHIND_IT = ("share-tile-tables",)
 
 
 def recognise(
@@ -43,8 +44,8 @@ def recognise(
     Attention that one kernel of PyTorch computes as well goes back to it. Nothing is an error here: what cannot be
     captured is compiled as it is.
     """
-    passes = [p for p in pipeline if p.name in RECOGNITION]
-    wishes = {name: wish for name, wish in options.passes.items() if name in RECOGNITION}
+    passes = [p for p in pipeline if p.name in RECOGNITION + BEHIND_IT]
+    wishes = {name: wish for name, wish in options.passes.items() if name in RECOGNITION + BEHIND_IT}
     chosen = replace(options, passes=wishes, strict=False, outputs="full")
     try:
         program = build(gm, inputs, MeshShape(()), chosen, passes, history)

@@ -6,7 +6,7 @@ again. The partitioner obeys tags, and runs once more.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,19 +40,14 @@ class Partitioner(CustomPartitionerFn):
     def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Graphs:
         """The forward and the backward graph."""
         forward, backward = self.base(gm, joint_inputs, **kwargs)
-        here = {node.name: node for node in gm.graph.nodes}
-        saved = [here[node.name] for node in saved_values(forward.graph, backward.graph) if node.op == "call_function"]
+        saved = saved_by(gm, forward, backward)
         begins("planning memory")
-        plan = plan_memory(Joint.of(gm.graph, kwargs["num_fwd_outputs"], self.cost.fuses), saved, self.cost, self.wish)
+        joint = Joint.of(gm.graph, kwargs["num_fwd_outputs"], self.cost.accelerator, self.cost.fuses)
+        plan = plan_memory(joint, saved, self.cost, self.wish)
         self.planned(plan)
         if not plan.trades:
             return forward, backward
-        for node in plan.again:
-            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-        for node in plan.saved:
-            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-        with torch._functorch.config.patch(cse=False):  # the first run has left none
-            return self.base(gm, joint_inputs, **kwargs)
+        return cut_as_planned(self.base, gm, joint_inputs, plan.saved, plan.again, kwargs)
 
     def __deepcopy__(self, memo: Any) -> Partitioner:
         """Itself: Inductor copies its settings, and this one holds the program."""
@@ -65,3 +60,31 @@ class Partitioner(CustomPartitionerFn):
     def uuid(self) -> bytes:
         """All that decides, beside the graph, on what is saved."""
         return f"{sources()} {self.wish} {self.cost}".encode()
+
+
+def saved_by(joint: fx.GraphModule, forward: fx.GraphModule, backward: fx.GraphModule) -> list[fx.Node]:
+    """The calls of a joint graph that what a partitioner made of it saves."""
+    here = {node.name: node for node in joint.graph.nodes}
+    return [here[node.name] for node in saved_values(forward.graph, backward.graph) if node.op == "call_function"]
+
+
+def cut_as_planned(
+    base: Callable[..., Graphs],
+    joint: fx.GraphModule,
+    inputs: Any,
+    saved: Iterable[fx.Node],
+    again: Iterable[fx.Node],
+    arguments: Mapping[str, Any],
+) -> Graphs:
+    """Run a partitioner once more on a joint graph, of which every value of the forward is tagged.
+
+    again: the calls of the forward that the backward makes again. arguments: what the partitioner takes besides.
+    """
+    for node in again:
+        node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        # It would save what stands between two checkpointed regions (torch 2.13: cleanup_recompute_tags).
+        node.meta.pop("ac_graph_id", None)
+    for node in saved:
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    with torch._functorch.config.patch(cse=False):  # the first run has left none
+        return base(joint, inputs, **arguments)

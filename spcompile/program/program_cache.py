@@ -35,7 +35,7 @@ from spcompile.capture.graph_breaks import model_part_of
 from spcompile.capture.module_buffer import Relied, contents_of
 from spcompile.capture.retrace import OWN, is_state
 from spcompile.graph.printer import format_graph
-from spcompile.machine.mesh import axis_part
+from spcompile.machine.mesh import is_whole_axis
 from spcompile.options import Options
 from spcompile.passes_api import Pass
 from spcompile.plain_text import one_line
@@ -126,7 +126,7 @@ def store(key: str, coordinate: str, finished: Finished) -> None:
             content = pickle.dumps(finished)
         folder = _folder_of_programs()
         if are_own(folder.parent):
-            write_own(folder / (key if not any(map(axis_part, finished.groups)) else f"{key}-{coordinate}"), content)
+            write_own(folder / (key if all(map(is_whole_axis, finished.groups)) else f"{key}-{coordinate}"), content)
     except Exception as reason:
         log.info("not cached: %s", one_line(str(reason)))
 
@@ -154,8 +154,11 @@ def _input_facts(placeholder: fx.Node, value: Any) -> str:
 
 @functools.cache
 def sources() -> str:
-    """A hash of every source file of this package: what caches below, which see graphs alone, must be told."""
-    files = [(file.relative_to(root), file) for root in map(_folder, _PACKAGES) for file in sorted(root.rglob("*.py"))]
+    """A hash of every source and data file of this package: what caches below, which see graphs alone, must be told."""
+    found = [
+        (root, file) for root in map(_folder, _PACKAGES) for kind in ("*.py", "*.json") for file in root.rglob(kind)
+    ]
+    files = sorted((file.relative_to(root), file) for root, file in found)
     names = "\0".join(f"{name} {_file_hash(str(file))}" for name, file in files)
     return hashlib.sha256(names.encode()).hexdigest()
 

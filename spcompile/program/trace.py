@@ -20,7 +20,7 @@ from spcompile.capture.local_inputs import over_local_parts
 from spcompile.capture.python_floats import without_symbolic_floats
 from spcompile.diagnostics import CaptureFailed, GraphBreak, IllegalMesh
 from spcompile.graph.edit import copy_graph, copy_module
-from spcompile.machine.mesh import MeshShape
+from spcompile.machine.mesh import LEGAL_MESH, MeshShape
 from spcompile.memory.planner import Wish
 from spcompile.options import Options
 from spcompile.passes_api import Pass
@@ -67,7 +67,7 @@ def mesh_shape(mesh: Any) -> MeshShape:
         return MeshShape.of(mesh)
     if getattr(mesh, "mesh_dim_names", None) is not None:
         return MeshShape.of(dict(zip(mesh.mesh_dim_names, mesh.mesh.shape, strict=True)))
-    raise IllegalMesh(f"mesh={mesh!r}", legal='a dict of axis sizes as {"cp": 8}, or a DeviceMesh with axis names')
+    raise IllegalMesh(f"mesh={mesh!r}", legal=LEGAL_MESH)
 
 
 def through_dynamo(

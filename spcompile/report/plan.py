@@ -5,11 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
-from rich.console import Console
-from rich.table import Table
 
 from spcompile.diagnostics import Remark, SourceLine, remark_lines
 from spcompile.machine.byte_sizes import bytes_text
@@ -20,6 +18,9 @@ from spcompile.plain_text import one_line
 from spcompile.report.plan_html import page
 from spcompile.schedule.communication import Row
 from spcompile.schedule.timeline import Prediction
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SCHEMA_VERSION = 1
 WIDTH = 120
@@ -42,6 +43,7 @@ class AttentionRow:
 
     scores: what else happens to the scores, as "softcap 30, ALiBi, sinks, dropout 0.1, dense bias", and whether what
         rows without keys average is found apart; "" if nothing.
+    kernel: which computes it on the accelerator of the options, by `choice.TABLE`; "" on a CPU.
     """
 
     strategy: str
@@ -50,6 +52,7 @@ class AttentionRow:
     kv_heads: int
     mask: str
     scores: str = ""
+    kernel: str = ""
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,8 @@ class Plan:
         }
 
     def __str__(self) -> str:
+        from rich.console import Console  # where nothing is printed, nothing but torch is needed
+
         out = io.StringIO()
         console = Console(file=out, width=WIDTH, highlight=False, color_system=None, markup=False, emoji=False)
         for line in self.summary():
@@ -178,6 +183,7 @@ class Plan:
         for row in self.attention:
             heads = f"{row.heads} heads, {row.kv_heads} key/value heads, mask {row.mask}"
             heads += f", {row.scores}" if row.scores else ""
+            heads += f", kernel {row.kernel}" if row.kernel else ""
             lines.append(f"Attention  {row.count} x {row.strategy}: {heads}")
         lines += [f"Why        {remark.text}" for remark in self.remarks if remark.code in ("SPR203", "SPR204")]
         step, sent, exposed = (1e3 * self.predicted.total(name) for name in ("seconds", "communication", "exposed"))
@@ -295,6 +301,8 @@ def _place(source: SourceLine | None) -> str:
 
 
 def _rich(title: str, header: list[str], rows: Iterable[list[str]]) -> Table:
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in header:
         numeric = name in ("count", "elements", "rewrites", "ms", "compute", "communication", "hidden", "exposed")

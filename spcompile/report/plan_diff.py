@@ -96,26 +96,26 @@ def _facts_of_plan(plan: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], s
     yield ("program", "mesh"), ", ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
     for name, value in plan["options"].items():
         yield ("options", name), str(value)
-    for kind, count in _counted(plan["attention"], _kind_of_attention, {"count": 1}).items():
+    for kind, count in _summed(plan["attention"], _kind_of_attention, {"count": 1}).items():
         yield ("attention", kind), f"{count['count']}"
     for name, value in plan["memory"].items():
         if name != "actions":
             is_bytes = name.endswith("_bytes") or "_bytes_" in name
             yield ("memory of a rank", name), _bytes(value) if is_bytes and value is not None else str(value)
-    for kind, action in _counted(plan["memory"].get("actions", []), lambda row: row["kind"], {"bytes": 0}).items():
+    for kind, action in _summed(plan["memory"].get("actions", []), lambda row: row["kind"], {"bytes": 0}).items():
         yield ("memory of a rank", f"saved by {kind}"), _bytes(action["bytes"])
-    for kind, sums in _counted(plan["collectives"], _kind_of_collective, {"count": 0, "bytes": 0}).items():
+    for kind, sums in _summed(plan["collectives"], _kind_of_collective, {"count": 0, "bytes": 0}).items():
         yield ("collectives", kind), f"{sums['count']} times, {_bytes(sums['bytes'])}"
     for row in plan["predicted"]["phases"]:
         for name in ("seconds", "compute", "communication", "exposed"):
             yield ("predicted", f"{row['phase']}, {name}"), f"{1e3 * row[name]:.3f} ms"
-    for kind, sums in _counted(plan["remarks"], lambda row: f"{row['code']} {row['text']}", {"count": 1}).items():
+    for kind, sums in _summed(plan["remarks"], lambda row: f"{row['code']} {row['text']}", {"count": 1}).items():
         yield ("remarks", kind), f"{sums['count']}"
-    for kind, sums in _counted(plan["passes"], lambda row: row["name"], {"rewrites": 0}).items():
+    for kind, sums in _summed(plan["passes"], lambda row: row["name"], {"rewrites": 0}).items():
         yield ("rewrites of passes", kind), f"{sums['rewrites']}"
 
 
-def _counted(rows: list[Any], kind_of: Any, fields: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+def _summed(rows: list[Any], kind_of: Any, fields: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     """Sums of fields over rows of one kind. fields: with what counts where a row has no such field."""
     sums: dict[str, dict[str, Any]] = {}
     for row in rows:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from spcompile.diagnostics import Remark, SourceLine, remark_lines
@@ -95,6 +93,9 @@ class Report:
         }
 
     def __str__(self) -> str:
+        from rich.console import Console  # where nothing is printed, nothing but torch is needed
+        from rich.table import Table
+
         out = io.StringIO()
         console = Console(file=out, width=120, highlight=False, color_system=None, markup=False, emoji=False)
         console.print(f"mesh {self.mesh}, tolerance {self.tolerance:g}")

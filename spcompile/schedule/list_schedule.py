@@ -69,7 +69,7 @@ class Roles:
             if (
                 node.op != "call_function"
                 or is_wait(node)
-                or (node not in effects and (node in light or _renames(node)))
+                or (node not in effects and (node in light or renames(node)))
             ):
                 self.lazy.add(node)
         self.first_use: dict[fx.Node, float] = {}
@@ -88,7 +88,7 @@ class Roles:
         return self.first_use[start] == math.inf
 
 
-def _renames(node: fx.Node) -> bool:
+def renames(node: fx.Node) -> bool:
     """Whether a call only gives elements another place or name, or is a size."""
     if is_getitem(node) or not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
         return True

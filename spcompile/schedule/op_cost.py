@@ -156,7 +156,7 @@ class CostModel:
         return 0.0 if sent is None else _at_traced_sizes(sent[2], node)
 
     def _link(self, axis: str) -> Any:
-        return link_of(self.mesh, axis, self.links)
+        return link_of(self.mesh, axis, self.links, own=self.accelerator.links)
 
     def _compute(self, node: fx.Node) -> float:
         moved = self._traffic(node)

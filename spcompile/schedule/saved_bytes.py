@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,12 @@ def saved_activation_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> i
     Works for eager and for compiled models: what a compiled graph saves is saved by one autograd function. A view
     counts with its whole storage, since that is what stays alive. `forward` returns the loss; its graph is dropped.
     """
-    own = {storage.data_ptr() for tensor in [*model.parameters(), *model.buffers()] for storage in _storages(tensor)}
+    return saved_bytes_beside([*model.parameters(), *model.buffers()], forward)
+
+
+def saved_bytes_beside(own: Iterable[Tensor], forward: Callable[[], Tensor]) -> int:
+    """`saved_activation_bytes` of any function; own: tensors that are not counted."""
+    held = {storage.data_ptr() for tensor in own for storage in _storages(tensor)}
     kept: dict[int, torch.UntypedStorage] = {}  # holding them keeps an address from being used twice
 
     def pack(tensor: Tensor) -> Tensor:
@@ -23,7 +28,7 @@ def saved_activation_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> i
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = forward()
-    total = sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+    total = sum(storage.nbytes() for address, storage in kept.items() if address not in held)
     del loss
     return total
 

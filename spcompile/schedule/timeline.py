@@ -109,7 +109,11 @@ class Prediction:
 def predict(graphs: Mapping[str, fx.GraphModule], cost: CostModel) -> Prediction:
     """Of final graphs by phase."""
     phases = tuple(timeline(phase, gm.graph.nodes, cost) for phase, gm in graphs.items())
-    links = [(axis, link_of(cost.mesh, axis, cost.links)) for axis, size in cost.mesh.axes if size > 1]
+    links = [
+        (axis, link_of(cost.mesh, axis, cost.links, own=cost.accelerator.links))
+        for axis, size in cost.mesh.axes
+        if size > 1
+    ]
     return Prediction(
         phases,
         (

@@ -80,8 +80,8 @@ def require_batch(graph: fx.Graph, spaces: IndexSpaces, placements: Placements, 
     attentions = [n for n in graph.nodes if n in spaces.calls and _is_attention(n, spaces)]
     read = _read_by(graph)
     for node in (n for n in attentions if n in read):
-        choice = placements.choices.get(node)
-        if choice is None or choice.factor in spaces.calls[node].rule.paired:
+        choice, paired = placements.choices.get(node), spaces.calls[node].rule.paired
+        if choice is None or choice.factor in {*paired, *paired.values()}:
             found = f"{_where_the_batch_is(graph, spaces, node)}; an attention mixes what ranks have in {names}"
             raise NotTheBatch(found, where=source_of(node), legal="inputs with entries of the batch, or DDP over dp")
     first = next((n for n in graph.find_nodes(op="placeholder") if _is_users(n) and tensor_results(n)), None)

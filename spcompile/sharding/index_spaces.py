@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -40,12 +41,17 @@ class IndexSpaces:
         return [leaves(dim) for dim in self.values[node][0]]
 
 
-def find_index_spaces(graph: fx.Graph, *, apart: bool = False) -> IndexSpaces:
+def find_index_spaces(
+    graph: fx.Graph, *, apart: bool = False, moving: bool = False, rules: Mapping[fx.Node, OpRule] | None = None
+) -> IndexSpaces:
     """One pass in topological order. Calls without a rule get new spaces for their results.
 
     apart: of an axis whose ranks have parts of their own from the start: where an op has another rule for that.
+    moving: of an axis whose ranks send each other what an op moves: the same.
+    rules: of calls that have another rule than else.
     """
     spaces = IndexSpaces()
+    others = rules or {}
     for node in graph.nodes:
         examples = tensor_results(node)
         if node.op == "output" or not examples:
@@ -53,10 +59,12 @@ def find_index_spaces(graph: fx.Graph, *, apart: bool = False) -> IndexSpaces:
         if is_getitem(node):
             spaces.values[node] = [spaces.values[operand(node, 0)][result_number(node)]]
             continue
-        rule = rule_of(node) if node.op == "call_function" else None
+        rule = others.get(node) or (rule_of(node) if node.op == "call_function" else None)
         if apart and rule is not None and rule.apart is not None:
             first = next((spaces.values[n][0] for n in tensor_operands(node)), [])
             rule = rule.apart([[space.size for space in leaves(dim)] for dim in first])
+        if moving and rule is not None and rule.moving is not None:
+            rule = rule.moving
         call = _bind(node, rule, spaces) if rule is not None else None
         if call is not None:
             spaces.calls[node] = call

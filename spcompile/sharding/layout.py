@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch.fx as fx
 
 from spcompile.graph.reshard import Place
+from spcompile.graph.sizes import same
 from spcompile.sharding.global_view import is_view, place_of_view
 from spcompile.sharding.index_spaces import Dims, IndexSpaces, OpSpaces
 from spcompile.sharding.propagate import Choice, Placements
+from spcompile.sharding.rules.rule import tensor_results
+from spcompile.sharding.spaces import leaves
 
 
 @dataclass
@@ -21,6 +25,8 @@ class NodeLayout:
     choice: per mesh axis, the factor over which the call runs sharded.
     places: per mesh axis and result number, where the value is split (absent: replicated).
     partial: the axes on which the call, which is linear, reads and gives parts of sums.
+    forced: a call that has a choice runs sharded, whatever it costs.
+    picked: the axes on which each rank has as many rows as it picked of the indices of the dim that is split.
     """
 
     dims: list[Dims]
@@ -28,6 +34,8 @@ class NodeLayout:
     choice: dict[str, Choice] = field(default_factory=dict)
     places: dict[str, dict[int, Place]] = field(default_factory=dict)
     partial: set[str] = field(default_factory=set)
+    forced: bool = False
+    picked: set[str] = field(default_factory=set)
 
     def place(self, axis: str, result: int = 0) -> Place | None:
         """Where a result is split on `axis`."""
@@ -37,6 +45,12 @@ class NodeLayout:
 def layout_of(node: fx.Node) -> NodeLayout | None:
     """The layout of a node; None for nodes without tensor results."""
     return node.meta.get("layout")
+
+
+def has_picked_rows(node: fx.Node, axis: str) -> bool:
+    """Whether a value is split in a dim of which each rank has as many rows as it picked (`sharding/shuffles.py`)."""
+    layout = layout_of(node)
+    return layout is not None and axis in layout.picked
 
 
 def show(node: fx.Node, axis: str, state: str) -> None:
@@ -62,7 +76,7 @@ def _layout(node: fx.Node, axis: str, spaces: IndexSpaces, placements: Placement
         held = place_of_view(node)
         show(node, axis, str(held))
         return NodeLayout(dims, places={axis: {0: held}})
-    layout = NodeLayout(dims, spaces.calls.get(node))
+    layout = NodeLayout(dims, spaces.calls.get(node), forced=node in placements.forced)
     if node in placements.choices:
         layout.choice[axis] = placements.choices[node]
     for number in range(len(dims)):
@@ -70,4 +84,7 @@ def _layout(node: fx.Node, axis: str, spaces: IndexSpaces, placements: Placement
         if place is not None:
             layout.places.setdefault(axis, {})[number] = place
             show(node, axis, str(place))
+            indices = math.prod(space.size for space in leaves(dims[number][place.dim]))
+            if not same(indices, tensor_results(node)[number].shape[place.dim]):
+                layout.picked.add(axis)
     return layout

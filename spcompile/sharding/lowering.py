@@ -6,6 +6,8 @@ form, everything else runs as it is. The traced graph is the LOCAL graph; its sh
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from spcompile.attention.scores.attention_call import AttentionCall
+from spcompile.attention.scores.runs import PADDING
 from spcompile.capture.retrace import OWN
 from spcompile.check.states import OWN_PART
 from spcompile.graph.edit import operand
@@ -22,9 +25,9 @@ from spcompile.graph.reshard import Place, Reshard, is_reshard, parse_place
 from spcompile.graph.sizes import Size, divides, same
 from spcompile.machine.sequence import chunks_per_rank, local_length, pad
 from spcompile.sharding.global_view import is_view, part_of_view
-from spcompile.sharding.layout import NodeLayout, layout_of
+from spcompile.sharding.layout import NodeLayout, has_picked_rows, layout_of
 from spcompile.sharding.propagate import Choice, is_prefix, place_of, space_at
-from spcompile.sharding.rules.rule import LocalCall, tensor_operands, tensor_results
+from spcompile.sharding.rules.rule import LocalCall, Move, tensor_operands, tensor_results
 from spcompile.sharding.spaces import Space, leaves
 
 aten, spx = torch.ops.aten, torch.ops.spx
@@ -113,7 +116,7 @@ class Lower(fx.Interpreter):
         """How much larger a size of a value is than that of the part which this rank has."""
         layout = layout_of(operand(n, 0))
         place = layout.place(self.split.axis) if layout is not None else None
-        if place is None:
+        if place is None or has_picked_rows(operand(n, 0), self.split.axis):
             return 1
         dim: Any = n.args[1] if len(n.args) > 1 else place.dim  # all numbers are more as well
         is_more = dim < place.dim if n.target is aten.sym_stride.int else dim == place.dim
@@ -137,6 +140,10 @@ class Lower(fx.Interpreter):
         assert call is not None
         if choice.factor in call.rule.paired:
             return self.attention(n, args)
+        if choice.factor in call.rule.paired.values():
+            return self.merged_attention(n, choice, args)
+        if choice.factor in call.rule.moved:
+            return self.moved(n, layout, choice)
         if is_prefix(call, choice):
             return args[0]
         args, kwargs = self.mask_reduced(n, layout, choice, args, kwargs)
@@ -260,6 +267,49 @@ class Lower(fx.Interpreter):
         part = spx.reduce_scatter(x, dim, split.axis, split.degree, split.order)
         return self.mask_benignly(part, dim, space) if split.padded(space) else part
 
+    def moved(self, n: fx.Node, layout: NodeLayout, choice: Choice) -> Any:
+        """A call that puts elements of its operands elsewhere: each of its moves by itself, and their sum."""
+        call, read = layout.call, tensor_operands(n)
+        assert call is not None
+        results = []
+        for number, (example, dims, names) in enumerate(
+            zip(tensor_results(n), layout.dims, call.rule.results, strict=True)
+        ):
+            target = place_of(names, call, choice)
+            parts = []
+            for move in (move for move in call.rule.moves if move.result == number):
+                source = place_of(call.rule.operands[move.operand], call, choice)
+                operand_layout = layout_of(read[move.operand])
+                assert operand_layout is not None
+                held = None if source is None else leaves(operand_layout.dims[0][source.dim])
+                wanted = None if target is None else leaves(dims[target.dim])
+                part = self.move(self.env[read[move.operand]], move, held, wanted)
+                parts.append(part.to(example.dtype) if example.ndim == part.ndim else part.squeeze(move.dim))
+            result = functools.reduce(torch.add, parts)
+            if target is not None and example.is_floating_point() and self.split.padded(leaves(dims[target.dim])[0]):
+                spaces = [leaves(dim) for dim in dims]
+                result = self.on_split_dim(result, spaces, target, True, self.mask_benignly)
+            results.append(result)
+        return results if isinstance(n.meta["val"], list | tuple) else results[0]
+
+    def move(self, x: Tensor, move: Move, held: list[Space] | None, wanted: list[Space] | None) -> Tensor:
+        """One move, from a dim that is split into `held` factors to one of `wanted`; None: ranks have it whole."""
+        axis, degree, order = self.split.axis, self.split.degree, self.split.order
+        if held is None:
+            assert wanted is not None, "a move from a whole dim to a whole dim"
+            x = x if same(x.shape[move.dim], move.count) else x.narrow(move.dim, move.start, move.count)
+            return spx.place(x, move.dim, move.to, *self.length_and_unit(wanted), axis, degree, order)
+        if wanted is not None:
+            old, new = self.length_and_unit(held), self.length_and_unit(wanted)
+            return spx.move(x, move.dim, move.start, move.count, *old, move.to, *new, axis, degree, order)
+        own = spx.pick(x, move.dim, move.start, move.count, *self.length_and_unit(held), axis, degree, order)
+        return spx.all_reduce(own, axis, degree, "I")
+
+    def length_and_unit(self, dim: list[Space]) -> tuple[Size, Size]:
+        """Of the layout of a dim whose first factor is split."""
+        outer, *inner = dim
+        return self.split.capacity(outer), math.prod(space.find().size for space in inner)
+
     def attention(self, n: fx.Node, args: tuple[Any, ...]) -> Any:
         """Query rows local, keys and values gathered: right as it stands; `parallelize-attention` improves it."""
         whole, call = AttentionCall.of(n), AttentionCall.bind(*args)
@@ -272,6 +322,28 @@ class Lower(fx.Interpreter):
         if self.split.padded(q_dims[2][0]):
             out = self.on_split_dim(out, _dims_of(n), Place(2), True, self.mask_benignly)
         return out, lse
+
+    def merged_attention(self, n: fx.Node, choice: Choice, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """All queries over this rank's keys, merged over ranks: out is the mean of theirs, weighted by exp(lse)."""
+        call, split = AttentionCall.bind(*args), self.split
+        keys = _dims_of(AttentionCall.of(n).k)[2]
+        assert choice.part == 0, "positions of a dim of which an inner factor is split"
+        positions = self.positions(keys, call.k.device)
+        if split.padded(keys[0]):
+            length = math.prod(space.find().size for space in keys)
+            positions = positions.masked_fill(positions >= length, PADDING)
+        out, lse = call.but(k_positions=positions).run()
+        # A rank of which a query sees no key has weight 0; where it sees none at all, any weights do: all out are 0.
+        least = torch.finfo(lse.dtype).min
+
+        def total(state: str) -> Tensor:
+            lses = spx.all_gather(lse.unsqueeze(0), 0, split.degree, split.axis, split.degree, "contiguous", state)
+            return lses.clamp(min=least).logsumexp(0)
+
+        weight = (lse.clamp(min=least) - total("R")).exp()
+        merged = spx.all_reduce(out.to(lse.dtype) * weight.unsqueeze(-1), split.axis, split.degree, "I")
+        whole = total("I")  # read by few: else it is dead
+        return merged.to(out.dtype), whole.masked_fill(whole == least, -torch.inf)
 
     def mask_benignly(self, x: Tensor, dim: int, space: Space) -> Tensor:
         """Padding that attention left at 0 gets a value that may be divided by."""

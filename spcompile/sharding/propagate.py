@@ -39,11 +39,13 @@ class Placements:
     choices: the calls that can run sharded, and over which factor.
     places: the values that can be split, and where: {(node, result number): Place}.
     origins: the value from which a placement came, back to a seed: {(node, result): (node, result) or None}.
+    forced: calls that may not run replicated where they can run sharded, since others rely on it.
     """
 
     choices: dict[fx.Node, Choice] = field(default_factory=dict)
     places: dict[tuple[fx.Node, int], Place] = field(default_factory=dict)
     origins: dict[tuple[fx.Node, int], tuple[fx.Node, int] | None] = field(default_factory=dict)
+    forced: set[fx.Node] = field(default_factory=set)
 
     def origin(self, node: fx.Node, result: int = 0) -> list[fx.Node]:
         """The chain of nodes that led to this value's placement, the seed last."""
@@ -59,6 +61,7 @@ def place_of(dims: tuple[tuple[str, ...], ...], call: OpSpaces, choice: Choice) 
     """Where an operand or result with these rule dims holds the chosen factor (or one that follows it)."""
     names = {choice.factor, call.rule.paired.get(choice.factor)}
     names.update(prefix for prefix, whole in call.rule.prefix_of.items() if whole == choice.factor)
+    names.update(call.rule.moved if choice.factor in call.rule.moved else ())
     for index, dim in enumerate(dims):
         offset = 0
         for factor in dim:
@@ -82,8 +85,10 @@ def choice_at(dims: tuple[tuple[str, ...], ...], call: OpSpaces, place: Place) -
 def _shardable(call: OpSpaces, choice: Choice) -> Choice | None:
     rule = call.rule
     for leader, follower in rule.paired.items():
-        if choice.factor == follower:
+        if choice.factor == follower and follower not in rule.completed:
             choice = Choice(leader, choice.part)
+    if choice.factor in rule.moved:  # each of them is split over its first part, whatever parts the others have
+        return Choice(rule.moved[0]) if choice.part == 0 else None
     if is_prefix(call, choice):
         parts = [call.leaves_of(factor) for factor in (choice.factor, *_prefixes(call, choice.factor))]
         return choice if all(len(spaces) == 1 for spaces in parts) else None  # else it is no beginning of any part
@@ -109,7 +114,7 @@ def shards_results(call: OpSpaces, choice: Choice) -> bool:
 
 def leaves_sums(call: OpSpaces, choice: Choice) -> bool:
     """Whether the results are partial sums."""
-    return not shards_results(call, choice) and choice.factor not in call.rule.completed
+    return not shards_results(call, choice) and choice.factor not in call.rule.completed.union(call.rule.moved)
 
 
 def propagate(
@@ -191,7 +196,7 @@ def follow_prefix(call: OpSpaces, choice: Choice) -> None:
 
 
 def sequence_seeds(spaces: IndexSpaces) -> dict[fx.Node, Choice]:
-    """The calls whose rule pairs factors, attention, choose their leading one: the query's rows.
+    """The calls whose rule pairs factors, attention, choose their leading one: query rows, or keys of few queries.
 
     So does the softmax of an attention that stayed written out: it is split by rows, and reads all keys. Where there is
     none, any softmax over products of two sequences does.
@@ -210,9 +215,14 @@ def _seeds(spaces: IndexSpaces, key: str) -> dict[fx.Node, Choice]:
 
 
 def _leader(call: OpSpaces) -> str | None:
+    """The query rows, or the keys where ranks merge what they see; None for one key and one query."""
     in_results = {factor for dims in call.rule.results for dim in dims for factor in dim}
-    found = [leader for leader in call.rule.paired if leader in in_results - call.rule.replicated]
-    return found[0] if found else None  # a query of length 1 has no factor
+    for leader, follower in call.rule.paired.items():
+        if follower in call.rule.completed:
+            return follower
+        if leader in in_results - call.rule.replicated:
+            return leader
+    return None
 
 
 def _row_factor(call: OpSpaces, dim: int) -> str | None:

@@ -3,6 +3,7 @@
 Every call that may run sharded is a node of a flow network; on the source's side it runs sharded. Cut edges cost
     a gather   where a sharded call's value is needed whole               (bytes over the wire, weight WIRE)
     a copy     where a call runs replicated: every rank repeats its work  (bytes of the results, weight 1)
+    a move     where a call runs sharded that puts elements elsewhere     (bytes of the results, weight WIRE)
     a slice    where a replicated call's value is taken in parts          (free forward; a gather backward)
 Calls on the path of a gradient always run sharded if they may: repeating them is never cheaper. So the cut decides
 over masks, positions and labels only, and stays small. On other axes every choice stands: on `tp` it was made for
@@ -76,12 +77,15 @@ def sharded_calls(graph: fx.Graph, axis: str) -> set[fx.Node]:
     """The calls that shall run sharded on `axis`, out of those that chose a factor."""
     gradient = trained_values(graph)
     candidates = [n for n in graph.nodes if (layout := layout_of(n)) is not None and axis in layout.choice]
-    forced = {n for n in candidates if axis != "cp" or n in gradient or _is_seed(layout_of(n))}
+    forced = {n for n in candidates if axis != "cp" or n in gradient or _must(layout_of(n))}
     network = nx.DiGraph()
     network.add_nodes_from(("sharded", "replicated"))
     for node in candidates:
         capacity = {} if node in forced else {"capacity": estimated_bytes(node) + 1.0}
         network.add_edge("sharded", node, **capacity)
+        if _moves_elements(node):
+            network.add_edge(node, ("moved", node), capacity=WIRE * estimated_bytes(node))
+            network.add_edge(("moved", node), "replicated")
     for node in graph.nodes:
         for use in uses_of(node, axis):
             _add_use(network, use, axis, gradient)
@@ -89,8 +93,13 @@ def sharded_calls(graph: fx.Graph, axis: str) -> set[fx.Node]:
     return {n for n in candidates if n in sharded}
 
 
-def _is_seed(layout: NodeLayout | None) -> bool:
-    return layout is not None and layout.call is not None and bool(layout.call.rule.paired)
+def _must(layout: NodeLayout | None) -> bool:
+    return layout is not None and (layout.forced or (layout.call is not None and bool(layout.call.rule.paired)))
+
+
+def _moves_elements(node: fx.Node) -> bool:
+    layout = layout_of(node)
+    return layout is not None and layout.call is not None and bool(layout.call.rule.moves)
 
 
 def _chosen(node: fx.Node, axis: str) -> Choice | None:

@@ -163,7 +163,7 @@ def refused() -> list[str]:
     calls: list[Callable[[], Any]] = [
         lambda: spcompile.parallelize(model, mesh, batch(), shard_parameters="dp"),
         lambda: spcompile.parallelize(model, mesh, batch(), shard_parameters=("cp", "dp")),
-        lambda: spcompile.parallelize(model, {"tp": 2}, batch()),  # type: ignore[arg-type]
+        lambda: spcompile.parallelize(model, "cp", batch()),  # type: ignore[arg-type]
         lambda: spcompile.parallelize(model, mesh, batch(), atention="ring"),
         lambda: spcompile.parallelize(done, mesh, batch()),
         lambda: spcompile.parallelize(empty, mesh, batch()),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import spcompile
+from spcompile.graph.storage import root_of
 from spcompile.memory.account import saved_bytes
 from spcompile.program.observed import observed
 from spcompile.schedule.saved_bytes import saved_activation_bytes
@@ -135,3 +136,40 @@ def test_gradients_of_one_device(compiler: str) -> None:
     model(x_BSD).backward()
     for p, gradient in zip(model.parameters(), own, strict=True):
         torch.testing.assert_close(gradient, p.grad, rtol=1e-5, atol=1e-6)
+
+
+class Residual(nn.Module):
+    """x + W2 gelu(W1 x). `again`: checkpointed by the model itself."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(D, 2 * D), nn.Linear(2 * D, D)
+        self.again = again
+
+    def block(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD + self.down(F.gelu(self.up(x_BSD)))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return checkpoint(self.block, x_BSD, use_reentrant=False) if self.again else self.block(x_BSD)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.thinned(6)
+def test_gradients_of_a_deep_model_that_keeps_only_some_inputs_of_blocks(again: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Residual(again) for _ in range(24)]).double()
+    x_BSD = torch.randn(1, 1001, D, dtype=torch.float64)
+    compiled = torch.compile(model, backend="spcompile", options={"memory": "min", "compiler": "eager"})
+    with observed() as programs:
+        compiled(x_BSD).square().mean().backward()
+    plan = programs[0][1].memory
+    assert plan is not None
+    assert plan.blocks is not None
+    saved = {root_of(node) for node in plan.saved}
+    assert 2 < sum(root_of(node) in saved for node in plan.blocks.inputs) < 15
+    assert saved_bytes(programs[0][1].graphs) < 15 * x_BSD.nbytes
+    own = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    model(x_BSD).square().mean().backward()
+    for p, gradient in zip(model.parameters(), own, strict=True):
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-10, atol=1e-14)

@@ -84,3 +84,4 @@ def test_what_happens_to_scores_is_listed() -> None:
     assert [row.scores for row in plan.attention] == ["softcap 30, ALiBi, sinks, dropout 0.1"]
     assert "mask causal, softcap 30, ALiBi, sinks, dropout 0.1" in str(plan)
     assert plan.to_dict()["attention"][0]["scores"] == plan.attention[0].scores
+    assert [row.kernel for row in plan.attention] == ["triton"]

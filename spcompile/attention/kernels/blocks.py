@@ -149,10 +149,15 @@ class BackwardState:
     @classmethod
     def empty(cls, q: Tensor, bias: Tensor | None, wants_grad_bias: bool) -> BackwardState:
         """Before the first key."""
-        dtype = accumulation_dtype(q.dtype)
-        wanted = bias is not None and wants_grad_bias and bias.is_floating_point()
-        grad_bias = torch.zeros(bias.shape, dtype=dtype, device=q.device) if bias is not None and wanted else None
-        return cls(torch.zeros(q.shape, dtype=dtype, device=q.device), grad_bias)
+        dq = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
+        return cls(dq, cls.empty_grad_bias(q, bias, wants_grad_bias))
+
+    @staticmethod
+    def empty_grad_bias(q: Tensor, bias: Tensor | None, wants_grad_bias: bool) -> Tensor | None:
+        """Zeros of the bias's shape in the accumulation dtype, where its gradient is wanted and there can be one."""
+        if bias is None or not wants_grad_bias or not bias.is_floating_point():
+            return None
+        return torch.zeros(bias.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
 
     def add(self, rows: Rows, k: Tensor, v: Tensor, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
         """Add some blocks to dq and grad_bias; returns their (dk, dv) in the accumulation dtype."""
@@ -195,11 +200,12 @@ def backward(
 ) -> tuple[Gradients, Tensor | None]:
     """The gradients of q, k, v in their dtype and of the bias in the accumulation dtype (None if not wanted)."""
     blocks = plan(q_runs, k_runs, scores)
-    state = BackwardState.empty(rows.q, scores.bias, wants_grad_bias)
     whole = len(blocks) == 1 and blocks[0].q.length == rows.q.shape[2] and blocks[0].k.length == k.shape[2]
     if whole:
+        grad_bias = BackwardState.empty_grad_bias(rows.q, scores.bias, wants_grad_bias)
         provider = provider_for(rows.q, k, v, blocks[0])
-        return provider.block_backward(rows, k, v, blocks[0], rows.q.dtype, state.grad_bias), state.grad_bias
+        return provider.block_backward(rows, k, v, blocks[0], rows.q.dtype, grad_bias), grad_bias
+    state = BackwardState.empty(rows.q, scores.bias, wants_grad_bias)
     dk, dv = state.add(rows, k, v, blocks)
     return Gradients(state.dq.to(k.dtype), dk.to(k.dtype), dv.to(v.dtype)), state.grad_bias
 

@@ -81,7 +81,7 @@ def agreed(hops: Tensor, others: Tensor) -> Tensor:
     Raises:
         RanksDisagree: a hop is both.
     """
-    hops, others = hops.cpu(), others.cpu()
+    hops, others = torch.stack([hops, others]).cpu()
     if bool((hops & others).any()):
         found = "the document ids of an attention differ between ranks, which then need other hops of its ring"
         raise RanksDisagree(found, legal="the same inputs on all ranks of cp and tp")

@@ -112,13 +112,13 @@ def ring_forward(
     stops = ring.stops(scores.mask, hops)
     q_runs = ring.q_runs(rank)
     if len(stops) == 1:
-        return hop_state.forward(q, k, v, q_runs, ring.k_runs(rank), scores)
+        return hop_state.forward(q, k, v, q_runs, ring.k_runs(rank), scores, part=rank)
     state = hop_state.start_forward(q, k, v, scores)
     message = pack(k, v)
     for here, further in itertools.zip_longest(stops, stops[1:]):
         handle = None if further is None else (yield Shift(message, further - here))
-        k_runs = ring.k_runs((rank - here) % ring.degree)
-        state.add(*unpack(message, k, v), q_runs, k_runs, last=further is None)
+        part = (rank - here) % ring.degree
+        state.add(*unpack(message, k, v), q_runs, ring.k_runs(part), last=further is None, part=part)
         if handle is not None:
             message = yield Wait(handle)
     return state.result()
@@ -142,15 +142,17 @@ def ring_backward(
     stops = ring.stops(scores.mask, hops)
     q_runs = ring.q_runs(rank)
     if len(stops) == 1:
-        grads, grad_bias = hop_state.backward(rows, k, v, q_runs, ring.k_runs(rank), scores, wants_grad_bias)
+        k_runs = ring.k_runs(rank)
+        grads, grad_bias = hop_state.backward(rows, k, v, q_runs, k_runs, scores, wants_grad_bias, part=rank)
         return *grads, grad_bias
     state = hop_state.start_backward(rows, k, v, scores, wants_grad_bias)
     message = pack(k, v)
     grad_handle = None
     for here, further in itertools.zip_longest(stops, stops[1:]):
         handle = None if further is None else (yield Shift(message, further - here))
-        k_runs = ring.k_runs((rank - here) % ring.degree)
-        grads_here = pack(*state.add(*unpack(message, k, v), q_runs, k_runs, last=further is None))
+        part = (rank - here) % ring.degree
+        is_last = further is None
+        grads_here = pack(*state.add(*unpack(message, k, v), q_runs, ring.k_runs(part), last=is_last, part=part))
         if grad_handle is not None:
             grads_here += yield Wait(grad_handle)
         if handle is not None:

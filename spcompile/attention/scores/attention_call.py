@@ -36,6 +36,7 @@ class Attention(TypedCall):
     """What all attention ops have. mask: text of an AttentionMask; what the others mean says `Scores`.
 
     dropout_seed, dropout_p: of `Dropout`; no dropout where either is missing, or the share is 0.
+    tables: as in `Scores`.
     """
 
     q: Operand
@@ -52,6 +53,7 @@ class Attention(TypedCall):
     dropout_seed: Operand = None
     softcap: float = 0.0
     dropout_p: float = 0.0
+    tables: Operand = None
 
     @property
     def attention_mask(self) -> AttentionMask:
@@ -93,6 +95,7 @@ class Attention(TypedCall):
             alibi_slopes=self.alibi_slopes,
             sinks=self.sinks,
             dropout=Dropout(self.dropout_p, self.dropout_seed) if has_dropout else None,
+            tables=self.tables,
         )
 
 
@@ -116,7 +119,7 @@ class GradientCall(TypedCall):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCall(Attention):
-    """spx.attention. Positions int32 [S] and [T] of rows and keys; None where they count from 0."""
+    """spx.attention. Positions int32 [S] and [T] of rows and keys; None: they count from 0. Nobody sees PADDING."""
 
     NAME: ClassVar[str] = "attention"
 

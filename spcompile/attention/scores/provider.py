@@ -35,6 +35,7 @@ class Scores:
     sinks [N]: a logit for each head that takes its share of every row; providers ignore it, see `blocks`.
     q_documents [B|1, Sg], k_documents [B|1, Tg], key_valid bool [B|1, Tg]: in the natural order of the sequence.
     bias [B|1, N|1, S|1, Tg]: added if floating, kept where True if bool; rows as q's rows, columns in natural order.
+    tables: what spx::tile_tables found of the mask, for kernels that read it; it says nothing that the mask does not.
 
     Raises:
         IllegalOption: the mask speaks of documents or key padding that were not given, or the other way round, a
@@ -51,6 +52,7 @@ class Scores:
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
     dropout: Dropout | None = None
+    tables: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.softcap < 0:
@@ -221,8 +223,10 @@ class Provider(Protocol):
 class ForwardHops(Protocol):
     """Query rows that see the keys of one hop after another, in the order of the calls."""
 
-    def add(self, k: Tensor, v: Tensor, q_runs: Sequence[Run], k_runs: Sequence[Run], last: bool) -> None:
-        """Let the rows see one hop's keys."""
+    def add(
+        self, k: Tensor, v: Tensor, q_runs: Sequence[Run], k_runs: Sequence[Run], last: bool, part: int = 0
+    ) -> None:
+        """Let the rows see one hop's keys. part: which of the parts of all keys these are, to `Scores.tables`."""
 
     def result(self) -> tuple[Tensor, Tensor]:
         """After the last hop: (out in q's dtype, lse in the accumulation dtype), the sinks' share included."""
@@ -232,9 +236,9 @@ class BackwardHops(Protocol):
     """The gradients of query rows, and of each hop's keys."""
 
     def add(
-        self, k: Tensor, v: Tensor, q_runs: Sequence[Run], k_runs: Sequence[Run], last: bool
+        self, k: Tensor, v: Tensor, q_runs: Sequence[Run], k_runs: Sequence[Run], last: bool, part: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """One hop's (dk, dv) in the accumulation dtype."""
+        """One hop's (dk, dv) in the accumulation dtype. part: as in the forward."""
 
     def result(self) -> tuple[Tensor, Tensor | None]:
         """After the last hop: dq in q's dtype; the bias's gradient in the accumulation dtype, None if not wanted."""
@@ -263,5 +267,6 @@ class HopProvider(Protocol):
         k_runs: Sequence[Run],
         scores: Scores,
         wants_grad_bias: bool,
+        part: int = 0,
     ) -> tuple[Gradients, Tensor | None]:
         """The only hop's gradients, in the inputs' dtypes; the bias's in the accumulation dtype."""

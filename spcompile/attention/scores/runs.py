@@ -16,6 +16,7 @@ from spcompile.machine.sequence import chunk_length, chunks_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+PADDING = torch.iinfo(torch.int32).max  # the position of an element that is none
 MAX_RUNS = 16  # pairs of runs are visited one by one: an order with more runs is treated as one run with gaps
 
 
@@ -93,17 +94,18 @@ def shard_runs(length: int, rank: int, degree: int, order: str, inner: int = 1) 
 
 
 def runs_of(positions: Tensor) -> tuple[Tensor | None, tuple[Run, ...]]:
-    """The runs of int [S] positions in any order: (order, runs).
+    """The runs of int [S] positions in any order: (order, runs). Elements at PADDING are in none.
 
     order: int64 [S] that sorts the local elements by position, to which the runs refer; None if they are sorted.
     """
     host = positions.detach().to("cpu", torch.int64)
-    if host.numel() == 0:
-        return None, ()
     order = None
     if bool((host.diff() < 0).any()):
         host, order = host.sort(stable=True)
         order = order.to(positions.device)
+    host = host[host != PADDING]
+    if host.numel() == 0:
+        return order, ()
     starts = [0, *((host.diff() != 1).nonzero().flatten() + 1).tolist()]
     if len(starts) > MAX_RUNS:
         return order, (Run(0, len(host), int(host[0]), int(host[-1]), host),)

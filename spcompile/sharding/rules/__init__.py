@@ -21,6 +21,7 @@ from spcompile.sharding.rules import (
     ordering,
     randomness,
     reductions,
+    shuffled,
     views,
 )
 from spcompile.sharding.rules.rule import (
@@ -60,6 +61,7 @@ __all__ = [
     "register",
     "registered_ops",
     "rule_of",
+    "shuffled",
     "tensor_operands",
     "tensor_results",
     "views",

@@ -1,4 +1,7 @@
-"""The rule of `spx::attention`, the one op that pairs two factors: keys are split wherever query rows are."""
+"""The rule of `spx::attention`, the one op that pairs two factors: keys are split wherever query rows are.
+
+Not so where queries are few, as of pooling by learned queries: there every rank has all of them, and sees its own keys.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,26 @@ import torch.fx as fx
 
 import spcompile.attention.op  # noqa: F401  (defines the op)
 from spcompile.attention.scores.attention_call import AttentionCall
-from spcompile.graph.sizes import Size, quotient, same
+from spcompile.graph.sizes import Size, hint, quotient, same
 from spcompile.sharding.rules.rule import Dims, OpRule, register
+
+FEW = 32  # queries are few where there are so many times more keys: then they are cheaper to hold everywhere than keys
+
+
+def merges_keys(call: AttentionCall) -> bool:
+    """Whether ranks let all queries see their own keys, and merge what comes out by its log-sum-exp.
+
+    A sink counts once, so it is none of a rank's own keys.
+    """
+    sizes = call.sizes
+    few = same(sizes.q_rows, 1) or FEW * hint(sizes.q_rows) <= hint(sizes.k_rows)
+    return few and not same(sizes.k_rows, 1) and call.sinks is None
 
 
 @register(torch.ops.spx.attention.default)
 def attention(node: fx.Node) -> OpRule:
     """Q "b (g r) s h", k "b g t h", v "b g t v" -> out "b (g r) s v", lse "b (g r) s"; t follows s.
+    Where ranks merge (`merges_keys`) t is split by itself, and results are complete.
 
     Query head i reads key head i // r. The mask's vectors and the columns of a dense bias are read whole: their
     factors are replicated.
@@ -44,11 +60,13 @@ def attention(node: fx.Node) -> OpRule:
         layouts[role] = tuple(dims)
     operands = tuple(layouts[role] for role in read if isinstance(read[role].meta.get("val"), torch.Tensor))
     used = {name for dims in operands for dim in dims for name in dim}
+    merges = merges_keys(call)
     return OpRule(
         operands=operands,
         results=((batch, heads, rows, _present(sizes, "v")), (batch, heads, rows)),
         sizes={name: size for name, size in sizes.items() if name in used},
-        replicated=frozenset(used) - set("bgrst"),
+        completed=frozenset("t" if merges else ""),
+        replicated=frozenset(used) - set("bgrt" if merges else "bgrst"),
         paired={"s": "t"},
     )
 

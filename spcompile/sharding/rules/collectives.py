@@ -7,7 +7,18 @@ from __future__ import annotations
 
 import torch.fx as fx
 
-from spcompile.collectives import ALL_GATHER, ALL_REDUCE, MASK_PADDING, REDUCE_SCATTER, REORDER, SHARD, VARY
+from spcompile.collectives import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    MASK_PADDING,
+    MOVE,
+    PICK,
+    PLACE,
+    REDUCE_SCATTER,
+    REORDER,
+    SHARD,
+    VARY,
+)
 from spcompile.sharding.rules.calls import arguments
 from spcompile.sharding.rules.factors import Factor, factors, make_rule
 from spcompile.sharding.rules.rule import OpRule, register, tensor_results
@@ -20,7 +31,7 @@ def whole(node: fx.Node) -> OpRule:
     return make_rule(node, {"x": dims}, [dims])
 
 
-@register(ALL_GATHER.op, MASK_PADDING.op, REDUCE_SCATTER.op, REORDER.op, SHARD.op)
+@register(ALL_GATHER.op, MASK_PADDING.op, MOVE.op, PICK.op, PLACE.op, REDUCE_SCATTER.op, REORDER.op, SHARD.op)
 def along_a_dim(node: fx.Node) -> OpRule:
     """`a [c] -> a [b]`: the communicated dim is another one on each side."""
     args = arguments(node)

@@ -12,7 +12,7 @@ import torch
 import torch.fx as fx
 
 from spcompile.graph.sizes import same
-from spcompile.sharding.rules.rule import Dims, LocalCall, OpRule, Size, tensor_operands, tensor_results
+from spcompile.sharding.rules.rule import Dims, LocalCall, Move, OpRule, Size, tensor_operands, tensor_results
 
 
 @dataclass(eq=False)
@@ -56,6 +56,8 @@ def make_rule(
     local: Callable[[LocalCall], Any] | None = None,
     prefix_of: Mapping[Factor, Factor] | None = None,
     unread: Collection[str] = (),
+    moves: Sequence[Move] = (),
+    moved: Sequence[Factor] = (),
 ) -> OpRule:
     """The rule of a call. Letters go to the results' factors first, in order, then to the operands'.
 
@@ -64,7 +66,7 @@ def make_rule(
     completes: the factors that are only in operands and over which `local` gives complete results; dropped likewise.
     contracts: the replicated factors that the op sums over inside.
     fills: what the padding of a summed factor must hold, by argument name; default 0 in the first operand.
-    prefix_of, unread: as in OpRule, with factors and argument names.
+    prefix_of, unread, moves, moved: as in OpRule, with factors and argument names.
     """
     layouts, owners = _in_call_order(node, operands)
     _check_ranks(node, layouts, results)
@@ -84,6 +86,8 @@ def make_rule(
         local=local,
         prefix_of={names[r]: names[o] for r, o in (prefix_of or {}).items() if r in names and o in names},
         unread=frozenset(i for i, owner in enumerate(owners) if owner in unread),
+        moves=tuple(moves),
+        moved=tuple(names[f] for f in moved if f in names),
     )
     _check_factors(node, rule)
     return rule
@@ -146,4 +150,5 @@ def _check_factors(node: fx.Node, rule: OpRule) -> None:
     lost = (
         {factor for dims in read for dim in dims for factor in dim} - in_results - set(rule.reductions) - rule.completed
     )
-    assert lost <= rule.replicated, f"rule of {node.format_node()}: {lost - rule.replicated} lost in {rule.text()}"
+    kept = rule.replicated.union(rule.moved)
+    assert lost <= kept, f"rule of {node.format_node()}: {lost - kept} lost in {rule.text()}"

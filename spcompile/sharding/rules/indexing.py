@@ -260,7 +260,17 @@ def searchsorted(node: fx.Node) -> OpRule | None:
     return make_rule(node, {"sorted_sequence": [*(out[:-1] if len(table) > 1 else []), table[-1]], "self": out}, [out])
 
 
-@register(*overloads("masked_select nonzero histc bincount"))
+@register(aten.histc.default)
+def histogram(node: fx.Node) -> OpRule | None:
+    """`a b -> [c] | a: sum, b: sum` between given bounds, outside of which nothing counts; else `[a] [b] -> [c]`."""
+    args = arguments(node)
+    if args["min"] >= args["max"]:
+        return data_dependent(node)
+    counted, bins = factors(args["self"].shape), factors(tensor_results(node)[0].shape, replicated=True)
+    return make_rule(node, {"self": counted}, [bins], sums=counted, fills={"self": args["max"] + 1.0})
+
+
+@register(*overloads("masked_select nonzero bincount"))
 def data_dependent(node: fx.Node) -> OpRule:
     """`[b] [c] -> [a]`: every element counts for every result."""
     operands = {k: factors(v.shape, True) for k, v in arguments(node).items() if isinstance(v, Tensor)}

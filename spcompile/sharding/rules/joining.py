@@ -4,7 +4,8 @@ The cut dim is replicated, and it is another factor in every tensor: positions i
 whole. Slices that start at 0 say so in `prefix_of`.
 
 On an axis whose ranks have parts of their own (`OpRule.apart`), parts that stand behind each other are blocks of one
-factor: chosen answers in front, rejected ones behind them, and of both each rank has its entries.
+factor: chosen answers in front, rejected ones behind them, and of both each rank has its entries. On one whose ranks
+send each other what is cut and put together (`OpRule.moving`) each part is laid out by itself.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch.fx as fx
 from spcompile.graph.sizes import Size, hint, quotient, same
 from spcompile.sharding.rules.calls import arguments, at_least, overloads
 from spcompile.sharding.rules.factors import Factor, factors, make_rule
+from spcompile.sharding.rules.moving import with_moves
 from spcompile.sharding.rules.rule import LocalCall, OpRule, register, tensor_results
 
 aten = torch.ops.aten
@@ -81,7 +83,9 @@ def split(node: fx.Node) -> OpRule:
     if len(parts) == 1:
         return cut(node, "self", [])
     starts = [0, *accumulate(part.shape[dim] for part in parts)][:-1]
-    return _cut_between_blocks(node, cut(node, "self", [dim]), dim, starts)
+    rule = _cut_between_blocks(node, cut(node, "self", [dim]), dim, starts)
+    moves = [(0, number, start, 0, parts[number].shape[dim]) for number, start in enumerate(starts)]
+    return with_moves(node, rule, dim, moves)
 
 
 @register(aten.glu.default)
@@ -93,9 +97,17 @@ def glu(node: fx.Node) -> OpRule:
 @register(*overloads("constant_pad_nd pad"))
 def pad(node: fx.Node) -> OpRule:
     """`a [c] -> a [b]`; the padded dims are counted from the last."""
-    amounts = arguments(node)["pad"]
+    args = arguments(node)
+    amounts = args["pad"]
     padded = [-1 - i // 2 for i in range(0, len(amounts), 2) if not all(same(n, 0) for n in amounts[i : i + 2])]
-    return cut(node, "self", padded)
+    rule = cut(node, "self", padded)
+    is_zero = not args["value"] and args.get("mode", "constant") == "constant"
+    if len(padded) != 1 or not is_zero or not all(isinstance(n, int) for n in amounts):
+        return rule
+    (dim,) = padded
+    before, after = amounts[-2 * (dim + 1) : -2 * (dim + 1) + 2] if dim != -1 else amounts[:2]
+    first, kept = max(-before, 0), args["self"].shape[dim] - max(-before, 0) - max(-after, 0)
+    return with_moves(node, rule, dim, [(0, 0, first, max(before, 0), kept)])
 
 
 def _identity(call: LocalCall) -> Any:
@@ -128,7 +140,11 @@ def _slice(node: fx.Node, dim: int, start: Size, step: Size) -> OpRule:
     result[dim] = Factor(length, replicated=True)
     prefix = {result[dim]: operand[dim]} if same(start, 0) and same(step, 1) else None
     rule = make_rule(node, {"self": operand}, [result], prefix_of=prefix)
-    return _cut_between_blocks(node, rule, dim, [start]) if same(step, 1) else rule
+    if not same(step, 1):
+        return rule
+    rule = _cut_between_blocks(node, rule, dim, [start])
+    is_most = prefix is not None and 4 * hint(length) >= 3 * hint(whole)  # what the others have is little padding
+    return rule if is_most else with_moves(node, rule, dim, [(0, 0, start, 0, length)])
 
 
 @register(*overloads("select.int unbind.int"))
@@ -139,7 +155,11 @@ def select(node: fx.Node) -> OpRule:
     chosen = dims[args["dim"]]
     chosen.replicated = True
     out = [factor for factor in dims if factor is not chosen]
-    return make_rule(node, {"self": dims}, [out for _ in tensor_results(node)])
+    rule = make_rule(node, {"self": dims}, [out for _ in tensor_results(node)])
+    if node.target is not aten.select.int:
+        return rule
+    index = args["index"] if at_least(args["index"], 0) else args["index"] + chosen.size
+    return with_moves(node, rule, args["dim"], [(0, 0, index, 0, 1)])
 
 
 @register(*overloads("slice_scatter select_scatter"))
@@ -174,7 +194,12 @@ def cat(node: fx.Node) -> OpRule:
             layout = [layout[d] if d == dim else factor for d, factor in enumerate(out)]
         layouts.append(out if len(filled) == 1 and tensor is filled[0] else layout)
     rule = make_rule(node, {"tensors": layouts}, [out])
-    return _joined_blocks(node, rule, dim) if len(filled) == len(tensors) > 1 else rule
+    if not len(filled) == len(tensors) > 1:
+        return rule
+    lengths = [t.shape[dim] for t in tensors]
+    starts = [0, *accumulate(lengths)][:-1]
+    moves = [(number, 0, 0, start, lengths[number]) for number, start in enumerate(starts)]
+    return with_moves(node, _joined_blocks(node, rule, dim), dim, moves)
 
 
 def _joined_blocks(node: fx.Node, rule: OpRule, dim: int) -> OpRule:

@@ -8,6 +8,7 @@ import torch.fx as fx
 from spcompile.sharding.rules.calls import arguments, overloads
 from spcompile.sharding.rules.factors import Factor, factors, make_rule
 from spcompile.sharding.rules.mixing import mixed
+from spcompile.sharding.rules.moving import with_moves
 from spcompile.sharding.rules.rule import OpRule, register
 
 ALONG_ONE_DIM = """
@@ -21,12 +22,23 @@ def scan(node: fx.Node) -> OpRule:
     return mixed(node, [arguments(node)["dim"]])
 
 
-@register(*overloads("flip roll"))
-def move(node: fx.Node) -> OpRule:
-    """`a [b] -> a [b]`; a roll without dims runs over the flattened tensor."""
+@register(torch.ops.aten.flip.default)
+def flip(node: fx.Node) -> OpRule:
+    """`a [b] -> a [b]`."""
+    return mixed(node, arguments(node)["dims"])
+
+
+@register(torch.ops.aten.roll.default)
+def roll(node: fx.Node) -> OpRule:
+    """`a [b] -> a [b]`; without dims it runs over the flattened tensor."""
     args = arguments(node)
-    flattened = node.target is torch.ops.aten.roll.default and not args["dims"]
-    return mixed(node, list(range(args["self"].ndim)) if flattened else args["dims"])
+    x, dims, shifts = args["self"], args["dims"], args["shifts"]
+    rule = mixed(node, dims or range(x.ndim))
+    length = x.shape[dims[0]] if len(dims) == 1 else None
+    if not isinstance(length, int) or not isinstance(shifts[0], int) or length == 0:
+        return rule
+    shift = shifts[0] % length
+    return with_moves(node, rule, dims[0], [(0, 0, 0, shift, length - shift), (0, 0, length - shift, 0, shift)])
 
 
 @register(torch.ops.aten.topk.default)

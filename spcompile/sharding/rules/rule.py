@@ -56,6 +56,21 @@ class LocalCall:
 
 
 @dataclass(frozen=True)
+class Move:
+    """Elements of a dim that an op puts elsewhere: `count` from `start` on, of one operand, `to` a place in one result.
+
+    dim: the tensor dim of the operand; the result has it too, unless the op selects a single element.
+    """
+
+    operand: int
+    result: int
+    dim: int
+    start: Size
+    to: Size
+    count: Size
+
+
+@dataclass(frozen=True)
 class OpRule:
     """The sharding rule of one call.
 
@@ -73,10 +88,14 @@ class OpRule:
     local: runs the op on shards, where calling it with the global arguments would be wrong (shape arguments, means).
     prefix_of: {result factor: operand factor} where a result dim is the first elements of an operand dim (slices that
         start at 0): both are replicated for this op, but the engine may lay them out together.
+    moves: what the op does where ranks send each other what they move; results hold 0 where nothing goes.
+    moved: the factors of the dims that it reads from and writes to, which are split together, each laid out by itself.
+        The first is the one that is chosen.
     unread: operands of which the op reads only the shape, dtype or device (zeros_like, type_as): they may be sharded in
         any way, whatever their dims say.
     apart: the rule where every rank has parts of its own from the start, as over dp, and cannot have the whole. It is
         told the sizes of the finest factors of every dim of the first operand.
+    moving: the rule where ranks may send each other what the op moves, as over cp.
     """
 
     operands: tuple[Dims, ...]
@@ -89,9 +108,12 @@ class OpRule:
     fills: Mapping[int, float] = field(default_factory=lambda: {0: 0.0})
     paired: Mapping[str, str] = field(default_factory=dict)
     prefix_of: Mapping[str, str] = field(default_factory=dict)
+    moves: tuple[Move, ...] = ()
+    moved: tuple[str, ...] = ()
     local: Callable[[LocalCall], Any] | None = None
     unread: frozenset[int] = frozenset()
     apart: Callable[[Sequence[Sequence[Size]]], OpRule] | None = None
+    moving: OpRule | None = None
 
     def text(self) -> str:
         """The rule as one line."""
@@ -99,6 +121,7 @@ class OpRule:
         right = ", ".join(self._tensor(dims) for dims in self.results)
         notes = [f"{factor}: {kind}" for factor, kind in self.reductions.items()]
         notes += [f"{factor}: complete" for factor in sorted(self.completed)]
+        notes += [f"{factor}: moved" for factor in sorted(self.moved)]
         return f"{left} -> {right}".lstrip() + (f" | {', '.join(notes)}" if notes else "")
 
     def _tensor(self, dims: Dims) -> str:

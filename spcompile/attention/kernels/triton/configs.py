@@ -7,8 +7,14 @@ default (other hops, other scores) may spill a few bytes a thread. None has been
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
+if TYPE_CHECKING:
+    from spcompile.attention.scores.provider import Scores
+
+DESCRIPTOR_STEP = 16  # bytes: addresses and steps of what a tensor descriptor describes are multiples of it
 HEAD_SIZES = (64, 128, 256)  # a head, padded to a power of two, takes the first that it fits
 
 
@@ -123,7 +129,47 @@ def architecture(capability: int, described: bool) -> str:
     return "sm90" if capability < 100 else "sm100"
 
 
+def width_of(size: int) -> int:
+    """A head size as kernels hold it: the next power of two, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def variant_of(scores: Scores) -> str:
+    """Which configurations the scores ask for: what else than positions a kernel must hold in registers."""
+    if scores.bias is not None:
+        return "bias"
+    more = (scores.alibi_slopes, scores.dropout)
+    rich = (
+        scores.mask.needs_data
+        or scores.mask.rounded_by is not None
+        or scores.softcap > 0
+        or any(x is not None for x in more)
+    )
+    return "rich" if rich else "plain"
+
+
 def configs(capability: int, described: bool, element: int, width: int, variant: str) -> Configs:
     """The row for a device, bytes of a number, the larger of the two padded head sizes, and a variant."""
     size = next(size for size in HEAD_SIZES if width <= size)
     return TABLE[architecture(capability, described), element, size, variant]
+
+
+def device_configs(device: torch.device, element: int, head_size: int, v_head_size: int, variant: str) -> Configs:
+    """The row for operands of these sizes; off a GPU, as under the interpreter, that of an H100.
+
+    element: bytes of a number. Nothing but sizes decides: what a descriptor cannot describe is copied.
+    """
+    capability = 90
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        capability = 10 * major + minor
+    described = all(size * element % DESCRIPTOR_STEP == 0 for size in (head_size, v_head_size))
+    return configs(capability, described, element, width_of(max(head_size, v_head_size)), variant)
+
+
+def smallest(element: int, head_size: int, v_head_size: int, variant: str) -> Configs:
+    """For each kernel the fewest rows and keys of a tile on any architecture."""
+    size = next(size for size in HEAD_SIZES if width_of(max(head_size, v_head_size)) <= size)
+    rows = [TABLE[arch, element, size, variant] for arch in ARCHITECTURES]
+    kernels = zip(*rows, strict=True)
+    return Configs(*(Config(min(c.block_m for c in same), min(c.block_n for c in same), 0, 0) for same in kernels))

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from spcompile.attention.kernels.triton.configs import Configs, configs
+from spcompile.attention.kernels.triton.configs import Configs, device_configs, smallest, variant_of
 from spcompile.attention.kernels.triton.launch import (
     ForwardTensors,
     Hop,
@@ -21,8 +21,9 @@ from spcompile.attention.kernels.triton.launch import (
     delta_launch,
     dense,
     describable,
-    width_of,
+    readable,
 )
+from spcompile.attention.kernels.triton.shared_tables import SharedTables, TableLayout
 from spcompile.attention.scores.provider import Gradients, Rows, Scores
 from spcompile.attention.scores.runs import Run
 
@@ -35,13 +36,8 @@ Choose = Callable[[Tensor, Tensor, Tensor, Scores], Configs]
 
 
 def default_configs(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Configs:
-    """The row of the table for these tensors; under the interpreter, which has no device, that of an H100."""
-    capability = 90
-    if q.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(q.device)
-        capability = 10 * major + minor
-    described = all(describable(x) for x in (q, k, v))
-    return configs(capability, described, q.element_size(), width_of(max(q.shape[3], v.shape[3])), variant_of(scores))
+    """The row of the table for these tensors, the same for all hops."""
+    return device_configs(q.device, q.element_size(), q.shape[3], v.shape[3], variant_of(scores))
 
 
 def _has_kernels(device: torch.device) -> bool:
@@ -50,18 +46,15 @@ def _has_kernels(device: torch.device) -> bool:
     return torch.version.hip is None and found.major >= 8 and found.shared_memory_per_block_optin >= MIN_SHARED
 
 
-def variant_of(scores: Scores) -> str:
-    """Which configurations the scores ask for: what else than positions a kernel must hold in registers."""
-    if scores.bias is not None:
-        return "bias"
-    more = (scores.alibi_slopes, scores.dropout)
-    rich = (
-        scores.mask.needs_data
-        or scores.mask.rounded_by is not None
-        or scores.softcap > 0
-        or any(x is not None for x in more)
-    )
-    return "rich" if rich else "plain"
+def _shared(q: Tensor, k: Tensor, v: Tensor, scores: Scores, configs: Configs, part: int) -> SharedTables | None:
+    """The tables that were made for all hops, if they were."""
+    if scores.tables is None:
+        return None
+    data = [x for x in (scores.q_documents, scores.k_documents, scores.key_valid) if x is not None]
+    batch = max((x.shape[0] for x in data), default=1)
+    least = smallest(q.element_size(), q.shape[3], v.shape[3], variant_of(scores))
+    layout = TableLayout(batch, q.shape[2], k.shape[2], scores.mask.documents, least)
+    return SharedTables(scores.tables, layout, configs, part)
 
 
 @dataclass(frozen=True)
@@ -82,7 +75,7 @@ class Triton:
 
     def start_forward(self, q: Tensor, v: Tensor, scores: Scores) -> Forward:
         """See `HopProvider`."""
-        return Forward(dense(q), v.shape[3], scores, self.choose_configs)
+        return Forward(q, v.shape[3], scores, self.choose_configs)
 
     def start_backward(self, rows: Rows, v: Tensor, scores: Scores, wants_grad_bias: bool) -> Backward:
         """See `HopProvider`."""
@@ -97,10 +90,11 @@ class Triton:
         k_runs: Sequence[Run],
         scores: Scores,
         wants_grad_bias: bool,
+        part: int = 0,
     ) -> tuple[Gradients, Tensor | None]:
         """See `HopProvider`."""
         state = Backward(rows, scores, wants_grad_bias, self.choose_configs, rows.q.dtype)
-        dk, dv = state.add(k, v, q_runs, k_runs, last=True)
+        dk, dv = state.add(k, v, q_runs, k_runs, last=True, part=part)
         dq, grad_bias = state.result()
         return Gradients(dq, dk, dv), grad_bias
 
@@ -110,19 +104,24 @@ class Forward:
 
     def __init__(self, q: Tensor, v_size: int, scores: Scores, choose: Choose) -> None:
         self._q, self._scores, self._choose = q, scores, choose
-        out = q.new_empty((*q.shape[:3], v_size))
+        B, N, S, _ = q.shape
+        out = q.new_empty((B, S, N, v_size)).transpose(1, 2)  # in memory as spx.attention returns it
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         self._tensors = ForwardTensors(out, lse, out, lse, lse)
         self._first = True
 
-    def add(self, k: Tensor, v: Tensor, q_runs: Sequence[Run], k_runs: Sequence[Run], last: bool) -> None:
+    def add(
+        self, k: Tensor, v: Tensor, q_runs: Sequence[Run], k_runs: Sequence[Run], last: bool, part: int = 0
+    ) -> None:
         """See `ForwardHops`."""
         if self._first and not last:
             out, lse = self._tensors.out, self._tensors.lse
             acc = torch.empty_like(out, dtype=torch.float32)
             self._tensors = ForwardTensors(out, lse, acc, torch.empty_like(lse), torch.empty_like(lse))
-        k, v = dense(k), dense(v)
-        hop = Hop(self._q, k, v, q_runs, k_runs, self._scores, self._choose(self._q, k, v, self._scores))
+        configs = self._choose(self._q, k, v, self._scores)
+        self._q, k, v = (readable(x, configs) for x in (self._q, k, v))
+        shared = _shared(self._q, k, v, self._scores, configs, part)
+        hop = Hop(self._q, k, v, q_runs, k_runs, self._scores, configs, shared)
         hop.forward(self._tensors, self._first, last).run()
         self._first = False
 
@@ -135,7 +134,7 @@ class Backward:
     """`BackwardHops`: two launches a hop, three where a bias wants its gradient. dtype: of dk and dv."""
 
     def __init__(self, rows: Rows, scores: Scores, wants_grad_bias: bool, choose: Choose, dtype: torch.dtype) -> None:
-        self._q, self._scores, self._choose, self._dtype = dense(rows.q), scores, choose, dtype
+        self._q, self._scores, self._choose, self._dtype = rows.q, scores, choose, dtype
         lse = rows.lse.contiguous()
         grad_lse = None if rows.grad_lse is None else rows.grad_lse.contiguous()
         # A gradient such as that of sum() is expanded, and no descriptor describes it.
@@ -151,13 +150,15 @@ class Backward:
         self._first = True
 
     def add(
-        self, k: Tensor, v: Tensor, q_runs: Sequence[Run], k_runs: Sequence[Run], last: bool
+        self, k: Tensor, v: Tensor, q_runs: Sequence[Run], k_runs: Sequence[Run], last: bool, part: int = 0
     ) -> tuple[Tensor, Tensor]:
         """See `BackwardHops`."""
         if self._first and not last:
             self._dq_state = torch.empty_like(self._dq, dtype=torch.float32)
-        k, v = dense(k), dense(v)
-        hop = Hop(self._q, k, v, q_runs, k_runs, self._scores, self._choose(self._q, k, v, self._scores))
+        configs = self._choose(self._q, k, v, self._scores)
+        self._q, k, v = (readable(x, configs) for x in (self._q, k, v))
+        shared = _shared(self._q, k, v, self._scores, configs, part)
+        hop = Hop(self._q, k, v, q_runs, k_runs, self._scores, configs, shared)
         dk, dv = (torch.empty(x.shape, dtype=self._dtype, device=x.device) for x in (k, v))
         hop.row_gradients(self._rows, self._dq_state, self._dq, self._first, last).run()
         hop.key_gradients(self._rows, dk, dv).run()

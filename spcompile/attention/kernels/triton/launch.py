@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from spcompile.attention.kernels.triton.backward import key_kernel, row_kernel
 from spcompile.attention.kernels.triton.bias import bias_kernel, delta_kernel
+from spcompile.attention.kernels.triton.configs import DESCRIPTOR_STEP, Config, Configs, width_of
 from spcompile.attention.kernels.triton.forward import forward_kernel
 from spcompile.attention.kernels.triton.scores import (
     BiasArgs,
@@ -25,14 +26,14 @@ from spcompile.attention.kernels.triton.scores import (
     ScoreArgs,
     SegmentArgs,
 )
-from spcompile.attention.kernels.triton.tile_tables import Places, segments, tile_kinds
+from spcompile.attention.kernels.triton.tile_tables import Places, Segments, document_numbers, segments, tile_kinds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from spcompile.attention.kernels.triton.configs import Config, Configs
+    from spcompile.attention.kernels.triton.shared_tables import Kernel, SharedTables
     from spcompile.attention.scores.mask import AttentionMask
     from spcompile.attention.scores.provider import Scores
     from spcompile.attention.scores.runs import Run
@@ -102,7 +103,10 @@ def _cached_segments(
 
 
 def _segment_args(full: Tensor, partial: Tensor, by_keys: bool) -> SegmentArgs:
-    found = segments(full.mT, partial.mT) if by_keys else segments(full, partial)
+    return _as_args(segments(full.mT, partial.mT) if by_keys else segments(full, partial))
+
+
+def _as_args(found: Segments) -> SegmentArgs:
     batches, lines, most, _ = found.full.shape
     return SegmentArgs(*found, lines if batches > 1 else 0, most)
 
@@ -113,25 +117,38 @@ def kernel_operand(x: Tensor) -> Operand:
     return Operand(x, x.stride(0), x.stride(1), x.stride(2))
 
 
+def _steps(x: Tensor) -> list[int]:
+    """From entry to entry, head to head and row to row; where there is one, any step will do."""
+    return [x.stride(dim) if x.shape[dim] > 1 else x.shape[3] for dim in range(3)]
+
+
 def describable(x: Tensor) -> bool:
     """Whether a tensor descriptor can describe `x` [B, N, S, H]: addresses and steps in multiples of 16 bytes.
 
     A descriptor is what the copy engine of Hopper and later takes (TMA): it leaves more registers to the kernel.
     """
-    steps = [x.stride(dim) * x.element_size() for dim in range(3)]
-    return x.numel() > 0 and x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(x and x % 16 == 0 for x in steps)
+    steps = [step * x.element_size() for step in _steps(x)]
+    fits = all(step and step % DESCRIPTOR_STEP == 0 for step in steps)
+    return x.numel() > 0 and x.stride(3) == 1 and x.data_ptr() % DESCRIPTOR_STEP == 0 and fits
 
 
 def tiled(x: Tensor, rows: int, wanted: bool) -> TileOperand:
     """`x` as an operand that the kernel reads in tiles of `rows` rows: by descriptor if wanted and possible."""
     if not wanted or not describable(x):
         return kernel_operand(x)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, width_of(x.shape[3])])
+    return TensorDescriptor(x, list(x.shape), [*_steps(x), 1], [1, 1, rows, width_of(x.shape[3])])
 
 
 def dense(x: Tensor) -> Tensor:
     """`x` with a dense last dim."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def readable(x: Tensor, configs: Configs) -> Tensor:
+    """`x` [B, N, S, H] as kernels of these configurations read it; a copy where no descriptor describes it."""
+    if not any(isinstance(config, Config) and config.tma for config in configs):
+        return dense(x)
+    return x if describable(x) else torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
 
 
 class ForwardTensors(NamedTuple):
@@ -156,24 +173,12 @@ class RowTensors(NamedTuple):
         return tiled(self.grad_out, config.block_m, config.tma), self.lse, self.delta
 
 
-_WITHIN_INT32 = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32)
-
-
-def numbered(q_documents: Tensor, k_documents: Tensor) -> tuple[Tensor, Tensor]:
-    """int32 numbers that are equal, or greater, where the ids are: those that int32 does not hold are counted."""
-    if all(x.dtype in _WITHIN_INT32 for x in (q_documents, k_documents)):
-        return q_documents.to(torch.int32), k_documents.to(torch.int32)
-    ordered, order = torch.cat([q_documents.flatten(), k_documents.flatten()]).sort()
-    begins = torch.cat([ordered.new_zeros(1, dtype=torch.bool), ordered[1:] != ordered[:-1]])
-    ranks = begins.cumsum(0, dtype=torch.int32)  # no size depends on the ids: nothing waits for the GPU
-    numbers = torch.empty_like(ranks).scatter_(0, order, ranks)
-    q_numbers, k_numbers = numbers.split([q_documents.numel(), k_documents.numel()])
-    return q_numbers.view(q_documents.shape), k_numbers.view(k_documents.shape)
-
-
 @dataclass(frozen=True, eq=False)
 class Hop:
-    """Rows of q against the keys of one hop. The strides of q, k, v are free, but for a dense last dim."""
+    """Rows of q against the keys of one hop. The strides of q, k, v are free, but for a dense last dim.
+
+    shared: the tables of this hop, where they were made for all hops and layers together; they say what the runs do.
+    """
 
     q: Tensor
     k: Tensor
@@ -182,15 +187,20 @@ class Hop:
     k_runs: Sequence[Run]
     scores: Scores
     configs: Configs
+    shared: SharedTables | None = None
 
     @functools.cached_property
     def columns(self) -> Tensor:
         """int32 [T]: positions of the keys, valid or not."""
+        if self.shared is not None:
+            return self.shared.columns()
         return positions_of(self.k_runs, self.k.shape[2], self.k.device)
 
     @functools.cached_property
     def places(self) -> tuple[Places, Places]:
         """Of rows and of keys."""
+        if self.shared is not None:
+            return self.shared.places()
         scores, k_positions = self.scores, self.columns[None]
         q_positions = positions_of(self.q_runs, self.q.shape[2], self.q.device)[None]
         if scores.key_valid is not None:
@@ -199,18 +209,21 @@ class Hop:
         if scores.q_documents is None or scores.k_documents is None:
             return Places(q_positions, None), Places(k_positions, None)
         ids = _columns_at(scores.q_documents, q_positions[0]), _columns_at(scores.k_documents, self.columns)
-        q_documents, k_documents = numbered(*ids)
+        q_documents, k_documents = document_numbers(*ids)
         return Places(q_positions, q_documents), Places(k_positions, k_documents)
 
     def kinds(self, config: Config) -> tuple[Tensor, Tensor]:
         """`tile_kinds` under one configuration."""
         key = self._cache_key()
-        if key is not None:
+        if key is not None and self.shared is None:
             return _cached_kinds(*key, config, self.q.device)
         return tile_kinds(self.scores.mask, *self.places, config.block_m, config.block_n)
 
-    def segments(self, config: Config, by_keys: bool) -> SegmentArgs:
-        """The segments of tiles of keys for each tile of rows, or the other way round."""
+    def segments(self, kernel: Kernel) -> SegmentArgs:
+        """The segments of tiles of keys for each tile of rows; of the kernel "keys" the other way round."""
+        if self.shared is not None:
+            return _as_args(self.shared.segments(kernel))
+        config, by_keys = getattr(self.configs, kernel), kernel == "keys"
         key = self._cache_key()
         if key is not None:
             return _cached_segments(*key, config, self.q.device, by_keys)
@@ -285,7 +298,7 @@ class Hop:
             forward_kernel,
             (-(-S // config.block_m), N, B),
             (*self._operands(config), kernel_operand(state.out), state.lse, acc,
-             state.peak, state.mass, self.scores.sinks, *self._place_args(), self.segments(config, False),
+             state.peak, state.mass, self.scores.sinks, *self._place_args(), self.segments("forward"),
              self.score_args, S, self.k.shape[2]),
             {**self._sizes, "FIRST": first, "LAST": last, **_options(config)},
         )  # fmt: skip
@@ -298,7 +311,7 @@ class Hop:
             row_kernel,
             (-(-S // config.block_m), N, B),
             (*self._operands(config), *rows.args(config), kernel_operand(dq_state), kernel_operand(dq),
-             *self._place_args(), self.segments(config, False), self.score_args, self.scores.scale,
+             *self._place_args(), self.segments("rows"), self.score_args, self.scores.scale,
              S, self.k.shape[2]),
             {**self._sizes, "FIRST": first, "LAST": last, **_options(config)},
         )  # fmt: skip
@@ -311,7 +324,7 @@ class Hop:
             key_kernel,
             (-(-T // config.block_n), G, B),
             (*self._operands(config), *rows.args(config), kernel_operand(dk), kernel_operand(dv),
-             *self._place_args(), self.segments(config, True), self.score_args, self.scores.scale,
+             *self._place_args(), self.segments("keys"), self.score_args, self.scores.scale,
              self.q.shape[2], T),
             {**self._sizes, **_options(config)},
         )  # fmt: skip
@@ -342,11 +355,6 @@ def delta_launch(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, delta: 
     args = (kernel_operand(out), kernel_operand(grad_out), grad_lse, delta, S)
     sizes = {"V_SIZE": V, "V_WIDTH": width_of(V), "BLOCK_M": block}
     return Launch(delta_kernel, (-(-S // block), N, B), args, sizes)
-
-
-def width_of(size: int) -> int:
-    """A head size as kernels hold it: the next power of two, at least 16."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def precision_of(dtype: torch.dtype) -> str:

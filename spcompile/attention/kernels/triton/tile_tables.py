@@ -36,6 +36,21 @@ class Segments(NamedTuple):
     partial_count: Tensor
 
 
+_WITHIN_INT32 = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32)
+
+
+def document_numbers(q_documents: Tensor, k_documents: Tensor) -> tuple[Tensor, Tensor]:
+    """int32 numbers that are equal, or greater, where the ids are: those that int32 does not hold are counted."""
+    if all(x.dtype in _WITHIN_INT32 for x in (q_documents, k_documents)):
+        return q_documents.to(torch.int32), k_documents.to(torch.int32)
+    ordered, order = torch.cat([q_documents.flatten(), k_documents.flatten()]).sort()
+    begins = torch.cat([ordered.new_zeros(1, dtype=torch.bool), ordered[1:] != ordered[:-1]])
+    ranks = begins.cumsum(0, dtype=torch.int32)  # no size depends on the ids: nothing waits for the GPU
+    numbers = torch.empty_like(ranks).scatter_(0, order, ranks)
+    q_numbers, k_numbers = numbers.split([q_documents.numel(), k_documents.numel()])
+    return q_numbers.view(q_documents.shape), k_numbers.view(k_documents.shape)
+
+
 class _Range(NamedTuple):
     """The extremes of each tile, [B|1, tiles]; where a tile is `bare` there are none."""
 
@@ -93,17 +108,41 @@ def tile_kinds(mask: AttentionMask, q: Places, k: Places, block_m: int, block_n:
     return full & ~empty, ~full & ~empty
 
 
-def segments(full: Tensor, partial: Tensor) -> Segments:
-    """The maximal segments of chosen tiles in each row of `tile_kinds`."""
-    return Segments(*_segments(full), *_segments(partial))
+def segments(full: Tensor, partial: Tensor, most: int | None = None) -> Segments:
+    """The maximal segments of chosen tiles in each row of `tile_kinds`.
+
+    most: R; by default what no row has more of. A row that has more is cut short by `cut_short`.
+    """
+    most = (full.shape[-1] + 1) // 2 if most is None else most
+    return Segments(*_segments(full, most), *_segments(partial, most))
 
 
-def _segments(chosen: Tensor) -> tuple[Tensor, Tensor]:
+def cut_short(full: Tensor, partial: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The same tiles in at most so many segments a row: what is behind becomes one segment of PARTIAL tiles.
+
+    It is exact, since a kernel asks the mask about every score of a PARTIAL tile; full and empty tiles in it only take
+    longer.
+    """
+    kind = full.to(torch.int8) + 2 * partial.to(torch.int8)
+    begins = (kind != 0) & (kind != pad(kind, (1, 0))[..., :-1])
+    number = begins.cumsum(-1, dtype=torch.int32)
+    last = (kind != 0).flip(-1).cumsum(-1, dtype=torch.int32).flip(-1) > 0  # up to the last tile that is not empty
+    behind = (number[..., -1:] > most) & (number >= most)
+    return full & ~behind, (partial & ~behind) | (behind & last)
+
+
+def _segments(chosen: Tensor, most: int) -> tuple[Tensor, Tensor]:
     tiles = chosen.shape[-1]
-    most = (tiles + 1) // 2
     index = torch.arange(tiles, dtype=torch.int32, device=chosen.device)
     starts = chosen & ~pad(chosen, (1, 0))[..., :-1]
     stops = chosen & ~pad(chosen, (0, 1))[..., 1:]
     bounds = [torch.where(starts, index, tiles), torch.where(stops, index + 1, tiles + 1)]
-    table = torch.stack([x.sort(-1).values[..., :most] for x in bounds], -1)
+    table = pad(torch.stack([_least(x, most) for x in bounds], -1), (0, 0, 0, max(0, most - tiles)))
     return table.to(torch.int32).contiguous(), starts.sum(-1, dtype=torch.int32)
+
+
+def _least(x: Tensor, count: int) -> Tensor:
+    """The least numbers of each row in ascending order, at most so many."""
+    if 2 * count >= x.shape[-1]:
+        return x.sort(-1).values[..., :count]
+    return x.topk(count, largest=False, sorted=True).values

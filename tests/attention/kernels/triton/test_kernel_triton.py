@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spcompile.attention.kernels.triton.tile_tables import Places, segments, tile_kinds
+from spcompile.attention.kernels.triton.tile_tables import Places, document_numbers, segments, tile_kinds
 from spcompile.attention.scores.mask import AttentionMask
 
 INTERPRETED = Path(__file__).with_name("triton_interpreted.py")
@@ -110,11 +110,8 @@ IDS = {
 @pytest.mark.parametrize("name", IDS)
 def test_document_ids_keep_what_is_equal_and_what_is_greater(name: str) -> None:
     """Which tiles two documents share is told from the least and the greatest id of each."""
-    pytest.importorskip("triton")
-    from spcompile.attention.kernels.triton.launch import numbered
-
     q, k = IDS[name], IDS[name][:, torch.tensor([3, 0, 1, 1, 2])].expand(2, -1)
-    q_numbers, k_numbers = numbered(q, k)
+    q_numbers, k_numbers = document_numbers(q, k)
     assert (q_numbers.dtype, k_numbers.dtype) == (torch.int32, torch.int32)
     assert (q_numbers.shape, k_numbers.shape) == (q.shape, k.shape)
     for compare in (torch.eq, torch.lt):

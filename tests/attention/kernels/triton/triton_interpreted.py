@@ -15,15 +15,20 @@ import torch
 import triton.language as tl
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 from triton_cases import ROUNDINGS, TILES, Case, check
 
-from spcompile.attention.kernels import naive
+from spcompile.attention.kernels import hop_state, naive, table_op  # noqa: F401  (the last defines spx::tile_tables)
+from spcompile.attention.kernels.triton import configs as config_table
 from spcompile.attention.kernels.triton.configs import Config, Configs
 from spcompile.attention.kernels.triton.hop_provider import Triton
+from spcompile.attention.ring.ring import Ring, ring_backward, ring_forward
 from spcompile.attention.scores.mask import AttentionMask
 from spcompile.attention.scores.provider import Rows, Scores
 from spcompile.attention.scores.runs import Run, natural_runs
+from spcompile.collectives.point_to_point import drive_all
+from spcompile.machine import sequence
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +145,45 @@ def test_rows_without_keys_are_zero_and_so_are_their_gradients() -> None:
     gradients, _ = provider.backward(Rows(q, out, grad_out, lse, None), *hop, scores, False)
     assert bool((lse[0] == -torch.inf).all())
     assert all(bool((x[0] == 0).all()) and bool(x[1].isfinite().all()) for x in (out, *gradients))
+
+
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("text", ["causal documents key_padding", "documents window=30"])
+def test_a_ring_reads_the_tables_that_were_made_for_all_its_hops(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 kernels against block providers in float64, on every rank; scattered padding makes many segments."""
+    for key in config_table.TABLE:
+        monkeypatch.setitem(config_table.TABLE, key, Configs(*TILES, TILES[0]))
+    mask, ring, random = AttentionMask.parse(text), Ring(75, 75, 2, "zigzag"), torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 3, (2, 75), generator=random).sort(-1).values + 2**40
+    valid = torch.rand(2, 75, generator=random) > 0.3 if mask.key_padding else None
+    data = {"q_documents": ids, "k_documents": ids, "key_valid": valid}
+    shapes = ((2, 2, 38, 16), (2, 1, 38, 16), (2, 1, 38, 16), (2, 2, 38, 16))
+    parts = [[torch.randn(shape, generator=random) for shape in shapes] for _ in range(2)]
+
+    def results(dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+        forward, backward = [], []
+        for rank, (q, k, v, grad_out) in enumerate(parts):
+            q, k, v, grad_out = (x.to(dtype) for x in (q, k, v, grad_out))
+            at = sequence.positions(75, rank, 2, "zigzag")
+            layout = (75, 75, 2, "zigzag", 1, 4, 16, 16, "rich")
+            tables = torch.ops.spx.tile_tables(at, None, ids, ids, valid, text, *layout)
+            scores = Scores(mask, 0.3, **data, tables=tables)
+            forward.append(ring_forward(q, k, v, scores, ring, rank))
+            backward.append((q, k, v, grad_out, scores))
+        outs = drive_all(forward)
+        grads = drive_all(
+            [
+                ring_backward(Rows(q, out, grad_out, lse, None), k, v, scores, ring, rank, False)
+                for rank, ((q, k, v, grad_out, scores), (out, lse)) in enumerate(zip(backward, outs, strict=True))
+            ]
+        )
+        return [(*out, *grad[:3]) for out, grad in zip(outs, grads, strict=True)]
+
+    expected = results(torch.float64)
+    monkeypatch.setattr(hop_state, "_whole_hops", lambda *_: Triton())
+    for rank, found in enumerate(results(torch.float32)):
+        for a, b in zip(found, expected[rank], strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.manual

@@ -1,0 +1,1 @@
+"""Switched on in accelerate and in the Trainer of transformers."""

@@ -1,0 +1,88 @@
+"""The same choices as `memory=` makes, as steps that do not depend on the number of layers.
+
+Layers alike offer the same trades. A rung of the ladder is the number of kinds of trades that are made, each in all
+layers, the cheapest first. What a rung takes and costs is linear in the number of layers, so two programs of few layers
+tell what it is for many. Which inputs of blocks are given up depends on their number: no rung gives up any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch.fx as fx
+
+from spcompile.diagnostics import SourceLine, source_of
+from spcompile.graph.storage import root_of
+from spcompile.machine.optimizers import Optimizer
+from spcompile.memory.joint import Joint
+from spcompile.memory.liveness import levels_of
+from spcompile.memory.planner import all_trades, saved_after, state_bytes
+from spcompile.memory.stream_blocks import Blocks
+from spcompile.memory.trades import Trade, made_again
+from spcompile.schedule.op_cost import CostModel
+
+Kind = tuple[str, SourceLine | None]
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """kinds: of trades, in the order in which they are made; rung n makes the first n.
+
+    state_bytes: of inputs and of the optimizer.
+    """
+
+    joint: Joint
+    saved: tuple[fx.Node, ...]
+    trades: tuple[Trade, ...]
+    blocks: Blocks
+    kinds: tuple[Kind, ...]
+    state_bytes: int
+
+    @classmethod
+    def of(cls, joint: Joint, saved: Collection[fx.Node], cost: CostModel, optimizer: Optimizer) -> Ladder:
+        """saved: what the partitioner would save."""
+        blocks, trades = all_trades(joint, saved, cost, block_inputs=False)
+        kinds = tuple(dict.fromkeys(map(_kind_of_trade, trades)))
+        return cls(joint, tuple(saved), tuple(trades), blocks, kinds, state_bytes(joint, optimizer))
+
+    def made(self, rung: int) -> list[Trade]:
+        """The trades of a rung."""
+        wanted = set(self.kinds[:rung])
+        return [trade for trade in self.trades if _kind_of_trade(trade) in wanted]
+
+    def rung(self, number: int) -> Rung:
+        """What is saved and what is made again."""
+        trades = self.made(number)
+        kept = saved_after(self.saved, trades)
+        return Rung(tuple(kept), tuple(made_again(self.joint, set(kept))), tuple(trades))
+
+    def peaks(self, number: int) -> tuple[int, int, int]:
+        """The most that is alive on a rung, inputs aside: in the forward, and in either half of the backward.
+
+        In a backward the bytes of what is saved fall, those of gradients grow: the most is near one of its ends.
+        """
+        levels = {phase: found for phase, (_, found) in levels_of(self.joint, self.rung(number).saved).items()}
+        return halves(levels)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """again: calls of the forward that the backward runs. trades: empty where nothing changes."""
+
+    saved: tuple[fx.Node, ...]
+    again: tuple[fx.Node, ...]
+    trades: tuple[Trade, ...]
+
+
+def halves(levels: Mapping[str, Sequence[int]]) -> tuple[int, int, int]:
+    """The largest of the levels of a forward, and of either half of those of a backward."""
+    backward = levels.get("backward", ())
+    middle = len(backward) // 2
+    forward = levels.get("forward", levels.get("inference", ()))
+    return max(forward, default=0), max(backward[:middle], default=0), max(backward[middle:], default=0)
+
+
+def _kind_of_trade(trade: Trade) -> Kind:
+    root = root_of(trade.given_up[0])
+    return getattr(root.target, "__name__", str(root.target)), source_of(root)

@@ -1,0 +1,146 @@
+"""`spcompile.plan`: which mesh and which options for so many ranks. Imports nothing until it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch.fx as fx
+    from torch import nn
+
+    from spcompile.options import Options
+    from spcompile.planning.candidates import Candidate, Heads
+    from spcompile.planning.search import Depths, Result
+    from spcompile.report.plan_table import RankedPlans
+
+MOST_TRIED = 1024  # ranks, where none of the meshes that were asked for has enough memory
+TRIED_FURTHER = 2  # meshes of which more than one way to hold parameters is tried
+
+
+def plan(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | Sequence[Any],
+    world: int,
+    *,
+    axes: Sequence[str] = ("tp", "cp", "dp"),
+    workers: int | None = None,
+    **options: Any,
+) -> RankedPlans:
+    """Every mesh of `world` ranks and every way to run the model on it, ranked by predicted time.
+
+    Needs no devices. Each candidate is compiled as `parallelize` would, at two small depths: layers that are equal in
+    the graph take equally much. Bytes of all layers are those of a full compile, seconds differ by less than a percent.
+
+    model: its weights may be real, fake or on `meta`.
+    inputs: of one training step, with the whole batch: dp splits it.
+    axes: that meshes may have.
+    workers: processes that compile; default: one for each core. One where this process uses CUDA.
+    options: those of the backend, but `mesh`, `attention` and `on_graph_break`. `accelerator`, `links`, `memory` and
+        `optimizer` decide. `outputs` is "loss" by default.
+
+    Raises:
+        SpcompileError: an illegal option, no mesh of so many ranks, none that fits, a model without attention.
+    """
+    from spcompile.diagnostics import IllegalMesh, OutOfMemory
+    from spcompile.machine.mesh import MOST_RANKS
+    from spcompile.planning.candidates import meshes, require_known_axes
+    from spcompile.report.plan_table import ranked_plans
+
+    if not isinstance(world, int) or isinstance(world, bool) or not 1 <= world <= MOST_RANKS:
+        raise IllegalMesh(f"world={world!r}", legal=f"1 to {MOST_RANKS} ranks")
+    require_known_axes(axes)
+    chosen = _checked_options(options)
+    found: dict[str, Any] = {}
+    results: list[Result] = []
+
+    def explore(depths: Depths, dp: int) -> None:
+        heads = depths.heads if dp == 1 else found["heads"]
+        if dp == 1:
+            found.update(heads=heads, depths=depths, meshes=meshes(world, axes, heads))
+        shapes = [mesh for mesh in found["meshes"] if dict(mesh).get("dp", 1) == dp]
+        if shapes:
+            results.extend(_explored(depths, shapes, heads, chosen, workers))
+
+    _with_depths(model, inputs, 1, chosen, explore)
+    for dp in sorted({dict(mesh).get("dp", 1) for mesh in found["meshes"]} - {1}):
+        _with_depths(model, inputs, dp, chosen, explore)
+    plans = ranked_plans(model, results, found["depths"], world, chosen)
+    if plans.rows and not plans.rows[0].fits:
+        least = min(plans.rows, key=lambda row: row.figures.total).result.candidate
+        raise OutOfMemory(plans.too_large(), legal=_enough(model, inputs, least, chosen))
+    if not plans.rows:
+        raise IllegalMesh(results[0].error, legal="see above")
+    return plans
+
+
+def _enough(model: nn.Module, inputs: Any, least: Candidate, options: Options) -> str:
+    """How many ranks would do: those of the candidate that takes least, with cp doubled until a step fits."""
+    from spcompile.passes import PIPELINE
+    from spcompile.planning.search import evaluate
+
+    found = f"more than {MOST_TRIED} ranks, fewer tokens, or another optimizer"
+
+    def explore(depths: Depths, dp: int) -> None:
+        nonlocal found
+        one = least.with_more_ranks()
+        while one.ranks <= MOST_TRIED and one.size("cp") <= depths.heads.tokens:
+            if evaluate(depths, one, options, PIPELINE).fits:
+                found = f"{one.ranks} ranks would do: " + " ".join(f"{axis}={size}" for axis, size in one.mesh)
+                return
+            one = one.with_more_ranks()
+
+    _with_depths(model, inputs, least.size("dp"), options, explore)
+    return found
+
+
+def _checked_options(options: Mapping[str, Any]) -> Options:
+    from spcompile.diagnostics import IllegalOption
+    from spcompile.options import Options
+
+    for name in ("mesh", "attention", "on_graph_break", "shard_parameters"):
+        if name in options:
+            raise IllegalOption(f"{name}={options[name]!r} for a plan", legal="none: it is what a plan finds")
+    return Options.parse({"outputs": "loss", **options})
+
+
+def _with_depths(model: nn.Module, inputs: Any, dp: int, options: Options, explore: Any) -> None:
+    """Read the model on one rank's entries of the batch, and call `explore` while Dynamo's context is there."""
+    import torch
+
+    from spcompile.machine.rank_parts import split_batch
+    from spcompile.passes import PIPELINE
+    from spcompile.planning.search import depths_of
+    from spcompile.program.trace import through_dynamo
+    from spcompile.program.whole_batch import over_whole_batch
+
+    parameters = {id(p) for p in model.parameters()}
+
+    def backend(gm: fx.GraphModule, given: Sequence[Any]) -> None:
+        explore(depths_of(gm, given, [id(x) in parameters for x in given], options, PIPELINE), dp)
+
+    with torch.enable_grad():
+        through_dynamo(model, split_batch(inputs, dp)[0], over_whole_batch(backend, dp), options, dp)
+
+
+def _explored(
+    depths: Depths, shapes: Sequence[Any], heads: Heads, options: Options, workers: int | None
+) -> list[Result]:
+    from spcompile.passes import PIPELINE
+    from spcompile.planning.candidates import first_round, second_round
+    from spcompile.planning.search import Evaluator, workers_here
+
+    evaluator = Evaluator(depths, options, PIPELINE, workers or workers_here())
+    with evaluator.running() as running:
+        results = running.results(first_round(shapes, heads))
+        return results + running.results(second_round(_best_of_meshes(results)[:TRIED_FURTHER]))
+
+
+def _best_of_meshes(results: Sequence[Result]) -> list[Candidate]:
+    """Of each mesh its best candidate, the best mesh first."""
+    found = [(result, result.figures) for result in results if result.figures is not None]
+    found.sort(key=lambda pair: (not pair[0].fits, pair[1].seconds if pair[0].fits else pair[1].total))
+    best: dict[Any, Candidate] = {}
+    for result, _ in found:
+        best.setdefault(result.candidate.mesh, result.candidate)
+    return list(best.values())

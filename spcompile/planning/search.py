@@ -1,0 +1,287 @@
+"""Compiles candidates at two small depths, several processes at once, and says what each takes at full depth."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from spcompile.attention.scores.attention_call import AttentionCall
+from spcompile.capture.meta_device import off_meta
+from spcompile.capture.retrace import capture
+from spcompile.diagnostics import IllegalModel, SpcompileError
+from spcompile.graph.edit import copy_module
+from spcompile.machine.accelerators import ACCELERATORS
+from spcompile.machine.mesh import MeshShape
+from spcompile.memory.planner import ROOM, Wish
+from spcompile.options import Options
+from spcompile.passes_api import Pass
+from spcompile.planning.candidates import Candidate, Heads
+from spcompile.planning.equal_blocks import find_equal_blocks, shortened
+from spcompile.planning.figures import Figures, between, extrapolated
+from spcompile.planning.short_step import Short, ShortStep, forward_flops, short_step, split_of_parameters
+from spcompile.program.build import build_captured
+from spcompile.program.progress import begins, shown_by
+
+MORE = 2  # blocks by which the two programs of a candidate differ: buckets of gradients often hold two
+
+
+@dataclass(frozen=True)
+class Result:
+    """A candidate at full depth. again: kinds of values that are made again, as `op of file:line`.
+
+    fits: whether it stays within the limit. budget: what must be asked for instead of the limit for it to do so.
+    error: why it could not be compiled; there are no figures then.
+    """
+
+    candidate: Candidate
+    figures: Figures | None
+    again: tuple[str, ...] = ()
+    fits: bool = False
+    budget: int | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Depths:
+    """A model at the depths at which it is compiled. count: of equal blocks that the model has; shorts: one or two.
+
+    heads: what all attentions allow. splits: of parameters over tp, by mesh, as far as they are known.
+    """
+
+    shorts: tuple[Short, ...]
+    count: int
+    heads: Heads
+    splits: dict[tuple[tuple[str, int], ...], dict[str, int | str]] = field(default_factory=dict)
+
+    @property
+    def is_extrapolated(self) -> bool:
+        """Whether figures are those of fewer blocks, continued."""
+        return len(self.shorts) > 1
+
+
+def depths_of(
+    gm: fx.GraphModule, inputs: Sequence[Any], own: Sequence[bool], options: Options, pipeline: Sequence[Pass]
+) -> Depths:
+    """Capture a Dynamo graph once, and leave out all but a few of its equal blocks.
+
+    own: of each input whether it is a parameter of the model.
+
+    Raises:
+        IllegalModel: it has no attention, so no length.
+    """
+    begins("reading the graph")
+    gm, inputs = off_meta(gm, inputs)
+    captured = capture(gm, inputs)
+    found = find_equal_blocks(captured.graph, ACCELERATORS[options.accelerator])
+    if found is None or found.count <= found.least + MORE:
+        whole = _short(captured, inputs, own, 0, options, pipeline)
+        return Depths((whole[0],), 0, whole[1])
+    shorts = []
+    for keep in (found.least, found.least + MORE):
+        short, kept = shortened(captured, inputs, found, keep)
+        shorts.append(_short(short, [inputs[i] for i in kept], [own[i] for i in kept], keep, options, pipeline))
+    return Depths(tuple(short for short, _ in shorts), found.count, shorts[0][1])
+
+
+def _short(
+    captured: fx.GraphModule,
+    inputs: Sequence[Any],
+    own: Sequence[bool],
+    blocks: int,
+    options: Options,
+    pipeline: Sequence[Pass],
+) -> tuple[Short, Heads]:
+    serial = [p for p in pipeline if p.axis is None]
+    plain = replace(options, passes={}, attention="auto")
+    graph = build_captured(copy_module(captured), inputs, MeshShape(()), plain, serial).gm.graph
+    calls = [AttentionCall.of(node).sizes.hints() for node in AttentionCall.all_in(graph)]
+    if not calls:
+        raise IllegalModel("no attention was found in it, so no length to split", legal="a transformer")
+    heads = Heads(tuple(sorted({c.heads for c in calls})), min(c.q_rows for c in calls), max(c.batch for c in calls))
+    return Short(captured, list(inputs), tuple(own), blocks, forward_flops(graph)), heads
+
+
+def evaluate(depths: Depths, candidate: Candidate, options: Options, pipeline: Sequence[Pass]) -> Result:
+    """One candidate at full depth: the least that has to be made again for it to fit."""
+    chosen = replace(options, **{**candidate.options, "passes": _all_passes(options, candidate)})
+    try:
+        split = _split(depths, candidate.mesh, options, pipeline)
+        steps = [short_step(short, candidate, split, chosen, pipeline) for short in depths.shorts]
+        return _at_full_depth(depths, candidate, steps, Wish.of(chosen))
+    except SpcompileError as error:
+        return Result(candidate, None, error=str(error))
+
+
+def _split(
+    depths: Depths, mesh: tuple[tuple[str, int], ...], options: Options, pipeline: Sequence[Pass]
+) -> dict[str, int | str]:
+    if mesh not in depths.splits:
+        depths.splits[mesh] = split_of_parameters(depths.shorts[-1], MeshShape(mesh), options, pipeline)
+    return depths.splits[mesh]
+
+
+def _all_passes(options: Options, candidate: Candidate) -> dict[str, Any]:
+    return {**options.passes, **candidate.options.get("passes", {})}
+
+
+def _at_full_depth(depths: Depths, candidate: Candidate, steps: Sequence[ShortStep], wish: Wish) -> Result:
+    """The step as it is planned: all trades of the cheaper kinds, and of the last kind as many as are needed."""
+    rungs = _rungs(steps)
+    start = _first_that_fits(depths, steps, rungs, wish)
+    if start == 0 or wish.bytes is None:
+        figures = _figures(depths, steps, start)
+        fits = wish.bytes is None or figures.total <= wish.bytes
+        if fits or start == rungs[-1]:
+            return Result(candidate, figures, _names(steps[0], start), fits)
+    assert wish.bytes is not None
+    before = _figures(depths, steps, start - 1) if start else figures
+    for rung in range(max(start, 1), len(rungs)):
+        after = _figures(depths, steps, rung)
+        planned = [_planned_bytes(depths, steps, number) for number in (rung - 1, rung)]
+        wanted = max(0.0, planned[0] - ROOM * wish.bytes)
+        part = between(before, after, min(1.0, wanted / max(1.0, planned[0] - planned[1])))
+        for figures, budget in ((part, None), (after, int(planned[1] / ROOM) + 1)):
+            if figures.total <= wish.bytes:
+                return Result(candidate, figures, _names(steps[0], rung), True, budget=budget)
+        before = after
+    return Result(candidate, before, _names(steps[0], rungs[-1]), False)
+
+
+def _figures(depths: Depths, steps: Sequence[ShortStep], rung: int) -> Figures:
+    found = [step.figures(rung) for step in steps]
+    return found[0] if len(found) == 1 else extrapolated(found[0], found[1], _blocks(depths), depths.count)
+
+
+def _rungs(steps: Sequence[ShortStep]) -> list[int]:
+    """Rungs that mean the same at all depths: all, if layers offer the same trades in the same order, else the ends."""
+    ladders = [step.ladder for step in steps if step.ladder is not None]
+    if not ladders:
+        return [0]
+    kinds = [ladder.kinds for ladder in ladders]
+    most = min(len(found) for found in kinds)
+    same = next((n for n in range(most) if len({found[n] for found in kinds}) > 1), most)
+    return list(range(same + 1))
+
+
+def _first_that_fits(depths: Depths, steps: Sequence[ShortStep], rungs: Sequence[int], wish: Wish) -> int:
+    """By what is alive in the joint graphs, as the compiler itself plans."""
+    if wish.bytes is None and not wish.least:
+        return 0
+    planned: list[float] = []
+    for rung in rungs:
+        planned.append(_planned_bytes(depths, steps, rung))
+        if wish.bytes is not None and planned[-1] <= ROOM * wish.bytes:
+            return rung
+    return planned.index(min(planned))
+
+
+def _planned_bytes(depths: Depths, steps: Sequence[ShortStep], rung: int) -> float:
+    ladders = [step.ladder for step in steps if step.ladder is not None]
+    rows = [(ladder.state_bytes, *ladder.peaks(rung)) for ladder in ladders]
+    if not rows:
+        return 0.0
+    if len(rows) > 1:
+        few, more = _blocks(depths)
+        steps_up = (depths.count - few) / (more - few)
+        state, *peaks = (a + (b - a) * steps_up for a, b in zip(*rows, strict=True))
+        return float(state + max(peaks))
+    state, *peaks = rows[0]
+    return float(state + max(peaks))
+
+
+def _blocks(depths: Depths) -> tuple[int, int]:
+    return depths.shorts[0].blocks, depths.shorts[1].blocks
+
+
+def _names(step: ShortStep, rung: int) -> tuple[str, ...]:
+    if step.ladder is None:
+        return ()
+    found = []
+    for op, source in step.ladder.kinds[:rung]:
+        place = f" of {source.file.rpartition('/')[2]}:{source.line}" if source is not None else ""
+        found.append(f"{op.partition('.')[0]}{place}")
+    return tuple(dict.fromkeys(found))
+
+
+@dataclass
+class Evaluator:
+    """Evaluates candidates in worker processes, forked when the model has been read, or one after the other here.
+
+    Forking shares what was captured. It is not done where this process uses CUDA, which a child cannot.
+    """
+
+    depths: Depths
+    options: Options
+    pipeline: Sequence[Pass]
+    workers: int
+    done: int = 0
+    _pool: ProcessPoolExecutor | None = field(default=None, repr=False)
+
+    @contextmanager
+    def running(self) -> Iterator[Evaluator]:
+        """With its workers."""
+        if self.workers < 2 or torch.cuda.is_initialized() or "fork" not in multiprocessing.get_all_start_methods():
+            yield self
+            return
+        gc.freeze()  # what is shared stays shared
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(self.workers, context, _start_worker, (self,)) as pool:
+            self._pool = pool
+            try:
+                yield self
+            finally:
+                self._pool = None
+                gc.unfreeze()
+
+    def results(self, candidates: Iterable[Candidate]) -> list[Result]:
+        """Of all candidates, in their order."""
+        wanted = list(candidates)
+        total = self.done + len(wanted)
+        if self._pool is None:
+            found = []
+            for one in wanted:
+                self._tell(total)
+                with shown_by(lambda what: None):
+                    found.append(evaluate(self.depths, one, self.options, self.pipeline))
+                self.done += 1
+            return found
+        futures: list[Future[Result]] = [self._pool.submit(_evaluate_here, one) for one in wanted]
+        pending = set(futures)
+        self._tell(total)
+        while pending:
+            finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+            self.done += len(finished)
+            self._tell(total)
+        return [future.result() for future in futures]
+
+    def _tell(self, total: int) -> None:
+        begins(f"compiling candidates, {self.done} of {total} done")
+
+
+_here: list[Evaluator] = []  # of a worker
+
+
+def _start_worker(evaluator: Evaluator) -> None:
+    torch.set_num_threads(1)
+    _here.append(evaluator)
+
+
+def _evaluate_here(candidate: Candidate) -> Result:
+    (evaluator,) = _here
+    with shown_by(lambda what: None):
+        return evaluate(evaluator.depths, candidate, evaluator.options, evaluator.pipeline)
+
+
+def workers_here() -> int:
+    """Processes that may run at once."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return count or 1

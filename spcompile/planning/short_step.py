@@ -1,0 +1,166 @@
+"""One candidate on a captured graph of few layers: compiled up to where its memory is decided, then finished."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from spcompile.attention.scores.attention_call import AttentionCall
+from spcompile.graph.edit import copy_module
+from spcompile.machine.mesh import MeshShape
+from spcompile.memory.account import bytes_alive, saved_bytes
+from spcompile.memory.joint import Joint
+from spcompile.memory.ladder import Ladder, halves
+from spcompile.options import Options
+from spcompile.parameters.planned_parts import captured_over_planned_parts
+from spcompile.parameters.weight_plan import PLANNED, parts_of_parameter, split_over_tp
+from spcompile.passes_api import Pass
+from spcompile.planning.candidates import Candidate
+from spcompile.planning.figures import Figures
+from spcompile.program.build import LocalProgram, build_captured
+from spcompile.program.emit import Emission, TracedStep, trace_step
+from spcompile.program.partition import cut_as_planned, saved_by
+from spcompile.program.pipeline import History
+from spcompile.schedule.communication import communication
+from spcompile.schedule.op_cost import CostModel, attention_flops, cost_model, is_attention, matmul_flops
+from spcompile.schedule.op_cost import visible as part_that_a_mask_leaves
+from spcompile.schedule.timeline import predict
+from spcompile.torch_private import min_cut_rematerialization_partition
+
+
+@dataclass(frozen=True)
+class Short:
+    """A captured graph of few layers.
+
+    own: of each input whether it is a parameter. flops: of its forward, `(products, attention, attention unmasked)`.
+    """
+
+    captured: fx.GraphModule
+    inputs: list[Any]
+    own: tuple[bool, ...]
+    blocks: int
+    flops: tuple[float, float, float]
+
+
+@dataclass
+class ShortStep:
+    """A candidate's step, as far as it does not depend on what is saved."""
+
+    short: Short
+    program: LocalProgram
+    traced: TracedStep
+    base: dict[str, fx.GraphModule]
+    ladder: Ladder | None
+    cost: CostModel
+
+    def figures(self, rung: int) -> Figures:
+        """Of the final graphs, with the trades of a rung of the ladder."""
+        graphs, again = dict(self.base), 0.0
+        if self.ladder is not None and rung:
+            chosen = self.ladder.rung(rung)
+            again = sum(trade.seconds for trade in chosen.trades)
+            assert self.traced.joint is not None
+            cut = cut_as_planned(
+                min_cut_rematerialization_partition,
+                self.traced.joint,
+                self.traced.inputs,
+                chosen.saved,
+                chosen.again,
+                self.traced.arguments,
+            )
+            graphs = dict(zip(("forward", "backward"), cut, strict=True))
+        emission = Emission(replace(self.program, history=History()), bind=lambda graph: None)
+        with torch.no_grad():
+            for phase, gm in graphs.items():
+                emission.schedule(copy_module(gm), phase)
+        return self._figures(emission.graphs, again)
+
+    def _figures(self, final: dict[str, fx.GraphModule], again: float) -> Figures:
+        optimizer = self.program.ctx.options.states
+        held = [x for x, own in zip(self.program.inputs, self.short.own, strict=True) if own]
+        sizes = [(x.numel(), x.element_size()) for x in held]
+        trained = [size for size, x in zip(sizes, held, strict=True) if x.requires_grad and "backward" in final]
+        step = predict(final, self.cost)
+        rows = [r for phase, gm in final.items() for r in communication(phase, gm, self.cost.mesh, self.short.own)]
+        sent: dict[tuple[str, str, str, str], tuple[float, float]] = {}
+        for row in rows:
+            key = (row.op, row.axis, row.phase, row.origin)
+            count, size = sent.get(key, (0.0, 0.0))
+            sent[key] = (count + row.count, size + float(row.bytes))
+        products, attention, attention_full = self.short.flops
+        return Figures(
+            seconds=step.total("seconds"),
+            compute=step.total("compute"),
+            communication=step.total("communication"),
+            exposed=step.total("exposed"),
+            again=again,
+            parameters=sum(n * size for n, size in sizes),
+            gradients=sum(n * size for n, size in trained),
+            states=sum(optimizer.bytes(n, size) for n, size in trained),
+            saved=float(saved_bytes(final)),
+            peaks=halves({phase: bytes_alive(phase, final, self.cost.accelerator, self.cost.fuses) for phase in final}),
+            products=products,
+            attention=attention,
+            attention_full=attention_full,
+            sent=sent,
+        )
+
+
+def short_step(
+    short: Short, candidate: Candidate, split: Mapping[str, int | str], options: Options, pipeline: Sequence[Pass]
+) -> ShortStep:
+    """Compile a candidate up to the partitioner, as `parallelize` would leave its parameters.
+
+    split: by name of a parameter's placeholder: the dim that tp splits, or why it splits none.
+    """
+    mesh = MeshShape.of(dict(candidate.mesh))
+    degrees = dict(candidate.mesh)
+    placeholders = short.captured.graph.find_nodes(op="placeholder")
+    parts = [
+        parts_of_parameter(node.meta["val"].shape, split.get(node.name, ""), degrees, candidate.shard) if own else ()
+        for node, own in zip(placeholders, short.own, strict=True)
+    ]
+    over_parts = captured_over_planned_parts(short.captured, short.inputs, parts)
+    passes = pipeline if mesh.world_size > 1 else [p for p in pipeline if p.axis is None]
+    program = build_captured(*over_parts, mesh, options, passes)
+    traced = trace_step(program)
+    base = traced.cut(min_cut_rematerialization_partition)
+    cost = cost_model(mesh, options)
+    ladder = None
+    if traced.joint is not None:
+        joint = Joint.of(traced.joint.graph, traced.arguments["num_fwd_outputs"], cost.accelerator, cost.fuses)
+        saved = saved_by(traced.joint, base["forward"], base["backward"])
+        ladder = Ladder.of(joint, saved, cost, options.states)
+    return ShortStep(short, program, traced, base, ladder, cost)
+
+
+def split_of_parameters(
+    short: Short, mesh: MeshShape, options: Options, pipeline: Sequence[Pass]
+) -> dict[str, int | str]:
+    """By name of a placeholder: the dim that tp splits, or why it splits none. It does not depend on attention."""
+    if mesh.size("tp") == 1:
+        return {}
+    passes = pipeline[: [p.name for p in pipeline].index(PLANNED) + 1]
+    program = build_captured(copy_module(short.captured), short.inputs, mesh, replace(options, passes={}), passes)
+    names = [node.name for node in short.captured.graph.find_nodes(op="placeholder")]
+    return dict(zip(names, split_over_tp(program.gm.graph, mesh.size("tp")), strict=True))
+
+
+def forward_flops(graph: fx.Graph) -> tuple[float, float, float]:
+    """Of a graph before anything in it is about several ranks: products, attention as masked, attention unmasked."""
+    products = attention = full = 0.0
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if is_attention(node):
+            flops = attention_flops(node)
+            call = AttentionCall.of(node)
+            attention += flops
+            full += flops / max(part_that_a_mask_leaves(call.attention_mask, call.sizes.hints().k_rows), 1e-9)
+        else:
+            products += matmul_flops(node)
+    return products, attention, full

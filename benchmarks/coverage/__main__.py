@@ -58,7 +58,9 @@ def main() -> None:
         if not chosen:
             sys.exit(f"no model is called {' or '.join(given.names)}")
         run([names for names in chosen if given.again or not file_of(names).exists()], given.jobs, given.seconds)
-    PAGE.write_text(page.text([json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]))
+    PAGE.write_text(
+        page.text([json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))], len(everything()))
+    )
 
 
 def everything() -> list[tuple[str, str]]:

@@ -22,12 +22,16 @@ this page, with torch {torch} and transformers {transformers}.
 """
 
 
-def text(found: Sequence[Mapping[str, Any]]) -> str:
-    """The page."""
+def text(found: Sequence[Mapping[str, Any]], models: int) -> str:
+    """The page. models: how many there are to measure."""
     import transformers
 
     ran = [one for one in found if "unable" not in one]
     lines = [HEAD.format(torch=torch.__version__.partition("+")[0], transformers=transformers.__version__)]
+    lines += [
+        f"Measured so far: {len(found)} of {models} models, of which {len(found) - len(ran)} do not run by themselves.",
+        "",
+    ]
     lines += ["| of " + str(len(ran)) + " models | cp | tp |", "| --- | ---: | ---: |"]
     for title, is_so in _COUNTS.items():
         lines.append(

@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 # Every process that the tests start would compile the package and the tests to bytecode again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-manual lint types bench clean
+.PHONY: demo test test-slow test-manual lint types bench coverage clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,11 @@ types: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/scaling_cpu.py
+
+# Models of transformers and of the packages of packages.txt against themselves, two ranks each: hours. Writes docs/coverage.md.
+coverage: $(VENV)/ready
+	$(BIN)/pip install --quiet --no-deps -r benchmarks/coverage/packages.txt
+	$(BIN)/python benchmarks/coverage $(COVERAGE_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist demo-graphs *.egg-info

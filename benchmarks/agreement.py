@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spcompile.command.train import cores, join_processes, on_processes
+from spcompile.command.train import join_processes, on_processes
+from spcompile.machine.host import cores
 from spcompile.models import build
 from spcompile.program.agreement import Agreement
 from spcompile.program.checked_calls import CheckedCalls

@@ -29,9 +29,10 @@ from torch import Tensor
 
 from spcompile.attention.ring.ring import backward_bytes, forward_bytes, message_numbers
 from spcompile.collectives.counting import count_collectives
-from spcompile.command.train import cores, join_processes, on_processes
+from spcompile.command.train import join_processes, on_processes
 from spcompile.command.train_report import relative
 from spcompile.machine import sequence
+from spcompile.machine.host import cores
 from spcompile.passes.placement.parallelize_attention import ulysses_attention
 
 spx = torch.ops.spx

@@ -31,8 +31,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import spcompile
 from spcompile.collectives.point_to_point import WAIT
-from spcompile.command.train import cores, join_processes, on_processes
+from spcompile.command.train import join_processes, on_processes
 from spcompile.command.train_report import relative
+from spcompile.machine.host import cores
 from spcompile.models import build
 from spcompile.program.observed import observed
 from spcompile.schedule.op_cost import cost_model

@@ -22,8 +22,9 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from spcompile.command.train import cores, join_processes, on_processes
+from spcompile.command.train import join_processes, on_processes
 from spcompile.command.train_report import relative
+from spcompile.machine.host import cores
 from spcompile.models import build
 from spcompile.schedule.saved_bytes import saved_activation_bytes
 

@@ -42,8 +42,9 @@ from torch.distributed.tensor.parallel import (
 
 import spcompile
 from spcompile.collectives.counting import count_collectives
-from spcompile.command.train import cores, join_processes, on_processes
+from spcompile.command.train import join_processes, on_processes
 from spcompile.command.train_report import relative
+from spcompile.machine.host import cores
 
 RANKS = 2
 WARM_UP = 2  # steps

@@ -127,11 +127,12 @@ def _with_depths(model: nn.Module, inputs: Any, dp: int, options: Options, explo
 def _explored(
     depths: Depths, shapes: Sequence[Any], heads: Heads, options: Options, workers: int | None
 ) -> list[Result]:
+    from spcompile.machine.host import cores
     from spcompile.passes import PIPELINE
     from spcompile.planning.candidates import first_round, second_round
-    from spcompile.planning.search import Evaluator, workers_here
+    from spcompile.planning.search import Evaluator
 
-    evaluator = Evaluator(depths, options, PIPELINE, workers or workers_here())
+    evaluator = Evaluator(depths, options, PIPELINE, workers or cores())
     with evaluator.running() as running:
         results = running.results(first_round(shapes, heads))
         return results + running.results(second_round(_best_of_meshes(results)[:TRIED_FURTHER]))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from spcompile import torch_private
 from spcompile.graph.typed_call import named_arguments
+from spcompile.machine.overlaps import Overlap
 
 Size = Any  # int or SymInt
 State = str  # "I", "R", "S" or "P"
@@ -82,6 +83,12 @@ class Collective:
 
 COLLECTIVES: dict[torch._ops.OpOverload, Collective] = {}
 STARTS: set[torch._ops.OpOverload] = set()  # what starts a collective besides functional c10d
+
+
+def copy_overlaps(out: Tensor, x: Tensor, dim: int, pieces: Iterable[Overlap]) -> None:
+    """Put pieces of `x` along `dim` where they stand in `out`."""
+    for piece in pieces:
+        out.narrow(dim, piece.target, piece.size).copy_(x.narrow(dim, piece.source, piece.size))
 
 
 def define(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from spcompile.collectives.collective import Call, Size, define, rank_in, wait, with_size
+from spcompile.collectives.collective import Call, Size, copy_overlaps, define, rank_in, wait, with_size
 from spcompile.machine.overlaps import LaidOut, Overlap, overlaps
 
 SCHEMA = (
@@ -56,9 +56,7 @@ def spec(parts: Sequence[Tensor], dim: int, axis: str, **layouts: int | str) -> 
     results = [x.new_zeros(with_size(x.shape, dim, plan.new.local)) for x in parts]
     for source, x in enumerate(parts):
         for target, result in enumerate(results):
-            for piece in plan.between(source, target):
-                part = x.narrow(dim, piece.source, piece.size)
-                result.narrow(dim, piece.target, piece.size).copy_(part)
+            copy_overlaps(result, x, dim, plan.between(source, target))
     return results
 
 
@@ -69,8 +67,7 @@ def eager(
     rank = rank_in(axis)
     plan = _Plan(start, count, length, unit, to_start, to_length, to_unit, degree, order)
     out = x.new_zeros(with_size(x.shape, dim, plan.new.local))
-    for piece in plan.between(rank, rank):
-        out.narrow(dim, piece.target, piece.size).copy_(x.narrow(dim, piece.source, piece.size))
+    copy_overlaps(out, x, dim, plan.between(rank, rank))
     if any(plan.sent(other) for other in range(degree)):
         _exchange(x.movedim(dim, 0), out.movedim(dim, 0), plan, rank, axis)
     return out

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from spcompile.collectives.collective import Call, Size, define, rank_in, with_size
+from spcompile.collectives.collective import Call, Size, copy_overlaps, define, rank_in, with_size
 from spcompile.machine.overlaps import LaidOut, everything, overlaps
 
 SCHEMA = (
@@ -41,8 +41,8 @@ def _picked(
     x: Tensor, rank: int, dim: int, start: int, count: int, length: int, unit: int, degree: int, order: str
 ) -> Tensor:
     out = x.new_zeros(with_size(x.shape, dim, count))
-    for piece in overlaps(LaidOut(length, unit, degree, order).stretches(rank), everything(count), start, 0, count):
-        out.narrow(dim, piece.target, piece.size).copy_(x.narrow(dim, piece.source, piece.size))
+    held = LaidOut(length, unit, degree, order).stretches(rank)
+    copy_overlaps(out, x, dim, overlaps(held, everything(count), start, 0, count))
     return out
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from spcompile.collectives.collective import Call, Size, define, rank_in, with_size
+from spcompile.collectives.collective import Call, Size, copy_overlaps, define, rank_in, with_size
 from spcompile.machine.overlaps import LaidOut, everything, overlaps
 
 SCHEMA = "place(Tensor x, int dim, SymInt start, SymInt length, SymInt unit, str axis, int degree, str order) -> Tensor"
@@ -33,8 +33,7 @@ def eager(x: Tensor, dim: int, start: int, length: int, unit: int, axis: str, de
 def _placed(x: Tensor, rank: int, dim: int, start: int, length: int, unit: int, degree: int, order: str) -> Tensor:
     split, size = LaidOut(length, unit, degree, order), x.shape[dim]
     out = x.new_zeros(with_size(x.shape, dim, split.local))
-    for piece in overlaps(everything(size), split.stretches(rank), 0, start, size):
-        out.narrow(dim, piece.target, piece.size).copy_(x.narrow(dim, piece.source, piece.size))
+    copy_overlaps(out, x, dim, overlaps(everything(size), split.stretches(rank), 0, start, size))
     return out
 
 

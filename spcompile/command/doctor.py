@@ -17,6 +17,7 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 
 from spcompile.command.doctor_ranks import CollectiveCheck, RanksFound
+from spcompile.machine.host import cores, host_memory
 from spcompile.plain_text import one_line
 from spcompile.program.own_files import are_own
 from spcompile.torch_private import inductor_cache_dir
@@ -64,8 +65,8 @@ def _versions() -> Iterator[Finding]:
 
 
 def _devices() -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Finding("devices", "cpu", f"{cores} cores{_memory_of_host()}")
+    memory = host_memory()
+    yield Finding("devices", "cpu", f"{cores()} cores" + (f", {memory / GIB:.0f} GiB" if memory is not None else ""))
     count = torch.cuda.device_count()
     if not count:
         yield Finding("devices", "gpu", "none that torch sees: everything runs on CPU", None, "a CUDA build of torch")
@@ -80,12 +81,6 @@ def _devices() -> Iterator[Finding]:
         cure = "" if direct == len(pairs) else "options={'links': {axis: 'network'}} says that an axis is slower"
         found = f"{direct} of {len(pairs)} pairs of GPUs reach each other directly"
         yield Finding("devices", "links", found, None if cure else True, cure)
-
-
-def _memory_of_host() -> str:
-    if not hasattr(os, "sysconf"):
-        return ""
-    return f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB:.0f} GiB"
 
 
 def _communication() -> Iterator[Finding]:

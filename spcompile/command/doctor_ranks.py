@@ -6,6 +6,7 @@ specification, which computes all ranks' results from all ranks' operands.
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import socket
@@ -86,8 +87,8 @@ def _runs(ranks: int, device: str) -> Iterator[tuple[str, Run]]:
     """Names, and what gives pairs of a result and what it must be."""
     for collective in COLLECTIVES.values():
         calls = list(collective.examples(LENGTH, ranks))
-        yield collective.name, lambda collective=collective, calls=calls: _pairs(collective, calls, device)  # type: ignore[misc]
-    yield "ring", lambda: _around(device)
+        yield collective.name, functools.partial(_pairs, collective, calls, device)
+    yield "ring", functools.partial(_around, device)
 
 
 def _pairs(collective: Collective, calls: list[Call], device: str) -> Iterator[tuple[Tensor, Tensor]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from spcompile.command.arguments import parse_dtype, require_model
 from spcompile.diagnostics import IllegalModel
+from spcompile.machine.host import host_memory
 from spcompile.plain_text import one_line
 
 Objective = Literal["next token", "masked token"]
@@ -209,12 +209,12 @@ def _require_positions(name: str, model: nn.Module, seq: int) -> None:
 def _require_memory(name: str, build: Callable[[], nn.Module]) -> None:
     """Raises IllegalModel for weights that this machine cannot hold, before they are made."""
     device = torch.empty(()).device
-    if device.type != "cpu" or not hasattr(os, "sysconf"):
+    there = host_memory()
+    if device.type != "cpu" or there is None:
         return
     with torch.device("meta"):
         tensors = [*(model := build()).parameters(), *model.buffers()]
     needed = sum(x.numel() * x.element_size() for x in tensors)
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
         raise IllegalModel(
             f"{name}: {needed:,} bytes of weights", legal=f"at most this machine's memory, {there:,} bytes"

@@ -28,6 +28,7 @@ from spcompile.command.interrupts import end_silently, interrupts_for_this_proce
 from spcompile.command.train_progress import ShowStep, step_progress
 from spcompile.command.train_report import TrainingRun, TrainJob, TrainReport, relative
 from spcompile.diagnostics import IllegalMesh, IllegalModel, IllegalOption
+from spcompile.machine.host import cores
 from spcompile.machine.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.program.dump import cannot_write, require_room
@@ -215,10 +216,3 @@ class Batches:
         ids_BS = torch.stack([self.text[start : start + self.job.seq] for start in starts.tolist()]).long()
         inputs = self.built.inputs(ids_BS)  # masks are drawn for the whole batch, so that every dp size has the same
         return {name: value.chunk(self.dp_size)[self.dp_rank].to(self.device) for name, value in inputs.items()}
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -131,10 +131,9 @@ class _High:
 
 def _high_water(phase: str, graphs: Mapping[str, fx.GraphModule], accelerator: Accelerator, fuses: bool) -> _High:
     """In the backward, what the forward gave its caller is alive as well."""
-    order, lives, levels = _alive(phase, graphs, accelerator, fuses)
+    order, lives, levels, stay = _alive(phase, graphs, accelerator, fuses)
     at = levels.index(max(levels))
     there = [root for root in lives.during(at) if not _is_held(root)]
-    stay = {*_before(phase, graphs), *_returned(phase, graphs)}
     scratch = bytes_inside(order[at], accelerator) if order else sympy.Integer(0)
     outside = _given_to_caller(graphs) if phase == "backward" else []
     return _High(
@@ -152,27 +151,18 @@ def bytes_alive(phase: str, graphs: Mapping[str, fx.GraphModule], accelerator: A
 
 def _alive(
     phase: str, graphs: Mapping[str, fx.GraphModule], accelerator: Accelerator, fuses: bool
-) -> tuple[list[fx.Node], Lives, list[int]]:
-    order = [node for node in graphs[phase].graph.nodes if node.op != "output"]
-    storage, returned = _storages_in(phase, graphs), _returned(phase, graphs)
+) -> tuple[list[fx.Node], Lives, list[int], set[fx.Node]]:
+    """(calls, lives of storages, bytes during each call, storages that are there before or stay behind)."""
+    graph, storage = graphs[phase].graph, _storages_in(phase, graphs)
+    order = [node for node in graph.nodes if node.op != "output"]
+    before = {storage(node): None for node in order if node.op == "placeholder" and not _is_held(storage(node))}
+    returned = {storage(node) for node in outputs_of(graph) if isinstance(node, fx.Node)}
     inside = fused_away(order, returned, storage) if fuses else ()
-    lives = Lives.of(order, _before(phase, graphs), returned, storage, inside)
+    lives = Lives.of(order, before, returned, storage, inside)
     sizes = {root: 0 if _is_held(root) else storage_bytes(root) for root in lives.born}
     outside = sum(map(storage_bytes, _given_to_caller(graphs))) if phase == "backward" else 0
     levels = lives.bytes(sizes.__getitem__, [int(bytes_inside(node, accelerator, hint)) for node in order]) or [0]
-    return order, lives, [level + outside for level in levels]
-
-
-def _before(phase: str, graphs: Mapping[str, fx.GraphModule]) -> dict[fx.Node, None]:
-    """The storages that are alive when a graph begins."""
-    storage, inputs = _storages_in(phase, graphs), graphs[phase].graph.find_nodes(op="placeholder")
-    return {storage(node): None for node in inputs if not _is_held(storage(node))}
-
-
-def _returned(phase: str, graphs: Mapping[str, fx.GraphModule]) -> set[fx.Node]:
-    """The storages of what a graph returns."""
-    storage = _storages_in(phase, graphs)
-    return {storage(node) for node in outputs_of(graphs[phase].graph) if isinstance(node, fx.Node)}
+    return order, lives, [level + outside for level in levels], before.keys() | returned
 
 
 def _storages_in(phase: str, graphs: Mapping[str, fx.GraphModule]) -> Callable[[fx.Node], fx.Node]:

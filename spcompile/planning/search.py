@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -279,9 +278,3 @@ def _evaluate_here(candidate: Candidate) -> Result:
     (evaluator,) = _here
     with shown_by(lambda what: None):
         return evaluate(evaluator.depths, candidate, evaluator.options, evaluator.pipeline)
-
-
-def workers_here() -> int:
-    """Processes that may run at once."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return count or 1

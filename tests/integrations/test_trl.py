@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import FLOAT32
-from trainer_runs import launched, left_behind, worst
+from trainer_runs import QUIET_ON_CPU, launched, left_behind, worst
 from worker_pool import WorkerPool
 
 pytest.importorskip("trl")
@@ -61,19 +61,10 @@ def compare(name: str, mesh: dict[str, int], folder: str) -> dict[str, float]:
     if dist.get_rank() == 0:
         hf_models.build("llama", layers=1).save_pretrained(folder)
     dist.barrier()
-    common: dict[str, Any] = {
-        "use_cpu": True,
+    common = QUIET_ON_CPU | {
         "bf16": False,
         "max_steps": 3,
-        "per_device_train_batch_size": 2,
         "max_length": 24,
-        "learning_rate": 1e-2,
-        "adam_epsilon": 1e-4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
         "gradient_checkpointing": name == "sft, adapters",
     }
 

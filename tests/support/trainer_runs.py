@@ -19,6 +19,17 @@ from torch.utils.data import Dataset
 
 LENGTH = 24
 IGNORED = -100
+QUIET_ON_CPU: dict[str, Any] = {
+    "use_cpu": True,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "adam_epsilon": 1e-4,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
 
 
 class Rows(Dataset[dict[str, Tensor]]):
@@ -89,21 +100,8 @@ def arguments(folder: str, settings: Mapping[str, Any]) -> Any:
     """Five steps of two rows on CPU, each logged."""
     from transformers import TrainingArguments
 
-    common: dict[str, Any] = {
-        "output_dir": folder,
-        "use_cpu": True,
-        "max_steps": 5,
-        "per_device_train_batch_size": 2,
-        "per_device_eval_batch_size": 2,
-        "learning_rate": 1e-2,
-        "adam_epsilon": 1e-4,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-    return TrainingArguments(**(common | dict(settings)))
+    own = {"output_dir": folder, "max_steps": 5, "per_device_eval_batch_size": 2}
+    return TrainingArguments(**(QUIET_ON_CPU | own | dict(settings)))
 
 
 def left_behind(trainer: Any, result: Any = None) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def test_trades_go_from_cheap_bytes_to_dear_ones_and_keep_the_inputs_of_blocks()
     blocks = find_blocks(joint, COST.is_heavy)
     seconds = {True: 1.0, False: 0.0}
     savings = Savings(joint, set(joint.read_by_backward), blocks.inputs, lambda n: seconds[COST.is_heavy(n)])
-    trades = savings.trades()
+    trades = savings.trades() + savings.of_block_inputs()
     assert all(trade.bytes > 0 for trade in trades)
     inputs = {joint.storage[node] for node in blocks.inputs}
     gives_inputs = [bool(inputs & {joint.storage[node] for node in trade.given_up}) for trade in trades]

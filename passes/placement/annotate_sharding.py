@@ -63,7 +63,10 @@ class AnnotateSharding(AxisPass):
         shuffles = find_shuffles(gm.graph) if self.axis != "tp" else []
         while True:
             rules = {node: rule for shuffle in shuffles for node, rule in shuffle.rules.items()}
-            spaces = find_index_spaces(gm.graph, apart=self.axis == "dp", moving=self.axis == "cp", rules=rules)
+            zigzag = self.axis == "cp" and ctx.order == "zigzag"
+            spaces = find_index_spaces(
+                gm.graph, apart=self.axis == "dp", moving=self.axis == "cp", zigzag=zigzag, rules=rules
+            )
             placements = place(gm.graph, spaces, ctx)
             whole = split_apart(shuffles, spaces, placements)
             if not whole:

@@ -42,12 +42,18 @@ class IndexSpaces:
 
 
 def find_index_spaces(
-    graph: fx.Graph, *, apart: bool = False, moving: bool = False, rules: Mapping[fx.Node, OpRule] | None = None
+    graph: fx.Graph,
+    *,
+    apart: bool = False,
+    moving: bool = False,
+    zigzag: bool = False,
+    rules: Mapping[fx.Node, OpRule] | None = None,
 ) -> IndexSpaces:
     """One pass in topological order. Calls without a rule get new spaces for their results.
 
     apart: of an axis whose ranks have parts of their own from the start: where an op has another rule for that.
     moving: of an axis whose ranks send each other what an op moves: the same.
+    zigzag: of an axis whose ranks have elements that do not stand together: factors that are ordered are replicated.
     rules: of calls that have another rule than else.
     """
     spaces = IndexSpaces()
@@ -65,6 +71,8 @@ def find_index_spaces(
             rule = rule.apart([[space.size for space in leaves(dim)] for dim in first])
         if moving and rule is not None and rule.moving is not None:
             rule = rule.moving
+        if zigzag and rule is not None and rule.ordered:
+            rule = replace(rule, replicated=rule.replicated | rule.ordered)
         call = _bind(node, rule, spaces) if rule is not None else None
         if call is not None:
             spaces.calls[node] = call

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 
 import torch.fx as fx
 
+from spcompile.diagnostics import InvalidGraph, source_of
+from spcompile.graph.edit import is_getitem, operand, result_number
 from spcompile.graph.reshard import Place
 from spcompile.graph.sizes import same
 from spcompile.sharding.global_view import is_view, place_of_view
 from spcompile.sharding.index_spaces import Dims, IndexSpaces, OpSpaces
-from spcompile.sharding.propagate import Choice, Placements
+from spcompile.sharding.propagate import Choice, Placements, place_of
 from spcompile.sharding.rules.rule import tensor_results
 from spcompile.sharding.spaces import leaves
 
@@ -62,12 +64,27 @@ def annotate(graph: fx.Graph, axis: str, spaces: IndexSpaces, placements: Placem
     """Leave on every node a new layout: its spaces, and on `axis` its choice and places.
 
     A global view on `axis` is no call to be placed: its result is split as it says.
+
+    Raises:
+        InvalidGraph: a value is placed where the call that makes it does not put it; a bug of whoever placed it.
     """
     for node in graph.nodes:
         node.meta.pop("layout", None)
         node.meta["sharding"] = {k: v for k, v in node.meta.get("sharding", {}).items() if k != axis}
         if node in spaces.values:
             node.meta["layout"] = _layout(node, axis, spaces, placements)
+            _require_place_of_call(node, axis)
+
+
+def _require_place_of_call(node: fx.Node, axis: str) -> None:
+    source, number = (operand(node, 0), result_number(node)) if is_getitem(node) else (node, 0)
+    layout, made = layout_of(node), layout_of(source)
+    if layout is None or made is None or made.call is None or axis not in made.choice:
+        return
+    wanted = place_of(made.call.rule.results[number], made.call, made.choice[axis])
+    if layout.place(axis) != wanted:
+        found = f"{node.name} is placed at {layout.place(axis)} on {axis}, but {source.target} puts it at {wanted}"
+        raise InvalidGraph(found, where=source_of(node), legal="the place that follows from the choice of the call")
 
 
 def _layout(node: fx.Node, axis: str, spaces: IndexSpaces, placements: Placements) -> NodeLayout:

@@ -130,9 +130,18 @@ def propagate(
     queue: deque[tuple[fx.Node, int]] = deque()
 
     def reach(value: tuple[fx.Node, int], place: Place, source: tuple[fx.Node, int] | None) -> None:
-        if value not in found.places:
+        if value not in found.places and _may_be_at(value, place, spaces, found):
             found.places[value], found.origins[value] = place, source
             queue.append(value)
+
+    def put(node: fx.Node, number: int, place: Place | None, source: tuple[fx.Node, int] | None) -> None:
+        """What a call gives is where its choice says, or not split, whatever place a consumer has asked for."""
+        values = [(node, number), *((item, 0) for item in node.users if _is_result(item, number))]
+        for value in values:
+            if found.places.get(value, place) != place:
+                del found.places[value]
+            if place is not None:
+                reach(value, place, source if value == values[0] else values[0])
 
     def choose(node: fx.Node, choice: Choice, source: tuple[fx.Node, int] | None) -> None:
         if node in found.choices:
@@ -145,12 +154,7 @@ def propagate(
             if place is not None:
                 reach((read, 0), place, source or (node, 0))
         for number, dims in enumerate(call.rule.results):
-            place = place_of(dims, call, choice)
-            if place is not None:
-                # A consumer may have asked for another place; what the call gives is what its choice says.
-                if found.places.get((node, number), place) != place:
-                    del found.places[(node, number)]
-                reach((node, number), place, source if source != (node, number) else None)
+            put(node, number, place_of(dims, call, choice), source if source != (node, number) else None)
 
     for node, choice in seeds.items():
         choose(node, choice, None)
@@ -159,6 +163,8 @@ def propagate(
     while queue:
         value = queue.popleft()
         node, number = value
+        if value not in found.places:
+            continue
         place = found.places[value]
         if is_getitem(node):
             reach((operand(node, 0), result_number(node)), place, value)
@@ -167,14 +173,26 @@ def propagate(
             if made is not None:
                 choose(node, made, value)
         for user in node.users:
-            if is_getitem(user):
-                if result_number(user) == number:
-                    reach((user, 0), place, value)
+            if _is_result(user, number):
+                reach((user, 0), place, value)
             elif user in spaces.calls:
                 made = choice_as_operand(user, node, spaces.calls[user], place)
                 if made is not None:
                     choose(user, made, value)
     return found
+
+
+def _may_be_at(value: tuple[fx.Node, int], place: Place, spaces: IndexSpaces, found: Placements) -> bool:
+    """Whether the call that gives a value, if it has chosen, puts it there; sums it leaves whole, to be completed."""
+    node, number = value
+    if is_getitem(node):
+        node, number = operand(node, 0), result_number(node)
+    choice, call = found.choices.get(node), spaces.calls.get(node)
+    return choice is None or call is None or place_of(call.rule.results[number], call, choice) == place
+
+
+def _is_result(user: fx.Node, number: int) -> bool:
+    return is_getitem(user) and result_number(user) == number
 
 
 def choice_as_operand(user: fx.Node, value: fx.Node, call: OpSpaces, place: Place) -> Choice | None:

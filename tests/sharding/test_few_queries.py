@@ -48,6 +48,18 @@ def in_steps(q_1QD: Tensor, x_BSD: Tensor, up_DD: Tensor, w_DD: Tensor) -> Tenso
     return weights @ heads(h_BSD)
 
 
+def channels_and_pooled(q_1QD: Tensor, x_BSD: Tensor, up_DD: Tensor, w_DD: Tensor) -> Tensor:
+    """Attention of channels to channels, which sums over the sequence that is pooled behind it."""
+    q_BSD, k_BSD = torch.cat((x_BSD @ up_DD, x_BSD @ w_DD), -1).split(x_BSD.shape[-1], -1)
+    weights_BDE = (q_BSD.mT @ k_BSD).softmax(-1)
+    return pooled(q_1QD, x_BSD + (weights_BDE @ x_BSD.mT).mT, up_DD, w_DD)
+
+
+@pytest.mark.parametrize("degree", [2, 3])
+def test_channels_that_attend_to_channels_before_the_pooling(degree: int) -> None:
+    check_pipeline(channels_and_pooled, inputs(1, 8), {"cp": degree})
+
+
 @pytest.mark.thinned(4, covers=["function"])
 @pytest.mark.parametrize("function", [pooled, encoded_and_pooled, in_steps])
 @pytest.mark.parametrize(("degree", "queries", "length"), [(2, 1, 8), (2, 1, 7), (3, 1, 4), (4, 2, 65)])

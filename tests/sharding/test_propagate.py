@@ -143,3 +143,19 @@ def test_a_call_that_only_sharded_calls_read_runs_sharded() -> None:
     b.graph.output((b.call(operator.getitem, node, 0),))
     annotated(b)
     assert doubled in sharded_calls(b.graph, "cp")
+
+
+def test_parts_of_a_split_lie_where_the_split_puts_them_whatever_their_reader_asked_for() -> None:
+    """Rows of one attention are channels of what came split by rows of another."""
+    b = Builder()
+    x_BSD = b.input(2, 20, 12)
+    both = b.call(aten.split.Tensor, x_BSD, 4, 2)
+    parts = [b.call(operator.getitem, both, i) for i in range(3)]
+    channels = [b.call(aten.permute.default, b.call(aten.view.default, p, [2, 20, 1, 4]), [0, 2, 3, 1]) for p in parts]
+    b.call(torch.ops.spx.attention.default, *channels, *[None] * 6, "full", 1.0)
+    rows = b.call(aten.view.default, x_BSD, [2, 1, 20, 12])
+    attention(b, rows, rows)
+    spaces, found = run(b)
+    assert found.choices[both] == Choice(spaces.calls[both].rule.operands[0][1][0])
+    assert found.places[x_BSD, 0] == Place(1)
+    assert [found.places[part, 0] for part in parts] == [Place(1)] * 3

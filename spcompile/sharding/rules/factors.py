@@ -51,6 +51,7 @@ def make_rule(
     *,
     sums: Collection[Factor] = (),
     completes: Collection[Factor] = (),
+    ordered: Collection[Factor] = (),
     contracts: Collection[Factor] = (),
     fills: Mapping[str, float] | None = None,
     local: Callable[[LocalCall], Any] | None = None,
@@ -66,7 +67,7 @@ def make_rule(
     completes: the factors that are only in operands and over which `local` gives complete results; dropped likewise.
     contracts: the replicated factors that the op sums over inside.
     fills: what the padding of a summed factor must hold, by argument name; default 0 in the first operand.
-    prefix_of, unread, moves, moved: as in OpRule, with factors and argument names.
+    ordered, prefix_of, unread, moves, moved: as in OpRule, with factors and argument names.
     """
     layouts, owners = _in_call_order(node, operands)
     _check_ranks(node, layouts, results)
@@ -80,6 +81,7 @@ def make_rule(
         sizes={name: factor.size for factor, name in names.items()},
         reductions={names[f]: "sum" for f in names if f in sums and not f.replicated},
         completed=frozenset(names[f] for f in names if f in completes and not f.replicated),
+        ordered=frozenset(names[f] for f in names if f in ordered),
         replicated=frozenset(name for factor, name in names.items() if factor.replicated),
         contracted=frozenset(names[f] for f in names if f in contracts),
         fills={0: 0.0} if fills is None else {i: fills[owner] for i, owner in enumerate(owners) if owner in fills},

@@ -34,7 +34,7 @@ def embedding(node: fx.Node) -> OpRule:
         return aten.embedding.default(*call.args, **call.kwargs)
 
     operands = {"weight": [rows, width], "indices": places}
-    rule = make_rule(node, operands, [[*places, width]], sums=[rows], fills={}, local=local)
+    rule = make_rule(node, operands, [[*places, width]], sums=[rows], ordered=[rows], fills={}, local=local)
     return rule
 
 

@@ -31,7 +31,15 @@ def linear_loss(node: fx.Node) -> OpRule:
     operands = {"x": [*rows, d], "weight": [classes, d], "bias": [classes], "labels": rows, "first": []}
     if args["class_weight"] is not None:
         operands["class_weight"] = [Factor(args["class_weight"].shape[0], replicated=True)]
-    rule = make_rule(node, operands, [rows] * 3, completes=[classes], contracts=[d], local=lambda call: run(call))
+    rule = make_rule(
+        node,
+        operands,
+        [rows] * 3,
+        completes=[classes],
+        ordered=[classes],
+        contracts=[d],
+        local=lambda call: run(call),
+    )
 
     def run(call: LocalCall) -> Three:
         own = LinearCrossEntropyCall.bind(*call.args, **call.kwargs)

@@ -64,7 +64,7 @@ def classification(node: fx.Node) -> OpRule | None:
         return node.target(*call.args, **call.kwargs)  # type: ignore[operator]
 
     fills = {"target": float(args["ignore_index"])}
-    rule = make_rule(node, operands, [out], sums=sums, completes=[classes], fills=fills, local=local)
+    rule = make_rule(node, operands, [out], sums=sums, completes=[classes], ordered=[classes], fills=fills, local=local)
     return rule
 
 

@@ -80,6 +80,7 @@ class OpRule:
     reductions: for each factor that is only in operands and may be sharded: "sum" (the only one that is differentiable
         through a plain all-reduce).
     completed: factors that are only in operands, and over which `local` gives the complete result, not a partial one.
+    ordered: factors of which every rank must have elements that stand together, since `local` asks for the first.
     replicated: factors that this op cannot compute on shards.
     contracted: those of them that it sums over inside, as a product with a weight does.
     fills: for a reduction over a padded factor: {operand index: value the padding must have}. Default: 0 for operand 0.
@@ -103,6 +104,7 @@ class OpRule:
     sizes: Mapping[str, Size]
     reductions: Mapping[str, str] = field(default_factory=dict)
     completed: frozenset[str] = frozenset()
+    ordered: frozenset[str] = frozenset()
     replicated: frozenset[str] = frozenset()
     contracted: frozenset[str] = frozenset()
     fills: Mapping[int, float] = field(default_factory=lambda: {0: 0.0})

@@ -2,8 +2,9 @@
 
 The shards of one factor are put together again (or added up, where the rule says sum) and must be what the op gives on
 whole tensors: forward, and the gradient of every floating-point operand, in float64. Elements of the factor are laid
-out over two ranks in three ways: in order, zigzag, and with padding that holds other numbers than the tensor does. A
-rule that hides a dependence on positions or on neighbours, a wrong reduction, fill or mean fails one of them.
+out over two and three ranks in three ways: in order, zigzag, and with more padding than they need. Padding holds other
+numbers than the tensor does. A rule that hides a dependence on positions or on neighbours, a wrong reduction, fill or
+mean fails one of them. `test_rules_placements.py` has every placement of the operands.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from spcompile.machine.sequence import positions
 from spcompile.sharding.rules import LocalCall, OpRule, rule_of
 from spcompile.sharding.rules.rule import Dims
 
-DEGREE = 2
+DEGREES = (2, 3)
 UNDEFINED = ("empty", "empty_like", "new_empty")  # ops whose elements mean nothing: only shapes are compared
 
 
@@ -35,18 +36,22 @@ class Layout:
 
     factor: str
     size: int
-    places: Tensor  # [DEGREE, local size]
+    places: Tensor  # [degree, local size]
+
+    @property
+    def degree(self) -> int:
+        return self.places.shape[0]
 
     @property
     def local_size(self) -> int:
         return self.places.shape[1]
 
 
-def layouts(factor: str, size: int) -> list[Layout]:
+def layouts(factor: str, size: int, degree: int) -> list[Layout]:
     """In order, zigzag, and in order with one more element of padding per rank."""
     found = []
-    for length, order in ((size, "contiguous"), (size, "zigzag"), (size + DEGREE, "contiguous")):
-        places = torch.stack([positions(length, rank, DEGREE, order).long() for rank in range(DEGREE)])
+    for length, order in ((size, "contiguous"), (size, "zigzag"), (size + degree, "contiguous")):
+        places = torch.stack([positions(length, rank, degree, order).long() for rank in range(degree)])
         found.append(Layout(factor, size, torch.where(places < size, places, -1)))
     return found
 
@@ -162,7 +167,7 @@ class Run:
         """Compares the shards of one factor with the whole."""
         rule, sizes = self.rule, self.rule.sizes
         results, grads = [], []
-        for rank in range(DEGREE):
+        for rank in range(layout.degree):
             leaves = self.leaves(self.local_operands(layout, rank))
             local = flatten(self.run_local(leaves, layout, rank))
             for result, dims in zip(local, rule.results, strict=True):
@@ -178,7 +183,8 @@ class Run:
             elif rule.reductions.get(layout.factor) == "sum":
                 found = sum(parts[1:], parts[0])
             else:
-                equal(parts[0], parts[1], f"result {i} on two ranks")
+                for other in parts[1:]:
+                    equal(parts[0], other, f"result {i} on two ranks")
                 found = parts[0]
             equal(found, self.results[i].detach(), f"result {i} over {layout.factor}")
         for i, (dims, wanted) in enumerate(zip(rule.operands, self.gradients, strict=True)):
@@ -215,7 +221,9 @@ class Run:
         if self.rule.local is None:
             return self.call.op(*args, **kwargs)
         shapes = tuple(tuple(local_shape(dims, self.rule.sizes, layout)) for dims in self.rule.results)
-        return self.rule.local(LocalCall(args, kwargs, shapes, layout.factor, layout.size, DEGREE, _Rank(layout, rank)))
+        return self.rule.local(
+            LocalCall(args, kwargs, shapes, layout.factor, layout.size, layout.degree, _Rank(layout, rank))
+        )
 
 
 class NotContiguous(Exception):
@@ -256,10 +264,10 @@ def shardable(rule: OpRule) -> list[str]:
 
 def check(of: Call, rule: OpRule) -> None:
     """Runs a call on shards of every factor that its rule says may be sharded."""
-    for seed in (0, 1):
+    for seed, degree in enumerate(DEGREES):
         run = Run(of, rule, seed)
         for factor in shardable(rule):
-            for layout in layouts(factor, rule.sizes[factor]):
+            for layout in layouts(factor, rule.sizes[factor], degree):
                 with suppress(NotContiguous):
                     run.check(layout)
 

@@ -1,9 +1,9 @@
 """How far a model's results move when every number in it does by one unit in the last place.
 
-That is what two right programs may differ in, which round at other places. A constant would be too much for one
-tensor, such as a loss over many tokens, and too little for another, such as a gradient in which large terms cancel.
-Each number moves by a unit of its own dtype: a softmax in float32 in the midst of float64 makes just the noise that it
-makes.
+An op that rounds several times inside, such as a softmax, moves what it gives as often. That is what two right programs
+may differ in, which round at other places. A constant would be too much for one tensor, such as a loss over many
+tokens, and too little for another, such as a gradient in which large terms cancel. Each number moves by a unit of its
+own dtype: a softmax in float32 in the midst of float64 makes just the noise that it makes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,17 @@ from spcompile.attention.scores.mask import EXCLUDES
 from spcompile.program.pipeline import Snapshot
 from spcompile.report.trial import Observer, Outcome, Trial
 from spcompile.report.verify_report import difference, largest
+from spcompile.sharding.rules.calls import overloads
+from spcompile.sharding.rules.normalization import LAYER_NORMS, SOFTMAXES
 
 DRAWS = 4
+# Of a softmax: the difference to the largest, its exponential, their sum, the quotient. Of a norm: the mean, the
+# difference to it, the sum of squares, its root, the quotient.
+INSIDE = {
+    **dict.fromkeys(overloads(SOFTMAXES), 4),
+    **dict.fromkeys(overloads(LAYER_NORMS), 5),
+    torch.ops.aten.scaled_dot_product_attention.default: 6,
+}
 # A draw may move a result by less than another one would.
 ROUNDINGS = 2
 
@@ -78,9 +87,10 @@ def _move(node: fx.Node, values: Sequence[Any], generator: torch.Generator) -> N
         return
     for x in pytree.tree_leaves(list(values)):
         if isinstance(x, Tensor) and x.is_floating_point() and not _is_view(node, x):
-            x.data.copy_(moved(x.data, generator))
+            roundings = INSIDE.get(node.target, 1)
+            x.data.copy_(moved(x.data, generator, roundings))
             if x.requires_grad:
-                x.register_hook(lambda gradient: moved(gradient, generator))
+                x.register_hook(lambda gradient, roundings=roundings: moved(gradient, generator, roundings))
 
 
 def _is_view(node: fx.Node, x: Tensor) -> bool:
@@ -91,15 +101,18 @@ def _is_view(node: fx.Node, x: Tensor) -> bool:
     return any(operand.meta["val"].dtype == x.dtype for operand in node.all_input_nodes[:1])
 
 
-def moved(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each element one unit up or down; zeros, infinities and numbers that exclude keys stay, and so do mere marks."""
+def moved(x: Tensor, generator: torch.Generator, roundings: int = 1) -> Tensor:
+    """Each element some times one unit up or down.
+
+    Zeros, infinities and numbers that exclude keys stay, and so do mere marks.
+    """
     if not _is_measured(x):
         return x
     exact = x.to(torch.float64)
     unit = torch.ldexp(torch.full_like(exact, torch.finfo(x.dtype).eps), torch.frexp(exact.abs()).exponent - 1)
-    up = torch.randint(0, 2, x.shape, generator=generator).to(x.device)
+    up = torch.randint(0, 2, (roundings, *x.shape), generator=generator).to(x.device)
     moves = (exact != 0) & exact.isfinite() & (exact > EXCLUDES)
-    return torch.where(moves, exact + unit * (2 * up - 1), exact).to(x.dtype)
+    return torch.where(moves, exact + unit * (2 * up - 1).sum(0), exact).to(x.dtype)
 
 
 def _is_measured(x: Tensor) -> bool:

@@ -89,3 +89,13 @@ def test_attention_is_compared_with_its_formula() -> None:
     report = verify(LeftPadded(), (torch.randn(2, 9, 8, dtype=F64), valid), mesh={"cp": 2})
     assert report.ok, str(report)
     assert report.tolerance == 1e-10
+
+
+def test_what_rounds_several_times_inside_moves_as_often() -> None:
+    """The noise of one draw, added up over rows, grows with the root of the number of roundings."""
+    x = torch.linspace(1.1, 1.9, 4000, dtype=F64)
+    once, often = (
+        (moved(x, torch.Generator().manual_seed(1), n) - x).div(torch.finfo(F64).eps).square().mean() for n in (1, 4)
+    )
+    assert once == 1.0
+    assert 3.5 < often < 4.5

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from spcompile.graph.edit import argument, shape_of
+from spcompile.graph.edit import argument, operand, shape_of
+from spcompile.graph.einsum import letters_of
 from spcompile.recognition.masks.finite import is_finite
 from spcompile.recognition.masks.index_maps import sizes_of
 from spcompile.recognition.scores_chain import (
@@ -91,10 +92,15 @@ def _exclude_for_good(mask: fx.Node, found: EagerAttention) -> None:
 
 def rows_of_scores(softmax: fx.Node) -> int | None:
     """The dim of the query rows, from the end, of a softmax over products of queries and keys; None if it is none."""
-    try:
-        product = product_below(without_maximum(softmax.args[0]))
-    except Refused:
-        return None
+    below: Any = without_maximum(softmax.args[0])
+    while True:
+        try:
+            product = product_below(below)
+            break
+        except Refused as stop:
+            below = _unmixed_heads(stop.node)
+            if below is None:
+                return None
     if product.equation is None:
         return -2
     left, right, scores = product.equation
@@ -102,6 +108,21 @@ def rows_of_scores(softmax: fx.Node) -> int | None:
     if len(rows) > 1:  # heads too, where all of them read the same keys: as many rows as keys are the rows
         rows = [dim for dim in rows if sizes_of(product.node)[dim] == sizes_of(product.node)[-1]]
     return rows[0] - len(scores) if len(rows) == 1 else None
+
+
+def _unmixed_heads(node: fx.Node) -> fx.Node | None:
+    """The operand of a call that mixes heads, rows and keys of which come last in it and in its result."""
+    if node.target is aten.einsum.default:
+        operands: Any = node.args[1]
+        letters, output = letters_of(str(node.args[0]), [len(shape_of(x)) for x in operands])
+        last = output[-2:]
+        mixed = [x for x, own in zip(operands, letters, strict=True) if own[-2:] == last]
+        others = {letter for own in letters if own[-2:] != last for letter in own}
+        return mixed[0] if len(mixed) == 1 and others.isdisjoint(last) else None
+    if node.target is aten.conv2d.default:
+        is_product = set(shape_of(operand(node, 1))[2:]) == {1} and shape_of(node) == shape_of(operand(node, 0))
+        return operand(node, 0) if is_product else None
+    return None
 
 
 def _product_with_values(softmax: fx.Node) -> _Weights:

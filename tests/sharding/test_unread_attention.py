@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spcompile import explain, verify
 
 S, N, H = 9, 4, 4
+MIXED = torch.linspace(-1, 1, N * N, dtype=torch.float64).view(N, N).sin()
 
 
 class Written(nn.Module):
@@ -28,9 +30,13 @@ class Written(nn.Module):
         return self.out(self.attend(q, k, v).flatten(2)).square().mean()
 
 
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q.transpose(1, 2) @ k.transpose(1, 2).mT / 2
+
+
 def weights(q: Tensor, k: Tensor) -> Tensor:
     keep = torch.ones(S, S, dtype=torch.bool).tril()
-    return (q.transpose(1, 2) @ k.transpose(1, 2).mT / 2).masked_fill(~keep, float("-inf")).softmax(-1)
+    return scores(q, k).masked_fill(~keep, float("-inf")).softmax(-1)
 
 
 def back(out: Tensor) -> Tensor:
@@ -46,6 +52,14 @@ ATTENTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     ),
     "talking heads": lambda q, k, v: back(
         torch.einsum("nm,bmst->bnst", torch.eye(N).double(), weights(q, k)) @ v.transpose(1, 2)
+    ),
+    "talking heads before the softmax too": lambda q, k, v: back(
+        torch.einsum("nm,bmst->bnst", MIXED, torch.einsum("bnst,nm->bmst", scores(q, k), MIXED).softmax(-1))
+        @ v.transpose(1, 2)
+    ),
+    "talking heads by convolutions": lambda q, k, v: back(
+        F.conv2d(F.conv2d(scores(q, k), MIXED[..., None, None]).softmax(-1), MIXED.T[..., None, None])
+        @ v.transpose(1, 2)
     ),
     "a mask of heads": lambda q, k, v: back(weights(q, k) * torch.ones(N, 1, 1).double() @ v.transpose(1, 2)),
     "difference of two": lambda q, k, v: (

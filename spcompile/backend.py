@@ -40,6 +40,7 @@ from spcompile.program.one_device import recognise
 from spcompile.program.outputs import restore_outputs
 from spcompile.program.pipeline import History
 from spcompile.program.plain_calls import PlainCalls, Target
+from spcompile.program.plugins import plugin_identities, with_plugins
 from spcompile.program.program_cache import Finished
 from spcompile.program.same_inputs import shape_text
 from spcompile.program.shared_dump import SharedDump, shared_dump
@@ -87,6 +88,7 @@ def _program(
         if refused is not None:
             raise refused
         chosen = _options_of(options, others)
+        with_plugins(PIPELINE, chosen)  # what is wrong with one is told before anything is compared
         _require_no_cuda_graphs(chosen)
         mark_part(gm, chosen, degree)
         whole = functools.partial(_over, mesh, options_of_part(gm, chosen), agreement)
@@ -119,7 +121,8 @@ def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Calla
     wish = _memory_wish(options, _device_type(inputs))
     dump = own_dump(options.dump)
     history = History(on_snapshot=dump.snapshot if dump else None, keep_texts=dump is not None)
-    program = recognise(gm, inputs, options, PIPELINE, history, always=wish.is_bounded)
+    pipeline = with_plugins(PIPELINE, options)
+    program = recognise(gm, inputs, options, pipeline, history, always=wish.is_bounded)
     if program is None:
         return plain(gm, inputs, options.compiler, dump)
     for remark in remark_lines(program.ctx.remarks.rows):
@@ -164,7 +167,7 @@ def _compile(
     given = inputs
     named = Inputs.of(gm)
     gm, inputs = over_local_parts(gm, given)
-    key = program_cache.key_of(gm, inputs, options, _machine(mesh), PIPELINE)
+    key = program_cache.key_of(gm, inputs, options, _machine(mesh), with_plugins(PIPELINE, options))
     if not agreement.everywhere("may store its program:", key is not None):
         key = None  # as where one rank dumps: all compile the backward at the same time
     number = agreement.count
@@ -206,7 +209,7 @@ def _made(
 ) -> tuple[Finished, Callable[..., Any]]:
     """Compile, and store the program under `key`, unless nothing of it is sharded: then it is the plain graph's."""
     history = History(on_snapshot=dump.snapshot if dump else None, keep_texts=dump is not None)
-    program = build(gm, inputs, mesh.shape, options, PIPELINE, history)
+    program = build(gm, inputs, mesh.shape, options, with_plugins(PIPELINE, options), history)
     if dump is not None:
         dump.require_written()
     remarks = program.ctx.remarks.rows
@@ -261,6 +264,10 @@ def _what_is_compiled(gm: fx.GraphModule, inputs: Sequence[Any], options: Option
     facts = [Fact(f"input {named.names[i]}", shape_text(inputs[i])) for i in named.passed]
     facts += [Fact(f"parameter {named.names[i]}", shape_text(inputs[i])) for i in named.state]
     facts += [Fact(f"option {name}", f"{name}={value}") for name, value in options.compared().items()]
+    facts += [
+        Fact(f"plugin {name}", f"sources {hashed}", legal="the same plugins, of the same version, on every rank")
+        for name, hashed in plugin_identities().items()
+    ]
     return Record(f"compiles {named.graph}", tuple(facts))
 
 

@@ -53,11 +53,13 @@ def explain(
     from spcompile.options import Options
     from spcompile.parameters.planned_parts import over_planned_parts
     from spcompile.passes import PIPELINE
+    from spcompile.program.plugins import with_plugins
     from spcompile.program.trace import compile_for, mesh_shape, through_dynamo
     from spcompile.program.whole_batch import over_whole_batch
     from spcompile.report.put_back import put_back
 
     shape, chosen = mesh_shape(mesh), Options.parse(options)
+    pipeline = with_plugins(PIPELINE, chosen)
     parts = _planned_parts(model, example_inputs, shape, chosen, shard_parameters)
     plans: list[Plan] = []
 
@@ -65,7 +67,7 @@ def explain(
         split = [parts.get(id(value), ()) for value in inputs]
         own = {id(p) for p in model.parameters()}
         moved = off_meta(gm, inputs)
-        traced = compile_for(*over_planned_parts(*moved, split), shape, chosen, PIPELINE)
+        traced = compile_for(*over_planned_parts(*moved, split), shape, chosen, pipeline)
         if shard_parameters is None:
             _remark_weight_memory(model, traced.program, inputs)
         plans.append(_plan(model, traced, chosen, [id(value) in own for value in inputs], _parts_held(model, parts)))

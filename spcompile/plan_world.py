@@ -79,14 +79,16 @@ def _enough(model: nn.Module, inputs: Any, least: Candidate, options: Options) -
     """How many ranks would do: those of the candidate that takes least, with cp doubled until a step fits."""
     from spcompile.passes import PIPELINE
     from spcompile.planning.search import evaluate
+    from spcompile.program.plugins import with_plugins
 
+    pipeline = with_plugins(PIPELINE, options)
     found = f"more than {MOST_TRIED} ranks, fewer tokens, or another optimizer"
 
     def explore(depths: Depths, dp: int) -> None:
         nonlocal found
         one = least.with_more_ranks()
         while one.ranks <= MOST_TRIED and one.size("cp") <= depths.heads.tokens:
-            if evaluate(depths, one, options, PIPELINE).fits:
+            if evaluate(depths, one, options, pipeline).fits:
                 found = f"{one.ranks} ranks would do: " + " ".join(f"{axis}={size}" for axis, size in one.mesh)
                 return
             one = one.with_more_ranks()
@@ -112,13 +114,15 @@ def _with_depths(model: nn.Module, inputs: Any, dp: int, options: Options, explo
     from spcompile.machine.rank_parts import split_batch
     from spcompile.passes import PIPELINE
     from spcompile.planning.search import depths_of
+    from spcompile.program.plugins import with_plugins
     from spcompile.program.trace import through_dynamo
     from spcompile.program.whole_batch import over_whole_batch
 
     parameters = {id(p) for p in model.parameters()}
+    pipeline = with_plugins(PIPELINE, options)
 
     def backend(gm: fx.GraphModule, given: Sequence[Any]) -> None:
-        explore(depths_of(gm, given, [id(x) in parameters for x in given], options, PIPELINE), dp)
+        explore(depths_of(gm, given, [id(x) in parameters for x in given], options, pipeline), dp)
 
     with torch.enable_grad():
         through_dynamo(model, split_batch(inputs, dp)[0], over_whole_batch(backend, dp), options, dp)
@@ -131,8 +135,9 @@ def _explored(
     from spcompile.passes import PIPELINE
     from spcompile.planning.candidates import first_round, second_round
     from spcompile.planning.search import Evaluator
+    from spcompile.program.plugins import with_plugins
 
-    evaluator = Evaluator(depths, options, PIPELINE, workers or cores())
+    evaluator = Evaluator(depths, options, with_plugins(PIPELINE, options), workers or cores())
     with evaluator.running() as running:
         results = running.results(first_round(shapes, heads))
         return results + running.results(second_round(_best_of_meshes(results)[:TRIED_FURTHER]))

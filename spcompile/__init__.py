@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spcompile.broadcast import broadcast
+from spcompile.compare_ways import compare
 from spcompile.diagnostics import (
     BatchNotSplit,
     CaptureFailed,
@@ -58,6 +59,7 @@ __all__ = [
     "UnknownOption",
     "__version__",
     "broadcast",
+    "compare",
     "explain",
     "full_state_dict",
     "parallelize",

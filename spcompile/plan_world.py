@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from spcompile.options import Options
     from spcompile.planning.candidates import Candidate, Heads
-    from spcompile.planning.search import Depths, Result
+    from spcompile.planning.search import Depths, Evaluator, Result
     from spcompile.report.plan_table import RankedPlans
 
 MOST_TRIED = 1024  # ranks, where none of the meshes that were asked for has enough memory
@@ -51,7 +51,7 @@ def plan(
     if not isinstance(world, int) or isinstance(world, bool) or not 1 <= world <= MOST_RANKS:
         raise IllegalMesh(f"world={world!r}", legal=f"1 to {MOST_RANKS} ranks")
     require_known_axes(axes)
-    chosen = _checked_options(options)
+    chosen = checked_options(options)
     found: dict[str, Any] = {}
     results: list[Result] = []
 
@@ -63,9 +63,9 @@ def plan(
         if shapes:
             results.extend(_explored(depths, shapes, heads, chosen, workers))
 
-    _with_depths(model, inputs, 1, chosen, explore)
+    with_depths(model, inputs, 1, chosen, explore)
     for dp in sorted({dict(mesh).get("dp", 1) for mesh in found["meshes"]} - {1}):
-        _with_depths(model, inputs, dp, chosen, explore)
+        with_depths(model, inputs, dp, chosen, explore)
     plans = ranked_plans(model, results, found["depths"], world, chosen)
     if plans.rows and not plans.rows[0].fits:
         least = min(plans.rows, key=lambda row: row.figures.total).result.candidate
@@ -93,11 +93,16 @@ def _enough(model: nn.Module, inputs: Any, least: Candidate, options: Options) -
                 return
             one = one.with_more_ranks()
 
-    _with_depths(model, inputs, least.size("dp"), options, explore)
+    with_depths(model, inputs, least.size("dp"), options, explore)
     return found
 
 
-def _checked_options(options: Mapping[str, Any]) -> Options:
+def checked_options(options: Mapping[str, Any]) -> Options:
+    """The options of a plan.
+
+    Raises:
+        IllegalOption, UnknownOption: one that does not exist, or that a plan finds.
+    """
     from spcompile.diagnostics import IllegalOption
     from spcompile.options import Options
 
@@ -107,7 +112,7 @@ def _checked_options(options: Mapping[str, Any]) -> Options:
     return Options.parse({"outputs": "loss", **options})
 
 
-def _with_depths(model: nn.Module, inputs: Any, dp: int, options: Options, explore: Any) -> None:
+def with_depths(model: nn.Module, inputs: Any, dp: int, options: Options, explore: Any) -> None:
     """Read the model on one rank's entries of the batch, and call `explore` while Dynamo's context is there."""
     import torch
 
@@ -128,17 +133,22 @@ def _with_depths(model: nn.Module, inputs: Any, dp: int, options: Options, explo
         through_dynamo(model, split_batch(inputs, dp)[0], over_whole_batch(backend, dp), options, dp)
 
 
-def _explored(
-    depths: Depths, shapes: Sequence[Any], heads: Heads, options: Options, workers: int | None
-) -> list[Result]:
+def evaluator_of(depths: Depths, options: Options, workers: int | None) -> Evaluator:
+    """Evaluates candidates, by default with one process for each core."""
     from spcompile.machine.host import cores
     from spcompile.passes import PIPELINE
-    from spcompile.planning.candidates import first_round, second_round
     from spcompile.planning.search import Evaluator
     from spcompile.program.plugins import with_plugins
 
-    evaluator = Evaluator(depths, options, with_plugins(PIPELINE, options), workers or cores())
-    with evaluator.running() as running:
+    return Evaluator(depths, options, with_plugins(PIPELINE, options), workers or cores())
+
+
+def _explored(
+    depths: Depths, shapes: Sequence[Any], heads: Heads, options: Options, workers: int | None
+) -> list[Result]:
+    from spcompile.planning.candidates import first_round, second_round
+
+    with evaluator_of(depths, options, workers).running() as running:
         results = running.results(first_round(shapes, heads))
         return results + running.results(second_round(_best_of_meshes(results)[:TRIED_FURTHER]))
 

@@ -42,6 +42,19 @@ class Action:
 
 
 @dataclass(frozen=True)
+class PhaseMemory:
+    """When most is alive in one final graph, parameters and states aside. kept: saved values, gradients, results.
+
+    transient: what is neither. where: the call at that time.
+    """
+
+    phase: str
+    kept: sympy.Expr
+    transient: sympy.Expr
+    where: str
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes of one rank.
 
@@ -67,6 +80,7 @@ class Memory:
     fits: bool
     peak_at: str
     actions: tuple[Action, ...]
+    phases: tuple[PhaseMemory, ...] = ()
 
 
 def memory_of(
@@ -85,7 +99,8 @@ def memory_of(
     held = [_held(p) for p in parameters]
     trained = [_held(p) for p in parameters if p.requires_grad and "backward" in sharded]
     states = sum(optimizer.bytes(p.numel(), p.element_size()) for p in trained)
-    high = max((_high_water(phase, sharded, accelerator, fuses) for phase in sharded), key=lambda found: found.hint)
+    highs = {phase: _high_water(phase, sharded, accelerator, fuses) for phase in sharded}
+    high = max(highs.values(), key=lambda found: found.hint)
     parameter_bytes = sum(p.numel() * p.element_size() for p in held)
     limit = plan.limit if plan is not None else None
     return Memory(
@@ -102,6 +117,7 @@ def memory_of(
         fits=limit is None or parameter_bytes + states + high.hint <= limit,
         peak_at=high.where,
         actions=actions_of(plan) if plan is not None else (),
+        phases=tuple(PhaseMemory(at, h.size - h.transient, h.transient, h.where) for at, h in highs.items()),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from spcompile.graph.printer import format_graph
 from spcompile.passes_api import Context, Pass, PassReport, Stage, count_changes, op_counts
 from spcompile.program.progress import begins
 from spcompile.sharding.global_view import states_of_inputs
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -157,4 +160,9 @@ def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history
             )
         except InvalidGraph as error:
             raise InvalidGraph(f"after pass {p.name}: {error.found}", where=error.where, legal=error.legal) from error
+        log.debug("%s: %d rewrites, %.1f ms%s", p.name, rewrites, report.milliseconds, _changes_text(report))
         history.add(p.name, stage, gm, ctx, report)
+
+
+def _changes_text(report: PassReport) -> str:
+    return "".join(f"; {op} {before} -> {after}" for op, (before, after) in report.ops.items())

@@ -145,7 +145,7 @@ def _plan(
     from spcompile.machine.accelerators import ACCELERATORS
     from spcompile.memory.account import memory_of
     from spcompile.memory.largest import largest_tensors
-    from spcompile.program.trace import on_one_device
+    from spcompile.planning.one_device_saves import saved_on_one_device
     from spcompile.report.plan import Plan
     from spcompile.schedule.communication import communication, sends_of
     from spcompile.schedule.op_cost import cost_model
@@ -164,7 +164,7 @@ def _plan(
         collectives=[r for phase, gm in final.items() for r in communication(phase, gm, program.ctx.mesh, trained)],
         memory=memory_of(
             final,
-            on_one_device(traced),
+            saved_on_one_device(traced),
             held,
             options.states,
             ACCELERATORS[options.accelerator],

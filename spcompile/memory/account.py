@@ -85,14 +85,14 @@ class Memory:
 
 def memory_of(
     sharded: Mapping[str, fx.GraphModule],
-    single: Mapping[str, fx.GraphModule],
+    alone: sympy.Expr,
     parameters: Iterable[torch.Tensor],
     optimizer: Optimizer,
     accelerator: Accelerator,
     plan: MemoryPlan | None = None,
     fuses: bool = False,
 ) -> Memory:
-    """From the final graphs of one rank and of one device, by phase. plan: what was chosen for the former.
+    """From the final graphs of one rank, by phase. alone: what one device saves. plan: what was chosen for the rank.
 
     fuses: the graphs' compiler fuses elementwise calls.
     """
@@ -105,7 +105,7 @@ def memory_of(
     limit = plan.limit if plan is not None else None
     return Memory(
         saved_activation_bytes=saved_bytes(sharded),
-        saved_activation_bytes_one_device=saved_bytes(single),
+        saved_activation_bytes_one_device=alone,
         parameter_bytes=sympy.Integer(parameter_bytes),
         gradient_bytes=sympy.Integer(sum(p.numel() * p.element_size() for p in trained)),
         peak_bytes=parameter_bytes + high.size,

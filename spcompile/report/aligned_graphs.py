@@ -30,6 +30,8 @@ class Fold(NamedTuple):
 
 def aligned(before: Sequence[str], after: Sequence[str]) -> list[tuple[int, int]]:
     """Places of lines that stand for the same, in rising order on both sides; the rest was removed or is new."""
+    if before == after:
+        return [(place, place) for place in range(len(before))]
     by_name, by_origin = (_in_order(_matches(keys(before), keys(after))) for keys in (_by_name, _by_origin))
     return by_origin if len(by_origin) > _CLEARLY_MORE * len(by_name) else by_name
 

@@ -41,6 +41,7 @@ def graph_rows(graphs: Mapping[str, str], schedule: Collection[str]) -> dict[str
     schedule: names of the passes that ran behind autograd.
     """
     pool: dict[str, int] = {}
+    plain: dict[str, str] = {}
     found: list[dict[str, Any]] = []
     last: dict[str, tuple[int, list[str]]] = {}  # kind of graph -> the last one
     for name, text in graphs.items():
@@ -53,7 +54,8 @@ def graph_rows(graphs: Mapping[str, str], schedule: Collection[str]) -> dict[str
         kind += "backward" if is_backward else "forward" if is_late else "before autograd"
         number, before = last.get(kind, (None, []))
         rows = rows_of(before, lines) if number is not None else [(-1, at) for at in range(len(lines))]
-        symbols = [(_symbol(before, a), _symbol(lines, b)) for a, b in rows]
+        plain |= {line: without_numbers(line) for line in lines if line not in plain}
+        symbols = [(plain[before[a]] if a >= 0 else None, plain[lines[b]] if b >= 0 else None) for a, b in rows]
         changed = sum(a < 0 or b < 0 or before[a] != lines[b] for a, b in rows) if number is not None else 0
         found.append(
             {
@@ -67,10 +69,6 @@ def graph_rows(graphs: Mapping[str, str], schedule: Collection[str]) -> dict[str
         )
         last[kind] = len(found) - 1, lines
     return {"lines": list(pool), "graphs": found}
-
-
-def _symbol(lines: Sequence[str], at: int) -> str | None:
-    return without_numbers(lines[at]) if at >= 0 else None
 
 
 def _lines_of(text: str) -> list[str]:

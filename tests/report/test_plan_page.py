@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from browser import CHROMIUM, Tab, browser
 from explained import plan_of
 
+from spcompile.machine.host import cores
 from spcompile.machine.mesh import MeshShape
 from spcompile.report.mesh_picture import mesh_picture
 from spcompile.report.page_data import graph_rows, packed, source_lines, unpacked
@@ -239,10 +241,11 @@ def many_layers(plan: Plan, layers: int) -> Plan:
 def test_eighty_layers_are_a_small_page_that_answers_at_once(tmp_path: Path) -> None:
     file = saved(many_layers(plan_of(2, layers=6, attention="ring"), 80), tmp_path)
     assert file.stat().st_size < 2e6
+    most = 2000 * max(1.0, os.getloadavg()[0] / cores())  # on a machine that does nothing else
     with browser() as tab:
         tab.open(file)
         since = "performance.now()"
-        assert tab.run(since) < 2000
+        assert tab.run(since) < most
         for what in ('go("lower", "")', 'go("backward", "")', 'element("search").value = "all_reduce"; search(0)'):
             took = tab.run(f"(() => {{ const t = {since}; {what}; return {since} - t; }})()")
-            assert took < 2000, what
+            assert took < most, what

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 import torch.distributed as dist
 import torch.fx as fx
@@ -141,7 +142,7 @@ def _account(emission: Emission, inputs: Sequence[Any], options: Options) -> Mem
     held = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
     return memory_of(
         emission.graphs,
-        {},
+        sympy.Integer(0),
         held,
         options.states,
         ACCELERATORS[options.accelerator],

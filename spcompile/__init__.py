@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spcompile.broadcast import broadcast
+from spcompile.compare_ways import compare
 from spcompile.diagnostics import (
     BatchNotSplit,
     CaptureFailed,
@@ -12,6 +13,7 @@ from spcompile.diagnostics import (
     IllegalMesh,
     IllegalModel,
     IllegalOption,
+    IllegalPlugin,
     InvalidGraph,
     NoProcessGroup,
     NotComputed,
@@ -41,6 +43,7 @@ __all__ = [
     "IllegalMesh",
     "IllegalModel",
     "IllegalOption",
+    "IllegalPlugin",
     "InvalidGraph",
     "NoProcessGroup",
     "NotComputed",
@@ -56,6 +59,7 @@ __all__ = [
     "UnknownOption",
     "__version__",
     "broadcast",
+    "compare",
     "explain",
     "full_state_dict",
     "parallelize",

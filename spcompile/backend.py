@@ -29,6 +29,7 @@ from spcompile.options import Options
 from spcompile.passes import PIPELINE
 from spcompile.program import observed, program_cache
 from spcompile.program.agreement import Agreement
+from spcompile.program.artifacts import Artifacts, from_cache, own_artifacts
 from spcompile.program.build import Output, build
 from spcompile.program.checked_calls import CheckedCalls, Inputs
 from spcompile.program.collection import rare_collection
@@ -38,9 +39,11 @@ from spcompile.program.facts import Fact, Record
 from spcompile.program.memory_remarks import require_memory
 from spcompile.program.one_device import recognise
 from spcompile.program.outputs import restore_outputs
-from spcompile.program.pipeline import History
+from spcompile.program.pipeline import History, Snapshot
 from spcompile.program.plain_calls import PlainCalls, Target
+from spcompile.program.plugins import plugin_identities, with_plugins
 from spcompile.program.program_cache import Finished
+from spcompile.program.progress import shown_by
 from spcompile.program.same_inputs import shape_text
 from spcompile.program.shared_dump import SharedDump, shared_dump
 from spcompile.program.whole_batch import over_whole_batch
@@ -66,9 +69,15 @@ def spcompile(
     Raises:
         SpcompileError: before any collective of the model runs, with the same text on every rank.
     """
-    with _PLAIN_CALLS.noting_errors(), rare_collection():
+    with _PLAIN_CALLS.noting_errors(), rare_collection(), shown_by(_tell_progress):
         program = counted(_program(gm, example_inputs, options, others))
         return _PLAIN_CALLS.counted(program, is_part=model_part_of(gm) is not None)
+
+
+def _tell_progress(what: str) -> None:
+    """What a compile is at, on rank 0 only: in the log, which `TORCH_LOGS="spcompile"` shows."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        log.info("compiling: %s", what)
 
 
 def _program(
@@ -87,6 +96,7 @@ def _program(
         if refused is not None:
             raise refused
         chosen = _options_of(options, others)
+        with_plugins(PIPELINE, chosen)  # what is wrong with one is told before anything is compared
         _require_no_cuda_graphs(chosen)
         mark_part(gm, chosen, degree)
         whole = functools.partial(_over, mesh, options_of_part(gm, chosen), agreement)
@@ -118,8 +128,10 @@ def _over(
 def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
     wish = _memory_wish(options, _device_type(inputs))
     dump = own_dump(options.dump)
-    history = History(on_snapshot=dump.snapshot if dump else None, keep_texts=dump is not None)
-    program = recognise(gm, inputs, options, PIPELINE, history, always=wish.is_bounded)
+    artifacts = own_artifacts()
+    history = _history_for(dump, artifacts)
+    pipeline = with_plugins(PIPELINE, options)
+    program = recognise(gm, inputs, options, pipeline, history, always=wish.is_bounded)
     if program is None:
         return plain(gm, inputs, options.compiler, dump)
     for remark in remark_lines(program.ctx.remarks.rows):
@@ -131,6 +143,8 @@ def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Calla
         compiled = emit(emission, options.compiler)
     if dump is not None:
         dump.require_written()
+    if artifacts is not None:
+        artifacts.plan(program.ctx, emission.memory)
     require_memory(emission.memory, program.ctx.mesh)
     observed.announce(program, emission)
     program.forget_inputs()
@@ -164,7 +178,7 @@ def _compile(
     given = inputs
     named = Inputs.of(gm)
     gm, inputs = over_local_parts(gm, given)
-    key = program_cache.key_of(gm, inputs, options, _machine(mesh), PIPELINE)
+    key = program_cache.key_of(gm, inputs, options, _machine(mesh), with_plugins(PIPELINE, options))
     if not agreement.everywhere("may store its program:", key is not None):
         key = None  # as where one rank dumps: all compile the backward at the same time
     number = agreement.count
@@ -176,6 +190,17 @@ def _compile(
     if options.compare == "compile":
         return run
     return CheckedCalls(run, named, number, agreement, options, finished.draws_random_numbers).__call__
+
+
+def _history_for(dump: Dump | None, artifacts: Artifacts | None) -> History:
+    """Tells of every graph what asks for it."""
+    asking = [one.snapshot for one in (dump, artifacts) if one is not None]
+
+    def tell(snapshot: Snapshot) -> None:
+        for told in asking:
+            told(snapshot)
+
+    return History(on_snapshot=tell if asking else None, keep_texts=bool(asking))
 
 
 def _machine(mesh: RuntimeMesh) -> dict[str, str]:
@@ -191,6 +216,7 @@ def _cached(key: str | None, mesh: RuntimeMesh, agreement: Agreement) -> tuple[F
     assert found is not None
     finished = found[0]
     agreement.require(_compiled(finished.text))
+    from_cache(finished.remarks)
     groups = {name: mesh.group_name(name) for name in finished.groups}  # those of parts and channels are made here
     return found if agreement.everywhere("its process groups exist:", groups == finished.groups) else None
 
@@ -205,8 +231,9 @@ def _made(
     dump: SharedDump | None,
 ) -> tuple[Finished, Callable[..., Any]]:
     """Compile, and store the program under `key`, unless nothing of it is sharded: then it is the plain graph's."""
-    history = History(on_snapshot=dump.snapshot if dump else None, keep_texts=dump is not None)
-    program = build(gm, inputs, mesh.shape, options, PIPELINE, history)
+    artifacts = own_artifacts()
+    history = _history_for(dump, artifacts)
+    program = build(gm, inputs, mesh.shape, options, with_plugins(PIPELINE, options), history)
     if dump is not None:
         dump.require_written()
     remarks = program.ctx.remarks.rows
@@ -232,6 +259,8 @@ def _made(
         if dump is not None:
             dump.python(phase, final)
             dump.require_written()
+        if artifacts is not None:
+            artifacts.schedule(phase, final, program.ctx)
         text = compared_text(final)
         finished.text += text
         agreement.require(_compiled(text))
@@ -240,6 +269,8 @@ def _made(
     emission = Emission(program, bind=bind, finished=agree, wish=wish, keep=key is not None)
     with autocast_off():
         compiled = emit(emission, options.compiler)
+    if artifacts is not None:
+        artifacts.plan(program.ctx, emission.memory)
     require_memory(emission.memory, mesh.shape)
     observed.announce(program, emission)
     program.forget_inputs()
@@ -261,6 +292,10 @@ def _what_is_compiled(gm: fx.GraphModule, inputs: Sequence[Any], options: Option
     facts = [Fact(f"input {named.names[i]}", shape_text(inputs[i])) for i in named.passed]
     facts += [Fact(f"parameter {named.names[i]}", shape_text(inputs[i])) for i in named.state]
     facts += [Fact(f"option {name}", f"{name}={value}") for name, value in options.compared().items()]
+    facts += [
+        Fact(f"plugin {name}", f"sources {hashed}", legal="the same plugins, of the same version, on every rank")
+        for name, hashed in plugin_identities().items()
+    ]
     return Record(f"compiles {named.graph}", tuple(facts))
 
 

@@ -125,6 +125,12 @@ class OutOfMemory(SpcompileError, RuntimeError):
     code, title = "SP106", "a step does not fit"
 
 
+class IllegalPlugin(SpcompileError, ValueError):
+    """A plugin that cannot be imported, a pass of it that cannot stand where it is to, or code of it that fails."""
+
+    code, title = "SP107", "illegal plugin"
+
+
 class RanksDisagree(SpcompileError, RuntimeError):
     """Ranks do not do the same: other options, graphs, inputs, parameters or versions, or another order of calls."""
 

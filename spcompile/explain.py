@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from spcompile.machine.mesh import MeshShape
     from spcompile.options import Options
     from spcompile.parameters.sharded_modules import Parts
+    from spcompile.passes_api import Pass
     from spcompile.program.build import LocalProgram
     from spcompile.program.pipeline import Snapshot
     from spcompile.program.trace import Traced
+    from spcompile.report.answers import Answers
     from spcompile.report.plan import AttentionRow, PassRow, Plan, Sharding
 
 LARGEST = 10  # tensors in the report
@@ -49,15 +51,18 @@ def explain(
     from contextlib import nullcontext
     from dataclasses import replace
 
+    from spcompile.capture.graph_breaks import model_part_of
     from spcompile.capture.meta_device import off_meta
     from spcompile.options import Options
     from spcompile.parameters.planned_parts import over_planned_parts
     from spcompile.passes import PIPELINE
+    from spcompile.program.plugins import with_plugins
     from spcompile.program.trace import compile_for, mesh_shape, through_dynamo
     from spcompile.program.whole_batch import over_whole_batch
     from spcompile.report.put_back import put_back
 
     shape, chosen = mesh_shape(mesh), Options.parse(options)
+    pipeline = with_plugins(PIPELINE, chosen)
     parts = _planned_parts(model, example_inputs, shape, chosen, shard_parameters)
     plans: list[Plan] = []
 
@@ -65,10 +70,15 @@ def explain(
         split = [parts.get(id(value), ()) for value in inputs]
         own = {id(p) for p in model.parameters()}
         moved = off_meta(gm, inputs)
-        traced = compile_for(*over_planned_parts(*moved, split), shape, chosen, PIPELINE)
+        traced = compile_for(*over_planned_parts(*moved, split), shape, chosen, pipeline)
         if shard_parameters is None:
             _remark_weight_memory(model, traced.program, inputs)
-        plans.append(_plan(model, traced, chosen, [id(value) in own for value in inputs], _parts_held(model, parts)))
+        trained = [id(value) in own for value in inputs]
+        plan = _plan(model, traced, chosen, trained, _parts_held(model, parts))
+        if not plan.memory.fits and model_part_of(gm) is None:
+            ways = _ways_to_fit(gm, inputs, trained, shape, chosen, pipeline)
+            plan = replace(plan, answers=replace(plan.answers, ways=tuple(ways)))
+        plans.append(plan)
 
     with put_back(model, example_inputs) if chosen.on_graph_break == "gather" else nullcontext():
         through_dynamo(model, example_inputs, over_whole_batch(describe, shape.size("dp")), chosen, shape.size("dp"))
@@ -135,15 +145,16 @@ def _plan(
     from spcompile.machine.accelerators import ACCELERATORS
     from spcompile.memory.account import memory_of
     from spcompile.memory.largest import largest_tensors
-    from spcompile.program.trace import on_one_device
+    from spcompile.planning.one_device_saves import saved_on_one_device
     from spcompile.report.plan import Plan
-    from spcompile.schedule.communication import communication
+    from spcompile.schedule.communication import communication, sends_of
     from spcompile.schedule.op_cost import cost_model
-    from spcompile.schedule.timeline import predict
+    from spcompile.schedule.timeline import events_of, predict
 
     program = traced.program
     final = traced.sharded.graphs
     graphs, passes = _history(program)
+    cost = cost_model(program.ctx.mesh, options)
     return Plan(
         model=type(model).__name__,
         mesh=program.ctx.mesh,
@@ -153,7 +164,7 @@ def _plan(
         collectives=[r for phase, gm in final.items() for r in communication(phase, gm, program.ctx.mesh, trained)],
         memory=memory_of(
             final,
-            on_one_device(traced),
+            saved_on_one_device(traced),
             held,
             options.states,
             ACCELERATORS[options.accelerator],
@@ -163,10 +174,78 @@ def _plan(
         remarks=list(program.ctx.remarks.rows),
         passes=passes,
         largest_tensors=largest_tensors(final, LARGEST),
-        predicted=predict(final, cost_model(program.ctx.mesh, options)),
+        predicted=predict(final, cost),
+        answers=_answers(model, traced, options),
         symbols=_symbols(program),
         graphs=graphs,
+        sends={_name_of(phase): sends_of(gm, program.ctx.mesh) for phase, gm in final.items()},
+        events={_name_of(phase): events for phase, events in events_of(final, cost).items()},
+        files=_files_of_user(program.captured),
     )
+
+
+def _name_of(phase: str) -> str:
+    """Of a final graph among a plan's graphs."""
+    return "forward" if phase == "inference" else phase
+
+
+def _files_of_user(captured: fx.GraphModule) -> dict[str, str]:
+    """The files whose lines made the graph, by name; of two with one name the first."""
+    from spcompile.diagnostics import source_of
+
+    found: dict[str, str] = {}
+    for node in captured.graph.nodes:
+        source = source_of(node)
+        if source is not None:
+            found.setdefault(source.file.rpartition("/")[2], source.file)
+    return found
+
+
+def _answers(model: nn.Module, traced: Traced, options: Options) -> Answers:
+    """The work of a step, of the program before anything in it is about several devices."""
+    from spcompile.attention.scores.attention_call import AttentionCall
+    from spcompile.machine.accelerators import ACCELERATORS
+    from spcompile.planning.short_step import forward_flops
+    from spcompile.report.answers import Answers
+
+    before, mesh = traced.model_itself.gm, traced.program.ctx.mesh
+    assert before is not None
+    passes_over = 3 if "backward" in traced.sharded.graphs else 1  # a backward takes two products for each
+    products, attention, full = (passes_over * flops for flops in forward_flops(before.graph))
+    calls = [AttentionCall.of(node).sizes.hints() for node in AttentionCall.all_in(before.graph)]
+    sizes = [p.element_size() for p in model.parameters() if p.is_floating_point()]
+    return Answers(
+        world=mesh.world_size,
+        tokens=min(c.q_rows for c in calls) * max(c.batch for c in calls) if calls else None,
+        flops=products + attention,
+        flops_full=products + full,
+        peak=ACCELERATORS[options.accelerator].peak(min(sizes, default=4)) * mesh.world_size,
+        optimizer=str(options.optimizer),
+    )
+
+
+def _ways_to_fit(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    trained: Sequence[bool],
+    mesh: MeshShape,
+    options: Options,
+    pipeline: Sequence[Pass],
+) -> list[str]:
+    """What makes a step fit; nothing for a model without attention, or whose lengths are symbols."""
+    from spcompile.diagnostics import IllegalModel
+    from spcompile.planning.search import depths_of
+    from spcompile.planning.ways_to_fit import ways_to_fit
+    from spcompile.program.progress import begins
+
+    begins("looking for what would fit")
+    if any(not isinstance(size, int) for x in inputs for size in getattr(x, "shape", ())):
+        return []
+    try:
+        depths = depths_of(gm, inputs, trained, options, pipeline)
+    except IllegalModel:
+        return []
+    return ways_to_fit(depths, mesh, options, pipeline)
 
 
 def _history(program: LocalProgram) -> tuple[dict[str, str], list[PassRow]]:
@@ -249,14 +328,15 @@ def _attention_rows(program: LocalProgram) -> list[AttentionRow]:
     from spcompile.recognition.attention_nodes import AVERAGED, OF_ROWS_WITHOUT_KEYS
     from spcompile.report.plan import AttentionRow
 
-    parallel = program.ctx.mesh.world_size > 1
+    mesh = program.ctx.mesh
+    without_cp = "heads of each rank" if mesh.size("tp") > 1 else "one device"
     kinds: Counter[tuple[str, int, int, str, str, str]] = Counter()
     for node in AttentionCall.all_in(_last_global_graph(program)):
         call, custom = AttentionCall.of(node), node.meta.get("custom", {})
         if OF_ROWS_WITHOUT_KEYS in custom:
             continue  # a part of the one in front of it
         sizes = call.sizes.hints()
-        strategy = custom.get("spx_attention", "ring") if parallel else "one device"
+        strategy = custom.get("spx_attention", "ring") if mesh.size("cp") > 1 else without_cp
         scores = _scores_text(call, AVERAGED in custom)
         kernel = _kernel_text(call, strategy, program)
         kinds[(strategy, sizes.heads, sizes.kv_heads, call.mask, scores, kernel)] += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,8 @@ class Options:
         "adamw-master" (these and a float32 copy of the parameter), "momentum" (one), "none". Or an optimizer of torch,
         whose states count as they are, or before its first step as they will be; it becomes text, "8 bytes an element".
     passes: {pass name: False} switches a pass off, {pass name: {field: value}} sets its options.
+    plugins: modules with passes and sharding rules from outside the package, by name: a list, or text, "a,b.c". Those
+        that installed packages name as entry points `spcompile.plugins` are there without it.
     dump: a folder for numbered text of the graph after every pass.
     compare: when ranks compare what they do, besides at every compile: "call": before every call and backward, which
         wait for it; "later": a thread compares, and the next call learns what it found; "compile": not at calls. "auto"
@@ -74,6 +76,7 @@ class Options:
     memory: str | int = "auto"
     optimizer: str | Optimizer = "adamw"
     passes: Mapping[str, Any] = field(default_factory=dict)
+    plugins: Sequence[str] | str = ()
     dump: str | None = None
     compare: str = "auto"
     compare_inputs: bool = True
@@ -109,6 +112,7 @@ class Options:
             raise IllegalOption(f"dump={self.dump!r}", legal="a folder's path")
         if not isinstance(self.passes, Mapping):
             raise IllegalOption(f"passes={self.passes!r}", legal="a dict from pass names to False or options")
+        object.__setattr__(self, "plugins", _module_names(self.plugins))
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:
@@ -161,6 +165,14 @@ def bytes_of_option(memory: Any) -> int:
         legal = ", ".join(map(repr, MEMORY)) + ', or a budget of one rank: bytes, or text as "72GiB"'
         raise IllegalOption(f"memory={memory!r}{close}", legal=legal)
     return found
+
+
+def _module_names(plugins: Any) -> tuple[str, ...]:
+    given = plugins.split(",") if isinstance(plugins, str) else plugins
+    names = tuple(given) if isinstance(given, (list, tuple)) else (None,)
+    if not all(isinstance(name, str) and all(map(str.isidentifier, name.split("."))) for name in names):
+        raise IllegalOption(f"plugins={plugins!r}", legal="names of modules: a list, or text, as 'a,package.b'")
+    return tuple(dict.fromkeys(names))
 
 
 def _factors(attention: Mapping[str, int]) -> None:

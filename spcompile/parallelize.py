@@ -170,11 +170,13 @@ def _split_over_tp(
     from spcompile.parameters.weight_plan import PLANNED, split_over_tp
     from spcompile.passes import PIPELINE
     from spcompile.program.build import build
+    from spcompile.program.plugins import with_plugins
     from spcompile.program.trace import through_dynamo
     from spcompile.program.whole_batch import over_whole_batch
     from spcompile.report.put_back import put_back
 
-    passes = PIPELINE[: [p.name for p in PIPELINE].index(PLANNED) + 1]
+    pipeline = with_plugins(PIPELINE, options)
+    passes = pipeline[: [p.name for p in pipeline].index(PLANNED) + 1]
     known = {p.name for p in passes}
     options = replace(options, passes={name: wish for name, wish in options.passes.items() if name in known})
     found: dict[str, int | str] = {}

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from spcompile.options import Options
     from spcompile.planning.candidates import Candidate, Heads
-    from spcompile.planning.search import Depths, Result
+    from spcompile.planning.search import Depths, Evaluator, Result
     from spcompile.report.plan_table import RankedPlans
 
 MOST_TRIED = 1024  # ranks, where none of the meshes that were asked for has enough memory
@@ -51,7 +51,7 @@ def plan(
     if not isinstance(world, int) or isinstance(world, bool) or not 1 <= world <= MOST_RANKS:
         raise IllegalMesh(f"world={world!r}", legal=f"1 to {MOST_RANKS} ranks")
     require_known_axes(axes)
-    chosen = _checked_options(options)
+    chosen = checked_options(options)
     found: dict[str, Any] = {}
     results: list[Result] = []
 
@@ -63,9 +63,9 @@ def plan(
         if shapes:
             results.extend(_explored(depths, shapes, heads, chosen, workers))
 
-    _with_depths(model, inputs, 1, chosen, explore)
+    with_depths(model, inputs, 1, chosen, explore)
     for dp in sorted({dict(mesh).get("dp", 1) for mesh in found["meshes"]} - {1}):
-        _with_depths(model, inputs, dp, chosen, explore)
+        with_depths(model, inputs, dp, chosen, explore)
     plans = ranked_plans(model, results, found["depths"], world, chosen)
     if plans.rows and not plans.rows[0].fits:
         least = min(plans.rows, key=lambda row: row.figures.total).result.candidate
@@ -79,23 +79,30 @@ def _enough(model: nn.Module, inputs: Any, least: Candidate, options: Options) -
     """How many ranks would do: those of the candidate that takes least, with cp doubled until a step fits."""
     from spcompile.passes import PIPELINE
     from spcompile.planning.search import evaluate
+    from spcompile.program.plugins import with_plugins
 
+    pipeline = with_plugins(PIPELINE, options)
     found = f"more than {MOST_TRIED} ranks, fewer tokens, or another optimizer"
 
     def explore(depths: Depths, dp: int) -> None:
         nonlocal found
         one = least.with_more_ranks()
         while one.ranks <= MOST_TRIED and one.size("cp") <= depths.heads.tokens:
-            if evaluate(depths, one, options, PIPELINE).fits:
+            if evaluate(depths, one, options, pipeline).fits:
                 found = f"{one.ranks} ranks would do: " + " ".join(f"{axis}={size}" for axis, size in one.mesh)
                 return
             one = one.with_more_ranks()
 
-    _with_depths(model, inputs, least.size("dp"), options, explore)
+    with_depths(model, inputs, least.size("dp"), options, explore)
     return found
 
 
-def _checked_options(options: Mapping[str, Any]) -> Options:
+def checked_options(options: Mapping[str, Any]) -> Options:
+    """The options of a plan.
+
+    Raises:
+        IllegalOption, UnknownOption: one that does not exist, or that a plan finds.
+    """
     from spcompile.diagnostics import IllegalOption
     from spcompile.options import Options
 
@@ -105,35 +112,43 @@ def _checked_options(options: Mapping[str, Any]) -> Options:
     return Options.parse({"outputs": "loss", **options})
 
 
-def _with_depths(model: nn.Module, inputs: Any, dp: int, options: Options, explore: Any) -> None:
+def with_depths(model: nn.Module, inputs: Any, dp: int, options: Options, explore: Any) -> None:
     """Read the model on one rank's entries of the batch, and call `explore` while Dynamo's context is there."""
     import torch
 
     from spcompile.machine.rank_parts import split_batch
     from spcompile.passes import PIPELINE
     from spcompile.planning.search import depths_of
+    from spcompile.program.plugins import with_plugins
     from spcompile.program.trace import through_dynamo
     from spcompile.program.whole_batch import over_whole_batch
 
     parameters = {id(p) for p in model.parameters()}
+    pipeline = with_plugins(PIPELINE, options)
 
     def backend(gm: fx.GraphModule, given: Sequence[Any]) -> None:
-        explore(depths_of(gm, given, [id(x) in parameters for x in given], options, PIPELINE), dp)
+        explore(depths_of(gm, given, [id(x) in parameters for x in given], options, pipeline), dp)
 
     with torch.enable_grad():
         through_dynamo(model, split_batch(inputs, dp)[0], over_whole_batch(backend, dp), options, dp)
 
 
+def evaluator_of(depths: Depths, options: Options, workers: int | None) -> Evaluator:
+    """Evaluates candidates, by default with one process for each core."""
+    from spcompile.machine.host import cores
+    from spcompile.passes import PIPELINE
+    from spcompile.planning.search import Evaluator
+    from spcompile.program.plugins import with_plugins
+
+    return Evaluator(depths, options, with_plugins(PIPELINE, options), workers or cores())
+
+
 def _explored(
     depths: Depths, shapes: Sequence[Any], heads: Heads, options: Options, workers: int | None
 ) -> list[Result]:
-    from spcompile.machine.host import cores
-    from spcompile.passes import PIPELINE
     from spcompile.planning.candidates import first_round, second_round
-    from spcompile.planning.search import Evaluator
 
-    evaluator = Evaluator(depths, options, PIPELINE, workers or cores())
-    with evaluator.running() as running:
+    with evaluator_of(depths, options, workers).running() as running:
         results = running.results(first_round(shapes, heads))
         return results + running.results(second_round(_best_of_meshes(results)[:TRIED_FURTHER]))
 

@@ -72,7 +72,7 @@ from torch._inductor.fx_passes.control_dependencies import preserve_node_orderin
 from torch._inductor.runtime.cache_dir_utils import cache_dir as inductor_cache_dir
 
 # torch 2.13: torch/_logging/_internal.py. Where TORCH_TRACE goes.
-from torch._logging._internal import trace_log
+from torch._logging._internal import trace_log, trace_structured
 
 # torch 2.13: torch/_subclasses/fake_tensor.py
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -149,6 +149,7 @@ __all__ = [
     "resolve_process_group",
     "trace_again",
     "trace_log",
+    "trace_structured",
     "traced_frame",
     "traced_function",
     "under_function_modes",

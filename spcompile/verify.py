@@ -42,9 +42,11 @@ def verify(
     from spcompile.diagnostics import IllegalOption
     from spcompile.options import Options
     from spcompile.passes import PIPELINE
+    from spcompile.program.plugins import with_plugins
     from spcompile.program.trace import mesh_shape
     from spcompile.report.compare import compare_with_plain
 
     if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 <= tolerance < float("inf")):
         raise IllegalOption(f"tolerance={tolerance!r}", legal="None, or a finite number that is not negative")
-    return compare_with_plain(model, example_inputs, mesh_shape(mesh), Options.parse(options), PIPELINE, tolerance)
+    shape, chosen = mesh_shape(mesh), Options.parse(options)
+    return compare_with_plain(model, example_inputs, shape, chosen, with_plugins(PIPELINE, chosen), tolerance)

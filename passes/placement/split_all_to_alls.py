@@ -36,6 +36,7 @@ from spcompile.attention.ulysses.head_shares import HeadSplit
 from spcompile.attention.ulysses.messages import WAYS, Messages, Times, candidates, together
 from spcompile.diagnostics import IllegalOption
 from spcompile.graph.typed_call import value_of
+from spcompile.machine.durations import ms_text
 from spcompile.machine.links import link_of
 from spcompile.machine.mesh import inner_part
 from spcompile.passes_api import Context, Example, Pass, Stage
@@ -88,7 +89,7 @@ class SplitAllToAlls(Pass):
             best = self._choose(node, heads, times, keys_apart)
             if best == whole:
                 continue
-            old, new = (f"{times.until_back(x) * 1e6:,.0f} us" for x in (whole, best))
+            old, new = (f"{ms_text(times.until_back(x))} ms" for x in (whole, best))
             back = f"{best.groups} back" if best.groups > 1 else "one back"
             text = f"Ulysses sends {best}, and {back}: from the projections to the result in {new}, instead of {old}"
             ctx.remarks.add("SPR205", text, strict_error=False)

@@ -27,6 +27,8 @@ from spcompile.attention.scores.mask import AttentionMask
 from spcompile.attention.scores.runs import Run, natural_runs
 from spcompile.attention.strategy import Strategy
 from spcompile.attention.ulysses.head_shares import HeadSplit
+from spcompile.machine.byte_sizes import bytes_text
+from spcompile.machine.durations import ms_text
 from spcompile.machine.links import Link
 from spcompile.machine.sequence import local_length
 
@@ -64,8 +66,7 @@ class Cost:
     seconds: float
 
     def __str__(self) -> str:
-        sent = (self.inner_bytes + self.outer_bytes) / 1e6
-        return f"{self.strategy} {sent:,.3g} MB, {self.seconds * 1e6:,.0f} us"
+        return f"{self.strategy} {bytes_text(self.inner_bytes + self.outer_bytes)}, {ms_text(self.seconds)} ms"
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,4 +1,4 @@
-"""The command line: `spcompile train | plan | explain | verify | diff | passes | doctor`. Imports wait."""
+"""The command line: `spcompile train | plan | compare | explain | verify | diff | passes | doctor`. Imports wait."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
@@ -29,12 +29,16 @@ from spcompile.command.arguments import (
     require_place_for_file,
     require_rate,
 )
+from spcompile.command.compare_command import compare
 from spcompile.command.flags import Json, Options, Settings, Sizes
 from spcompile.command.interrupts import STATUS
 from spcompile.command.plan_command import plan
 from spcompile.diagnostics import IllegalMesh, IllegalOption, SpcompileError
 from spcompile.machine.mesh import MOST_RANKS
 from spcompile.plain_text import one_line, some_lines
+
+if TYPE_CHECKING:
+    from spcompile.passes_api import Pass
 
 app = App(
     name="spcompile",
@@ -45,6 +49,7 @@ app = App(
 )
 
 app.command(plan)
+app.command(compare)
 
 
 @app.command
@@ -188,7 +193,7 @@ def explain(
     from spcompile.command.compile_progress import compile_progress
     from spcompile.command.model_spec import built_with_inputs
 
-    _require_graph(graph)
+    _require_graph(graph, options.get("plugins", ""))
     with compile_progress():
         built, inputs = built_with_inputs(model, tokens, batch, dtype, "meta", given)
         plan = spcompile.explain(built, inputs, mesh=sizes, **options)
@@ -263,9 +268,13 @@ def diff(before: str, after: str, /, *, json: Json = False) -> int:
 
 
 @app.command
-def passes(*, json: Json = False) -> int:
-    """List the passes in the order in which they run, with what must run before them and their options."""
-    from spcompile.passes import PIPELINE
+def passes(*, plugins: str = "", json: Json = False) -> int:
+    """List the passes in the order in which they run, with what must run before them and their options.
+
+    Args:
+        plugins: The backend's option: modules with passes of their own, as a,package.b.
+    """
+    pipeline = pipeline_with(plugins)
 
     rows: list[dict[str, Any]] = [
         {
@@ -275,7 +284,7 @@ def passes(*, json: Json = False) -> int:
             "after": sorted(p.after),
             "options": {field.name: getattr(p, field.name) for field in dataclasses.fields(p)},
         }
-        for p in PIPELINE
+        for p in pipeline
     ]
     if json:
         print(json_text.dumps(rows, default=str))
@@ -334,11 +343,18 @@ def check_model(model: str, settings: dict[str, Any]) -> None:
         model_spec.plain_config(model.removeprefix("models:"), settings)
 
 
-def _require_graph(name: str | None) -> None:
-    """Raises IllegalOption for what is no name of a graph on any mesh, before one is made."""
+def pipeline_with(plugins: str) -> tuple[Pass, ...]:
+    """The passes of a compile with these plugins."""
+    from spcompile.options import Options as BackendOptions
     from spcompile.passes import PIPELINE
+    from spcompile.program.plugins import with_plugins
 
-    names = ["capture", *(p.name for p in PIPELINE), "forward", "backward"]
+    return with_plugins(PIPELINE, BackendOptions.parse({"plugins": plugins} if plugins else {}))
+
+
+def _require_graph(name: str | None, plugins: str) -> None:
+    """Raises IllegalOption for what is no name of a graph on any mesh, before one is made."""
+    names = ["capture", *(p.name for p in pipeline_with(plugins)), "forward", "backward"]
     if name is not None and name.removesuffix(" (backward)") not in names:
         raise IllegalOption(f"--graph {name!r}", legal=", ".join(names))
 

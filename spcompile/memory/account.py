@@ -42,6 +42,19 @@ class Action:
 
 
 @dataclass(frozen=True)
+class PhaseMemory:
+    """When most is alive in one final graph, parameters and states aside. kept: saved values, gradients, results.
+
+    transient: what is neither. where: the call at that time.
+    """
+
+    phase: str
+    kept: sympy.Expr
+    transient: sympy.Expr
+    where: str
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes of one rank.
 
@@ -67,30 +80,32 @@ class Memory:
     fits: bool
     peak_at: str
     actions: tuple[Action, ...]
+    phases: tuple[PhaseMemory, ...] = ()
 
 
 def memory_of(
     sharded: Mapping[str, fx.GraphModule],
-    single: Mapping[str, fx.GraphModule],
+    alone: sympy.Expr,
     parameters: Iterable[torch.Tensor],
     optimizer: Optimizer,
     accelerator: Accelerator,
     plan: MemoryPlan | None = None,
     fuses: bool = False,
 ) -> Memory:
-    """From the final graphs of one rank and of one device, by phase. plan: what was chosen for the former.
+    """From the final graphs of one rank, by phase. alone: what one device saves. plan: what was chosen for the rank.
 
     fuses: the graphs' compiler fuses elementwise calls.
     """
     held = [_held(p) for p in parameters]
     trained = [_held(p) for p in parameters if p.requires_grad and "backward" in sharded]
     states = sum(optimizer.bytes(p.numel(), p.element_size()) for p in trained)
-    high = max((_high_water(phase, sharded, accelerator, fuses) for phase in sharded), key=lambda found: found.hint)
+    highs = {phase: _high_water(phase, sharded, accelerator, fuses) for phase in sharded}
+    high = max(highs.values(), key=lambda found: found.hint)
     parameter_bytes = sum(p.numel() * p.element_size() for p in held)
     limit = plan.limit if plan is not None else None
     return Memory(
         saved_activation_bytes=saved_bytes(sharded),
-        saved_activation_bytes_one_device=saved_bytes(single),
+        saved_activation_bytes_one_device=alone,
         parameter_bytes=sympy.Integer(parameter_bytes),
         gradient_bytes=sympy.Integer(sum(p.numel() * p.element_size() for p in trained)),
         peak_bytes=parameter_bytes + high.size,
@@ -102,6 +117,7 @@ def memory_of(
         fits=limit is None or parameter_bytes + states + high.hint <= limit,
         peak_at=high.where,
         actions=actions_of(plan) if plan is not None else (),
+        phases=tuple(PhaseMemory(at, h.size - h.transient, h.transient, h.where) for at, h in highs.items()),
     )
 
 

@@ -16,7 +16,11 @@ from spcompile.graph.storage import root_of
 
 @dataclass(frozen=True)
 class LargeTensor:
-    """One of the largest values of a final graph."""
+    """One of the largest values of the final graphs, and how many there are like it.
+
+    name: of the first. phase: "forward", "backward" or both, as "forward, backward". count: values of this shape, dtype
+        and line; what a phase hands to the next counts in each.
+    """
 
     name: str
     phase: str
@@ -24,10 +28,11 @@ class LargeTensor:
     numel: sympy.Expr
     dtype: torch.dtype
     source: SourceLine | None
+    count: int = 1
 
 
 def largest_tensors(graphs: Mapping[str, fx.GraphModule], count: int) -> list[LargeTensor]:
-    """The `count` largest values of the final graphs, each storage once, by its largest view."""
+    """The `count` largest kinds of values of the final graphs, each storage once, by its largest view."""
     largest: dict[tuple[str, fx.Node], tuple[int, fx.Node]] = {}
     for phase, gm in graphs.items():
         for node in gm.graph.nodes:
@@ -38,10 +43,17 @@ def largest_tensors(graphs: Mapping[str, fx.GraphModule], count: int) -> list[La
                 if key not in largest or numel > largest[key][0]:
                     largest[key] = (numel, node)
     rows = sorted(((numel, phase, node) for (phase, _), (numel, node) in largest.items()), key=lambda r: -r[0])
-    return [_large(phase, node) for _, phase, node in rows[:count]]
+    kinds: dict[object, list[tuple[str, fx.Node]]] = {}
+    for _, phase, node in rows:
+        val, source = node.meta["val"], source_of(node)
+        kind = (source.file, source.line) if source is not None else node.op
+        kinds.setdefault((tuple(val.shape), val.dtype, kind), []).append((phase, node))
+    return [_large(found) for found in list(kinds.values())[:count]]
 
 
-def _large(phase: str, node: fx.Node) -> LargeTensor:
+def _large(alike: list[tuple[str, fx.Node]]) -> LargeTensor:
+    node = alike[0][1]
     val = node.meta["val"]
     shape = tuple(expression(size) for size in val.shape)
-    return LargeTensor(node.name, phase, shape, sympy.Mul(*shape), val.dtype, source_of(node))
+    phases = ", ".join(dict.fromkeys(phase for phase, _ in alike))
+    return LargeTensor(node.name, phases, shape, sympy.Mul(*shape), val.dtype, source_of(node), len(alike))

@@ -24,6 +24,7 @@ from spcompile.program.memory_remarks import remark_memory
 from spcompile.program.partition import Partitioner
 from spcompile.program.pipeline import run_passes
 from spcompile.program.program_cache import sources
+from spcompile.program.ranges import interpreter, labels_of
 from spcompile.schedule.keep_order import KEEP_THE_ORDER
 from spcompile.schedule.op_cost import cost_model
 from spcompile.torch_private import (
@@ -234,8 +235,10 @@ def _interpreted(graph_module: fx.GraphModule) -> Callable[..., Any]:
     A function with arguments would keep what the forward saved alive to the end of the backward.
     """
 
+    labels = labels_of(graph_module.graph)
+
     def run(args: list[Any]) -> Any:
-        return fx.Interpreter(graph_module).boxed_run(args)
+        return interpreter(graph_module, labels).boxed_run(args)
 
     run._boxed_call = True  # type: ignore[attr-defined]  # torch 2.13: how AOTAutograd knows that it takes a list
     return run

@@ -27,6 +27,9 @@ def without_log_texts() -> Iterator[None]:
 def logs_graphs() -> bool:
     """Whether TORCH_LOGS or TORCH_TRACE asks for graphs of AOTAutograd."""
     logs = (graph_compile.aot_joint_log, graph_compile.aot_graphs_log)
-    # One handler is always there; without TORCH_TRACE it has no folder to write to.
-    traces = any(getattr(handler, "root_dir", handler) is not None for handler in trace_log.handlers)
-    return traces or any(log.isEnabledFor(logging.INFO) for log in logs)
+    return is_traced() or any(log.isEnabledFor(logging.INFO) for log in logs)
+
+
+def is_traced() -> bool:
+    """Whether TORCH_TRACE is set. One handler is always there; without it that has no folder to write to."""
+    return any(getattr(handler, "root_dir", handler) is not None for handler in trace_log.handlers)

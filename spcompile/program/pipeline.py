@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,12 +12,14 @@ from typing import Any
 import torch.fx as fx
 
 from spcompile.check.verifier import verify_graph
-from spcompile.diagnostics import IllegalOption, InvalidGraph
+from spcompile.diagnostics import IllegalOption, IllegalPlugin, InvalidGraph, SpcompileError
 from spcompile.graph.edit import copy_module
 from spcompile.graph.printer import format_graph
 from spcompile.passes_api import Context, Pass, PassReport, Stage, count_changes, op_counts
 from spcompile.program.progress import begins
 from spcompile.sharding.global_view import states_of_inputs
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -108,18 +111,40 @@ def _trainable(gm: fx.GraphModule) -> list[str]:
     return [n.name for n in gm.graph.nodes if n.op == "placeholder" and n.meta.get("trainable")]
 
 
+def _belongs_here(p: Pass) -> bool:
+    return type(p).__module__.partition(".")[0] == "spcompile"
+
+
+def _run_from_outside(p: Pass, gm: fx.GraphModule, ctx: Context) -> int:
+    before = format_graph(gm)
+    try:
+        rewrites = p.run(gm, ctx)
+        after = format_graph(gm)
+    except SpcompileError:
+        raise
+    except Exception as error:
+        raise IllegalPlugin(f"pass {p.name} of {type(p).__module__} failed: {type(error).__name__}: {error}") from error
+    is_count = isinstance(rewrites, int) and not isinstance(rewrites, bool) and rewrites >= 0
+    if not is_count or (rewrites == 0 and before != after):
+        changed = "the graph has changed" if before != after else "the graph is as it was"
+        found = f"pass {p.name} of {type(p).__module__} returns {rewrites!r} as its number of rewrites, and {changed}"
+        raise IllegalPlugin(found, legal="how many rewrites it made; 0 for none, and only then")
+    return rewrites
+
+
 def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history: History) -> None:
     """Run passes of one stage in order, verifying the graph after each. The module's code is left as it was.
 
     Raises:
         InvalidGraph: a pass left a graph that breaks a law; names the pass.
+        IllegalPlugin: a pass of a plugin failed, or counts its rewrites wrongly.
     """
     after = op_counts(gm.graph)
     for p in passes:
         before = after
         begins(p.name)
         start = time.perf_counter()
-        rewrites = p.run(gm, ctx)
+        rewrites = p.run(gm, ctx) if _belongs_here(p) else _run_from_outside(p, gm, ctx)
         after = op_counts(gm.graph)
         report = PassReport(rewrites, count_changes(before, after))
         report.milliseconds = (time.perf_counter() - start) * 1e3
@@ -135,4 +160,9 @@ def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history
             )
         except InvalidGraph as error:
             raise InvalidGraph(f"after pass {p.name}: {error.found}", where=error.where, legal=error.legal) from error
+        log.debug("%s: %d rewrites, %.1f ms%s", p.name, rewrites, report.milliseconds, _changes_text(report))
         history.add(p.name, stage, gm, ctx, report)
+
+
+def _changes_text(report: PassReport) -> str:
+    return "".join(f"; {op} {before} -> {after}" for op, (before, after) in report.ops.items())

@@ -41,6 +41,7 @@ from spcompile.passes_api import Pass
 from spcompile.plain_text import one_line
 from spcompile.program.build import Output
 from spcompile.program.own_files import are_own, read_own, write_own
+from spcompile.program.plugins import plugin_identities
 from spcompile.torch_private import autograd_cache_key, disable_modes, load_autograd_result
 from spcompile.torch_private import inductor_cache_dir as cache_dir
 
@@ -94,7 +95,12 @@ def key_of(
         *(f"{k}={v}" for k, v in sorted(machine.items())),
     ]
     facts += [_input_facts(n, x) for n, x in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)]
-    facts += [sources(), *(f"{p!r} {_file_hash(inspect.getfile(type(p)))}" for p in passes)]
+    outside = plugin_identities()
+    if not all(outside.values()):
+        log.info("not cached: a plugin or a sharding rule has no source file")
+        return None
+    facts += [sources(), *(f"{name} {hashed}" for name, hashed in outside.items())]
+    facts += [f"{p!r} {_file_hash(inspect.getfile(type(p)))}" for p in passes]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()
 
 

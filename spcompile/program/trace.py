@@ -19,14 +19,14 @@ from spcompile.capture.graph_breaks import ModelPart, counted, mark_part, model_
 from spcompile.capture.local_inputs import over_local_parts
 from spcompile.capture.python_floats import without_symbolic_floats
 from spcompile.diagnostics import CaptureFailed, GraphBreak, IllegalMesh
-from spcompile.graph.edit import copy_graph, copy_module
+from spcompile.graph.edit import copy_graph
 from spcompile.machine.mesh import LEGAL_MESH, MeshShape
 from spcompile.memory.planner import Wish
 from spcompile.options import Options
 from spcompile.passes_api import Pass
 from spcompile.program.build import LocalProgram, build
 from spcompile.program.collection import rare_collection
-from spcompile.program.emit import Emission, cut, emit_nothing
+from spcompile.program.emit import Emission, emit_nothing
 from spcompile.program.pipeline import History, Snapshot
 from spcompile.program.progress import begins
 from spcompile.torch_private import RestartAnalysis
@@ -165,19 +165,6 @@ def compile_for(
     if mesh.world_size == 1:
         program.ctx.remarks.add("SPR401", "one rank: nothing is sharded", strict_error=False)
     return Traced(program, emitted(program, Wish.of(options)), serial)
-
-
-def on_one_device(traced: Traced) -> dict[str, fx.GraphModule]:
-    """Forward and backward of one device by phase, with the same attention ops and the same partitioner.
-
-    They are made of the program before anything in it was about several devices. Call it where `compile_for` is called.
-    """
-    begins("forward and backward of one device, to compare")
-    before, program = traced.model_itself.gm, traced.program
-    assert before is not None
-    gm = copy_module(before)
-    ctx = replace(program.ctx, mesh=MeshShape(()))
-    return cut(replace(program, gm=gm, inputs=program.all_inputs, ctx=ctx))
 
 
 def emitted(program: LocalProgram, wish: Wish | None = None) -> Emission:

@@ -11,18 +11,22 @@ import sympy
 
 from spcompile.diagnostics import Remark, SourceLine, remark_lines
 from spcompile.machine.byte_sizes import bytes_text
+from spcompile.machine.durations import ms_text
 from spcompile.machine.mesh import MeshShape
 from spcompile.memory.account import Memory
 from spcompile.memory.largest import LargeTensor
 from spcompile.plain_text import one_line
-from spcompile.report.plan_html import page
-from spcompile.schedule.communication import Row
-from spcompile.schedule.timeline import Prediction
+from spcompile.report.answers import Answers
+from spcompile.report.plan_html import PageContent, page
+from spcompile.schedule.communication import Row, Send
+from spcompile.schedule.timeline import Event, Prediction
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 SCHEMA_VERSION = 1
+_WHY = ("SPR203", "SPR204")  # the choice of attention
+_TOLD_FIRST = (*_WHY, "SPR601", "SPR603")  # what is made again, and that a step does not fit
 WIDTH = 120
 
 
@@ -70,8 +74,10 @@ class Sharding:
 class Plan:
     """The compiled program of one rank, explained. Sizes are sympy expressions: numbers, or of a dynamic length.
 
-    symbols: what each symbol is. parts: the further graphs of a model that is not one, in order; this is the first.
+    answers: what is told first. symbols: what each symbol is.
+    parts: the further graphs of a model that is not one, in order; this is the first.
     graphs: the text after every pass, in order, then "forward" and "backward".
+    sends, events: of the final graphs by phase, every collective and what takes time. files: the user's, name -> path.
     """
 
     model: str
@@ -85,8 +91,12 @@ class Plan:
     passes: list[PassRow]
     largest_tensors: list[LargeTensor]
     predicted: Prediction
+    answers: Answers
     symbols: dict[str, str] = field(default_factory=dict)
     graphs: dict[str, str] = field(default_factory=dict, repr=False)
+    sends: dict[str, list[Send]] = field(default_factory=dict, repr=False)
+    events: dict[str, list[Event]] = field(default_factory=dict, repr=False)
+    files: dict[str, str] = field(default_factory=dict, repr=False)
     parts: list[Plan] = field(default_factory=list, repr=False)
 
     def graph(self, name: str) -> str:
@@ -101,20 +111,50 @@ class Plan:
 
     def save(self, path: str) -> None:
         """Write the plan as one HTML page that needs nothing else."""
-        title = one_line(f"{self.model} on mesh {self.mesh}")
-        schedule = {row.name for row in self.passes if row.stage == "schedule"}
-        remarks = remark_lines([remark for plan in (self, *self.parts) for remark in plan.remarks])
-        summary, tables, graphs = self.summary()[1:], self.tables(), dict(self.graphs)
-        for number, part in enumerate(self.parts, 2):
-            summary += [f"Part {number}", *part.summary()[1:]]
-            tables += [(f"{title} of part {number}", header, rows) for title, header, rows in part.tables()]
-            graphs |= {f"part {number}: {name}": text for name, text in part.graphs.items()}
         with open(path, "w", encoding="utf-8") as file:
-            file.write(page(title, summary, tables, remarks, graphs, schedule))
+            file.write(page(self._page_content()))
+
+    def _page_content(self) -> PageContent:
+        first, tables, graphs = self.summary()[1:], self.tables(), dict(self.graphs)
+        sends: dict[str, list[Send]] = dict(self.sends)
+        events, files = dict(self.events), dict(self.files)
+        prefixes: dict[str, str] = {}
+        for number, part in enumerate(self.parts, 2):
+            first += [f"Part {number}", *part.summary()[1:]]
+            prefix = f"part {number}: "
+            of_part = [(f"{title} of part {number}", header, rows) for title, header, rows in part.tables()]
+            tables += of_part
+            prefixes |= dict.fromkeys((title for title, _, _ in of_part), prefix)
+            graphs |= {prefix + name: text for name, text in part.graphs.items()}
+            sends |= {prefix + name: found for name, found in part.sends.items()}
+            events |= {prefix + name: found for name, found in part.events.items()}
+            files = part.files | files
+        length = self.sharding.length
+        return PageContent(
+            title=one_line(f"{self.model} on mesh {self.mesh}"),
+            first=first,
+            tables=tables,
+            remarks=[r for plan in (self, *self.parts) for r in plan.remarks if r.code not in _TOLD_FIRST],
+            graphs=graphs,
+            schedule={row.name for plan in (self, *self.parts) for row in plan.passes if row.stage == "schedule"},
+            mesh=self.mesh,
+            order=self.sharding.order,
+            length=int(length) if length is not None and length.is_Integer else None,
+            memory=self.memory,
+            sends=sends,
+            events=events,
+            files=files,
+            prefixes=prefixes,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: sizes are ints, or the text of their expression where they depend on a dynamic length."""
-        memory = {name: _json_number(value) for name, value in vars(self.memory).items() if name != "actions"}
+        memory = {
+            name: _json_number(value) for name, value in vars(self.memory).items() if name not in ("actions", "phases")
+        }
+        memory["phases"] = [
+            {name: _json_number(value) for name, value in vars(row).items()} for row in self.memory.phases
+        ]
         memory["actions"] = [{**vars(row), "source": _source(row.source)} for row in self.memory.actions]
         return {
             **({"parts": [part.to_dict() for part in self.parts]} if self.parts else {}),
@@ -123,6 +163,7 @@ class Plan:
             "mesh": dict(self.mesh.axes),
             "options": {name: value for name, value in self.options.items() if _fits_json(value)},
             "symbols": self.symbols,
+            "answers": self.answers.to_dict(self.memory, self.predicted),
             "sharding": {name: _json_number(value) for name, value in vars(self.sharding).items()},
             "attention": [dict(vars(row)) for row in self.attention],
             "collectives": [
@@ -146,6 +187,7 @@ class Plan:
                     "phase": row.phase,
                     "shape": [_json_number(size) for size in row.shape],
                     "numel": _json_number(row.numel),
+                    "count": row.count,
                     "dtype": str(row.dtype).removeprefix("torch."),
                     "source": _source(row.source),
                 }
@@ -163,9 +205,10 @@ class Plan:
         for title, header, rows in self.tables():
             console.print()
             console.print(_rich(title, header, rows))
-        if self.remarks:
+        remarks = self.other_remarks()
+        if remarks:
             console.print("\nRemarks")
-        for remark in remark_lines(self.remarks):
+        for remark in remarks:
             console.print(f"  {remark}", soft_wrap=True)
         count = len(self.parts) + 1
         texts = [f"\nPart {number} of {count}: {part}" for number, part in enumerate(self.parts, 2)]
@@ -175,8 +218,11 @@ class Plan:
         """The first lines of the report."""
         sharding = self.sharding
         lines = [one_line(f"{self.model} on mesh {self.mesh}")]
+        lines += self.answers.lines(self.memory, self.predicted)
         if sharding.sharded_ops:
-            split = f"{sharding.length} tokens, {sharding.local_length} on each rank, {sharding.order} order"
+            split = f"{sharding.length} tokens"
+            if self.mesh.size("cp") > 1:
+                split += f", {sharding.local_length} on each rank, {sharding.order} order"
             lines.append(f"Sequence   {split}; {sharding.sharded_ops} of {sharding.ops} ops run on shards")
         else:
             lines.append("Sequence   not sharded")
@@ -185,14 +231,15 @@ class Plan:
             heads += f", {row.scores}" if row.scores else ""
             heads += f", kernel {row.kernel}" if row.kernel else ""
             lines.append(f"Attention  {row.count} x {row.strategy}: {heads}")
-        lines += [f"Why        {remark.text}" for remark in self.remarks if remark.code in ("SPR203", "SPR204")]
-        step, sent, exposed = (1e3 * self.predicted.total(name) for name in ("seconds", "communication", "exposed"))
-        lines.append(
-            f"Predicted  {step:.4g} ms a step, of which {exposed:.4g} of {sent:.4g} ms communication are exposed"
-        )
+        why = [f"{r.text}{_at_place(r.where)}" for r in self.remarks if r.code in _WHY]
+        lines += [f"Why        {text}" for text in dict.fromkeys(why)]
         lines += [f"Assumed    {text}" for text in self.predicted.assumptions]
         lines += [f"Symbol     {name} is {meaning}" for name, meaning in self.symbols.items()]
         return lines
+
+    def other_remarks(self) -> list[str]:
+        """Remarks that the first lines do not tell."""
+        return remark_lines(remark for remark in self.remarks if remark.code not in _TOLD_FIRST)
 
     def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
         """(title, column names, rows) of every table of the report; the first column of a row says what it is."""
@@ -219,7 +266,7 @@ class Plan:
                     ["optimizer", size_text(memory.optimizer_bytes)],
                     ["transient, at the peak", f"{size_text(memory.transient_bytes)} ({memory.peak_at})"],
                     ["peak, without the optimizer", size_text(memory.peak_bytes)],
-                    ["peak of everything", size_text(memory.total_bytes) + _against(memory)],
+                    ["peak of everything", size_text(memory.total_bytes)],
                 ],
             ),
             *_actions_table(memory),
@@ -229,7 +276,7 @@ class Plan:
                 [
                     [
                         r.phase,
-                        *(f"{1e3 * t:.4g}" for t in (r.seconds, r.compute, r.communication, r.hidden, r.exposed)),
+                        *(ms_text(t) for t in (r.seconds, r.compute, r.communication, r.hidden, r.exposed)),
                         *(size_text(sympy.Integer(round(b))) for b in (r.bytes, r.exposed_bytes)),
                     ]
                     for r in self.predicted.phases
@@ -237,10 +284,11 @@ class Plan:
             ),
             (
                 "Largest tensors",
-                ["name", "phase", "shape", "elements", "dtype", "source"],
+                ["name", "count", "phase", "shape", "elements", "dtype", "source"],
                 [
                     [
                         r.name,
+                        str(r.count),
                         r.phase,
                         f"[{', '.join(map(str, r.shape))}]",
                         str(r.numel),
@@ -263,19 +311,17 @@ def size_text(size: sympy.Expr) -> str:
     return bytes_text(float(size)) if size.is_number else str(size)
 
 
-def _against(memory: Memory) -> str:
-    if memory.budget_bytes is None:
-        return ""
-    return f", {'fits' if memory.fits else 'does not fit'} into {bytes_text(memory.budget_bytes)}"
-
-
 def _actions_table(memory: Memory) -> list[tuple[str, list[str], list[list[str]]]]:
     """What was done to save memory; no table where nothing was."""
     rows = [
-        [f"{row.kind} {row.op}", str(row.count), bytes_text(row.bytes), f"{1e3 * row.seconds:.4g}", _place(row.source)]
+        [f"{row.kind} {row.op}", str(row.count), bytes_text(row.bytes), ms_text(row.seconds), _place(row.source)]
         for row in memory.actions
     ]
     return [("Not saved for backward", ["what", "count", "bytes", "ms", "source"], rows)] if rows else []
+
+
+def _at_place(source: SourceLine | None) -> str:
+    return f" (asked for at {_place(source)})" if source else ""
 
 
 def _sent(row: Row) -> str:

@@ -64,6 +64,24 @@ class Row:
     at_most: bool = False
 
 
+@dataclass(frozen=True)
+class Send:
+    """One collective of a final graph, as the node that makes it. bytes: sent by each rank."""
+
+    node: str
+    op: str
+    axis: str
+    bytes: sympy.Expr
+    layer: str
+    source: SourceLine | None
+
+
+def sends_of(gm: fx.GraphModule, mesh: MeshShape) -> list[Send]:
+    """Every collective of a final graph, in order."""
+    found = ((node, sent_by(node, mesh)) for node in gm.graph.nodes)
+    return [Send(node.name, *sent, layer_of(node), source_of(node)) for node, sent in found if sent is not None]
+
+
 def communication(phase: str, gm: fx.GraphModule, mesh: MeshShape, trained: Sequence[bool]) -> list[Row]:
     """The rows of a final graph, in order of first use.
 
@@ -129,14 +147,18 @@ def _is_trained(node: fx.Node, trained: Sequence[bool]) -> bool:
 
 
 def layer_of(node: fx.Node) -> str:
-    """Path of the module that made a node, layer numbers as `*`; "" if unknown. Backward nodes name the forward's."""
+    """`module_path_of`, with `*` for every layer number."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module_path_of(node))
+
+
+def module_path_of(node: fx.Node) -> str:
+    """The module that made a node, as `blocks.3.attention`; "" if unknown. Backward nodes name the forward's."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     if not stack:
         return ""
     path = str(list(stack.values())[-1][0])
     path = re.sub(r"\['(\w+)'\]|\[(\d+)\]", r".\1\2", path).removeprefix("L.self").strip(".")
-    path = re.sub(r"(^|\.)(_modules|_orig_mod)(?=\.|$)", "", path).strip(".")
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
+    return re.sub(r"(^|\.)(_modules|_orig_mod)(?=\.|$)", "", path).strip(".")
 
 
 def sent_by(node: fx.Node, mesh: MeshShape) -> tuple[str, str, sympy.Expr] | None:

@@ -43,6 +43,16 @@ class Timeline:
         return max(0.0, self.communication - self.exposed)
 
 
+@dataclass(frozen=True)
+class Event:
+    """What a stream is busy with: "compute", or an axis. Seconds since the graph began."""
+
+    node: str
+    stream: str
+    start: float
+    seconds: float
+
+
 def starts(node: fx.Node) -> bool:
     """Whether a node starts a collective that a `wait_tensor` ends."""
     return is_start(node.target)
@@ -54,11 +64,16 @@ def is_wait(node: fx.Node) -> bool:
 
 
 def timeline(
-    phase: str, nodes: Iterable[fx.Node], cost: CostModel, late_by: dict[fx.Node, float] | None = None
+    phase: str,
+    nodes: Iterable[fx.Node],
+    cost: CostModel,
+    late_by: dict[fx.Node, float] | None = None,
+    events: list[Event] | None = None,
 ) -> Timeline:
     """Run nodes in this order on the streams.
 
     late_by: is given, for every started collective, the seconds that compute waits for it.
+    events: is given what takes time, in the order of the graph.
     """
     now = compute = communication = exposed = sent = exposed_bytes = 0.0
     free: defaultdict[str, float] = defaultdict(float)  # axis -> when its stream is
@@ -69,6 +84,8 @@ def timeline(
             free[axis] = max(now, free[axis]) + seconds
             flying[node] = (free[axis], seconds, size)
             communication, sent = communication + seconds, sent + size
+            if events is not None and seconds > 0:
+                events.append(Event(node.name, axis, free[axis] - seconds, seconds))
             continue
         if is_wait(node):
             arrival, seconds, size = flying.pop(node.all_input_nodes[0], (0.0, 1.0, 0.0))
@@ -79,6 +96,10 @@ def timeline(
         else:
             work = cost.work(node)
             late, size = work.exposed, transfer(node, cost)[2] if work.communication else 0.0
+            if events is not None and work.communication > 0:
+                events.append(Event(node.name, transfer(node, cost)[0], now, work.communication))
+            if events is not None and work.compute > 0:
+                events.append(Event(node.name, "compute", now, work.compute))
             compute, communication = compute + work.compute, communication + work.communication
             sent, now = sent + size, now + work.compute
             exposed_bytes += size * late / work.communication if size else 0.0
@@ -104,6 +125,14 @@ class Prediction:
     def total(self, name: str) -> float:
         """The sum of a field of Timeline over the phases."""
         return float(sum(getattr(phase, name) for phase in self.phases))
+
+
+def events_of(graphs: Mapping[str, fx.GraphModule], cost: CostModel) -> dict[str, list[Event]]:
+    """By phase, what each stream of a rank does when; all ranks do the same."""
+    found: dict[str, list[Event]] = {phase: [] for phase in graphs}
+    for phase, gm in graphs.items():
+        timeline(phase, gm.graph.nodes, cost, events=found[phase])
+    return found
 
 
 def predict(graphs: Mapping[str, fx.GraphModule], cost: CostModel) -> Prediction:

@@ -101,6 +101,16 @@ def test_options_of_passes_change_the_key() -> None:
     assert Options(passes={"overlap-collectives": False}).fingerprint() != Options().fingerprint()
 
 
+def test_plugins_change_the_key_and_without_their_sources_nothing_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = set()
+    for sources in ({}, {"a_plugin": "1"}, {"a_plugin": "2"}):
+        monkeypatch.setattr(program_cache, "plugin_identities", lambda found=sources: found)
+        keys.add(key())
+    assert len(keys - {None}) == 3
+    monkeypatch.setattr(program_cache, "plugin_identities", lambda: {"a_plugin": ""})
+    assert key() is None
+
+
 def test_sources_change_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     before = key()
     monkeypatch.setattr(program_cache, "_file_hash", lambda file: "edited")

@@ -12,9 +12,12 @@ The idea of factors and of compound factors is from openxla/shardy, docs/propaga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
+
+from spcompile.diagnostics import IllegalPlugin, source_of
 
 if TYPE_CHECKING:
     import torch
@@ -158,7 +161,51 @@ def rule_of(node: fx.Node) -> OpRule | None:
     """The rule of this call; None where there is none, or where this form of the call has none."""
     schema = getattr(node.target, "_schema", None)
     rule = _REGISTRY.get(node.target) or _REGISTRY.get(schema.name if schema is not None else None)
-    return rule(node) if rule is not None else None
+    return None if rule is None else _outside(rule, node) if _is_from_outside(rule) else rule(node)
+
+
+def _outside(rule: Rule, node: fx.Node) -> OpRule | None:
+    """What a plugin's rule says of a call.
+
+    Raises:
+        IllegalPlugin: it fails, or what it says does not fit the call.
+    """
+    name = f"the sharding rule {rule.__module__}.{rule.__name__} of {node.target}"
+    try:
+        made = rule(node)
+    except Exception as error:
+        raise IllegalPlugin(f"{name} failed: {type(error).__name__}: {error}", where=source_of(node)) from error
+    if made is None:
+        return None
+    if not isinstance(made, OpRule):
+        raise IllegalPlugin(f"{name} gives a {type(made).__name__}", where=source_of(node), legal="an OpRule, or None")
+    wanted = [t.meta["val"].ndim for t in tensor_operands(node)], [t.ndim for t in tensor_results(node)]
+    found = [len(dims) for dims in made.operands], [len(dims) for dims in made.results]
+    if found != wanted:
+        text = f"{name} has operands and results of {found} dims, the call of {wanted}"
+        raise IllegalPlugin(text, where=source_of(node), legal="each tensor with all of its dims")
+    return made
+
+
+def _is_from_outside(rule: Rule) -> bool:
+    return rule.__module__.partition(".")[0] != "spcompile"
+
+
+def rules_from_outside() -> Mapping[Any, Rule]:
+    """Those that are not this package's own."""
+    return {op: rule for op, rule in _REGISTRY.items() if _is_from_outside(rule)}
+
+
+@contextmanager
+def registered_all_or_none() -> Iterator[None]:
+    """Rules that are registered inside stay only if nothing is raised."""
+    known = dict(_REGISTRY)
+    try:
+        yield
+    except BaseException:
+        _REGISTRY.clear()
+        _REGISTRY.update(known)
+        raise
 
 
 def registered_ops() -> list[Any]:

@@ -44,7 +44,7 @@ def test_auto_says_what_it_predicts(heads: int, key_heads: int, degree: int, exp
     assert not remark.strict_error
     assert f"{heads} heads, {key_heads} key/value heads" in remark.text
     hybrids = ["hybrid 2x4 ", "hybrid 4x2 "] if degree == 8 else []
-    assert all(part in remark.text for part in ("ulysses ", "ring ", " MB, ", " us", *hybrids))
+    assert all(part in remark.text for part in ("ulysses ", "ring ", "iB, ", " ms", *hybrids))
 
 
 def test_auto_reads_the_table_of_links() -> None:

@@ -22,8 +22,10 @@ from torch import Tensor
 from spcompile.graph.sizes import hint
 from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
 from spcompile.sharding.batch_entries import inputs_with_batch, require_batch
+from spcompile.sharding.exchanges import exchange
 from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces
 from spcompile.sharding.layout import annotate
+from spcompile.sharding.mixed_rows import mixed_row_seeds
 from spcompile.sharding.propagate import SCORES, Choice, Placements, propagate, sequence_seeds
 from spcompile.sharding.sharded_or_replicated import trained_values
 from spcompile.sharding.shuffles import find_shuffles, split_apart
@@ -86,11 +88,15 @@ def _place_sequence(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Place
     if _is_decoding(graph, spaces, seeds):
         seeds = {}
     if not seeds:
-        _remark_no_sequence(graph, ctx)
+        seeds = _mixed_rows(graph, spaces, ctx)
     for node in (n for n in seeds if SCORES in n.meta.get("custom", {})):
         text = "attention: what reads the weights is no product with values; split by query rows"
         ctx.remarks.add("SPR202", text, node)
-    return propagate(spaces, seeds if ctx.mesh.size("cp") > 1 else {})
+    placements = propagate(spaces, seeds if ctx.mesh.size("cp") > 1 else {})
+    for found in exchange(graph, spaces, placements, ctx.mesh.size("cp")):
+        text = f"{found.node.target} mixes positions of the sequence: a dim of {found.size} is split meanwhile"
+        ctx.remarks.add("SPR108", text, found.node, strict_error=False)
+    return placements
 
 
 def _is_decoding(graph: fx.Graph, spaces: IndexSpaces, seeds: Mapping[fx.Node, Choice]) -> bool:
@@ -100,12 +106,19 @@ def _is_decoding(graph: fx.Graph, spaces: IndexSpaces, seeds: Mapping[fx.Node, C
     return trained_values(graph).isdisjoint(seeds)
 
 
-def _remark_no_sequence(graph: fx.Graph, ctx: Context) -> None:
+def _mixed_rows(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> dict[fx.Node, Choice]:
+    """The seeds of a model without attention over a sequence."""
     attention = next(iter(graph.find_nodes(op="call_function", target=torch.ops.spx.attention.default)), None)
-    if attention is None:
-        ctx.remarks.add("SPR101", "no attention over a sequence was found; the graph runs replicated")
-    else:
+    if attention is not None:
         ctx.remarks.add("SPR301", "every query has length 1; the graph runs replicated", attention, strict_error=False)
+        return {}
+    seeds = mixed_row_seeds(graph, spaces, ctx.mesh.size("cp"))
+    for node, choice in seeds.items():
+        size = spaces.calls[node].leaves_of(choice.factor)[choice.part].size
+        ctx.remarks.add("SPR109", f"the {size} rows of this product, which others mix, are split", strict_error=False)
+    if not seeds:
+        ctx.remarks.add("SPR101", "neither attention nor rows that are mixed were found; the graph runs replicated")
+    return seeds
 
 
 def _place_weights(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placements:

@@ -204,7 +204,7 @@ class InvalidGraph(SpcompileError, AssertionError):
 
 
 REMARKS: dict[str, str] = {
-    "SPR101": "neither attention nor other mixing of rows was found, so there is no sequence: the graph runs replicated",
+    "SPR101": "neither attention nor other mixing of rows was found: the graph runs replicated",
     "SPR102": "an op has no sharding rule: it is computed replicated on every rank",
     "SPR103": "an op cannot be computed on a shard of the sequence: its input is gathered",
     "SPR104": "no symbol for the number of batch entries goes through the compiler: each number is another program",

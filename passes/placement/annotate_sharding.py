@@ -22,11 +22,12 @@ from torch import Tensor
 from spcompile.graph.sizes import hint
 from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
 from spcompile.sharding.batch_entries import inputs_with_batch, require_batch
-from spcompile.sharding.exchanges import exchange
+from spcompile.sharding.exchanges import alone_in_exchanges, exchange
 from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces
 from spcompile.sharding.layout import annotate
 from spcompile.sharding.mixed_rows import mixed_row_seeds
 from spcompile.sharding.propagate import SCORES, Choice, Placements, propagate, sequence_seeds
+from spcompile.sharding.rules.rule import OpRule
 from spcompile.sharding.sharded_or_replicated import trained_values
 from spcompile.sharding.shuffles import find_shuffles, split_apart
 from spcompile.sharding.tensor_parallel import tensor_seeds
@@ -63,16 +64,23 @@ class AnnotateSharding(AxisPass):
         """
         place = {"dp": _place_batch, "cp": _place_sequence, "tp": _place_weights}[self.axis]
         shuffles = find_shuffles(gm.graph) if self.axis != "tp" else []
+        alone: Mapping[fx.Node, OpRule] = {}
         while True:
-            rules = {node: rule for shuffle in shuffles for node, rule in shuffle.rules.items()}
+            rules = {**alone, **{node: rule for shuffle in shuffles for node, rule in shuffle.rules.items()}}
             spaces = find_index_spaces(gm.graph, apart=self.axis == "dp", moving=self.axis == "cp", rules=rules)
             placements = place(gm.graph, spaces, ctx)
             whole = split_apart(shuffles, spaces, placements)
-            if not whole:
-                break
             shuffles = [shuffle for shuffle in shuffles if shuffle not in whole]
+            exchanges = exchange(gm.graph, spaces, placements, ctx.mesh.size("cp")) if self.axis == "cp" else []
+            cut = not alone and alone_in_exchanges(exchanges, spaces)
+            if not whole and not cut:
+                break
+            alone = cut or alone
         placements.forced = {node for shuffle in shuffles for node in shuffle.members}
         annotate(gm.graph, self.axis, spaces, placements)
+        for each in exchanges:
+            text = f"{each.node.target} mixes positions of the sequence: a dim of {each.size} is split meanwhile"
+            ctx.remarks.add("SPR108", text, each.node, strict_error=False)
         return 0
 
 
@@ -92,11 +100,7 @@ def _place_sequence(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Place
     for node in (n for n in seeds if SCORES in n.meta.get("custom", {})):
         text = "attention: what reads the weights is no product with values; split by query rows"
         ctx.remarks.add("SPR202", text, node)
-    placements = propagate(spaces, seeds if ctx.mesh.size("cp") > 1 else {})
-    for found in exchange(graph, spaces, placements, ctx.mesh.size("cp")):
-        text = f"{found.node.target} mixes positions of the sequence: a dim of {found.size} is split meanwhile"
-        ctx.remarks.add("SPR108", text, found.node, strict_error=False)
-    return placements
+    return propagate(spaces, seeds if ctx.mesh.size("cp") > 1 else {})
 
 
 def _is_decoding(graph: fx.Graph, spaces: IndexSpaces, seeds: Mapping[fx.Node, Choice]) -> bool:
@@ -112,10 +116,11 @@ def _mixed_rows(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> dict[fx.N
     if attention is not None:
         ctx.remarks.add("SPR301", "every query has length 1; the graph runs replicated", attention, strict_error=False)
         return {}
-    seeds = mixed_row_seeds(graph, spaces, ctx.mesh.size("cp"))
-    for node, choice in seeds.items():
-        size = spaces.calls[node].leaves_of(choice.factor)[choice.part].size
-        ctx.remarks.add("SPR109", f"the {size} rows of this product, which others mix, are split", strict_error=False)
+    seeds = mixed_row_seeds(graph, spaces)
+    for node in seeds if ctx.mesh.size("cp") > 1 else ():
+        ctx.remarks.add(
+            "SPR109", "no attention: rows of this product, which others mix, are split", node, strict_error=False
+        )
     if not seeds:
         ctx.remarks.add("SPR101", "neither attention nor rows that are mixed were found; the graph runs replicated")
     return seeds

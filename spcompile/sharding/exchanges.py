@@ -10,7 +10,7 @@ are enough of them differs from call to call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -21,7 +21,7 @@ from spcompile.graph.reshard import Place
 from spcompile.graph.sizes import hint
 from spcompile.sharding.index_spaces import IndexSpaces, OpSpaces
 from spcompile.sharding.propagate import Choice, Placements, is_prefix, leaves_sums, place_of, propagate
-from spcompile.sharding.rules.rule import tensor_operands
+from spcompile.sharding.rules.rule import Dims, OpRule, tensor_operands
 from spcompile.sharding.sharded_or_replicated import WIRE, estimated_bytes, trained_values
 from spcompile.sharding.spaces import Space, leaves
 
@@ -30,10 +30,14 @@ WORK = 8.0  # a byte that every rank computes and saves against one byte of memo
 
 @dataclass(frozen=True)
 class Exchange:
-    """`node` mixes what the axis splits; over its factor of `size` indices it and its surroundings run instead."""
+    """`node` mixes what the axis splits: it and its surroundings run over another factor, of `size` indices.
+
+    mixing: the calls that do not run over what is split, or cut and join it, with the factor over which they now run.
+    """
 
     node: fx.Node
     size: int
+    mixing: Mapping[fx.Node, Choice]
 
 
 def exchange(graph: fx.Graph, spaces: IndexSpaces, placements: Placements, degree: int) -> list[Exchange]:
@@ -43,9 +47,53 @@ def exchange(graph: fx.Graph, spaces: IndexSpaces, placements: Placements, degre
     for node in graph.nodes:
         moved = search.best(node) if search.wants_whole(node) else None
         if moved is not None:
+            mixing = {n: moved.other.choices[n] for n in graph.nodes if n in moved.calls and search.mixes(n)}
+            found.append(Exchange(node, hint(moved.space.find().size), mixing))
             search.take(moved)
-            found.append(Exchange(node, hint(moved.space.find().size)))
     return found
+
+
+def alone_in_exchanges(found: Iterable[Exchange], spaces: IndexSpaces) -> dict[fx.Node, OpRule]:
+    """Rules that tie nothing but the other factor to other calls, for the calls of exchanges that mix.
+
+    They have the sequence whole, and may cut and join it as they like, as the halves of a scan do: that must not cut
+    it for the rest of the graph, where ranks split it.
+    """
+    rules: dict[fx.Node, OpRule] = {}
+    for each in found:
+        for node, choice in each.mixing.items():
+            call = spaces.calls[node]
+            if len(call.leaves_of(choice.factor)) == 1:
+                rules[node] = _alone(call.rule, choice.factor)
+    return rules
+
+
+def _alone(rule: OpRule, factor: str) -> OpRule:
+    """The rule with a factor of its own in every dim in place of all others, which is whole."""
+    sizes = {factor: rule.sizes[factor]}
+
+    def renamed(tensors: Sequence[Dims], prefix: str) -> tuple[Dims, ...]:
+        found = []
+        for number, dims in enumerate(tensors):
+            named = [
+                tuple(f if f == factor else f"{prefix}{number}.{place}.{f}" for f in dim)
+                for place, dim in enumerate(dims)
+            ]
+            sizes.update(
+                {new: rule.sizes[f] for a, b in zip(named, dims, strict=True) for new, f in zip(a, b, strict=True)}
+            )
+            found.append(tuple(named))
+        return tuple(found)
+
+    operands, results = renamed(rule.operands, "x"), renamed(rule.results, "y")
+    return OpRule(
+        operands,
+        results,
+        sizes,
+        replicated=frozenset(sizes) - {factor},
+        local=rule.local,
+        unread=rule.unread,
+    )
 
 
 @dataclass
@@ -75,6 +123,12 @@ class _Search:
         if choice.factor in call.rule.moved:
             return any(_is_read_bit_by_bit(x, self.degree) for x in read if not self._is_split(node))
         return leaves_sums(call, choice) and self.degree * estimated_bytes(node) > largest
+
+    def mixes(self, node: fx.Node) -> bool:
+        """Whether a call does not run over what is split element by element."""
+        rule, choice = self.spaces.calls[node].rule, self.placements.choices.get(node)
+        is_reshape = any(len(dim) > 1 for dims in (*rule.operands, *rule.results) for dim in dims)
+        return choice is None or choice.factor in rule.moved or is_reshape
 
     def best(self, node: fx.Node) -> _Region | None:
         """What to run over which other space, so that `node` need not gather; None if nothing is won."""

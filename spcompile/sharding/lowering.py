@@ -262,9 +262,7 @@ class Lower(fx.Interpreter):
         arrived = spx.all_to_all(blocks, split.axis, split.degree)
         joined = sequence.join(arrived, numbers[source], split.order_of(held))
         whole = sequence.beginning(joined, numbers[source], held.find().size)
-        shape = [
-            self.local_size(dim, target if target.dim == index else None, index) for index, dim in enumerate(dims)
-        ]
+        shape = [self.local_size(dim, target if target.dim == index else None, index) for index, dim in enumerate(dims)]
         return whole.reshape([*shape, *x.shape[len(dims) :]])
 
     def gather(self, x: Tensor, dim: int, space: Space, to: str) -> Tensor:

@@ -21,13 +21,13 @@ from spcompile.sharding.sharded_or_replicated import estimated_bytes, trained_va
 from spcompile.sharding.spaces import Space
 
 
-def mixed_row_seeds(graph: fx.Graph, spaces: IndexSpaces, degree: int) -> dict[fx.Node, Choice]:
+def mixed_row_seeds(graph: fx.Graph, spaces: IndexSpaces) -> dict[fx.Node, Choice]:
     """One product over the rows of each sequence; nothing where no rows are mixed."""
     trained = trained_values(graph)
     mixed = _mixed_spaces(spaces, trained)
     rows = {space: at for space, at in _rows_of_products(graph, spaces).items() if space in mixed}
     entries = entries_of_inputs(graph, spaces)
-    candidates = {s: at for s, at in rows.items() if s not in entries and hint(s.size) >= degree}
+    candidates = {s: at for s, at in rows.items() if s not in entries and hint(s.size) > 1}
     seeds: dict[fx.Node, Choice] = {}
     taken: set[fx.Node] = set()
     while candidates:
@@ -75,7 +75,9 @@ def _made_of_state(graph: fx.Graph) -> set[fx.Node]:
 
 def _mixed_spaces(spaces: IndexSpaces, trained: set[fx.Node]) -> set[Space]:
     """The spaces that calls on the path of a gradient need whole, or sum over with large results."""
-    return {space.find() for node, call in spaces.calls.items() if node in trained for space in _mixed(node, call, trained)}
+    return {
+        space.find() for node, call in spaces.calls.items() if node in trained for space in _mixed(node, call, trained)
+    }
 
 
 def _mixed(node: fx.Node, call: OpSpaces, trained: set[fx.Node]) -> Iterator[Space]:

@@ -26,6 +26,7 @@ from spcompile.sharding.sharded_or_replicated import WIRE, estimated_bytes, trai
 from spcompile.sharding.spaces import Space, leaves
 
 WORK = 8.0  # a byte that every rank computes and saves against one byte of memory traffic
+CUT = 4 * WORK  # the same of a byte behind which the split dim is a product of dims: attention then gathers its keys
 
 
 @dataclass(frozen=True)
@@ -59,41 +60,32 @@ def alone_in_exchanges(found: Iterable[Exchange], spaces: IndexSpaces) -> dict[f
     They have the sequence whole, and may cut and join it as they like, as the halves of a scan do: that must not cut
     it for the rest of the graph, where ranks split it.
     """
-    rules: dict[fx.Node, OpRule] = {}
-    for each in found:
-        for node, choice in each.mixing.items():
-            call = spaces.calls[node]
-            if len(call.leaves_of(choice.factor)) == 1:
-                rules[node] = _alone(call.rule, choice.factor)
-    return rules
+    mixing = [(node, choice.factor) for each in found for node, choice in each.mixing.items()]
+    return {node: _alone(spaces.calls[node].rule, factor) for node, factor in mixing}
 
 
 def _alone(rule: OpRule, factor: str) -> OpRule:
-    """The rule with a factor of its own in every dim in place of all others, which is whole."""
+    """The rule with a whole factor of its own in place of all others, one between each two borders of dims."""
     sizes = {factor: rule.sizes[factor]}
 
-    def renamed(tensors: Sequence[Dims], prefix: str) -> tuple[Dims, ...]:
-        found = []
-        for number, dims in enumerate(tensors):
-            named = [
-                tuple(f if f == factor else f"{prefix}{number}.{place}.{f}" for f in dim)
-                for place, dim in enumerate(dims)
-            ]
-            sizes.update(
-                {new: rule.sizes[f] for a, b in zip(named, dims, strict=True) for new, f in zip(a, b, strict=True)}
-            )
-            found.append(tuple(named))
-        return tuple(found)
+    def joined(dim: tuple[str, ...], prefix: str) -> tuple[str, ...]:
+        """All that stands on one side of `factor` is one."""
+        names: list[str] = []
+        for name in dim:
+            if name == factor or not names or names[-1] == factor:
+                names.append(name if name == factor else f"{prefix}.{len(names)}")
+            sizes[names[-1]] = rule.sizes[name] * (1 if name == factor else sizes.get(names[-1], 1))
+        return tuple(names)
 
-    operands, results = renamed(rule.operands, "x"), renamed(rule.results, "y")
-    return OpRule(
-        operands,
-        results,
-        sizes,
-        replicated=frozenset(sizes) - {factor},
-        local=rule.local,
-        unread=rule.unread,
-    )
+    def of(tensors: Sequence[Dims], prefix: str) -> tuple[Dims, ...]:
+        return tuple(
+            tuple(joined(dim, f"{prefix}{tensor}.{place}") for place, dim in enumerate(dims))
+            for tensor, dims in enumerate(tensors)
+        )
+
+    operands, results = of(rule.operands, "x"), of(rule.results, "y")
+    whole = frozenset(sizes) - {factor}
+    return OpRule(operands, results, sizes, replicated=whole, local=rule.local, unread=rule.unread)
 
 
 @dataclass
@@ -129,6 +121,15 @@ class _Search:
         rule, choice = self.spaces.calls[node].rule, self.placements.choices.get(node)
         is_reshape = any(len(dim) > 1 for dims in (*rule.operands, *rule.results) for dim in dims)
         return choice is None or choice.factor in rule.moved or is_reshape
+
+    def cuts(self, node: fx.Node) -> bool:
+        """Whether a call joins what is split with other dims, or parts it, so that it is a product of dims."""
+        call, choice = self.spaces.calls[node], self.placements.choices.get(node)
+        dims = (dim for dims in (*call.rule.operands, *call.rule.results) for dim in dims)
+        joined = {factor for dim in dims if choice is not None and choice.factor in dim for factor in dim}
+        return any(
+            self.entries.isdisjoint(call.leaves_of(f)) for f in joined if choice is not None and f != choice.factor
+        )
 
     def best(self, node: fx.Node) -> _Region | None:
         """What to run over which other space, so that `node` need not gather; None if nothing is won."""
@@ -189,11 +190,15 @@ class _Search:
 
 
 def entries_of_inputs(graph: fx.Graph, spaces: IndexSpaces) -> set[Space]:
-    """The spaces that stand first in what callers pass in and in more than one dim: entries of the batch."""
-    found = set()
+    """The spaces that stand first in what callers pass in, before other dims, and that no product sums over."""
+    found: set[Space] = set()
     for node in graph.find_nodes(op="placeholder"):
         if node in spaces.values and not node.meta.get("state") and len(spaces.dims(node)) > 1:
             found.update(leaves(spaces.dims(node)[0])[:1])
+    for call in spaces.calls.values():
+        if len(call.rule.operands) > 1:
+            for factor in {*call.rule.reductions, *call.rule.contracted}:
+                found.difference_update(call.leaves_of(factor))
     return found
 
 
@@ -219,6 +224,7 @@ class _Cut:
         """Fills the region's `calls`; returns by how much they cost less than they did."""
         for node in self.stay:
             self.stay[node] += self._work(node, self.search.placements, 1.0)
+            self.stay[node] += CUT * estimated_bytes(node) if self.search.cuts(node) else 0.0
             self.go[node] += self._work(node, self.region.other, self.waste)
         for value, user in self._uses():
             self._add_use(value, user)

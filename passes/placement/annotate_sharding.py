@@ -72,7 +72,7 @@ class AnnotateSharding(AxisPass):
             whole = split_apart(shuffles, spaces, placements)
             shuffles = [shuffle for shuffle in shuffles if shuffle not in whole]
             exchanges = exchange(gm.graph, spaces, placements, ctx.mesh.size("cp")) if self.axis == "cp" else []
-            cut = not alone and alone_in_exchanges(exchanges, spaces)
+            cut = not alone and alone_in_exchanges(gm.graph, exchanges, spaces)
             if not whole and not cut:
                 break
             alone = cut or alone

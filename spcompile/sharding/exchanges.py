@@ -54,27 +54,35 @@ def exchange(graph: fx.Graph, spaces: IndexSpaces, placements: Placements, degre
     return found
 
 
-def alone_in_exchanges(found: Iterable[Exchange], spaces: IndexSpaces) -> dict[fx.Node, OpRule]:
-    """Rules that tie nothing but the other factor to other calls, for the calls of exchanges that mix.
+def alone_in_exchanges(graph: fx.Graph, found: Iterable[Exchange], spaces: IndexSpaces) -> dict[fx.Node, OpRule]:
+    """Rules that tie nothing but the other factor and entries to other calls, for the calls of exchanges that mix.
 
     They have the sequence whole, and may cut and join it as they like, as the halves of a scan do: that must not cut
     it for the rest of the graph, where ranks split it.
     """
-    mixing = [(node, choice.factor) for each in found for node, choice in each.mixing.items()]
-    return {node: _alone(spaces.calls[node].rule, factor) for node, factor in mixing}
+    entries = entries_of_inputs(graph, spaces)
+    rules: dict[fx.Node, OpRule] = {}
+    for node, choice in (at for each in found for at in each.mixing.items()):
+        call = spaces.calls[node]
+        of_entries = {f for f in call.rule.sizes if call.leaves_of(f) and entries.issuperset(call.leaves_of(f))}
+        rules[node] = _alone(call.rule, {choice.factor, *of_entries})
+    return rules
 
 
-def _alone(rule: OpRule, factor: str) -> OpRule:
-    """The rule with a whole factor of its own in place of all others, one between each two borders of dims."""
-    sizes = {factor: rule.sizes[factor]}
+def _alone(rule: OpRule, kept: set[str]) -> OpRule:
+    """The rule with a whole factor of its own in place of all but these, one between each two borders of dims."""
+    sizes = {factor: rule.sizes[factor] for factor in kept}
 
     def joined(dim: tuple[str, ...], prefix: str) -> tuple[str, ...]:
-        """All that stands on one side of `factor` is one."""
+        """All that stands on one side of a factor that is kept is one."""
         names: list[str] = []
         for name in dim:
-            if name == factor or not names or names[-1] == factor:
-                names.append(name if name == factor else f"{prefix}.{len(names)}")
-            sizes[names[-1]] = rule.sizes[name] * (1 if name == factor else sizes.get(names[-1], 1))
+            if name in kept:
+                names.append(name)
+                continue
+            if not names or names[-1] in kept:
+                names.append(f"{prefix}.{len(names)}")
+            sizes[names[-1]] = sizes.get(names[-1], 1) * rule.sizes[name]
         return tuple(names)
 
     def of(tensors: Sequence[Dims], prefix: str) -> tuple[Dims, ...]:
@@ -84,7 +92,7 @@ def _alone(rule: OpRule, factor: str) -> OpRule:
         )
 
     operands, results = of(rule.operands, "x"), of(rule.results, "y")
-    whole = frozenset(sizes) - {factor}
+    whole = frozenset(sizes) - (kept - rule.replicated)
     return OpRule(operands, results, sizes, replicated=whole, local=rule.local, unread=rule.unread)
 
 
@@ -196,7 +204,7 @@ def entries_of_inputs(graph: fx.Graph, spaces: IndexSpaces) -> set[Space]:
         if node in spaces.values and not node.meta.get("state") and len(spaces.dims(node)) > 1:
             found.update(leaves(spaces.dims(node)[0])[:1])
     for call in spaces.calls.values():
-        if len(call.rule.operands) > 1:
+        if len(call.rule.operands) > 1 and any(call.rule.results):  # no loss
             for factor in {*call.rule.reductions, *call.rule.contracted}:
                 found.difference_update(call.leaves_of(factor))
     return found

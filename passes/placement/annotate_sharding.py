@@ -71,12 +71,14 @@ class AnnotateSharding(AxisPass):
             placements = place(gm.graph, spaces, ctx)
             whole = split_apart(shuffles, spaces, placements)
             shuffles = [shuffle for shuffle in shuffles if shuffle not in whole]
-            exchanges = exchange(gm.graph, spaces, placements, ctx.mesh.size("cp")) if self.axis == "cp" else []
+            picked = {node for shuffle in shuffles for node in shuffle.members}
+            degree = ctx.mesh.size(self.axis)
+            exchanges = exchange(gm.graph, spaces, placements, degree, picked) if self.axis == "cp" else []
             cut = not alone and alone_in_exchanges(gm.graph, exchanges, spaces)
             if not whole and not cut:
                 break
             alone = cut or alone
-        placements.forced = {node for shuffle in shuffles for node in shuffle.members}
+        placements.forced = picked
         annotate(gm.graph, self.axis, spaces, placements)
         for each in exchanges:
             text = f"{each.node.target} mixes positions of the sequence: a dim of {each.size} is split meanwhile"

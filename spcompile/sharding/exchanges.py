@@ -10,7 +10,7 @@ are enough of them differs from call to call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -41,10 +41,15 @@ class Exchange:
     mixing: Mapping[fx.Node, Choice]
 
 
-def exchange(graph: fx.Graph, spaces: IndexSpaces, placements: Placements, degree: int) -> list[Exchange]:
-    """Let calls that want a split dim whole run over another one; changes `placements`."""
+def exchange(
+    graph: fx.Graph, spaces: IndexSpaces, placements: Placements, degree: int, fixed: Collection[fx.Node] = ()
+) -> list[Exchange]:
+    """Let calls that want a split dim whole run over another one, but not those that are `fixed`.
+
+    Changes `placements`.
+    """
     found = []
-    search = _Search(graph, spaces, placements, degree)
+    search = _ExchangeSearch(graph, spaces, placements, degree, fixed)
     for node in graph.nodes:
         moved = search.best(node) if search.wants_whole(node) else None
         if moved is not None:
@@ -65,11 +70,11 @@ def alone_in_exchanges(graph: fx.Graph, found: Iterable[Exchange], spaces: Index
     for node, choice in (at for each in found for at in each.mixing.items()):
         call = spaces.calls[node]
         of_entries = {f for f in call.rule.sizes if call.leaves_of(f) and entries.issuperset(call.leaves_of(f))}
-        rules[node] = _alone(call.rule, {choice.factor, *of_entries})
+        rules[node] = _isolated(call.rule, {choice.factor, *of_entries})
     return rules
 
 
-def _alone(rule: OpRule, kept: set[str]) -> OpRule:
+def _isolated(rule: OpRule, kept: set[str]) -> OpRule:
     """The rule with a whole factor of its own in place of all but these, one between each two borders of dims."""
     sizes = {factor: rule.sizes[factor] for factor in kept}
 
@@ -105,15 +110,23 @@ class _Region:
     calls: set[fx.Node] = field(default_factory=set)
 
 
-class _Search:
-    def __init__(self, graph: fx.Graph, spaces: IndexSpaces, placements: Placements, degree: int) -> None:
+class _ExchangeSearch:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        spaces: IndexSpaces,
+        placements: Placements,
+        degree: int,
+        fixed: Collection[fx.Node],
+    ) -> None:
         self.graph, self.spaces, self.placements, self.degree = graph, spaces, placements, degree
+        self.fixed = frozenset(fixed)
         self.trained = trained_values(graph)
         self.entries = entries_of_inputs(graph, spaces)
 
     def wants_whole(self, node: fx.Node) -> bool:
         """Whether a call on the path of a gradient reads whole what ranks have in parts, and gives something large."""
-        if node not in self.trained or node not in self.spaces.calls:
+        if node not in self.trained or node not in self.spaces.calls or node in self.fixed:
             return False
         read = [x for x in tensor_operands(node) if x in self.trained and self._is_split(x)]
         choice, call = self.placements.choices.get(node), self.spaces.calls[node]
@@ -192,7 +205,7 @@ class _Search:
         """Whether a call may run over another factor: each part of its result is made of the same part of operands."""
         call = self.spaces.calls[node]
         rule = call.rule
-        in_results = any(choice.factor in dim for result in rule.results for dim in result)
+        in_results = node not in self.fixed and any(choice.factor in dim for dims in rule.results for dim in dims)
         bound = rule.replicated.union(rule.moved, rule.prefix_of, rule.completed)
         return in_results and not rule.paired and choice.factor not in bound and not is_prefix(call, choice)
 
@@ -220,7 +233,7 @@ def _is_read_bit_by_bit(value: fx.Node, degree: int) -> bool:
 class _Cut:
     """The minimum cut of one region: what stays as propagation found it, and what runs over the other space."""
 
-    def __init__(self, search: _Search, region: _Region, pinned: fx.Node) -> None:
+    def __init__(self, search: _ExchangeSearch, region: _Region, pinned: fx.Node) -> None:
         self.search, self.region, self.pinned = search, region, pinned
         size = hint(region.space.find().size)
         self.waste = -(-size // search.degree) * search.degree / size

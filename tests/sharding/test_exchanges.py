@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from example_numerics import check_pipeline, nodes_of, remarks_of
 from torch import Tensor, nn
 
+import spcompile
 from spcompile.program.build import LocalProgram
 
 HEADS = 4
@@ -139,3 +140,35 @@ class Mixer(nn.Module):
         x_BSD = self.table(ids_BS)
         x_BSD = x_BSD + self.tokens(x_BSD.mT).mT
         return x_BSD + self.channels(x_BSD)
+
+
+class Steps(nn.Module):
+    """A gated recurrence over time, and a loss of all tokens."""
+
+    def __init__(self, length: int, width: int, entries: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(entries, width)
+        self.gates, self.head = nn.Linear(width, 2 * width), nn.Linear(width, entries)
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        keep_BSD, new_BSD = self.gates(self.table(ids_BS)).chunk(2, -1)
+        state_BD, states = torch.zeros_like(new_BSD[:, 0]), []
+        for step in range(ids_BS.shape[1]):
+            state_BD = keep_BSD[:, step].sigmoid() * state_BD + new_BSD[:, step]
+            states.append(state_BD)
+        return F.cross_entropy(self.head(torch.stack(states, 1)).flatten(0, 1), ids_BS.flatten())
+
+
+@pytest.mark.thinned(4)
+@pytest.mark.parametrize("degree", [2, 3])
+@pytest.mark.parametrize("kind", [Mixer, Steps])
+def test_models_without_attention(kind: type[nn.Module], degree: int) -> None:
+    """Tokens are the sequence: channels take turns with them, and entries of the batch, as many as ranks, never do."""
+    model, ids_BS = kind(12, 6, 11).double(), torch.randint(0, 11, (degree, 12))
+    report = spcompile.verify(model, (ids_BS,), mesh={"cp": degree})
+    assert report.ok
+    assert "SPR109" in {remark.code for remark in report.remarks}
+    (taken,) = (remark for remark in report.remarks if remark.code == "SPR108")
+    assert "a dim of 6 is split" in taken.text
+    memory = spcompile.explain(model, (ids_BS,), mesh={"cp": degree}).to_dict()["memory"]
+    assert memory["saved_activation_bytes"] < 1.1 * memory["saved_activation_bytes_one_device"] / degree

@@ -9,6 +9,7 @@ from spcompile.passes.meaning.recognize_loss import RecognizeLoss
 from spcompile.passes.meaning.recognize_mask import RecognizeMask
 from spcompile.passes.meaning.recognize_softmax import RecognizeSoftmax
 from spcompile.passes.meaning.split_dropout import SplitDropout
+from spcompile.passes.meaning.split_transforms import SplitTransforms
 from spcompile.passes.meaning.widen_sums import WidenSums
 from spcompile.passes.placement.annotate_sharding import AnnotateSharding
 from spcompile.passes.placement.cancel_collectives import CancelCollectives
@@ -39,6 +40,7 @@ PIPELINE: tuple[Pass, ...] = (
     WidenSums(),  # what recognize-loss left, and sums that were written by hand
     RecognizeLinearLoss(),  # the losses that these three left, with sums in float32
     SplitDropout(),  # behind recognize-attention, which looks for the dropout of eager attention
+    SplitTransforms(),  # anywhere before placement
     # Axis dp: entries of the batch, of which each rank has its own.
     AnnotateSharding("dp"),  # reads what the losses sum over
     InsertReshards("dp"),  # losses and gradients of weights are summed

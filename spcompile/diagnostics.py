@@ -210,12 +210,14 @@ class InvalidGraph(SpcompileError, AssertionError):
 
 
 REMARKS: dict[str, str] = {
-    "SPR101": "no attention was found, so there is no sequence to shard: the graph runs replicated",
+    "SPR101": "neither attention nor other mixing of rows was found: the graph runs replicated",
     "SPR102": "an op has no sharding rule: it is computed replicated on every rank",
     "SPR103": "an op cannot be computed on a shard of the sequence: its input is gathered",
     "SPR104": "no symbol for the number of batch entries goes through the compiler: each number is another program",
     "SPR105": "the model is not one graph: each part is sharded on its own, and what crosses between two is whole",
     "SPR107": "an op mixes entries of the batch: those of all ranks of dp are gathered, and every rank computes it",
+    "SPR108": "an op mixes positions of the sequence: another dim is split meanwhile, by all-to-alls there and back",
+    "SPR109": "there is no attention: the sequence is the rows that projections treat alike and others mix",
     "SPR201": "a mask could not be read: it stays dense, sharded by query rows",
     "SPR202": "an attention could not be recognised: its keys and values are gathered",
     "SPR203": "attention strategy chosen",

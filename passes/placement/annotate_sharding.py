@@ -22,9 +22,12 @@ from torch import Tensor
 from spcompile.graph.sizes import hint
 from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
 from spcompile.sharding.batch_entries import inputs_with_batch, require_batch
+from spcompile.sharding.exchanges import alone_in_exchanges, exchange
 from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces
 from spcompile.sharding.layout import annotate
+from spcompile.sharding.mixed_rows import mixed_row_seeds
 from spcompile.sharding.propagate import SCORES, Choice, Placements, propagate, sequence_seeds
+from spcompile.sharding.rules.rule import OpRule
 from spcompile.sharding.sharded_or_replicated import trained_values
 from spcompile.sharding.shuffles import find_shuffles, split_apart
 from spcompile.sharding.tensor_parallel import tensor_seeds
@@ -61,19 +64,28 @@ class AnnotateSharding(AxisPass):
         """
         place = {"dp": _place_batch, "cp": _place_sequence, "tp": _place_weights}[self.axis]
         shuffles = find_shuffles(gm.graph) if self.axis != "tp" else []
+        alone: Mapping[fx.Node, OpRule] = {}
         while True:
-            rules = {node: rule for shuffle in shuffles for node, rule in shuffle.rules.items()}
+            rules = {**alone, **{node: rule for shuffle in shuffles for node, rule in shuffle.rules.items()}}
             zigzag = self.axis == "cp" and ctx.order == "zigzag"
             spaces = find_index_spaces(
                 gm.graph, apart=self.axis == "dp", moving=self.axis == "cp", zigzag=zigzag, rules=rules
             )
             placements = place(gm.graph, spaces, ctx)
             whole = split_apart(shuffles, spaces, placements)
-            if not whole:
-                break
             shuffles = [shuffle for shuffle in shuffles if shuffle not in whole]
-        placements.forced = {node for shuffle in shuffles for node in shuffle.members}
+            picked = {node for shuffle in shuffles for node in shuffle.members}
+            degree = ctx.mesh.size(self.axis)
+            exchanges = exchange(gm.graph, spaces, placements, degree, picked) if self.axis == "cp" else []
+            cut = not alone and alone_in_exchanges(gm.graph, exchanges, spaces)
+            if not whole and not cut:
+                break
+            alone = cut or alone
+        placements.forced = picked
         annotate(gm.graph, self.axis, spaces, placements)
+        for each in exchanges:
+            text = f"{each.node.target} mixes positions of the sequence: a dim of {each.size} is split meanwhile"
+            ctx.remarks.add("SPR108", text, each.node, strict_error=False)
         return 0
 
 
@@ -89,7 +101,7 @@ def _place_sequence(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Place
     if _is_decoding(graph, spaces, seeds):
         seeds = {}
     if not seeds:
-        _remark_no_sequence(graph, ctx)
+        seeds = _mixed_rows(graph, spaces, ctx)
     for node in (n for n in seeds if SCORES in n.meta.get("custom", {})):
         text = "attention: what reads the weights is no product with values; split by query rows"
         ctx.remarks.add("SPR202", text, node)
@@ -103,12 +115,20 @@ def _is_decoding(graph: fx.Graph, spaces: IndexSpaces, seeds: Mapping[fx.Node, C
     return trained_values(graph).isdisjoint(seeds)
 
 
-def _remark_no_sequence(graph: fx.Graph, ctx: Context) -> None:
+def _mixed_rows(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> dict[fx.Node, Choice]:
+    """The seeds of a model without attention over a sequence."""
     attention = next(iter(graph.find_nodes(op="call_function", target=torch.ops.spx.attention.default)), None)
-    if attention is None:
-        ctx.remarks.add("SPR101", "no attention over a sequence was found; the graph runs replicated")
-    else:
+    if attention is not None:
         ctx.remarks.add("SPR301", "every query has length 1; the graph runs replicated", attention, strict_error=False)
+        return {}
+    seeds = mixed_row_seeds(graph, spaces)
+    for node in seeds if ctx.mesh.size("cp") > 1 else ():
+        ctx.remarks.add(
+            "SPR109", "no attention: rows of this product, which others mix, are split", node, strict_error=False
+        )
+    if not seeds:
+        ctx.remarks.add("SPR101", "neither attention nor rows that are mixed were found; the graph runs replicated")
+    return seeds
 
 
 def _place_weights(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placements:

@@ -175,7 +175,8 @@ def _reshard_operands(node: fx.Node, axis: str, could: set[fx.Node], ctx: Contex
             return _vary(operand, axis, node, ctx)
         if state == target:
             return operand
-        if axis != "dp" and state.startswith("S") and (target.startswith("S") or not runs_sharded):
+        crosses = state.startswith("S") and target.startswith("S")
+        if axis != "dp" and state.startswith("S") and (not runs_sharded or (crosses and axis != "cp")):
             _remark_gather(operand, node, axis, could, ctx)
         return change_state(operand, axis, state, target, origin="insert-reshards")
 

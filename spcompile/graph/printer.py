@@ -42,6 +42,7 @@ _DTYPES = {
 _RESHARDS = {
     ("S", "R"): "all_gather",
     ("S", "I"): "all_gather",
+    ("S", "S"): "all_to_all",
     ("P", "S"): "reduce_scatter",
     ("P", "I"): "all_reduce",
     ("P", "R"): "all_reduce",

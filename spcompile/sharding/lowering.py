@@ -23,6 +23,7 @@ from spcompile.check.states import OWN_PART
 from spcompile.graph.edit import operand
 from spcompile.graph.reshard import Place, Reshard, is_reshard, parse_place
 from spcompile.graph.sizes import Size, divides, same
+from spcompile.machine import sequence
 from spcompile.machine.sequence import chunks_per_rank, local_length, pad
 from spcompile.sharding.global_view import is_view, part_of_view
 from spcompile.sharding.layout import NodeLayout, has_picked_rows, layout_of
@@ -51,9 +52,13 @@ class SplitDims:
         """Global length that the layout is computed from: the space's own, or that of the longer space it begins."""
         return space.family().size
 
+    def order_of(self, space: Space) -> str:
+        """The order over ranks: that of the sequence, unless the space only takes its place for a while."""
+        return "contiguous" if space.family().takes_turns else self.order
+
     def local(self, space: Space) -> Size:
         """Indices of a split space that one rank holds, padding included."""
-        return local_length(self.capacity(space), self.degree, self.order)
+        return local_length(self.capacity(space), self.degree, self.order_of(space))
 
     def whole(self, space: Space) -> Size:
         """Indices of a split space over all ranks."""
@@ -61,7 +66,7 @@ class SplitDims:
 
     def padded(self, space: Space) -> bool:
         """Whether some rank may hold padding."""
-        chunks = self.degree * chunks_per_rank(self.order)
+        chunks = self.degree * chunks_per_rank(self.order_of(space))
         return not (same(self.capacity(space), space.find().size) and divides(chunks, space.find().size))
 
 
@@ -197,7 +202,8 @@ class Lower(fx.Interpreter):
             split = self.split
 
             def masked(x: Tensor, dim: int, space: Space) -> Tensor:
-                return spx.mask_padding(x, dim, space.find().size, split.axis, split.degree, split.order, fill)
+                length, order = space.find().size, split.order_of(space)
+                return spx.mask_padding(x, dim, length, split.axis, split.degree, order, fill)
 
             return self.on_split_dim(value, dims, place, True, masked)
 
@@ -225,9 +231,12 @@ class Lower(fx.Interpreter):
 
     def reshard(self, x: Tensor, src: str, dst: str, dims: list[list[Space]]) -> Tensor:
         """The collective of one state change."""
+        if x.is_complex():  # which collectives do not know
+            return torch.view_as_complex(self.reshard(torch.view_as_real(x), src, dst, dims))
         split, source, target = self.split, parse_place(src), parse_place(dst)
         axis, degree = split.axis, split.degree
-        assert source is None or target is None, f"no collective from {src} to {dst}"
+        if source is not None and target is not None:
+            return self.exchange(x, dims, source, target)
         if source is not None:
             return self.on_split_dim(x, dims, source, True, lambda x, dim, space: self.gather(x, dim, space, dst))
         if target is not None:
@@ -238,11 +247,29 @@ class Lower(fx.Interpreter):
         assert src == "P", (src, dst)
         return spx.all_reduce(x, axis, degree, dst)
 
+    def exchange(self, x: Tensor, dims: list[list[Space]], source: Place, target: Place) -> Tensor:
+        """S -> S: block i of the dim that is whole goes to rank i, which puts the blocks that arrive behind each other.
+
+        Both dims stand alone meanwhile, also where they are factors of compound dims.
+        """
+        split, held, wanted = self.split, space_at(dims, source), space_at(dims, target)
+        numbers = {place: sum(map(len, dims[: place.dim])) + place.part for place in (source, target)}
+        sizes: list[Size] = [space.size for dim in dims for space in dim]
+        sizes[numbers[source]] = split.local(held)
+        apart = x.reshape([*sizes, *x.shape[len(dims) :]])
+        padded = pad(apart, numbers[target], split.capacity(wanted), fill=None)
+        blocks = sequence.split(padded, numbers[target], split.degree, split.order_of(wanted), fill=None)
+        arrived = spx.all_to_all(blocks, split.axis, split.degree)
+        joined = sequence.join(arrived, numbers[source], split.order_of(held))
+        whole = sequence.beginning(joined, numbers[source], held.find().size)
+        shape = [self.local_size(dim, target if target.dim == index else None, index) for index, dim in enumerate(dims)]
+        return whole.reshape([*shape, *x.shape[len(dims) :]])
+
     def gather(self, x: Tensor, dim: int, space: Space, to: str) -> Tensor:
         """S -> R or S -> I, cut to the space's own length."""
         split = self.split
         capacity, length = split.capacity(space), space.find().size
-        whole = spx.all_gather(x, dim, capacity, split.axis, split.degree, split.order, to)
+        whole = spx.all_gather(x, dim, capacity, split.axis, split.degree, split.order_of(space), to)
         return whole if same(capacity, length) else whole.narrow(dim, 0, length)
 
     def gather_view(self, x: Tensor, view: fx.Node, to: str) -> Tensor:
@@ -257,14 +284,14 @@ class Lower(fx.Interpreter):
         capacity, length = split.capacity(space), space.find().size
         if not same(capacity, length):
             x = pad(x, dim, capacity, fill=None)
-        return spx.shard(x, dim, split.axis, split.degree, split.order, None)
+        return spx.shard(x, dim, split.axis, split.degree, split.order_of(space), None)
 
     def scatter(self, x: Tensor, dim: int, space: Space) -> Tensor:
         """P -> S. Padding behind the sum is benign."""
         split = self.split
         if not same(split.capacity(space), space.find().size):
             x = pad(x, dim, split.capacity(space))
-        part = spx.reduce_scatter(x, dim, split.axis, split.degree, split.order)
+        part = spx.reduce_scatter(x, dim, split.axis, split.degree, split.order_of(space))
         return self.mask_benignly(part, dim, space) if split.padded(space) else part
 
     def moved(self, n: fx.Node, layout: NodeLayout, choice: Choice) -> Any:
@@ -348,7 +375,7 @@ class Lower(fx.Interpreter):
     def mask_benignly(self, x: Tensor, dim: int, space: Space) -> Tensor:
         """Padding that attention left at 0 gets a value that may be divided by."""
         split = self.split
-        return spx.mask_padding(x, dim, space.find().size, split.axis, split.degree, split.order, BENIGN)
+        return spx.mask_padding(x, dim, space.find().size, split.axis, split.degree, split.order_of(space), BENIGN)
 
     def gather_rows(self, x: Tensor, dim: int, space: Space) -> Tensor:
         """S -> R of one space."""

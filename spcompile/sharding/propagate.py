@@ -9,7 +9,7 @@ chain of who placed it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch.fx as fx
@@ -121,10 +121,11 @@ def propagate(
     spaces: IndexSpaces,
     seeds: Mapping[fx.Node, Choice],
     inputs: Mapping[fx.Node, Place] | None = None,
+    may: Callable[[fx.Node, Choice], bool] | None = None,
 ) -> Placements:
     """Spread the seeds' choices, and where inputs are split, over the graph to a fixed point.
 
-    Breadth first, so nearer seeds win.
+    Breadth first, so nearer seeds win. may: whether a call may make this choice; without it, any.
     """
     found = Placements()
     queue: deque[tuple[fx.Node, int]] = deque()
@@ -144,7 +145,7 @@ def propagate(
                 reach(value, place, source if value == values[0] else values[0])
 
     def choose(node: fx.Node, choice: Choice, source: tuple[fx.Node, int] | None) -> None:
-        if node in found.choices:
+        if node in found.choices or (may is not None and not may(node, choice)):
             return
         found.choices[node] = choice
         call = spaces.calls[node]

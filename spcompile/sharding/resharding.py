@@ -58,8 +58,8 @@ def reshard_to(value: fx.Node, axis: str, src: str, dst: str, *, origin: str) ->
 
 
 def change_state(value: fx.Node, axis: str, src: str, dst: str, *, origin: str) -> fx.Node:
-    """`reshard_to`, in two steps between two splits: no collective takes one to the other."""
-    if src.startswith("S") and dst.startswith("S"):
+    """`reshard_to`; between two splits in two steps but on `cp`, where an all-to-all takes one to the other."""
+    if axis != "cp" and src.startswith("S") and dst.startswith("S"):
         value, src = reshard_to(value, axis, src, "I", origin=origin), "I"
     return reshard_to(value, axis, src, dst, origin=origin)
 

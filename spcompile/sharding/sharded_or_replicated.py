@@ -62,7 +62,7 @@ def trained_values(graph: fx.Graph) -> set[fx.Node]:
     """The floating values that depend on an input that requires a gradient."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        floating = any(v.is_floating_point() for v in tensor_results(node))
+        floating = any(v.is_floating_point() or v.is_complex() for v in tensor_results(node))
         if node.op == "placeholder":
             carries = floating and bool(node.meta.get("trainable"))
         else:

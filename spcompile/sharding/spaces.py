@@ -17,12 +17,14 @@ class Space:
 
     size: number of indices. parts: if it was split, its factors, major first.
     prefix_of: the longer space whose layout over ranks it shares, being its beginning (x[:, :n]); set by propagation.
+    takes_turns: it is split where something wants the sequence whole, so it is no sequence, which may have an order.
     """
 
     def __init__(self, size: Size) -> None:
         self.size = size
         self.parts: list[Space] | None = None
         self.prefix_of: Space | None = None
+        self.takes_turns = False
         self._parent: Space | None = None
 
     def find(self) -> Space:

@@ -10,6 +10,7 @@ import torch.fx as fx
 from spcompile.collectives import (
     ALL_GATHER,
     ALL_REDUCE,
+    ALL_TO_ALL,
     MASK_PADDING,
     MOVE,
     PICK,
@@ -40,3 +41,12 @@ def along_a_dim(node: fx.Node) -> OpRule:
     out = list(dims)
     out[args["dim"]] = Factor(tensor_results(node)[0].shape[args["dim"]], replicated=True)
     return make_rule(node, {"x": dims}, [out])
+
+
+@register(ALL_TO_ALL.op)
+def blocks(node: fx.Node) -> OpRule:
+    """`[a] b -> [c] b`: blocks from other ranks."""
+    first, *others = arguments(node)["x"].shape
+    dims = factors(others)
+    sent, received = (Factor(first, replicated=True) for _ in range(2))
+    return make_rule(node, {"x": [sent, *dims]}, [[received, *dims]])

@@ -181,7 +181,7 @@ def _average_rows_of_one_number(graph: fx.Graph) -> int:
 def _has_no_fill(bias: fx.Node) -> bool:
     """Whether no number of the bias is a finite one that stands for a masked key."""
     parts = parts_of(bias)
-    return all(part.role is not Role.ADD or is_finite(part.node) for part in parts)
+    return all(part.put is None and (part.role is not Role.ADD or is_finite(part.node)) for part in parts)
 
 
 def _recognize(node: fx.Node, ctx: Context) -> _Operands | None:

@@ -47,6 +47,7 @@ from spcompile.recognition.masks.rows_without_keys import (
 )
 from spcompile.recognition.masks.split_bias import SplitBias, split_bias
 from spcompile.recognition.masks.vectors import Unwritable, VectorWriter
+from spcompile.recognition.one_attention import join_rows_without_keys
 
 aten = torch.ops.aten
 
@@ -104,7 +105,7 @@ class RecognizeMask(Pass):
                 if new.is_uniform:
                     _average_rows_without_keys(node)
                 rewrites += 1
-        rewrites += _average_rows_of_one_number(gm.graph)
+        rewrites += _average_rows_of_one_number(gm.graph) + join_rows_without_keys(gm.graph)
         if rewrites:
             erase_dead(gm)
         return rewrites

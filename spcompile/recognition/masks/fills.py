@@ -267,7 +267,8 @@ def _second(mask: _Mask, kept: tuple[BiasTerm, ...], terms: _Terms, q: fx.Node) 
             raise NotKnown(mask.parts[0].node, f"{dtype} rounds the scores that its fill is added to, but keeps some")
         return Second((*kept, *biases), are_scores=not mask.is_put, rounded_by=LOWEST)
     at = terms.applied[mask.parts[0]].at
-    rounded = tuple(bias for bias in biases if terms.applied[bias].at is at)
+    is_lost = absorbs(number, dtype)  # nothing is left of any sum, so what was rounded before does not matter
+    rounded = () if is_lost else tuple(bias for bias in biases if terms.applied[bias].at is at)
     return Second((*kept, *biases), not mask.is_put, number, rounded)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from spcompile.graph.sizes import hint
 from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
 from spcompile.sharding.batch_entries import inputs_with_batch, require_batch
+from spcompile.sharding.group_ends import count_apart
 from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces
 from spcompile.sharding.layout import annotate
 from spcompile.sharding.propagate import SCORES, Choice, Placements, propagate, sequence_seeds
@@ -54,12 +55,14 @@ class AnnotateSharding(AxisPass):
     }
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        """Annotate; nothing is rewritten.
+        """Annotate; all that is rewritten are counts of experts that groups of rows share with something else.
 
         Raises:
             BatchNotSplit: entries that cannot be told from something else.
         """
         place = {"dp": _place_batch, "cp": _place_sequence, "tp": _place_weights}[self.axis]
+        is_split = self.axis != "tp" and ctx.mesh.size(self.axis) > 1
+        rewrites = count_apart(gm.graph) if is_split else 0
         shuffles = find_shuffles(gm.graph) if self.axis != "tp" else []
         while True:
             rules = {node: rule for shuffle in shuffles for node, rule in shuffle.rules.items()}
@@ -71,7 +74,7 @@ class AnnotateSharding(AxisPass):
             shuffles = [shuffle for shuffle in shuffles if shuffle not in whole]
         placements.forced = {node for shuffle in shuffles for node in shuffle.members}
         annotate(gm.graph, self.axis, spaces, placements)
-        return 0
+        return rewrites
 
 
 def _place_batch(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placements:

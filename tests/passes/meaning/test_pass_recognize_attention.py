@@ -230,6 +230,15 @@ def test_written_out_with_a_learned_bias() -> None:
     assert rewrite(model, (*qkv(), bias)).masks == ["causal + bias"]
 
 
+def test_a_padded_bias_excludes_nothing() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        bias = F.pad(bias, (0, 2), value=0.5)
+        return (q @ k.mT + bias).masked_fill(~causal(q, k), torch.finfo(q.dtype).min).softmax(-1) @ v
+
+    bias = torch.randn(4, 12, 10, dtype=torch.float64).requires_grad_()
+    assert rewrite(model, (*qkv(), bias)).masks == ["causal + bias"]
+
+
 def half(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax((q @ k.mT).float() * 0.5, -1).to(q.dtype) @ v
 

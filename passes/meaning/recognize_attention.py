@@ -252,6 +252,11 @@ def _einsum_queries_keys(product: Product, new: Builder) -> tuple[fx.Node, fx.No
     if len(head) != 1 or key not in right or key in left or row not in left or row in right:
         raise Refused("an einsum that is not queries times keys", product.node)
     (h,) = head
+    _, *middle, keys = sizes_of(product.node)
+    if len(middle) == 2 and scores[1] not in right and middle[0] == keys != middle[1]:
+        raise Refused(
+            "an einsum of heads that share a key, behind the query rows", product.node
+        )  # rows are as many as keys
     q = _permuted(product.left, left, scores[:-1] + h, new)
     right_node, right = _with_head(product.right, right, scores, new)
     return q, _permuted(right_node, right, scores[:-2] + key + h, new)

@@ -136,11 +136,25 @@ def open_rows_as_documents(
     mask: as in `as_documents`. Valid keys are of one document with all rows, but for those that see none.
     """
     sees_BS, _ = as_documents(mask, key_valid_BT, q_BNSH, k_BGTH)
-    q_ids_BS = (sees_BS - 1).to(torch.int32)
-    assert WITHOUT_KEYS == -1
+    q_ids_BS = sees_BS.to(torch.int32) + WITHOUT_KEYS
     if key_valid_BT is None:
         return q_ids_BS, torch.zeros((1, k_BGTH.shape[2]), dtype=torch.int32, device=q_BNSH.device)
     return q_ids_BS, (~key_valid_BT).to(torch.int32)
+
+
+def open_rows_of_dense(
+    keep_BNST: Tensor, bias_BNST: Tensor | None, q_BNSH: Tensor, k_BGTH: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(bias, ids of rows, ids of keys) by which rows without keys under a dense mask see all keys, with their bias.
+
+    keep: bool, one for all heads, [B|1, 1, S|1, T].
+    """
+    has_keys_BNS1 = keep_BNST.any(-1, keepdim=True)
+    keep_BNST = keep_BNST | ~has_keys_BNS1
+    bias = keep_BNST if bias_BNST is None else torch.where(keep_BNST, bias_BNST, -torch.inf)
+    q_ids_BS = has_keys_BNS1[:, 0, :, 0].to(torch.int32) + WITHOUT_KEYS
+    k_ids_1T = torch.zeros((1, k_BGTH.shape[2]), dtype=torch.int32, device=q_BNSH.device)
+    return bias, q_ids_BS.expand(-1, q_BNSH.shape[2]), k_ids_1T
 
 
 def marked_as_documents(marks_BNS: Tensor, q_BNSH: Tensor, k_BGTH: Tensor) -> tuple[Tensor, Tensor]:

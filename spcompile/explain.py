@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -339,7 +340,7 @@ def _attention_rows(program: LocalProgram) -> list[AttentionRow]:
         strategy = custom.get("spx_attention", "ring") if mesh.size("cp") > 1 else without_cp
         scores = _scores_text(call, AVERAGED in custom)
         kernel = _kernel_text(call, strategy, program)
-        kinds[(strategy, sizes.heads, sizes.kv_heads, call.mask, scores, kernel)] += 1
+        kinds[(strategy, sizes.heads, sizes.kv_heads, _mask_text(call), scores, kernel)] += 1
     return [AttentionRow(strategy, n, heads, kv, *rest) for (strategy, heads, kv, *rest), n in kinds.items()]
 
 
@@ -366,6 +367,17 @@ def _kernel_text(call: AttentionCall, strategy: str, program: LocalProgram) -> s
         scale=call.scale,
     )
     return kernels_for(wanted)[0].name
+
+
+def _mask_text(call: AttentionCall) -> str:
+    """The mask as the model has it: ids that only tell rows without keys are no documents of its."""
+    import torch
+
+    mask = call.attention_mask
+    if mask.fill is None:
+        return call.mask
+    has_padding = call.k_documents.target is not torch.ops.aten.zeros.default
+    return str(replace(mask, documents=False, fill=None, key_padding=has_padding))
 
 
 def _scores_text(call: AttentionCall, is_averaged: bool) -> str:

@@ -252,18 +252,32 @@ def _einsum_queries_keys(product: Product, new: Builder) -> tuple[fx.Node, fx.No
     if len(head) != 1 or key not in right or key in left or row not in left or row in right:
         raise Refused("an einsum that is not queries times keys", product.node)
     (h,) = head
+    _, *middle, keys = sizes_of(product.node)
+    if len(middle) == 2 and scores[1] not in right and middle[0] == keys != middle[1]:
+        raise Refused(
+            "an einsum of heads that share a key, behind the query rows", product.node
+        )  # rows are as many as keys
     q = _permuted(product.left, left, scores[:-1] + h, new)
-    return q, _permuted(product.right, right, scores[:-2] + key + h, new)
+    right_node, right = _with_head(product.right, right, scores, new)
+    return q, _permuted(right_node, right, scores[:-2] + key + h, new)
 
 
 def _einsum_values(product: Product, new: Builder) -> fx.Node:
     assert product.equation is not None
     weights, values, result = product.equation
     last = set(values) - set(weights)
+    right, values = _with_head(product.right, values, weights, new)
     keys = weights[:-2] + weights[-1]
     if len(last) != 1 or set(values) != {*keys, *last} or set(result) != {*weights[:-1], *last}:
         raise Refused("an einsum that is not weights times values", product.node)
-    return _permuted(product.right, values, keys + last.pop(), new)
+    return _permuted(right, values, keys + last.pop(), new)
+
+
+def _with_head(node: fx.Node, letters: str, scores: str, new: Builder) -> tuple[fx.Node, str]:
+    """Keys or values of an einsum, and their dims: those that all heads share get a head of their own."""
+    if len(scores) != 4 or scores[1] in letters:
+        return node, letters
+    return new(aten.unsqueeze.default, node, 0), scores[1] + letters
 
 
 def _permuted(node: fx.Node, letters: str, order: str, new: Builder) -> fx.Node:

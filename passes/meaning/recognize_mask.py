@@ -47,6 +47,7 @@ from spcompile.recognition.masks.rows_without_keys import (
 )
 from spcompile.recognition.masks.split_bias import SplitBias, split_bias
 from spcompile.recognition.masks.vectors import Unwritable, VectorWriter
+from spcompile.recognition.one_attention import join_rows_without_keys
 
 aten = torch.ops.aten
 
@@ -104,7 +105,7 @@ class RecognizeMask(Pass):
                 if new.is_uniform:
                     _average_rows_without_keys(node)
                 rewrites += 1
-        rewrites += _average_rows_of_one_number(gm.graph)
+        rewrites += _average_rows_of_one_number(gm.graph) + join_rows_without_keys(gm.graph)
         if rewrites:
             erase_dead(gm)
         return rewrites
@@ -181,7 +182,7 @@ def _average_rows_of_one_number(graph: fx.Graph) -> int:
 def _has_no_fill(bias: fx.Node) -> bool:
     """Whether no number of the bias is a finite one that stands for a masked key."""
     parts = parts_of(bias)
-    return all(part.role is not Role.ADD or is_finite(part.node) for part in parts)
+    return all(part.put is None and (part.role is not Role.ADD or is_finite(part.node)) for part in parts)
 
 
 def _recognize(node: fx.Node, ctx: Context) -> _Operands | None:

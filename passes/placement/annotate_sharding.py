@@ -23,6 +23,7 @@ from spcompile.graph.sizes import hint
 from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
 from spcompile.sharding.batch_entries import inputs_with_batch, require_batch
 from spcompile.sharding.exchanges import alone_in_exchanges, exchange
+from spcompile.sharding.group_ends import count_apart
 from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces
 from spcompile.sharding.layout import annotate
 from spcompile.sharding.mixed_rows import mixed_row_seeds
@@ -57,12 +58,14 @@ class AnnotateSharding(AxisPass):
     }
 
     def run(self, gm: fx.GraphModule, ctx: Context) -> int:
-        """Annotate; nothing is rewritten.
+        """Annotate; all that is rewritten are counts of experts that groups of rows share with something else.
 
         Raises:
             BatchNotSplit: entries that cannot be told from something else.
         """
         place = {"dp": _place_batch, "cp": _place_sequence, "tp": _place_weights}[self.axis]
+        is_split = self.axis != "tp" and ctx.mesh.size(self.axis) > 1
+        rewrites = count_apart(gm.graph) if is_split else 0
         shuffles = find_shuffles(gm.graph) if self.axis != "tp" else []
         alone: Mapping[fx.Node, OpRule] = {}
         while True:
@@ -86,7 +89,7 @@ class AnnotateSharding(AxisPass):
         for each in exchanges:
             text = f"{each.node.target} mixes positions of the sequence: a dim of {each.size} is split meanwhile"
             ctx.remarks.add("SPR108", text, each.node, strict_error=False)
-        return 0
+        return rewrites
 
 
 def _place_batch(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placements:

@@ -67,7 +67,8 @@ class ChooseAttention(Pass):
                 ctx.remarks.add("SPR204", f"attention={asked!r} was asked for, {strategy} is used: {why}", node)
             on_rings += [(node, strategy)] if strategy.outer > 1 else []
         ctx.order = _order(on_rings, ctx)
-        if any(AttentionCall.of(node).attention_mask.documents for node, _ in on_rings):
+        masks = [AttentionCall.of(node).attention_mask for node, _ in on_rings]
+        if any(mask.documents and mask.fill is None for mask in masks):
             why = "documents are data, and are taken as one; hops that they leave empty are skipped when it runs"
             ctx.remarks.add("SPR203", f"rings have the sequence in {ctx.order} order: {why}", strict_error=False)
         return 0

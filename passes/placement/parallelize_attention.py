@@ -110,7 +110,7 @@ def _ask_for_hops(graph: fx.Graph, always: bool, ctx: Context) -> None:
     alike: defaultdict[tuple[str, RingHopsCall], list[fx.Node]] = defaultdict(list)
     for node in RingCall.all_in(graph):
         ring = RingCall.of(node)
-        if ring.hops is None and ring.attention_mask.documents:
+        if ring.hops is None and _may_leave_hops_empty(ring):
             alike[ring.axis, ring.into(RingHopsCall)].append(node)
     for (axis, hops), rings in alike.items():
         if always or _is_worth_asking(rings, ctx):
@@ -121,6 +121,12 @@ def _ask_for_hops(graph: fx.Graph, always: bool, ctx: Context) -> None:
                 agreed.meta.pop(mark, None)
             for node in rings:
                 RingCall.of(node).but(hops=agreed).write(node)
+
+
+def _may_leave_hops_empty(ring: RingCall) -> bool:
+    """Whether documents may; those that only tell rows without keys do where usual rows do not see all ranks' keys."""
+    mask = ring.attention_mask
+    return mask.documents and (mask.fill is None or ring.ring.distances(mask.usual) != ring.ring.distances(mask))
 
 
 def _is_worth_asking(rings: list[fx.Node], ctx: Context) -> bool:

@@ -85,7 +85,7 @@ def cost(problem: Problem, strategy: Strategy, order: str, inner: Link, outer: L
     )
     work = 2 * problem.batch * heads.local_heads * pairs * (problem.qk_size + problem.v_size)
     compute = work / flops
-    hops = len(ring.distances(problem.mask)) if strategy.outer > 1 else 0
+    hops = len(ring.distances(problem.mask.usual)) if strategy.outer > 1 else 0
     seconds = inner.seconds(inner_bytes, messages)
     if hops == 0:
         return Cost(strategy, inner_bytes, 0, seconds + (1 + BACKWARD) * compute)
@@ -126,7 +126,7 @@ def _number_of_pairs(mask: AttentionMask, q_runs: tuple[Run, ...], k_length: int
         seen = 0
         for i in range(count):
             row = run.first + (2 * i + 1) * run.length // (2 * count)
-            first, last = mask.reach(row, row)
+            first, last = mask.usual.reach(row, row)
             seen += max(0, min(k_length - 1, k_length if last is None else last) + 1 - first)
         total += seen * run.length / count
     return total

@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from spcompile.capture.retrace import OWN, fake_inputs
 from spcompile.capture.specialised import numbers_where_specialised
 from spcompile.diagnostics import BatchNotSplit, RanksDisagree, RanksMissing
 from spcompile.graph.sizes import expression, hint
-from spcompile.sharding.batch_entries import NotTheBatch
+from spcompile.sharding.batch_entries import NotTheBatch, SharedByRanks
 from spcompile.torch_private import RestartAnalysis, TracingContext
 
 log = logging.getLogger(__name__)
@@ -48,8 +48,7 @@ def over_whole_batch(backend: Backend, degree: int) -> Backend:
                 return backend(gm, inputs)
             for batch in _batches(degree):
                 try:
-                    with batch.a_number_where_no_symbol_will_do():
-                        return _on_whole(backend, gm, inputs, batch)
+                    return _on_batch(backend, gm, inputs, batch)
                 except NotTheBatch as error:
                     refused.append(error)
             raise refused[0]
@@ -59,11 +58,15 @@ def over_whole_batch(backend: Backend, degree: int) -> Backend:
 
 @dataclass(frozen=True)
 class _Batch:
-    """The dim that the entries are in, how many a rank has, a number or a symbol, and how many ranks there are."""
+    """The dim that the entries are in, how many a rank has, a number or a symbol, and how many ranks there are.
+
+    shared: names of the sources of inputs that have none, however long they are.
+    """
 
     dim: int
     entries: Any
     degree: int
+    shared: frozenset[str] = frozenset()
 
     def is_in(self, x: Tensor) -> bool:
         """Whether a tensor may have these entries."""
@@ -108,6 +111,17 @@ def _batches(degree: int) -> list[_Batch]:
     return [found[key] for key in sorted(found, key=lambda key: (key[0], key[1] == 1))]
 
 
+def _on_batch(backend: Backend, gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> Any:
+    """The program of these entries; once more, where inputs turn out to have none, without any in those."""
+    try:
+        with batch.a_number_where_no_symbol_will_do():
+            return _on_whole(backend, gm, inputs, batch)
+    except SharedByRanks as error:
+        if error.names <= batch.shared:
+            raise
+        return _on_batch(backend, gm, inputs, replace(batch, shared=batch.shared | error.names))
+
+
 def _on_whole(backend: Backend, gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> Any:
     whole, given, places = _whole(gm, inputs, batch)
     run = backend(whole, given)
@@ -147,7 +161,7 @@ def _whole(gm: fx.GraphModule, inputs: Sequence[Any], batch: _Batch) -> tuple[fx
     """
     tensors, own = _users_tensors(), this_frame(gm)
     numbers = _numbers(own, inputs)
-    candidates = [x for x in tensors if batch.is_in(x)]
+    candidates = [x for x in tensors if batch.is_in(x) and name_of(tensors[x]) not in batch.shared]
     failures: list[Exception] = []
     for chosen in itertools.islice(_most_first(candidates), _MOST_TRACES):
         try:

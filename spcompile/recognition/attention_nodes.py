@@ -15,7 +15,7 @@ from spcompile.attention.scores.attention_call import AttentionCall
 from spcompile.attention.scores.mask import AttentionMask
 from spcompile.graph.edit import call, operand, shape_of
 from spcompile.graph.splice import splice
-from spcompile.recognition.masks.bias_terms import BiasTerm, Role, full_bias, joined_terms
+from spcompile.recognition.masks.bias_terms import BiasTerm, Role, full_bias, hard, joined_terms
 from spcompile.recognition.masks.fills import Second, WithoutKeys
 from spcompile.recognition.masks.index_maps import sizes_of
 from spcompile.recognition.masks.rows_without_keys import (
@@ -183,6 +183,8 @@ class Builder:
 
     def _kept(self, part: BiasTerm, fill: float) -> BiasTerm:
         """The condition that is behind an added mask: a number and 0 lie on two sides of half the number."""
+        if part.put is not None:
+            return hard(part)
         return BiasTerm(self(aten.gt.Scalar, part.node, fill / 2), Role.KEEP)
 
     def _insert(self, attention: AttentionCall) -> fx.Node:

@@ -255,7 +255,7 @@ def visible(mask: AttentionMask, length: int) -> float:
     seen = 0
     for sample in range(_SAMPLES):
         query = (2 * sample + 1) * length // (2 * _SAMPLES)
-        first, last = mask.reach(query, query)
+        first, last = mask.usual.reach(query, query)
         seen += max(0, min(length - 1, length if last is None else last) - first + 1)
     return seen / (_SAMPLES * max(1, length))
 

@@ -4,7 +4,7 @@ They are known from the inputs. But where every rank passes one entry, an input 
 that all ranks share. That matters only where its entries are summed by themselves, or where it alone leads to an output
 with a gradient: a sum over each rank's own entry goes on over `dp`, one over a shared entry does not. There entries
 must be certain: attention has them, or an op would refuse its operands if one of them had a single entry while the
-others have several.
+others have several. What a total of all entries is divided by is one number that all ranks share.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from spcompile.capture.frames import name_of
 from spcompile.capture.retrace import OWN
 from spcompile.check.states import needs_gradient, trainable_names
 from spcompile.diagnostics import BatchNotSplit, source_of
 from spcompile.graph.edit import is_getitem, shape_of
 from spcompile.graph.sizes import divides, hint, same, same_shape
+from spcompile.sharding.group_ends import CASTS
 from spcompile.sharding.index_spaces import IndexSpaces
 from spcompile.sharding.propagate import (
     UNREAD_ATTENTION,
@@ -33,14 +35,25 @@ from spcompile.sharding.propagate import (
     shards_results,
     space_at,
 )
+from spcompile.sharding.rules.calls import overloads
 from spcompile.sharding.rules.rule import tensor_operands, tensor_results
 
 _FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
+_DIVISIONS = frozenset(overloads("div.Tensor true_divide.Tensor"))
+_MOVES = frozenset((*CASTS, *overloads("clamp clamp_min")))
 _LEGAL = "two entries or more on every rank of dp; for a shared input, one without a dim of 1 in front"
 
 
 class NotTheBatch(BatchNotSplit):
     """Other inputs may have the entries, or the same in another dim."""
+
+
+class SharedByRanks(NotTheBatch):
+    """Inputs of one number have no entries. names: of their sources, as Dynamo writes them."""
+
+    def __init__(self, *args: Any, names: frozenset[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.names = names
 
 
 def mark_batch(graph: fx.Graph, degree: int) -> None:
@@ -94,7 +107,27 @@ def require_batch(graph: fx.Graph, spaces: IndexSpaces, placements: Placements, 
             found = f"the model makes {hint(groups)} groups of entries over dp = {degree}"
             raise BatchNotSplit(found, legal="groups of entries that no two ranks share")
     if len(inputs) > 1 and all(same(n.meta[OWN].shape[place.dim], 1) for n, place in inputs.items()):
+        shared = [n for n in inputs if len(shape_of(n)) == 1 and _divides_totals(n, placements, read)]
+        if shared:
+            names = ", ".join(n.name for n in shared)
+            found = f"{names}: a total of all entries is divided by it, so it is one number that all ranks share"
+            sources = frozenset(name_of(n.meta["grapharg"].source) for n in shared if "grapharg" in n.meta)
+            raise SharedByRanks(found, legal=_LEGAL, names=sources)
         _require_own_entries(graph, spaces, placements, {n for n in attentions if n in placements.choices})
+
+
+def _divides_totals(value: fx.Node, placements: Placements, read: set[fx.Node]) -> bool:
+    """Whether all that is done with a value is that sums over all entries are divided by it."""
+
+    def is_total(x: Any) -> bool:
+        return isinstance(x, fx.Node) and x in read and (x, 0) not in placements.places
+
+    def divides_or_moves(user: fx.Node) -> bool:
+        if user.target in _DIVISIONS:
+            return user.args[1] is value and is_total(user.args[0])
+        return user.target in _MOVES and _divides_totals(user, placements, read)
+
+    return bool(value.users) and all(map(divides_or_moves, value.users))
 
 
 def _where_the_batch_is(graph: fx.Graph, spaces: IndexSpaces, attention: fx.Node) -> str:

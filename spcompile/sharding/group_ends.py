@@ -3,7 +3,8 @@
     ids.sort() -> x[places] -> grouped_mm(x, w, cumsum(counts of ids))
 
 Of rows that a rank sorts for itself the ends must be those of the rank's own groups. They are if the counts are of the
-very numbers that the rows were sorted by, in whatever order.
+very numbers that the rows were sorted by, in whatever order. What else reads the same counts, as a loss of balance,
+means those of all rows: it has a count of its own (`count_apart`).
 """
 
 from __future__ import annotations
@@ -71,6 +72,56 @@ def ends_of(grouped: fx.Node) -> GroupEnds | None:
     if numbers_of(ids).meta["val"].dtype not in (torch.int32, torch.int64):
         return None  # numbers that a cast may change
     return GroupEnds(numbers_of(ids), tuple(reversed([*calls, at])), over)
+
+
+def count_apart(graph: fx.Graph) -> int:
+    """Give what reads the counts of groups, and is no grouped product, counts of its own; returns how many there were.
+
+    These are of the unsorted numbers, of which the padding stands at the end.
+    """
+    found = [ends_of(node) for node in graph.nodes if is_grouped(node)]
+    by_last = {ends.calls[-1]: ends.calls for ends in found if ends is not None}
+    return sum(_count_again(calls) for calls in by_last.values())
+
+
+def _count_again(calls: tuple[fx.Node, ...]) -> bool:
+    others = {node: _other_readers(node, calls) for node in calls}
+    read = [place for place, node in enumerate(calls) if others[node]]
+    if not read:
+        return False
+    copies: dict[fx.Node, fx.Node] = {}
+    path = _from_sorted(calls[0])
+    if path:
+        sorted_ids, *path = path
+        copies[sorted_ids] = operand(operand(sorted_ids, 0), 0)
+    for node in [*path, *calls[: read[-1] + 1]]:
+        _copy(node, copies)
+    for node, readers in others.items():
+        for reader in readers:
+            reader.replace_input_with(node, copies[node])
+    return True
+
+
+def _other_readers(node: fx.Node, calls: tuple[fx.Node, ...]) -> list[fx.Node]:
+    """What reads a value on the way to the ends, but is neither on that way nor a product of these groups."""
+    return [user for user in node.users if user not in calls and not (node is calls[-1] and is_grouped(user))]
+
+
+def _from_sorted(count: fx.Node) -> list[fx.Node]:
+    """The sorted numbers that a call counts, and what stands between; nothing if it counts others."""
+    path: list[fx.Node] = []
+    at = count
+    while at.op == "call_function" and at.all_input_nodes:
+        at = at.all_input_nodes[0]
+        path.append(at)
+        if is_getitem(at) and operand(at, 0).target in _SORTS_OF_TWO and result_number(at) == 0:
+            return path[::-1]
+    return []
+
+
+def _copy(node: fx.Node, copies: dict[fx.Node, fx.Node]) -> None:
+    with node.graph.inserting_after(node):
+        copies[node] = node.graph.node_copy(node, lambda x: copies.get(x, x))
 
 
 def numbers_of(ids: fx.Node) -> fx.Node:

@@ -109,6 +109,18 @@ def test_shared_inputs_with_a_dim_of_1() -> None:
         assert report.ok, str(report)
 
 
+def over_a_count(y_BSD: Tensor, w_DD: Tensor, count_1: Tensor) -> Tensor:
+    """A loss, [1], as trainers have it that count the labels of all ranks."""
+    return y_BSD.square().sum() / count_1.to(y_BSD.dtype).clamp(min=1)
+
+
+@pytest.mark.thinned(2)
+@pytest.mark.parametrize("mesh", [{"dp": 2}, {"dp": 2, "cp": 2}], ids=str)
+def test_a_count_that_a_total_is_divided_by_is_shared(mesh: dict[str, int]) -> None:
+    report = verify(over_a_count, mesh, count_1=torch.tensor([7]))
+    assert report.ok, str(report)
+
+
 def divided_by_the_weights(y_BSD: Tensor, w_DD: Tensor, weight_1S: Tensor) -> Tensor:
     return (y_BSD.sum(2) * weight_1S).sum() / weight_1S.sum()
 

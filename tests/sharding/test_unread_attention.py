@@ -80,6 +80,27 @@ def test_split_by_query_rows(name: str) -> None:
     assert explain(model, {"x": x}, mesh={"cp": 2}).sharding.length == S
 
 
+@pytest.mark.thinned(3)
+def test_activations_between_blocks_are_split_over_tp() -> None:
+    """The sequence is that of the query rows, also where no attention was read."""
+    model = nn.Sequential(*(_Block(ATTENTIONS["a mask of heads"]) for _ in range(2)))
+    batch = {"input": torch.randn(2, S, N * H, dtype=torch.float64)}
+    report = verify(model, batch, mesh={"tp": 2})
+    assert report.ok, str(report)
+    ops = {row.op for row in explain(model, batch, mesh={"tp": 2}).collectives}
+    assert "reduce_scatter" in ops
+
+
+class _Block(nn.Module):
+    def __init__(self, attend: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.norm, self.written = nn.LayerNorm(N * H, dtype=torch.float64), Written(attend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.written.heads(self.norm(x)).unflatten(-1, (3, N, H)).unbind(2)
+        return x + self.written.out(self.written.attend(q, k, v).flatten(2))
+
+
 @pytest.mark.thinned(4)
 @pytest.mark.parametrize("entries", [1, 2], ids=["one entry a rank", "two entries a rank"])
 def test_each_rank_of_dp_has_its_entries(entries: int) -> None:

@@ -12,8 +12,8 @@ from spcompile.attention.kernels import naive
 from spcompile.attention.kernels.triton.configs import Config, Configs
 from spcompile.attention.kernels.triton.hop_provider import Triton
 from spcompile.attention.scores.dropout import Dropout
-from spcompile.attention.scores.mask import AttentionMask
-from spcompile.attention.scores.provider import Rows, Scores
+from spcompile.attention.scores.mask import WITHOUT_KEYS, AttentionMask
+from spcompile.attention.scores.provider import Rounding, Rows, Scores
 from spcompile.attention.scores.runs import Run
 
 ROUNDINGS = {torch.float32: 64, torch.bfloat16: 4, torch.float16: 4}  # of the largest number, in units of eps
@@ -88,7 +88,10 @@ def check(case: Case) -> None:
     q_documents = k_documents = key_valid = None
     if case.mask.documents:
         q_documents, k_documents = (torch.randint(0, 3, (B, n), generator=random).sort(-1).values for n in (Sg, Tg))
-        if case.seed % 2:  # pairs of ids, of which int32 holds the second
+        if case.mask.fill is not None:
+            k_documents = k_documents.int()
+            q_documents = q_documents.int().masked_fill(torch.rand(B, Sg, generator=random) < 0.3, WITHOUT_KEYS)
+        elif case.seed % 2:  # pairs of ids, of which int32 holds the second
             q_documents, k_documents = (ids * 2**32 + 5 for ids in (q_documents, k_documents))
     if case.mask.key_padding:
         key_valid = torch.rand(B, Tg, generator=random) > 0.3
@@ -126,8 +129,12 @@ def check(case: Case) -> None:
         alibi = slopes.double()[:, None, None] * (k_place - q_place[:, None])
         added = alibi if added is None else added + alibi
     factors = None if dropout is None else dropout.factors(q_place, k_place, torch.float64)
+    rounding = None if case.mask.rounded_by is None else Rounding(case.mask.rounded_by, None)
+    if case.mask.fill is not None:
+        assert q_documents is not None
+        rounding = Rounding(case.mask.fill, (q_documents[:, q_place] == WITHOUT_KEYS)[:, None, :, None])
     wide = [x.double() for x in (q, k, v)]
-    out, lse = naive.forward(*wide, scale, keep, added, case.softcap, factors, case.mask.rounded_by)
+    out, lse = naive.forward(*wide, scale, keep, added, case.softcap, factors, rounding)
     if sinks is not None:
         total = torch.logaddexp(lse, sinks.double()[:, None].expand_as(lse))
         out, lse = out * (lse - total).exp()[..., None], total
@@ -159,7 +166,7 @@ def check(case: Case) -> None:
     close("lse", found_lse, lse, torch.float32)
     delta = (found_out.double() * grad_out.double()).sum(-1) - grad_lse.double()  # of the out that was rounded
     dq, dk, dv, grad_scores = naive.backward(
-        *wide, grad_out.double(), lse, delta, scale, keep, added, case.softcap, factors, case.mask.rounded_by
+        *wide, grad_out.double(), lse, delta, scale, keep, added, case.softcap, factors, rounding
     )
     close("dq", found_dq, dq, case.dtype)
     close("dk", found_dk, dk, case.dtype)

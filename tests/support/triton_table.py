@@ -81,7 +81,7 @@ def scores_of(variant: str) -> dict[str, Scores]:
     """What each variant of the table has to compute, by name."""
     ids = torch.zeros(B, S, dtype=torch.int64)
     data = {"q_documents": ids, "k_documents": ids, "key_valid": ids == 0}
-    packed = {"q_documents": ids, "k_documents": ids}
+    packed = {"q_documents": ids.int(), "k_documents": ids.int()}
     sinks, slopes = torch.ones(N), torch.ones(N)
     dropout = Dropout(0.1, torch.zeros(B, N, dtype=torch.int64))
     more = {"softcap": 30.0, "alibi_slopes": slopes, "dropout": dropout, "sinks": sinks}
@@ -101,6 +101,7 @@ def scores_of(variant: str) -> dict[str, Scores]:
             "dropout": ("causal", {"dropout": dropout}),
             "packed": ("causal window=100 documents", packed | {"softcap": 30.0, "sinks": sinks}),
             "rounded": ("causal documents rounded_by=-1e+30", packed),
+            "filled": ("causal documents fill=-1e+30", packed),
             "everything": (f"{POSITIONS} documents key_padding", data | more),
         },
         "bias": {

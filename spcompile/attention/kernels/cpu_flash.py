@@ -85,7 +85,7 @@ class CpuFlash:
         scores = block.scores
         if q.device.type != "cpu" or q.dtype not in _DTYPES or scores.softcap or scores.dropout is not None:
             return False
-        if scores.mask.rounded_by is not None:
+        if (scores.mask.rounded_by, scores.mask.fill) != (None, None):
             return False
         added = [torch.float32] if scores.alibi_slopes is not None else []
         added += [scores.bias.dtype] if scores.bias is not None else []

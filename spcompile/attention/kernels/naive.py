@@ -14,6 +14,8 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from spcompile.attention.scores.provider import Rounding
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums over keys, and log-sum-exps, are kept in: float64 for float64, else float32."""
@@ -27,7 +29,7 @@ def _masked_scores(
     bias: Tensor | None,
     scale: float,
     softcap: float,
-    rounded_by: float | None,
+    rounding: Rounding | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Scores [B, N, S, T] and, with a softcap, its derivative there.
 
@@ -42,9 +44,10 @@ def _masked_scores(
         scores, slope = softcap * tanh, 1 - tanh.square()
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
-    if rounded_by is not None:
-        number = max(rounded_by, torch.finfo(scores.dtype).min)
-        scores = (scores + number) - number
+    if rounding is not None:
+        number = max(rounding.number, torch.finfo(scores.dtype).min)
+        rounded = (scores + number) - number
+        scores = rounded if rounding.rows is None else torch.where(rounding.rows, rounded, scores)
     return scores if keep is None else scores.masked_fill(~keep, -torch.inf), slope
 
 
@@ -57,18 +60,18 @@ def forward(
     bias: Tensor | None = None,
     softcap: float = 0.0,
     dropout: Tensor | None = None,
-    rounded_by: float | None = None,
+    rounding: Rounding | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(softmax(cap(scale * q k^T) + bias) * dropout) v over one block of keys, and the log-sum-exp of its scores.
 
     q [B, N, S, H], k [B, G, T, H], v [B, G, T, V]; keep bool, bias and dropout float, all three broadcastable to
-    [B, N, S, T]; cap(x) = softcap * tanh(x / softcap), the identity for 0. rounded_by: see `AttentionMask`.
+    [B, N, S, T]; cap(x) = softcap * tanh(x / softcap), the identity for 0. rounding: see `AttentionMask`.
     Returns out [B, N, S, V] and lse [B, N, S] in the accumulation dtype; rows without a key give 0 and -inf.
     """
     B, N, S, _ = q.shape
     G, T, V = v.shape[1:]
     dtype = accumulation_dtype(q.dtype)
-    scores, _ = _masked_scores(q.to(dtype), k.to(dtype), keep, bias, scale, softcap, rounded_by)
+    scores, _ = _masked_scores(q.to(dtype), k.to(dtype), keep, bias, scale, softcap, rounding)
     lse = scores.logsumexp(-1)
     weights = (scores - _finite(lse)[..., None]).exp()
     if dropout is not None:
@@ -89,7 +92,7 @@ def backward(
     bias: Tensor | None = None,
     softcap: float = 0.0,
     dropout: Tensor | None = None,
-    rounded_by: float | None = None,
+    rounding: Rounding | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What one block of keys adds to the gradients, in the accumulation dtype.
 
@@ -100,7 +103,7 @@ def backward(
     G, T, V = v.shape[1:]
     dtype = accumulation_dtype(q.dtype)
     q, k, v, grad_out = (x.to(dtype) for x in (q, k, v, grad_out))
-    scores, slope = _masked_scores(q, k, keep, bias, scale, softcap, rounded_by)
+    scores, slope = _masked_scores(q, k, keep, bias, scale, softcap, rounding)
     probabilities = (scores - _finite(lse)[..., None]).exp()
     grad_rows = grad_out.reshape(B, G, N // G * S, V)
     grad_probabilities = (grad_rows @ v.mT).view(B, N, S, T)

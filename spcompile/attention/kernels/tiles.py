@@ -10,7 +10,7 @@ import torch
 
 from spcompile.attention.kernels import naive
 from spcompile.attention.kernels.naive import accumulation_dtype
-from spcompile.attention.scores.provider import Block, Gradients, Rows
+from spcompile.attention.scores.provider import Block, Gradients, Rounding, Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,7 @@ class Tile:
     keep: Tensor | None
     bias: Tensor | None
     dropout: Tensor | None
+    rounding: Rounding | None
 
     def rows(self, x: Tensor) -> Tensor:
         return x.narrow(2, self.q_offset, self.q.length)
@@ -58,7 +59,7 @@ def tiles(block: Block, heads: int, device: torch.device, dtype: torch.dtype = t
                 continue
             k, keep = k.narrow(first, length), keep.narrow(3, first, length)
         dropout = block.dropout(q, k, dtype)
-        yield Tile(q, k, offset, k.start - block.k.start, keep, block.bias(q, k), dropout)
+        yield Tile(q, k, offset, k.start - block.k.start, keep, block.bias(q, k), dropout, block.rounding(q))
 
 
 def _seen(keep: Tensor) -> tuple[int, int]:
@@ -107,7 +108,7 @@ class Tiled:
                 tile.bias,
                 scores.softcap,
                 tile.dropout,
-                scores.mask.rounded_by,
+                tile.rounding,
             )
             tile.rows(out).copy_(tile_out)
             tile.rows(lse).copy_(tile_lse)
@@ -134,7 +135,7 @@ class Tiled:
                 tile.bias,
                 scores.softcap,
                 tile.dropout,
-                scores.mask.rounded_by,
+                tile.rounding,
             )
             tile.rows(dq).add_(tile_dq)
             tile.keys(dk).add_(tile_dk)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from spcompile.attention.ring.ring import Ring
-from spcompile.attention.scores.mask import AttentionMask
+from spcompile.attention.scores.mask import WITHOUT_KEYS, AttentionMask
 from spcompile.diagnostics import RanksDisagree
 from spcompile.machine.sequence import chunk_length, chunks_per_rank
 from spcompile.torch_private import resolve_process_group
@@ -55,6 +55,10 @@ def needed_hops(q_documents: Tensor, k_documents: Tensor, mask: AttentionMask, r
     first_S, last_S = mask.reach_of_each(q_S, ring.k_length)
     first_BS, last_BS = torch.maximum(first_BS, first_S), torch.minimum(last_BS, last_S)
     seen_BS = seen_BS & (first_BS <= last_BS)
+    if mask.fill is not None:
+        is_open_BS = q_BS == WITHOUT_KEYS
+        first_BS, last_BS = first_BS.masked_fill(is_open_BS, 0), last_BS.masked_fill(is_open_BS, end)
+        seen_BS = seen_BS | is_open_BS
 
     # Of every chunk of queries, how many more of them see chunk c of the keys than see chunk c - 1.
     q_chunk, k_chunk = (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,10 @@ class Kind(Enum):
 
 
 EXCLUDES = -9e3  # a number below this in the place of a score, or added, excludes its key: -1e4 has long been in use
-_NUMBERS = {"rounded_by": r"-?\d+(\.\d+)?(e[+-]\d+)?"}  # how those that are no integers are written
+WITHOUT_KEYS = -1  # the document id of rows that the other conditions leave no key, under a mask with a fill
+_NUMBERS = dict.fromkeys(
+    ("rounded_by", "fill"), r"-?\d+(\.\d+)?(e[+-]\d+)?"
+)  # how those that are no integers are written
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,14 @@ class AttentionMask:
     key_padding: the key is valid.
     rounded_by: no condition. A large number that was added to all scores. What counts in the weights is what the sum
         has left of them, (score + rounded_by) - rounded_by, if anything; gradients are those of the scores.
+    fill: a large number that was added to scores instead of excluding keys. Rows with the document WITHOUT_KEYS see all
+        keys, whatever the other conditions say; their scores are rounded by it. Other ids are not negative then.
 
     `str(mask)` and `AttentionMask.parse` are inverse to each other; the text is an argument of the spx ops.
 
     Raises:
-        IllegalOption: a size that is not positive, or offset or prefix without causal.
+        IllegalOption: a size that is not positive, offset or prefix without causal, or a fill without documents, which
+            say for which rows it is, or with key_padding, for invalid keys are of another document then.
     """
 
     causal: bool = False
@@ -61,10 +67,13 @@ class AttentionMask:
     documents: bool = False
     key_padding: bool = False
     rounded_by: float | None = None
+    fill: float | None = None
 
     def __post_init__(self) -> None:
         if not self.causal and (self.offset != 0 or self.prefix is not None):
             raise IllegalOption("an attention mask with offset or prefix but not causal", legal="causal=True with them")
+        if self.fill is not None and (not self.documents or self.key_padding or self.rounded_by is not None):
+            raise IllegalOption("an attention mask with a fill", legal="documents, but no key_padding or rounded_by")
         for name in ("window", "window_right", "chunk", "prefix"):
             size = getattr(self, name)
             if size is not None and size < 1:
@@ -134,13 +143,22 @@ class AttentionMask:
             assert q_documents is not None
             assert k_documents is not None
             keep = keep & (q_documents[:, None, :, None] == k_documents[:, None, None, :])
+            if self.fill is not None:
+                keep = keep | (q_documents == WITHOUT_KEYS)[:, None, :, None]
         if self.key_padding:
             assert key_valid is not None
             keep = keep & key_valid[:, None, None, :]
         return keep
 
+    @property
+    def usual(self) -> AttentionMask:
+        """What the mask is in most rows: those that some key is left."""
+        return replace(self, fill=None)
+
     def reach(self, q_first: int, q_last: int) -> tuple[int, int | None]:
         """No query at q_first..q_last sees a key outside of positions (first, last); last is None where unbounded."""
+        if self.fill is not None:
+            return 0, None
         first = 0
         lasts = []
         if self.causal:
@@ -158,6 +176,7 @@ class AttentionMask:
         """`reach` of every query alone: the first and the last of keys 0 .. k_length - 1 that it may see.
 
         Of the shape of q_positions; first > last where there is none. Every key between passes what positions decide.
+        A fill is left aside.
         """
         first, last = torch.zeros_like(q_positions), torch.full_like(q_positions, k_length - 1)
         if self.causal:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import torch
 
-from spcompile.attention.scores.mask import AttentionMask, Kind
+from spcompile.attention.scores.mask import WITHOUT_KEYS, AttentionMask, Kind
 from spcompile.diagnostics import IllegalOption
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ class Scores:
         s = scale * q k^T;  s = softcap * tanh(s / softcap);  s = s + bias + slope * (k - q), masked;
         w = exp(s) / (exp(sink) + sum over keys of exp(s));  w = w * dropout
 
-    Under a mask with `rounded_by`, s is (s + rounded_by) - rounded_by in the third line; its gradient is that of s.
+    Under a mask with `rounded_by`, s is (s + rounded_by) - rounded_by in the third line; its gradient is that of s. So
+    it is with `fill`, in rows without keys.
     softcap: 0 for none. alibi_slopes [N], without gradient: multiply the distance of key and query positions.
     sinks [N]: a logit for each head that takes its share of every row; providers ignore it, see `blocks`.
     q_documents [B|1, Sg], k_documents [B|1, Tg], key_valid bool [B|1, Tg]: in the natural order of the sequence.
@@ -39,7 +40,7 @@ class Scores:
 
     Raises:
         IllegalOption: the mask speaks of documents or key padding that were not given, or the other way round, a
-            negative softcap, or rounded scores beside sinks.
+            negative softcap, rounded scores or a fill beside sinks, or ids of another dtype than int32 with a fill.
     """
 
     mask: AttentionMask
@@ -62,26 +63,31 @@ class Scores:
                 raise IllegalOption(
                     f"mask {str(self.mask)!r}", legal=f"{name!r} with both document tensors, or neither"
                 )
-        if self.mask.rounded_by is not None and self.sinks is not None:
-            raise IllegalOption(f"mask {str(self.mask)!r}", legal="'rounded_by' without sinks")
+        if (self.mask.rounded_by, self.mask.fill) != (None, None) and self.sinks is not None:
+            raise IllegalOption(f"mask {str(self.mask)!r}", legal="'rounded_by' or 'fill' without sinks")
+        ids = self.q_documents
+        if self.mask.fill is not None and ids is not None and ids.dtype != torch.int32:
+            raise IllegalOption(f"mask {str(self.mask)!r} with documents {ids.dtype}", legal="torch.int32 with a fill")
         if (self.key_valid is not None) != self.mask.key_padding:
             raise IllegalOption(f"mask {str(self.mask)!r}", legal="'key_padding' with key_valid, or neither")
 
     def without_idle_conditions(self) -> Scores:
-        """The same scores, without a condition on documents or key padding that holds for all pairs.
+        """The same scores, without a condition on documents or key padding that holds for all pairs, or an unused fill.
 
-        Positions with one document, and padding masks without padding, are what most callers pass. Only on the CPU,
-        where reading a few numbers waits for nothing.
+        Positions with one document, and padding masks without padding, are what most callers pass; few have rows
+        without keys. Only on the CPU, where reading a few numbers waits for nothing.
         """
         q, k, valid = self.q_documents, self.k_documents, self.key_valid
         one_document = q is not None and k is not None and q.device.type == "cpu" and _are_one(q, k)
         no_padding = valid is not None and valid.device.type == "cpu" and bool(valid.all())
-        if not one_document and not no_padding:
+        no_fill = self.mask.fill is not None and q is not None and q.device.type == "cpu" and not _has_open_rows(q)
+        if not one_document and not no_padding and not no_fill:
             return self
         mask = replace(
             self.mask,
             documents=self.mask.documents and not one_document,
             key_padding=self.mask.key_padding and not no_padding,
+            fill=None if no_fill else self.mask.fill,
         )
         return replace(
             self,
@@ -95,7 +101,7 @@ class Scores:
     def share_no_document(self) -> bool:
         """Whether no query has the document of any key, as far as may be known: on the CPU only, as above."""
         q, k = self.q_documents, self.k_documents
-        if q is None or k is None or q.device.type != "cpu":
+        if q is None or k is None or q.device.type != "cpu" or self.mask.fill is not None:
             return False
         return not bool(torch.isin(q, k.unique()).any())
 
@@ -105,10 +111,21 @@ class Scores:
         return any(x is not None for x in (self.bias, self.alibi_slopes, self.dropout))
 
 
+def _has_open_rows(q_documents: Tensor) -> bool:
+    return bool((q_documents == WITHOUT_KEYS).any())
+
+
 def _are_one(q_documents: Tensor, k_documents: Tensor) -> bool:
     """Whether every row of queries and of keys is of one document, the same."""
     first = k_documents[:, :1]
     return k_documents.numel() > 0 and bool((k_documents == first).all()) and bool((q_documents == first).all())
+
+
+class Rounding(NamedTuple):
+    """A large number that was added to scores, and the rows of which: bool [B|1, 1, S, 1], None for all."""
+
+    number: float
+    rows: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +168,16 @@ class Block:
         wide = torch.promote_types(slopes.dtype, torch.float32)
         alibi = (slopes.to(wide)[:, None, None] * distance)[None]
         return alibi if added is None else added + alibi
+
+    def rounding(self, q: Run) -> Rounding | None:
+        """By what scores of some rows of the block are rounded, if at all."""
+        mask, documents = self.scores.mask, self.scores.q_documents
+        if mask.rounded_by is not None:
+            return Rounding(mask.rounded_by, None)
+        if mask.fill is None:
+            return None
+        assert documents is not None
+        return Rounding(mask.fill, (q.select(documents, 1) == WITHOUT_KEYS)[:, None, :, None])
 
     def dropout(self, q: Run, k: Run, dtype: torch.dtype) -> Tensor | None:
         """What the weights [B|1, N, S, T] of some rows and keys of the block are multiplied with."""

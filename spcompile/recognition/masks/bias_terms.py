@@ -5,6 +5,8 @@ a & b                         both must hold
 x + y                         two biases
 where(a, x, -inf)             a must hold, and the bias x
 x.masked_fill(a, -inf)        a must not hold, and the bias x
+
+A large negative number in the place of -inf does the same wherever a row has a key; the terms keep the number.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from sympy.logic.boolalg import Boolean
 
 from spcompile.attention.scores.mask import EXCLUDES
 from spcompile.graph.edit import argument, is_tensor, shape_of
+from spcompile.recognition.masks.finite import is_finite
 from spcompile.recognition.masks.index_maps import Indices, sizes_of
 from spcompile.recognition.masks.reader import Reader
 from spcompile.recognition.masks.values import (
@@ -49,10 +52,31 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class BiasTerm:
-    """One term of a bias, broadcastable to [B, N, S, T] from the right."""
+    """One term of a bias, broadcastable to [B, N, S, T] from the right.
+
+    put: of a mask, the call that puts `fill`, a large negative number, in the place of the bias `covered`. None: keys
+    that the mask excludes are excluded for good.
+    """
 
     node: fx.Node
     role: Role
+    put: fx.Node | None = None
+
+    @property
+    def fill(self) -> float:
+        """The number that stands where a mask excludes keys."""
+        return -math.inf if self.put is None else _filled(self.put)[2]
+
+    @property
+    def covered(self) -> list[BiasTerm]:
+        """The terms in the place of which the fill is put."""
+        return [] if self.put is None else parts_of(_filled(self.put)[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the numbers of the term are rounded to."""
+        value: torch.Tensor = (self.put or self.node).meta["val"]
+        return value.dtype
 
     @property
     def is_one_for_all_heads(self) -> bool:
@@ -63,6 +87,11 @@ class BiasTerm:
     def is_one_for_all_rows(self) -> bool:
         """Whether query rows share it."""
         return [1, 1, *sizes_of(self.node)][-2] == 1
+
+
+def hard(part: BiasTerm) -> BiasTerm:
+    """The mask that excludes for good what this one excludes."""
+    return BiasTerm(part.node, part.role)
 
 
 def flipped(part: BiasTerm) -> BiasTerm:
@@ -121,11 +150,27 @@ def parts_of(node: fx.Node, role: Role | None = None) -> list[BiasTerm]:
         return [BiasTerm(node, role)]
     if node.target is aten.add.Tensor and all(map(is_tensor, node.args)) and argument(node, 2, "alpha", 1) == 1:
         return [part for arg in node.args for part in parts_of(arg)]  # type: ignore[arg-type]
-    if node.target is aten.masked_fill.Scalar and node.args[2] == -math.inf:
-        return [*parts_of(node.args[1], Role.DROP), *parts_of(node.args[0])]  # type: ignore[arg-type]
-    if node.target is aten.where.ScalarOther and node.args[2] == -math.inf:
-        return [*parts_of(node.args[0], Role.KEEP), *parts_of(node.args[1])]  # type: ignore[arg-type]
+    if node.target in _FILLS:
+        covered, mask, fill = _filled(node)
+        if fill == -math.inf:
+            return [*mask, *parts_of(covered)]
+        inner = parts_of(covered) if fill <= EXCLUDES and is_finite(covered) else []
+        if inner and all(part.role is Role.ADD for part in inner):
+            return [*(BiasTerm(part.node, part.role, node) for part in mask), *inner]
     return [BiasTerm(node, role)]
+
+
+_FILLS = {aten.masked_fill.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf}
+
+
+def _filled(node: fx.Node) -> tuple[fx.Node, list[BiasTerm], float]:
+    """(covered, the masks that decide where, the number that is put there) of one of `_FILLS`."""
+    args: tuple[Any, ...] = node.args
+    if node.target is aten.masked_fill.Scalar:
+        return args[0], parts_of(args[1], Role.DROP), float(args[2])
+    if node.target is aten.where.ScalarOther:
+        return args[1], parts_of(args[0], Role.KEEP), float(args[2])
+    return args[2], parts_of(args[0], Role.DROP), float(args[1])
 
 
 def _adds_leading_dims(node: fx.Node) -> bool:
@@ -153,7 +198,7 @@ def read_part(part: BiasTerm, reader: Reader, indices: Indices) -> Reading:
     value = reader.operand(part.node, indices)
     if part.role is not Role.ADD:
         condition = to_condition(value)
-        return Reading(condition if part.role is Role.KEEP else negate(condition))
+        return Reading(condition if part.role is Role.KEEP else negate(condition), frozenset({part.fill}))
     return _additive(value, part.node)
 
 
@@ -192,6 +237,12 @@ def joined_terms(parts: list[BiasTerm], new: Callable[..., fx.Node]) -> fx.Node 
 
     new: makes a call node from its target and arguments.
     """
+    put = next((part.put for part in parts if part.put is not None), None)
+    if put is not None:
+        masks, covered = [part for part in parts if part.put is put], _filled(put)[0]
+        inside = [part for part in parts if part in parts_of(covered)]
+        outside = [part for part in parts if part not in masks and part not in inside]
+        return joined_terms([BiasTerm(_with_fill(put, masks, inside, new), Role.ADD), *outside], new)
     conditions = [
         part.node if part.role is Role.KEEP else new(aten.logical_not.default, part.node)
         for part in parts
@@ -205,6 +256,17 @@ def joined_terms(parts: list[BiasTerm], new: Callable[..., fx.Node]) -> fx.Node 
     if keep is None or total is None:
         return keep if total is None else total
     return new(aten.where.ScalarOther, keep, total, -math.inf)
+
+
+def _with_fill(put: fx.Node, masks: list[BiasTerm], inside: list[BiasTerm], new: Callable[..., fx.Node]) -> fx.Node:
+    """What `put` makes of these masks and the terms that they cover."""
+    covered, all_masks, fill = _filled(put)
+    if [hard(part) for part in masks] == all_masks and inside == parts_of(covered):
+        return put
+    keep, bias = joined_terms([hard(part) for part in masks], new), joined_terms(inside, new)
+    if bias is None:
+        bias = new(aten.zeros_like.default, keep, dtype=put.meta["val"].dtype)
+    return new(aten.where.ScalarOther, keep, bias, fill)
 
 
 def full_bias(bias: fx.Node | None, q: fx.Node, k: fx.Node, new: Callable[..., fx.Node]) -> fx.Node | None:

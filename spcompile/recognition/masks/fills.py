@@ -70,11 +70,15 @@ class WithoutKeys:
 
 @dataclass(frozen=True)
 class _Mask:
-    """Parts that give the keys they exclude one finite number. is_put: in the place of the score, not added to it."""
+    """Parts that give the keys they exclude one finite number. is_put: in the place of the score, not added to it.
+
+    covered: biases in the place of which the number stands, though it is added to scores.
+    """
 
     parts: tuple[BiasTerm, ...]
     fill: float
     is_put: bool
+    covered: tuple[BiasTerm, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,9 @@ class _Terms:
         """The numbers of masks that are added."""
         finite = {part: mask.fill for mask in self.masks for part in mask.parts}
         hard = dict.fromkeys(self.hard, -math.inf)
-        return {part: fill for part, fill in {**finite, **hard}.items() if part.role is Role.ADD}
+        return {
+            part: fill for part, fill in {**finite, **hard}.items() if part.role is Role.ADD or part.put is not None
+        }
 
     def are_after(self, parts: Sequence[BiasTerm], mask: _Mask) -> bool:
         """Whether all of these are applied after the mask."""
@@ -106,7 +112,8 @@ class _Terms:
 
     def biases_on(self, mask: _Mask) -> tuple[BiasTerm, ...]:
         """Those that count where the mask excludes a key."""
-        return tuple(bias for bias in self.biases if not mask.is_put or self.are_after([bias], mask))
+        left = [bias for bias in self.biases if bias not in mask.covered]
+        return tuple(bias for bias in left if not mask.is_put or self.are_after([bias], mask))
 
     def condition(self, parts: Sequence[BiasTerm]) -> Boolean | None:
         """The keys that all of these parts leave; None if one has no symbolic form."""
@@ -144,8 +151,8 @@ def _without_keys(terms: _Terms, q: fx.Node, k: fx.Node, has_sinks: bool, has_so
     if has_sinks or not (terms.masks or terms.unknown) or _every_row_has_a_key(terms, q, k):
         return WithoutKeys()
     if terms.unknown:
-        if any(mask.is_put for mask in terms.masks):
-            raise NotKnown(terms.unknown[0].node, "numbers that are not known are added to one that replaces scores")
+        if any(mask.is_put or mask.covered for mask in terms.masks):
+            raise NotKnown(terms.unknown[0].node, "numbers that are not known are added to one that replaces others")
         added = {part for mask in terms.masks for part in mask.parts}
         unknown = tuple(part for part in terms.order if part in terms.unknown or part in added)
         return WithoutKeys(unknown=unknown, hard=terms.hard, fills=terms.fills, dtype=terms.dtype_of(unknown))
@@ -155,7 +162,8 @@ def _without_keys(terms: _Terms, q: fx.Node, k: fx.Node, has_sinks: bool, has_so
     if len(terms.masks) == 1 and not terms.hard and not any(comes_from_trained_input(bias.node) for bias in biases):
         if mask.is_put and (absorbs(mask.fill, dtype) or not biases):
             return WithoutKeys(average=True)
-        is_simple = not has_softcap or (len(terms.order) == 1 and terms.order[0].is_one_for_all_heads)
+        is_alone = {*terms.order} == {*mask.parts, *mask.covered}
+        is_simple = not has_softcap or (is_alone and all(part.is_one_for_all_heads for part in mask.parts))
         if not mask.is_put and is_simple and absorbs(mask.fill, _dtype_of_kept(mask.parts[0], dtype)):
             return WithoutKeys()
     if not all(part.is_one_for_all_heads for part in terms.order if part not in terms.biases):
@@ -176,12 +184,15 @@ def _terms(
     applied: Mapping[BiasTerm, Applied],
 ) -> _Terms:
     put: dict[float, list[BiasTerm]] = {}
+    in_bias: dict[fx.Node, list[BiasTerm]] = {}
     masks: list[_Mask] = []
     hard, biases, unknown = [], [], []
     for part in parts:
         reading = readings[part]
         if replaced.get(part, -math.inf) != -math.inf:
             put.setdefault(replaced[part], []).append(part)
+        elif part.put is not None:
+            in_bias.setdefault(part.put, []).append(part)
         elif part.role is not Role.ADD or (reading is not None and reading.fills == {-math.inf}):
             hard.append(part)
         elif reading is not None and len(reading.fills) == 1:
@@ -190,6 +201,11 @@ def _terms(
             biases.append(part)
         else:
             unknown.append(part)
+    for holding in in_bias.values():
+        covered = tuple(holding[0].covered)
+        if any(parts.count(part) > 1 for part in covered):
+            raise NotKnown(holding[0].node, "a bias is added inside of a mask and outside")
+        masks.append(_Mask(tuple(holding), holding[0].fill, is_put=False, covered=covered))
     masks += (_Mask(tuple(holding), fill, is_put=True) for fill, holding in put.items())
     return _Terms(tuple(parts), readings, tuple(masks), tuple(hard), tuple(biases), tuple(unknown), applied)
 
@@ -210,6 +226,8 @@ def _of_two(terms: _Terms, q: fx.Node, k: fx.Node) -> tuple[Second, ...]:
     Keys that both exclude have the sum of two fills, so much less than one that it weighs nothing. Among those that one
     excludes the larger fill wins; equal fills weigh the same.
     """
+    if any(mask.covered for mask in terms.masks):
+        raise NotKnown(terms.masks[0].parts[0].node, "of two masks one replaces a bias")
     outer, inner, *more = sorted(terms.masks, key=lambda mask: min(map(terms.order.index, mask.parts)))
     node = outer.parts[0].node
     if more or (outer.is_put and inner.is_put):
@@ -249,14 +267,14 @@ def _second(mask: _Mask, kept: tuple[BiasTerm, ...], terms: _Terms, q: fx.Node) 
             raise NotKnown(mask.parts[0].node, f"{dtype} rounds the scores that its fill is added to, but keeps some")
         return Second((*kept, *biases), are_scores=not mask.is_put, rounded_by=LOWEST)
     at = terms.applied[mask.parts[0]].at
-    rounded = tuple(bias for bias in biases if terms.applied[bias].at is at)
+    is_lost = absorbs(number, dtype)  # nothing is left of any sum, so what was rounded before does not matter
+    rounded = () if is_lost else tuple(bias for bias in biases if terms.applied[bias].at is at)
     return Second((*kept, *biases), not mask.is_put, number, rounded)
 
 
 def _dtype_of_kept(part: BiasTerm, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which recognize-mask finds that the number of a mask absorbs scores."""
-    own = part.node.meta["val"].dtype
-    return torch.promote_types(torch.promote_types(own, dtype), torch.float32)
+    return torch.promote_types(torch.promote_types(part.dtype, dtype), torch.float32)
 
 
 def _clauses(condition: Boolean | None) -> list[Boolean] | None:

@@ -23,6 +23,7 @@ _ARITHMETIC = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tenso
 _ARITHMETIC |= {aten.neg.default, aten.abs.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default}
 _ARITHMETIC |= {aten.full.default, aten.scalar_tensor.default, aten.where.self, aten.where.ScalarSelf}
 _ARITHMETIC |= {aten.where.ScalarOther, aten.masked_fill.Scalar}
+_ARITHMETIC |= {aten.pad.default, aten.constant_pad_nd.default}
 _ARITHMETIC |= {aten.exp.default, aten.sqrt.default, aten.square.default, aten.pow.Tensor_Scalar, aten.relu.default}
 _ARITHMETIC |= {aten.gelu.default, aten.silu.default, aten.softplus.default, aten.log_sigmoid.default}
 _ARITHMETIC |= {aten.cumsum.default, aten.sum.dim_IntList, aten.mean.dim}

@@ -6,7 +6,9 @@ grad s_ij = (1/T) (grad out_i . (v_j - mean(v))), which is the gradient of (1/T)
 q_i and k_j. If it replaced the scores, they have no gradient. Both need sums over keys only: nothing is S x T.
 
 Where that will not do, as under a softcap, such rows are those of one document with all keys in a second attention.
-Its mask says by which number its scores are `rounded_by`; other rows see nothing there, and add zeros.
+Its mask says by which number its scores are `rounded_by`; other rows see nothing there, and add zeros. Where the mask
+itself tells which rows these are, and nothing but the mask is different there, both are one attention whose mask has a
+`fill`.
 
 B batch, N query heads, G key heads, S query rows, T keys, H head size of q and k, V of v.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spcompile.attention.scores.mask import EXCLUDES, AttentionMask
+from spcompile.attention.scores.mask import EXCLUDES, WITHOUT_KEYS, AttentionMask
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -124,6 +126,35 @@ def as_documents(mask: str, key_valid_BT: Tensor | None, q_BNSH: Tensor, k_BGTH:
     before_BT = torch.nn.functional.pad(key_valid_BT.cumsum(1), (1, 0))  # how many of the keys in front are valid
     seen_BS = before_BT[:, (last_S + 1).clamp(min=0)] - before_BT[:, first_S.clamp(max=T)]
     return (seen_BS > 0).to(torch.int64), torch.zeros_like(key_valid_BT, dtype=torch.int64)
+
+
+def open_rows_as_documents(
+    mask: str, key_valid_BT: Tensor | None, q_BNSH: Tensor, k_BGTH: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Ids int32 [B|1, S] and [B|1, T] under which a mask with a fill means what this one does, which has none.
+
+    mask: as in `as_documents`. Valid keys are of one document with all rows, but for those that see none.
+    """
+    sees_BS, _ = as_documents(mask, key_valid_BT, q_BNSH, k_BGTH)
+    q_ids_BS = sees_BS.to(torch.int32) + WITHOUT_KEYS
+    if key_valid_BT is None:
+        return q_ids_BS, torch.zeros((1, k_BGTH.shape[2]), dtype=torch.int32, device=q_BNSH.device)
+    return q_ids_BS, (~key_valid_BT).to(torch.int32)
+
+
+def open_rows_of_dense(
+    keep_BNST: Tensor, bias_BNST: Tensor | None, q_BNSH: Tensor, k_BGTH: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(bias, ids of rows, ids of keys) by which rows without keys under a dense mask see all keys, with their bias.
+
+    keep: bool, one for all heads, [B|1, 1, S|1, T].
+    """
+    has_keys_BNS1 = keep_BNST.any(-1, keepdim=True)
+    keep_BNST = keep_BNST | ~has_keys_BNS1
+    bias = keep_BNST if bias_BNST is None else torch.where(keep_BNST, bias_BNST, -torch.inf)
+    q_ids_BS = has_keys_BNS1[:, 0, :, 0].to(torch.int32) + WITHOUT_KEYS
+    k_ids_1T = torch.zeros((1, k_BGTH.shape[2]), dtype=torch.int32, device=q_BNSH.device)
+    return bias, q_ids_BS.expand(-1, q_BNSH.shape[2]), k_ids_1T
 
 
 def marked_as_documents(marks_BNS: Tensor, q_BNSH: Tensor, k_BGTH: Tensor) -> tuple[Tensor, Tensor]:

@@ -88,11 +88,14 @@ def split_bias(
 def _is_one_fill(readings: dict[BiasTerm, Reading], parts: list[BiasTerm]) -> bool:
     """Whether all keys that are not seen get one number, which absorbs any score."""
     masks = [part for part in parts if part in readings and readings[part].fills]
-    fills = [readings[part].fills for part in masks]
-    if len(masks) != 1 or len(fills[0]) != 1:
+    if not masks:
         return False
-    (fill,) = fills[0]
-    return fill != -math.inf and absorbs(fill, torch.promote_types(masks[0].node.meta["val"].dtype, torch.float32))
+    first = masks[0]
+    is_one = len(masks) == 1 or (first.put is not None and all(part.put is first.put for part in masks))
+    if not is_one or len(readings[first].fills) != 1:
+        return False
+    (fill,) = readings[first].fills
+    return fill != -math.inf and absorbs(fill, torch.promote_types(first.dtype, torch.float32))
 
 
 def _explain(clause: Boolean, reader: Reader) -> tuple[str, fx.Node | None]:

@@ -17,7 +17,7 @@ from spcompile import explain
 from spcompile.attention import op
 from spcompile.attention.ring.hops import needed_hops, spec_agree_on_hops
 from spcompile.attention.ring.ring import Ring
-from spcompile.attention.scores.mask import AttentionMask
+from spcompile.attention.scores.mask import WITHOUT_KEYS, AttentionMask
 from spcompile.collectives import point_to_point
 from spcompile.collectives.point_to_point import Requests, Shift
 from spcompile.diagnostics import IllegalOption, RanksDisagree, Remarks
@@ -29,6 +29,7 @@ from spcompile.passes_api import Context
 from spcompile.program.build import LocalProgram
 
 MASKS = ["documents", "causal documents", "causal documents window=9", "documents chunk=10 window_right=6"]
+MASKS += ["causal documents window=9 fill=-1e+30"]
 
 
 def lengths_to_ids(*rows: list[int]) -> Tensor:
@@ -61,6 +62,8 @@ def test_hops_are_those_with_a_pair_that_the_mask_leaves(text: str, order: str) 
             ids = [torch.randint(0, most, (2, n), generator=random).sort(-1).values for n in (S, T)]
             if S == T:
                 ids[1] = ids[0]
+            if mask.fill is not None and most > 1:
+                ids[0] = ids[0].masked_fill(torch.arange(S) == S // 2, WITHOUT_KEYS)
             found = needed_hops(*ids, mask, ring).tolist()
             assert found == by_looking(*ids, mask, ring)
             assert {d for d in range(1, degree) if found[d]} <= set(ring.distances(mask))

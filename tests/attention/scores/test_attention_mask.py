@@ -51,7 +51,19 @@ def test_text_is_compact() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "causal full", "causal=1", "window", "window=x", "window=0", "offset=1", "prefix=3", "causal causal", "x"],
+    [
+        "",
+        "causal full",
+        "causal=1",
+        "window",
+        "window=x",
+        "window=0",
+        "offset=1",
+        "prefix=3",
+        "causal causal",
+        "x",
+        "causal fill=-1e+30",
+    ],
 )
 def test_other_text_is_refused(text: str) -> None:
     with pytest.raises(IllegalOption):

@@ -13,7 +13,8 @@ from spcompile.attention.op import attention, spec_ring_attention, spec_ring_att
 from spcompile.attention.ring.hops import needed_hops
 from spcompile.attention.ring.ring import Ring
 from spcompile.attention.scores.dropout import Dropout, first_word
-from spcompile.attention.scores.mask import AttentionMask
+from spcompile.attention.scores.mask import WITHOUT_KEYS, AttentionMask
+from spcompile.attention.scores.provider import Scores
 from spcompile.diagnostics import IllegalOption
 from spcompile.machine import sequence
 
@@ -21,6 +22,7 @@ B, N, G, H, SCALE, P = 2, 4, 2, 6, 0.37, 0.3
 FEATURES = ["softcap", "alibi", "sinks", "dropout", "key bias"]
 COMBINATIONS = [(name,) for name in FEATURES] + [("softcap", "sinks"), ("alibi", "sinks", "dropout"), tuple(FEATURES)]
 MASKS = ["full", "causal", "causal window=5", "causal key_padding"]
+FILLED = ["documents fill=-1e+30", "causal window=5 documents fill=-1000000000.0"]
 ROUNDED = [
     "rounded_by=-1e+30",
     "causal rounded_by=-1000000000.0",
@@ -35,13 +37,19 @@ def problem(features: tuple[str, ...], text: str, S: int, T: int) -> dict[str, A
         return torch.randn(*shape, dtype=torch.float64).requires_grad_()
 
     mask = AttentionMask.parse(text)
+    documents = torch.randint(0, 3, (B, T), dtype=torch.int32).sort(-1).values if mask.documents else None
+    q_documents = documents
+    if mask.fill is not None:  # runs of rows that see all keys, and none in one sequence
+        q_documents = torch.randint(0, 3, (B, S), dtype=torch.int32).sort(-1).values
+        q_documents[1, S // 3 : 2 * S // 3] = WITHOUT_KEYS
     return {
         "q": leaf(B, N, S, H),
         "k": leaf(B, G, T, H),
         "v": leaf(B, G, T, 5),
         "mask": mask,
         "key_valid": torch.rand(B, T) > 0.3 if mask.key_padding else None,
-        "documents": torch.randint(0, 3, (B, T)).sort(-1).values if mask.documents else None,
+        "documents": documents,
+        "q_documents": q_documents,
         "bias": leaf(B, N, 1, T) if "key bias" in features else None,
         "slopes": 2.0 ** -torch.arange(N).double() if "alibi" in features else None,
         "sinks": leaf(N) if "sinks" in features else None,
@@ -63,7 +71,10 @@ def plain(x: dict[str, Any]) -> Tensor:
         scores = scores + x["slopes"][:, None, None] * (columns - rows[:, None])
     if x["mask"].rounded_by is not None:
         scores = (scores + x["mask"].rounded_by) - x["mask"].rounded_by
-    keep = x["mask"].allowed(rows, columns, x["documents"], x["documents"], x["key_valid"])
+    if x["mask"].fill is not None:
+        is_open = (x["q_documents"] == WITHOUT_KEYS)[:, None, :, None]
+        scores = torch.where(is_open, (scores + x["mask"].fill) - x["mask"].fill, scores)
+    keep = x["mask"].allowed(rows, columns, x["q_documents"], x["documents"], x["key_valid"])
     empty = ~keep.expand_as(scores).any(-1, keepdim=True)
     scores = torch.where(keep | empty, scores, -torch.inf)
     if x["sinks"] is not None:
@@ -92,8 +103,7 @@ def check(found: list[Tensor], wanted: list[Tensor]) -> None:
 
 def call(x: dict[str, Any], order: Tensor | None = None) -> Tensor:
     p = P if x["seed"] is not None else 0.0
-    documents = x["documents"]
-    data = (order, None, documents, documents, x["key_valid"], x["bias"], str(x["mask"]), SCALE)
+    data = (order, None, x["q_documents"], x["documents"], x["key_valid"], x["bias"], str(x["mask"]), SCALE)
     out, _ = attention(x["q"], x["k"], x["v"], *data, x["slopes"], x["sinks"], x["seed"], x["softcap"], p)
     return out
 
@@ -106,6 +116,38 @@ def test_op(features: tuple[str, ...], text: str, monkeypatch: pytest.MonkeyPatc
         x = problem(features, text, S, T)
         out = call(x)
         check([out.detach(), *torch.autograd.grad(out, [x[n] for n in differentiable(x)], x["grad_out"])], expected(x))
+
+
+@pytest.mark.parametrize("text", FILLED)
+@pytest.mark.parametrize("features", [(), ("softcap", "dropout"), ("alibi", "key bias")], ids="+".join)
+def test_rows_that_see_all_keys_under_a_fill(
+    features: tuple[str, ...], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "MAX_ROWS", 4)
+    for S, T in ((13, 13), (6, 11), (1, 1)):
+        x = problem(features, text, S, T)
+        out = call(x)
+        check([out.detach(), *torch.autograd.grad(out, [x[n] for n in differentiable(x)], x["grad_out"])], expected(x))
+    for order in sequence.ORDERS:
+        x = problem(features, text, 16, 16)
+        hops = needed_hops(x["q_documents"], x["documents"], x["mask"], Ring(16, 16, 4, order))
+        check(ring_over(x, 4, order), expected(x))
+        check(ring_over(x, 4, order, hops), expected(x))
+
+
+def test_a_fill_without_such_rows_is_none() -> None:
+    x = problem((), FILLED[1], 13, 13)
+    x["q_documents"] = x["documents"]
+    scores = Scores(x["mask"], SCALE, x["documents"], x["documents"])
+    assert str(scores.without_idle_conditions().mask) == "causal window=5 documents"
+    check([call(x).detach()], expected(x)[:1])
+
+
+def test_ids_that_a_kernel_would_number_anew_are_refused_with_a_fill() -> None:
+    x = problem((), FILLED[0], 4, 4)
+    x["q_documents"] = x["q_documents"].long()
+    with pytest.raises(IllegalOption, match="int32"):
+        call(x)
 
 
 @pytest.mark.parametrize("text", ROUNDED)
@@ -172,7 +214,7 @@ def ring_over(x: dict[str, Any], degree: int, order: str, hops: Tensor | None = 
     q, k, v, grad_out = (shards(name) for name in ("q", "k", "v", "grad_out"))
     bias, sinks = (None if x[name] is None else x[name].detach() for name in ("bias", "sinks"))
     more = (x["slopes"], sinks, x["seed"], x["softcap"], P if x["seed"] is not None else 0.0)
-    documents = x["documents"], x["documents"]
+    documents = x["q_documents"], x["documents"]
     data = (*documents, x["key_valid"], bias, str(x["mask"]), SCALE, S, T, "cp", degree, order)
     last = (1, hops)
     calls = [(q[r], k[r], v[r], *data, *more, *last) for r in range(degree)]

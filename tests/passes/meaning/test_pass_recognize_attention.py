@@ -177,6 +177,12 @@ def einsum_with_dots(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("...st,...tv", weights, v)
 
 
+def einsum_of_one_key_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("bhid,bjd->bhij", q, k[:, 0]) * 0.5
+    weights = torch.where(causal(q, k), scores, -math.inf).softmax(-1)
+    return torch.einsum("bhij,bjd->bhid", weights, v[:, 0])
+
+
 def repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     k, v = (expand_reshape(x, 2) for x in (k[:, :2], v[:, :2]))
     scores = torch.matmul(q, k.transpose(2, 3)) * 0.5 + torch.full(
@@ -196,7 +202,9 @@ def upcast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.thinned(5)
-@pytest.mark.parametrize("model", [bmm_folded, bmm_folded_mask, einsum_bsnh, einsum_with_dots, repeated, upcast])
+@pytest.mark.parametrize(
+    "model", [bmm_folded, bmm_folded_mask, einsum_bsnh, einsum_of_one_key_head, einsum_with_dots, repeated, upcast]
+)
 def test_written_out_causal(model: Callable[..., Any]) -> None:
     found = rewrite(model, qkv())
     assert found.rewrites == (1, 1)
@@ -219,6 +227,15 @@ def test_written_out_with_a_learned_bias() -> None:
         return (q @ k.mT + bias).masked_fill(~causal(q, k), torch.finfo(q.dtype).min).softmax(-1) @ v
 
     bias = torch.randn(1, 4, 12, 12, dtype=torch.float64).requires_grad_()
+    assert rewrite(model, (*qkv(), bias)).masks == ["causal + bias"]
+
+
+def test_a_padded_bias_excludes_nothing() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        bias = F.pad(bias, (0, 2), value=0.5)
+        return (q @ k.mT + bias).masked_fill(~causal(q, k), torch.finfo(q.dtype).min).softmax(-1) @ v
+
+    bias = torch.randn(4, 12, 10, dtype=torch.float64).requires_grad_()
     assert rewrite(model, (*qkv(), bias)).masks == ["causal + bias"]
 
 

@@ -84,7 +84,7 @@ def test_integers_that_a_large_number_is_multiplied_with_are_taken_for_bits() ->
         return attend(q, k, v, ((1.0 - m[:, None, None, :].to(q.dtype)) * -1e9).expand(-1, 1, LENGTH, -1))
 
     found = rewrite(model, (*qkv(), VALID.long()))
-    assert found.masks == ["key_padding", "documents rounded_by=-1000000000.0"]
+    assert found.masks == ["documents fill=-1000000000.0"]
     assert found.codes == ["SPR207"]
 
 

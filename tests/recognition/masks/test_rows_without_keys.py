@@ -87,10 +87,37 @@ def in_one_call(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
     return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def beside_a_learned_bias(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """T5 and MPNet, written out: the bias has a gradient in rows without keys too."""
+    bias = torch.nn.functional.embedding((torch.arange(S) - torch.arange(S)[:, None]).abs() % 6, q[0, :, 0].T)
+    keep = causal(q, k) & last_keys(lengths)
+    return (q @ k.mT + bias.permute(2, 0, 1) + lowest_unless(keep, q.dtype)).softmax(-1) @ v
+
+
+def rows_of_padding(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """The mask is added to the bias first."""
+    bias = q[:1, :, :, :1] * k[:1, :, :, 0][:, :, None]
+    keep = torch.ones(S, S, dtype=torch.bool).tril(-1) & ~last_keys(lengths)
+    return (q @ k.mT + (bias + lowest_unless(keep, q.dtype))).softmax(-1) @ v
+
+
+def small_number(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    bias = q[:1, :, :, :1] * k[:1, :, :, 0][:, :, None]
+    keep = causal(q, k) & last_keys(lengths)
+    return (q @ k.mT + bias + torch.where(keep, 0.0, -1e9)).softmax(-1) @ v
+
+
+def packed_documents(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    ids = (torch.arange(S) >= lengths[:, None]).long().cumsum(-1) // 3
+    bias = q[:1, :, :, :1] * k[:1, :, :, 0][:, :, None]
+    keep = (ids[:, None, :, None] == ids[:, None, None]) & last_keys(lengths)
+    return (q @ k.mT + bias + lowest_unless(keep, q.dtype)).softmax(-1) @ v
+
+
 READ: dict[Callable[..., Tensor], list[str]] = {
-    under_a_cap: ["causal key_padding", f"documents rounded_by={F32}"],
-    under_a_cap_in_a_window: ["causal window=4 key_padding", f"documents rounded_by={F32}"],
-    under_a_cap_in_groups: ["causal key_padding", f"documents rounded_by={F32}"],
+    under_a_cap: [f"causal documents fill={F32}"],
+    under_a_cap_in_a_window: [f"causal window=4 documents fill={F32}"],
+    under_a_cap_in_groups: [f"causal documents fill={F32}"],
     replaced_then_added: ["causal key_padding", f"causal documents rounded_by={F64}"],
     window_then_added: [
         "causal window=3 key_padding",
@@ -107,7 +134,7 @@ READ: dict[Callable[..., Tensor], list[str]] = {
         f"causal window=3 documents rounded_by={F64}",
         f"causal documents key_padding rounded_by={F64}",
     ],
-    cap_and_bias: ["causal key_padding + alibi", f"documents rounded_by={F64} + alibi"],
+    cap_and_bias: [f"causal documents fill={F64} + alibi"],
     larger_fill_last: ["causal window=3 key_padding", f"causal window=3 documents rounded_by={F32}"],
 }
 
@@ -121,6 +148,19 @@ def test_such_rows_are_an_attention_of_their_own(model: Callable[..., Any]) -> N
     assert (S, S) not in {size[-2:] for size in found.sizes()}
 
 
+WITH_BIAS: dict[Callable[..., Tensor], list[str]] = {
+    beside_a_learned_bias: [f"causal documents fill={F64} + bias"],
+    rows_of_padding: [f"causal offset=-1 documents fill={F64} + bias"],
+    small_number: ["causal documents fill=-1000000000.0 + bias"],
+    packed_documents: ["documents key_padding + bias", f"documents rounded_by={F64} + bias"],
+}
+
+
+@pytest.mark.parametrize("model", WITH_BIAS, ids=lambda f: f.__name__)
+def test_a_learned_bias_stays_in_one_attention_unless_there_are_documents(model: Callable[..., Any]) -> None:
+    assert rewrite(model, (*qkv(), LENGTHS)).masks == WITH_BIAS[model]
+
+
 def unreadable(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return (capped(q @ k.mT * 3) + lowest_unless(keep, q.dtype)).softmax(-1) @ v
 
@@ -129,12 +169,26 @@ def unreadable_twice(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return (torch.where(causal(q, k), q @ k.mT, F64) + lowest_unless(keep, q.dtype)).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("model", [unreadable, unreadable_twice], ids=lambda f: f.__name__)
+def unreadable_with_a_bias(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """XLNet."""
+    bias = q[:1, :, :, :1] * k[:1, :, :, 0][:, :, None]
+    return (q @ k.mT + bias + lowest_unless(keep, q.dtype)).softmax(-1) @ v
+
+
+def bias_of_all_rows(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """A mask that is one for all rows of a batch entry, where it may leave them none."""
+    return unreadable_with_a_bias(q, k, v, keep.sort(-1).values[:, :, 4:5].roll(1, -1))
+
+
+ATTENTIONS = {unreadable: 2, unreadable_with_a_bias: 1, bias_of_all_rows: 1, unreadable_twice: 3}
+
+
+@pytest.mark.parametrize("model", ATTENTIONS, ids=lambda f: f.__name__)
 def test_masks_without_structure_stay_dense_and_exact(model: Callable[..., Any]) -> None:
     keep = torch.rand(B, 1, S, S, generator=torch.Generator().manual_seed(1)) > 0.7
     keep[:, :, 3:5] = False
     found = rewrite(model, (*qkv(), keep))
-    assert len(found.attentions) > 1
+    assert len(found.attentions) == ATTENTIONS[model]
     assert found.masks[0].endswith("+ bias")
 
 
@@ -160,7 +214,7 @@ MESHES = [{"cp": 2}, {"cp": 3}, {"tp": 2}, {"dp": 2}, {"tp": 2, "cp": 2}]
 
 @pytest.mark.thinned(10)
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: "x".join(f"{k}{v}" for k, v in m.items()))
-@pytest.mark.parametrize("model", [under_a_cap_in_a_window, window_then_added])
+@pytest.mark.parametrize("model", [under_a_cap_in_a_window, window_then_added, rows_of_padding])
 def test_every_gradient_on_all_ranks(model: Callable[..., Any], mesh: dict[str, int]) -> None:
     torch.manual_seed(1)
     x_BSD = torch.randn(B, S, N * H, dtype=torch.float64)

@@ -243,7 +243,8 @@ class Hop:
             cap=scores.softcap * LOG2E if scores.softcap else None,
             to_cap=scores.scale / scores.softcap if scores.softcap else None,
             slopes=None if slopes is None else slopes.float() * LOG2E,
-            rounded_by=None if mask.rounded_by is None else max(mask.rounded_by, torch.finfo(torch.float32).min),
+            rounded_by=_in_float32(mask.rounded_by),
+            fill=_in_float32(mask.fill),
             mask=MaskArgs(
                 1 if mask.documents else None, offset, mask.prefix, mask.window, mask.window_right, mask.chunk
             ),
@@ -355,6 +356,10 @@ def delta_launch(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, delta: 
     args = (kernel_operand(out), kernel_operand(grad_out), grad_lse, delta, S)
     sizes = {"V_SIZE": V, "V_WIDTH": width_of(V), "BLOCK_M": block}
     return Launch(delta_kernel, (-(-S // block), N, B), args, sizes)
+
+
+def _in_float32(number: float | None) -> float | None:
+    return None if number is None else max(number, torch.finfo(torch.float32).min)
 
 
 def precision_of(dtype: torch.dtype) -> str:

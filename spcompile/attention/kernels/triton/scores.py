@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import triton
 import triton.language as tl
 
+from spcompile.attention.scores import mask as masks
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
+WITHOUT_KEYS = tl.constexpr(masks.WITHOUT_KEYS)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 
 
@@ -62,7 +65,7 @@ class ScoreArgs(NamedTuple):
     """`Scores` as a kernel takes it.
 
     unit: scale * log2(e). cap: softcap * log2(e); to_cap: scale / softcap. slopes float32 [N], times log2(e).
-    rounded_by: as `AttentionMask` has it.
+    rounded_by, fill: as `AttentionMask` has them.
     """
 
     unit: float
@@ -70,6 +73,7 @@ class ScoreArgs(NamedTuple):
     to_cap: float | None
     slopes: Tensor | None
     rounded_by: float | None
+    fill: float | None
     mask: MaskArgs
     bias: BiasArgs
     dropout: DropoutArgs
@@ -174,7 +178,7 @@ def complete(products, batch, head, start, rows, q_at, k_at, q_document, k_docum
     scores, unit = products, args.unit
     if args.cap is not None:
         scores, unit = scores * args.cap, 1.0
-    elif args.slopes is not None or bias.added is not None or args.rounded_by is not None:
+    elif args.slopes is not None or bias.added is not None or args.rounded_by is not None or args.fill is not None:
         scores, unit = scores * args.unit, 1.0
     if args.slopes is not None:
         scores += tl.load(args.slopes + head) * (k_at - q_at)
@@ -186,11 +190,17 @@ def complete(products, batch, head, start, rows, q_at, k_at, q_document, k_docum
         scores += tl.where(added == float("-inf"), added, tl.maximum(added * LOG2E, LOWEST))
     if args.rounded_by is not None:
         scores = ((scores / LOG2E + args.rounded_by) - args.rounded_by) * LOG2E
+    if args.fill is not None and PARTIAL:
+        rounded = ((scores / LOG2E + args.fill) - args.fill) * LOG2E
+        scores = tl.where(q_document == WITHOUT_KEYS, rounded, scores)
     if bias.kept is not None:
         first, at = bias_places(bias, batch, head, start, rows, k_at)
         seen = tl.load(bias.kept + first + at, mask=seen, other=0) != 0
     if PARTIAL:
-        seen = seen & allowed(q_at, k_at, q_document, k_document, args.mask)
+        permitted = allowed(q_at, k_at, q_document, k_document, args.mask)
+        if args.fill is not None:
+            permitted = permitted | (q_document == WITHOUT_KEYS)
+        seen = seen & permitted
     if PARTIAL or bias.kept is not None:
         scores = tl.where(seen, scores, float("-inf"))
     return scores, unit

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn.functional import pad
 
+from spcompile.attention.scores.mask import WITHOUT_KEYS, AttentionMask
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from spcompile.attention.scores.mask import AttentionMask
 
 
 class Places(NamedTuple):
@@ -82,7 +82,7 @@ def tile_kinds(mask: AttentionMask, q: Places, k: Places, block_m: int, block_n:
     """(full, partial): bool [B, tiles of rows, tiles of keys]; what is neither is empty."""
     rows, keys = _ranges(q, block_m), _ranges(k, block_n)
     q_low, q_high, k_low, k_high = rows.low[:, :, None], rows.high[:, :, None], keys.low[:, None], keys.high[:, None]
-    empty = rows.bare[:, :, None] | keys.bare[:, None]
+    empty = bare = rows.bare[:, :, None] | keys.bare[:, None]
     full = rows.whole[:, :, None] & keys.whole[:, None]
     if mask.causal:
         hidden, seen = k_low > q_high + mask.offset, k_high <= q_low + mask.offset
@@ -105,6 +105,8 @@ def tile_kinds(mask: AttentionMask, q: Places, k: Places, block_m: int, block_n:
         k_first, k_last = keys.low_document[:, None], keys.high_document[:, None]
         empty = empty | (last < k_first) | (first > k_last)
         full = full & (first == last) & (k_first == k_last) & (first == k_first)
+        if mask.fill is not None:
+            empty = (empty & (first > WITHOUT_KEYS)) | bare
     return full & ~empty, ~full & ~empty
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spcompile.attention.kernels.triton.tile_tables import Places, document_numbers, segments, tile_kinds
-from spcompile.attention.scores.mask import AttentionMask
+from spcompile.attention.scores.mask import WITHOUT_KEYS, AttentionMask
 
 INTERPRETED = Path(__file__).with_name("triton_interpreted.py")
 
@@ -38,21 +38,25 @@ def test_interpreted_at_length(pytestconfig: pytest.Config) -> None:
     run_interpreted("manual", pytestconfig)
 
 
-masks = st.builds(
-    AttentionMask,
-    causal=st.just(True),
-    offset=st.integers(-9, 9),
-    window=st.none() | st.integers(1, 30),
-    chunk=st.none() | st.integers(1, 30),
-    prefix=st.none() | st.integers(1, 30),
-    documents=st.booleans(),
-    key_padding=st.booleans(),
-) | st.builds(
-    AttentionMask,
-    window=st.none() | st.integers(1, 30),
-    window_right=st.none() | st.integers(1, 30),
-    chunk=st.none() | st.integers(1, 30),
-    documents=st.booleans(),
+masks = (
+    st.builds(
+        AttentionMask,
+        causal=st.just(True),
+        offset=st.integers(-9, 9),
+        window=st.none() | st.integers(1, 30),
+        chunk=st.none() | st.integers(1, 30),
+        prefix=st.none() | st.integers(1, 30),
+        documents=st.booleans(),
+        key_padding=st.booleans(),
+    )
+    | st.builds(
+        AttentionMask,
+        window=st.none() | st.integers(1, 30),
+        window_right=st.none() | st.integers(1, 30),
+        chunk=st.none() | st.integers(1, 30),
+        documents=st.booleans(),
+    )
+    | st.builds(AttentionMask, window=st.none() | st.integers(1, 30), documents=st.just(True), fill=st.just(-1e30))
 )
 
 
@@ -67,6 +71,8 @@ def test_tiles_say_what_the_dense_mask_says(mask: AttentionMask, seed: int, S: i
     documents = [
         torch.randint(0, 3, (2, n), generator=random).sort(-1).values if mask.documents else None for n in (S, T)
     ]
+    if mask.fill is not None and documents[0] is not None:
+        documents[0][:, torch.randint(0, S, (2,), generator=random)] = WITHOUT_KEYS
     valid = torch.rand(2, T, generator=random) > 0.3 if mask.key_padding else None
     keep = mask.allowed(*orders, *documents, valid).expand(2, 1, S, T)[:, 0]
     k_positions = orders[1].int()[None]

@@ -23,7 +23,7 @@ from spcompile.attention.kernels.triton.launch import Hop, Launch
 from spcompile.attention.kernels.triton.shared_tables import KERNELS, SEGMENTS
 from spcompile.attention.kernels.triton.tile_tables import cut_short, segments, tile_kinds
 from spcompile.attention.ring.ring import Ring, ring_backward, ring_forward
-from spcompile.attention.scores.mask import AttentionMask
+from spcompile.attention.scores.mask import WITHOUT_KEYS, AttentionMask
 from spcompile.attention.scores.provider import Rows, Scores
 from spcompile.collectives.point_to_point import Requests, Shift
 from spcompile.machine import sequence
@@ -68,6 +68,7 @@ def test_rows_that_are_cut_short_lose_nothing(most: int) -> None:
 
 
 MASKS = ["documents", "causal documents", "key_padding", "causal window=1000 documents key_padding"]
+MASKS += ["causal window=20 documents fill=-1e+30"]
 LAYOUTS = [  # queries, keys, ranks, order, inner
     (150, 150, 3, "zigzag", 1),
     (130, 130, 4, "contiguous", 1),
@@ -79,10 +80,13 @@ LAYOUTS = [  # queries, keys, ranks, order, inner
 def data_of(mask: AttentionMask, S: int, T: int, batch: int = 2) -> dict[str, Tensor | None]:
     torch.manual_seed(S)
     ids = [torch.randint(0, 4, (batch, n)).sort(-1).values * 2**33 for n in (S, T)]
+    if mask.fill is not None:
+        ids = [(x >> 33).int() for x in ids]
+        ids[0][:, S // 3 : S // 2] = WITHOUT_KEYS
     valid = (torch.arange(T) >= torch.tensor([[0], [T // 3]]))[:batch]
     return {
         "q_documents": ids[0] if mask.documents else None,
-        "k_documents": (ids[0] if S == T else ids[1]) if mask.documents else None,
+        "k_documents": (ids[0] if S == T and mask.fill is None else ids[1]) if mask.documents else None,
         "key_valid": valid if mask.key_padding else None,
     }
 

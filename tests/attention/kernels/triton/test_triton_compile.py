@@ -115,7 +115,8 @@ def test_every_configuration(arch: str, element: int, size: int, variant: str) -
 def test_rounded_scores(capability: int) -> None:
     for kernel in ("forward", "rows", "keys"):
         arch = architecture(capability, True)
-        check(Compilation(arch, 2, 128, "rich", "rounded", kernel, "alone").launch(), capability)
+        for scores in ("rounded", "filled"):
+            check(Compilation(arch, 2, 128, "rich", scores, kernel, "alone").launch(), capability)
 
 
 @pytest.mark.slow

@@ -110,6 +110,14 @@ FEATURES = {
         "B": 2,
         "softcap": 0.7,
     },
+    "filled": {"mask": AttentionMask.parse("causal documents fill=-1e+30"), "order": "shuffled", "B": 2},
+    "filled with a bias": {
+        "mask": AttentionMask.parse("causal window=9 documents fill=-3.4028234663852886e+38"),
+        "B": 2,
+        "bias": "added",
+        "softcap": 0.7,
+        "dropout": 0.25,
+    },
     "rounded and kept": {"mask": AttentionMask.parse("rounded_by=-1e+30"), "bias": "kept", "dropout": 0.25},
     "rounded with biases": {"mask": AttentionMask.parse("rounded_by=-1e+30"), "bias": "added", "alibi": True},
 }

@@ -201,12 +201,16 @@ def sequence_seeds(spaces: IndexSpaces) -> dict[fx.Node, Choice]:
     So does the softmax of an attention that stayed written out: it is split by rows, and reads all keys. Where there is
     none, any softmax over products of two sequences does.
     """
-    return _seeds(spaces, UNREAD_ATTENTION) or _seeds(spaces, SCORES)
+    return _sequence_seeds(spaces.calls)
 
 
-def _seeds(spaces: IndexSpaces, key: str) -> dict[fx.Node, Choice]:
+def _sequence_seeds(calls: Mapping[fx.Node, OpSpaces]) -> dict[fx.Node, Choice]:
+    return _seeds(calls, UNREAD_ATTENTION) or _seeds(calls, SCORES)
+
+
+def _seeds(calls: Mapping[fx.Node, OpSpaces], key: str) -> dict[fx.Node, Choice]:
     seeds: dict[fx.Node, Choice] = {}
-    for node, call in spaces.calls.items():
+    for node, call in calls.items():
         rows = node.meta.get("custom", {}).get(key)
         leader = _row_factor(call, rows) if rows else _leader(call)
         if leader is not None:
@@ -233,8 +237,8 @@ def _row_factor(call: OpSpaces, dim: int) -> str | None:
 
 def sequence_families(calls: Mapping[fx.Node, OpSpaces]) -> set[Space]:
     """The families of spaces that the query rows of attention run over: the sequences of a graph."""
-    leaders = ((call, _leader(call)) for call in calls.values())
-    return {call.leaves_of(leader)[0].family() for call, leader in leaders if leader is not None}
+    seeds = _sequence_seeds(calls)
+    return {calls[node].leaves_of(choice.factor)[0].family() for node, choice in seeds.items()}
 
 
 def space_at(dims: list[list[Space]], place: Place) -> Space:

@@ -50,7 +50,13 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class RecognizeAttention(Pass):
-    """Every attention becomes spx.attention."""
+    """Every attention becomes spx.attention.
+
+    written_out: leave those that are written out as they are, with scores that are held whole: to compare with programs
+        that hold them.
+    """
+
+    written_out: bool = False
 
     name: ClassVar[str] = "recognize-attention"
     stage: ClassVar[Stage] = Stage.GLOBAL
@@ -68,6 +74,8 @@ class RecognizeAttention(Pass):
                     _rewrite_sdpa(node, Builder(node, made, shared), ctx)
                 elif node.target in SOFTMAX:
                     found = match_eager(node)
+                    if self.written_out:
+                        raise Refused("option written_out leaves it as it is", node)
                     _rewrite_eager(found, Builder(found.result.node, made, shared), ctx)
                 else:
                     continue

@@ -25,6 +25,7 @@ from spcompile.program.partition import Partitioner
 from spcompile.program.pipeline import run_passes
 from spcompile.program.program_cache import sources
 from spcompile.program.ranges import interpreter, labels_of
+from spcompile.program.replayed_draws import partitioned
 from spcompile.schedule.keep_order import KEEP_THE_ORDER
 from spcompile.schedule.op_cost import cost_model
 from spcompile.torch_private import (
@@ -87,13 +88,16 @@ class Emission:
 def prepare_joint(graph: fx.Graph, regather: bool = True) -> None:
     """On the joint graph: drop identities, whose work was to create a gradient, and say what must not be saved.
 
-    Seeds are saved: drawn again, they would be others.
+    Seeds are saved: drawn again, they would be others. A constant of a checkpointed region is made again also where
+    another region has an equal one, of which the partitioner makes one and then would save it.
     """
     erase_identities(graph)
     recompute.tag_recomputed(graph, regather)
     for node in graph.nodes:
         if node.target in _SEEDS:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        elif "ac_graph_id" in node.meta and not node.all_input_nodes and not node.is_impure():
+            del node.meta["ac_graph_id"]
 
 
 def _prepared(partitioner: Callable[..., Any], regather: bool) -> Callable[..., Any]:
@@ -171,7 +175,7 @@ class TracedStep:
         if self.joint is None:
             assert self.inference is not None
             return {"inference": self.inference}
-        forward, backward = partitioner(self.joint, self.inputs, **self.arguments)
+        forward, backward = partitioned(partitioner, self.joint, self.inputs, self.arguments)
         return {"forward": forward, "backward": backward}
 
 

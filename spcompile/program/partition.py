@@ -19,6 +19,7 @@ from spcompile.memory.joint import Joint
 from spcompile.memory.planner import MemoryPlan, Wish, plan_memory
 from spcompile.program.program_cache import sources
 from spcompile.program.progress import begins
+from spcompile.program.replayed_draws import is_kept_state, partitioned
 from spcompile.schedule.op_cost import CostModel
 from spcompile.torch_private import CustomPartitionerFn
 
@@ -39,7 +40,7 @@ class Partitioner(CustomPartitionerFn):
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Graphs:
         """The forward and the backward graph."""
-        forward, backward = self.base(gm, joint_inputs, **kwargs)
+        forward, backward = partitioned(self.base, gm, joint_inputs, kwargs)
         saved = saved_by(gm, forward, backward)
         begins("planning memory")
         joint = Joint.of(gm.graph, kwargs["num_fwd_outputs"], self.cost.accelerator, self.cost.fuses)
@@ -63,9 +64,10 @@ class Partitioner(CustomPartitionerFn):
 
 
 def saved_by(joint: fx.GraphModule, forward: fx.GraphModule, backward: fx.GraphModule) -> list[fx.Node]:
-    """The calls of a joint graph that what a partitioner made of it saves."""
+    """The calls of a joint graph that what a partitioner made of it saves; states of generators are none of them."""
     here = {node.name: node for node in joint.graph.nodes}
-    return [here[node.name] for node in saved_values(forward.graph, backward.graph) if node.op == "call_function"]
+    saved = [node for node in saved_values(forward.graph, backward.graph) if node.op == "call_function"]
+    return [here[node.name] for node in saved if not is_kept_state(node)]
 
 
 def cut_as_planned(
@@ -87,4 +89,4 @@ def cut_as_planned(
     for node in saved:
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     with torch._functorch.config.patch(cse=False):  # the first run has left none
-        return base(joint, inputs, **arguments)
+        return partitioned(base, joint, inputs, arguments)

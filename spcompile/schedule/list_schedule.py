@@ -37,6 +37,7 @@ _MOVES = {
     aten.slice,
     aten.stack,
 }
+_REPEATED_DRAW = torch.ops.higher_order.run_and_save_rng_state  # draws what the backward draws once more
 _WINDOW = 16  # how many nodes that could run are looked at
 Turn = tuple[int, int]  # the place of the first collective that a node leads to, or its own; its own
 PLACE = "spx_place"  # in meta: where autograd put a node, so that a second run finds the same order
@@ -106,16 +107,22 @@ def _side_effects(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     written: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         roots = {root_of(value) for value in node.all_input_nodes}
-        if node.op == "call_function" and node.is_impure() and not starts(node) and not is_wait(node):
+        if _has_effect(node):
             found[node] = [*([last] if last is not None else []), *(r for root in roots for r in readers[root])]
             last = node
-            writes = getattr(getattr(node.target, "_schema", None), "is_mutable", True)
+            writes = node.is_impure() and getattr(getattr(node.target, "_schema", None), "is_mutable", True)
             written.update(dict.fromkeys(roots if writes else (), node))
         elif any(root in written for root in roots) and node.op == "call_function":
             found[node] = [written[root] for root in roots if root in written]
         for root in roots:
             readers[root].append(node)
     return found
+
+
+def _has_effect(node: fx.Node) -> bool:
+    if node.op != "call_function" or starts(node) or is_wait(node):
+        return False
+    return node.target is _REPEATED_DRAW or node.is_impure()
 
 
 class ListScheduler:

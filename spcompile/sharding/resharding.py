@@ -34,6 +34,10 @@ def blocks_of(value: fx.Node, place: Place) -> Any:
     return math.prod(space.size for space in leaves(layout.dims[0][place.dim])[: place.part])
 
 
+# The last two: a checkpointed region keeps no more of what changes layout in it than of the rest.
+_LIKE_THE_VALUE = ("val", "stack_trace", "nn_module_stack", "recompute", "ac_graph_id")
+
+
 def reshards_of(graph: fx.Graph, axis: str, src: str, dst: str) -> list[fx.Node]:
     """All reshards on `axis` between two states; "S" stands for any split."""
     return [n for n in graph.nodes if is_reshard(n, axis) and Reshard.of(n).kinds == (src, dst)]
@@ -50,7 +54,11 @@ def reshard_to(value: fx.Node, axis: str, src: str, dst: str, *, origin: str) ->
     source = layout_of(value)
     assert source is not None
     place = parse_place(dst)
-    node.meta = {k: value.meta[k] for k in ("val", "stack_trace", "nn_module_stack") if k in value.meta}
+    node.meta = {
+        k: value.meta[k]
+        for k in ("val", "stack_trace", "nn_module_stack", "recompute", "ac_graph_id")
+        if k in value.meta
+    }
     node.meta["layout"] = NodeLayout(source.dims, places={axis: {0: place}} if place else {})
     node.meta["spx_origin"] = f"{origin}: {value.name}"
     show(node, axis, dst)

@@ -83,6 +83,15 @@ def _split_heads(call: OpSpaces, degree: int) -> Choice | None:
     return Choice(factor) if len(call.leaves_of(factor)) == 1 else None
 
 
+def _made_of_nothing(graph: fx.Graph) -> set[fx.Node]:
+    """Values that depend on no input: constants, and what is drawn."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "call_function" and all(read in found for read in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def _contracted(call: OpSpaces) -> set[str]:
     """The factors that a call sums over, also inside of it."""
     return set(call.rule.reductions) | call.rule.contracted
@@ -104,6 +113,7 @@ class _SeedSearch:
         self.calls: set[fx.Node] = set()
         self.values: set[tuple[fx.Node, int]] = set()
         self.weights = self._weights()
+        self.made_here = _made_of_nothing(graph)
 
     def take(self, node: fx.Node, choice: Choice, region: Placements) -> None:
         """Take a region, unless a part of it is taken."""
@@ -212,7 +222,7 @@ class _SeedSearch:
         """Whether only products with weights sum over the space, and whether nobody makes it or needs it whole.
 
         A value that is made whole is split along the sequence behind its norm: to split its features instead, it would
-        have to be gathered first.
+        have to be gathered first. What is made of no input, as a mask of dropout, every rank has whole anyway.
         """
         for node, choice in region.choices.items():
             call = self.spaces.calls[node]
@@ -221,11 +231,13 @@ class _SeedSearch:
         if may_gather:
             return True
         for value, _ in region.places:
-            if value not in self.weights and (operand(value, 0) if is_getitem(value) else value) not in region.choices:
+            if value in self.weights or value in self.made_here:
+                continue
+            if (operand(value, 0) if is_getitem(value) else value) not in region.choices:
                 return False
             for user in value.users:
                 reads = not is_getitem(user) and user.op != "output"
-                if reads and user not in region.choices and value not in self.weights:
+                if reads and user not in region.choices:
                     return False
         return True
 

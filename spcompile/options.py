@@ -48,6 +48,9 @@ class Options:
     memory: what a step may take on one rank. "auto": what the accelerator has, less a tenth, where one computes; beyond
         that, values are made again instead of saved, the cheapest first. "speed": as fast as can be. "min": as small as
         can be. Or a budget: bytes, or text as "72GiB".
+    host_memory: what the ranks of a node may keep of a step in the memory of their host, all together: bytes, or text as
+        "1TiB". "auto": what machines with the accelerator have, less a tenth. 0: nothing. Only what a budget needs goes
+        there.
     optimizer: whose states count as memory: "adamw" (two as the parameter), "adamw-float32" (two in float32),
         "adamw-master" (these and a float32 copy of the parameter), "momentum" (one), "none". Or an optimizer of torch,
         whose states count as they are, or before its first step as they will be; it becomes text, "8 bytes an element".
@@ -72,6 +75,7 @@ class Options:
     links: Mapping[str, str] = field(default_factory=dict)
     accelerator: str = "h100"
     memory: str | int = "auto"
+    host_memory: str | int = "auto"
     optimizer: str | Optimizer = "adamw"
     passes: Mapping[str, Any] = field(default_factory=dict)
     dump: str | None = None
@@ -97,6 +101,7 @@ class Options:
             _one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
         if self.memory not in MEMORY:
             bytes_of_option(self.memory)
+        host_bytes_of_option(self.host_memory)
         for name in ("regather", "compare_inputs", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise IllegalOption(f"{name}={getattr(self, name)!r}", legal="True, False")
@@ -160,6 +165,21 @@ def bytes_of_option(memory: Any) -> int:
         close = _did_you_mean(memory, MEMORY) if isinstance(memory, str) else ""
         legal = ", ".join(map(repr, MEMORY)) + ', or a budget of one rank: bytes, or text as "72GiB"'
         raise IllegalOption(f"memory={memory!r}{close}", legal=legal)
+    return found
+
+
+def host_bytes_of_option(host_memory: Any) -> int | None:
+    """The bytes of a node of option `host_memory`; None for "auto".
+
+    Raises:
+        IllegalOption: it is no number of bytes.
+    """
+    if host_memory == "auto":
+        return None
+    found = parse_bytes(host_memory) if isinstance(host_memory, str) else host_memory
+    if not isinstance(found, int) or isinstance(found, bool) or found < 0:
+        legal = "'auto', 0 for none, or what the ranks of a node may keep there: bytes, or text as \"1TiB\""
+        raise IllegalOption(f"host_memory={host_memory!r}", legal=legal)
     return found
 
 

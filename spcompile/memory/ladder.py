@@ -17,9 +17,9 @@ from spcompile.graph.storage import root_of
 from spcompile.machine.optimizers import Optimizer
 from spcompile.memory.joint import Joint
 from spcompile.memory.liveness import levels_of
-from spcompile.memory.planner import all_trades, saved_after, state_bytes
+from spcompile.memory.planner import all_trades, state_bytes
 from spcompile.memory.stream_blocks import Blocks
-from spcompile.memory.trades import Trade, made_again
+from spcompile.memory.trades import Trade, made_again, saved_after
 from spcompile.schedule.op_cost import CostModel
 
 Kind = tuple[str, SourceLine | None]

@@ -115,7 +115,7 @@ def evaluate(depths: Depths, candidate: Candidate, options: Options, pipeline: S
     try:
         split = _split(depths, candidate.mesh, options, pipeline)
         steps = [short_step(short, candidate, split, chosen, pipeline) for short in depths.shorts]
-        return _at_full_depth(depths, candidate, steps, Wish.of(chosen))
+        return _at_full_depth(depths, candidate, steps, Wish.of(chosen, candidate.ranks))
     except SpcompileError as error:
         return Result(candidate, None, error=str(error))
 

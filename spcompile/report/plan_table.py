@@ -224,7 +224,7 @@ def ranked_plans(
         heads.tokens,
         heads.entries,
         options,
-        Wish.of(options).bytes,
+        Wish.of(options, world).bytes,
         rows,
         [result for result in results if result.figures is None],
         [str(accelerator), *_links(rows, options), *_notes(depths)],

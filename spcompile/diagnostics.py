@@ -235,6 +235,7 @@ REMARKS: dict[str, str] = {
     "SPR602": "no blocks that repeat were found: what can be made again without reaching far back is",
     "SPR603": "a step does not fit into memory",
     "SPR604": "saved values are in the host's memory until the backward: how many bytes, on a rank and on a node",
+    "SPR606": "wide row-wise parts, as an MLP between two norms, run over tiles of rows: what that wins and costs",
     "SPR605": "the host's memory does not hold what a step would keep there",
     "SPR401": "world size 1: compiled without sharding",
     "SPR402": "world size 1: the graph cannot be captured, so attention and masks stay as they are",

@@ -48,9 +48,9 @@ class Options:
     memory: what a step may take on one rank. "auto": what the accelerator has, less a tenth, where one computes; beyond
         that, values are made again instead of saved, the cheapest first. "speed": as fast as can be. "min": as small as
         can be. Or a budget: bytes, or text as "72GiB".
-    host_memory: what the ranks of a node may keep of a step in the memory of their host, all together: bytes, or text as
-        "1TiB". "auto": what machines with the accelerator have, less a tenth. 0: nothing. Only what a budget needs goes
-        there.
+    host_memory: what the ranks of a node may keep of a step in the memory of their host, all together: bytes, or text
+        as "1TiB". "auto": what machines with the accelerator have, less a tenth. 0: nothing. Only what a budget needs
+        goes there.
     optimizer: whose states count as memory: "adamw" (two as the parameter), "adamw-float32" (two in float32),
         "adamw-master" (these and a float32 copy of the parameter), "momentum" (one), "none". Or an optimizer of torch,
         whose states count as they are, or before its first step as they will be; it becomes text, "8 bytes an element".

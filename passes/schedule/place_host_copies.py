@@ -90,12 +90,14 @@ def _move(start: fx.Node, window: Window, calls: Sequence[fx.Node]) -> None:
         calls[window.end].prepend(wait)
 
 
-def _square(x_SD: Tensor, w_DD: Tensor) -> Tensor:
-    return ((x_SD @ w_DD).sin() @ w_DD).square().mean()
+def _residual_products(x_SD: Tensor, w_DD: Tensor) -> Tensor:
+    for _ in range(4):
+        x_SD = x_SD + (x_SD @ w_DD).sin()
+    return x_SD.square().mean()
 
 
 def _inputs() -> tuple[Tensor, ...]:
-    return tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 4), (4, 4)))
+    return tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((64, 4), (4, 4)))
 
 
-EXAMPLE = Example(_square, _inputs)
+EXAMPLE = Example(_residual_products, _inputs, options={"memory": 20_000, "optimizer": "none"})

@@ -2,8 +2,8 @@
 
 Ordinary ops run once per rank. An spx collective runs as one autograd function over the tensors of all ranks of a
 group, whose backward applies the spec of the registered dual: a wrong dual is a wrong gradient here. Functional c10d
-collectives (graphs after AOTAutograd) give a poisoned buffer, NaN or the like, that `wait_tensor` fills. So do copies to
-the host and back.
+collectives (graphs after AOTAutograd) give a poisoned buffer, NaN or the like, that `wait_tensor` fills; copies to the
+host and back do so, too.
 """
 
 from __future__ import annotations

@@ -91,20 +91,19 @@ def _fake_wait_copy(x: Tensor, source: Tensor) -> Tensor:
     return x
 
 
-_LIBRARY.define("to_host(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_LIBRARY.define("to_device(Tensor x, Device device) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_LIBRARY.define("wait_copy(Tensor(a) x, Tensor source) -> Tensor(a)", tags=(torch.Tag.pt2_compliant_tag,))
-for _name, _kernel, _fake in (
-    ("to_host", _to_host, _fake_to_host),
-    ("to_device", _to_device, _fake_to_device),
-    ("wait_copy", _wait_copy, _fake_wait_copy),
-):
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"spx::{_name}", _fake, lib=_LIBRARY)
+def _define(schema: str, kernel: Callable[..., Tensor], fake: Callable[..., Tensor]) -> torch._ops.OpOverload:
+    """An op of the namespace spx, for tensors on any device."""
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name = schema.partition("(")[0]
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"spx::{name}", fake, lib=_LIBRARY)
+    found: torch._ops.OpOverload = getattr(torch.ops.spx, name).default
+    return found
 
-WAIT_COPY = torch.ops.spx.wait_copy.default
+
+WAIT_COPY = _define("wait_copy(Tensor(a) x, Tensor source) -> Tensor(a)", _wait_copy, _fake_wait_copy)
 TO_HOST = HostCopy(
-    torch.ops.spx.to_host.default,
+    _define("to_host(Tensor x) -> Tensor", _to_host, _fake_to_host),
     "Starts to copy a value to the memory of the host.",
     """\
 rank 0   [a b]   device        [a b]   host
@@ -113,7 +112,7 @@ rank 1   [c d]   device   ->   [c d]   host""",
     "to_device",
 )
 TO_DEVICE = HostCopy(
-    torch.ops.spx.to_device.default,
+    _define("to_device(Tensor x, Device device) -> Tensor", _to_device, _fake_to_device),
     "Starts to bring a value back from the memory of the host.",
     """\
 rank 0   [a b]   host        [a b]   device

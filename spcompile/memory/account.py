@@ -24,6 +24,7 @@ from spcompile.machine.optimizers import Optimizer
 from spcompile.memory.fusion import fused_away
 from spcompile.memory.inside_calls import bytes_inside
 from spcompile.memory.liveness import Lives
+from spcompile.memory.plan_search import Tiles
 from spcompile.memory.planner import MemoryPlan
 
 
@@ -31,7 +32,7 @@ from spcompile.memory.planner import MemoryPlan
 class Action:
     """What was done to save memory, for all layers alike at once. bytes: no longer saved on the rank.
 
-    kind: "recompute", or "offload": to the memory of the host.
+    kind: "recompute", "offload": to the memory of the host, or "tile": bytes are those of one layer, no longer alive.
 
     seconds: that it costs a step. source: the user's line whose results are not saved.
     """
@@ -129,7 +130,9 @@ def saved_bytes(graphs: Mapping[str, fx.GraphModule]) -> sympy.Expr:
 
 def host_bytes(graphs: Mapping[str, fx.GraphModule]) -> sympy.Expr:
     """Bytes of what the forward leaves in the memory of the host."""
-    return _total(graphs["forward"].graph.find_nodes(op="call_function", target=TO_HOST.op) if "forward" in graphs else ())
+    return _total(
+        graphs["forward"].graph.find_nodes(op="call_function", target=TO_HOST.op) if "forward" in graphs else ()
+    )
 
 
 def on_host(root: fx.Node) -> bool:
@@ -238,4 +241,12 @@ def actions_of(plan: MemoryPlan) -> tuple[Action, ...]:
         before = rows.get((kind, op, source), Action(kind, 0, 0, 0.0, op, source))
         total = before.bytes + size, before.seconds + seconds
         rows[kind, op, source] = Action(kind, before.count + 1, *total, op, source)
-    return tuple(sorted(rows.values(), key=lambda row: -row.bytes))
+    return (*sorted(rows.values(), key=lambda row: -row.bytes), *_tiled(plan.tiles))
+
+
+def _tiled(tiles: Tiles | None) -> list[Action]:
+    if tiles is None:
+        return []
+    first = tiles.parts[0]
+    op = getattr(first.target, "__name__", str(first.target))
+    return [Action("tile", len(tiles.parts), tiles.bytes, tiles.seconds, op, source_of(first))]

@@ -13,34 +13,13 @@ import torch
 import torch.fx as fx
 
 from spcompile.graph.sizes import hint, numel_hint
+from spcompile.graph.storage import born_at
 from spcompile.memory.joint import Joint
 from spcompile.memory.liveness import Away, orders_of
 from spcompile.schedule.host_windows import windows_back, windows_out
 from spcompile.schedule.op_cost import CostModel
 
 _LEAST = 0.01  # of the largest value: what is smaller is not worth a copy of its own
-
-
-def can_go(joint: Joint, saved: Collection[fx.Node]) -> list[fx.Node]:
-    """The saved values that can be copied to the host, in the order in which they are made.
-
-    Each is all of its storage, without gaps, and nobody else keeps that: neither the caller nor another saved view.
-    """
-    stored = joint.storage
-    views: dict[fx.Node, list[fx.Node]] = {}
-    for node in saved:
-        views.setdefault(stored[node], []).append(node)
-    stays = {stored[node] for node in (*joint.returned, *joint.gradients)}
-    found = [
-        own[0]
-        for root, own in views.items()
-        if root.op == "call_function" and root not in stays and len(own) == 1 and _is_whole(own[0], joint.bytes_of[root])
-    ]
-    least = _LEAST * max((joint.bytes_of[stored[node]] for node in found), default=0)
-    place = {node: at for at, node in enumerate(joint.forward)}
-    return sorted(
-        (node for node in found if joint.bytes_of[stored[node]] >= least), key=lambda node: place[stored[node]]
-    )
 
 
 def _is_whole(node: fx.Node, size: int) -> bool:
@@ -61,6 +40,7 @@ class Clock:
     """Forward and backward of a step that saves these values: the calls, by place, and what each takes."""
 
     joint: Joint
+    saved: Collection[fx.Node]
     cost: CostModel
     forward: Sequence[fx.Node]
     backward: Sequence[fx.Node]
@@ -68,7 +48,26 @@ class Clock:
     @classmethod
     def of(cls, joint: Joint, saved: Collection[fx.Node], cost: CostModel) -> Clock:
         """cost: of one graph."""
-        return cls(joint, cost, *orders_of(joint, saved))
+        return cls(joint, saved, cost, *orders_of(joint, saved))
+
+    def can_go(self) -> list[fx.Node]:
+        """The saved values that can be copied to the host, in the order in which they are made.
+
+        Each is all of its storage, without gaps, and nobody else keeps that: neither the caller nor another saved view.
+        One result of a call that the backward runs again, for another, is not saved in the end.
+        """
+        stored, size = self.joint.storage, self.joint.bytes_of
+        views: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.saved:
+            views.setdefault(stored[node], []).append(node)
+        stays = {stored[node] for node in (*self.joint.returned, *self.joint.gradients)}
+        again = set(self.backward)
+        alone = {root: own[0] for root, own in views.items() if len(own) == 1 and root.op == "call_function"}
+        alone = {root: node for root, node in alone.items() if born_at(root) not in again}
+        read, _ = self._uses(self.backward, alone)
+        found = {root: alone[root] for root in read if root not in stays and _is_whole(alone[root], size[root])}
+        least = _LEAST * max((size[root] for root in found), default=0)
+        return [found[root] for root in self.joint.forward if root in found and size[root] >= least]
 
     def away(self, values: Sequence[fx.Node]) -> Away:
         """When these values, which are in the order in which they are made, are copied."""

@@ -17,6 +17,7 @@ import torch.fx as fx
 from spcompile.graph.storage import born_at
 from spcompile.memory.fusion import fused_away, kernel_ends
 from spcompile.memory.joint import Joint, ancestors
+from spcompile.memory.row_tiles import find_wide_parts
 
 _NOTHING: Mapping[fx.Node, int] = MappingProxyType({})
 
@@ -161,7 +162,19 @@ def _levels(
     storage = joint.storage.__getitem__
     inside = fused_away(order, {*kept, *leave}, storage) if joint.fuses else ()
     lives = Lives.of(order, before, kept, storage, inside, leave, come_back)
-    return lives.bytes(joint.bytes_of.__getitem__, [joint.scratch[node] for node in order])
+    size = joint.bytes_of.__getitem__
+    if joint.tiles > 1:
+        in_tiles = _only_in_tiles(order, joint, {*kept, *leave})
+        sizes = {root: size(root) // joint.tiles if root in in_tiles else size(root) for root in lives.born}
+        size = sizes.__getitem__
+    return lives.bytes(size, [joint.scratch[node] for node in order])
+
+
+def _only_in_tiles(order: Sequence[fx.Node], joint: Joint, kept: Collection[fx.Node]) -> set[fx.Node]:
+    """The storages that never stand whole where wide parts run over tiles."""
+    parts = find_wide_parts(order, lambda node: joint.storage[node] in kept)
+    whole = {joint.storage[node] for part in parts for node in part.whole}
+    return {joint.storage[node] for part in parts for node in part.tiled_away} - whole
 
 
 def _largest(phase: str, order: Sequence[fx.Node], levels: Sequence[int]) -> Peak:

@@ -21,7 +21,7 @@ from spcompile.machine.links import RANKS_PER_NODE
 from spcompile.machine.optimizers import OPTIMIZERS, Optimizer
 from spcompile.memory.joint import Joint
 from spcompile.memory.liveness import Away, Peak, peak_of
-from spcompile.memory.plan_search import PlanSearch
+from spcompile.memory.plan_search import PlanChoice, PlanSearch, Tiles
 from spcompile.memory.stream_blocks import Blocks, find_blocks
 from spcompile.memory.trades import Savings, Trade, made_again
 from spcompile.options import Options, bytes_of_option, host_bytes_of_option
@@ -69,6 +69,7 @@ class MemoryPlan:
     """What was chosen. trades: empty where nothing is made again. again: calls of the forward that the backward runs.
 
     away: what waits in the memory of the host, of which a rank may take `host_limit` bytes, and `ranks` share it.
+    tiles: over which wide parts run.
     state_bytes: of inputs and of the optimizer. as_it_was: `total` without trades. limit: of `total`.
     """
 
@@ -83,6 +84,7 @@ class MemoryPlan:
     away: Away | None = None
     host_limit: int = 0
     ranks: int = 1
+    tiles: Tiles | None = None
 
     @property
     def total(self) -> int:
@@ -91,8 +93,9 @@ class MemoryPlan:
 
     @property
     def seconds(self) -> float:
-        """That the trades cost a step, and waiting for the host."""
-        return sum(trade.seconds for trade in self.trades) + (self.away.seconds if self.away is not None else 0.0)
+        """That the trades cost a step, tiles, and waiting for the host."""
+        others = sum(lever.seconds for lever in (self.away, self.tiles) if lever is not None)
+        return sum(trade.seconds for trade in self.trades) + others
 
     @property
     def host_bytes(self) -> int:
@@ -120,10 +123,15 @@ def plan_memory(joint: Joint, saved: Collection[fx.Node], cost: CostModel, wish:
     cost = cost.of_one_graph()
     blocks, trades = all_trades(joint, saved, cost)
     search = PlanSearch(joint, tuple(saved), trades, blocks, cost)
+    tiles = None
     if wish.least or wish.bytes is None:
         chosen = search.plain(search.least())
     else:
-        chosen = search.cheapest(int(ROOM * wish.bytes) - state, wish.host)
+        limit = int(ROOM * wish.bytes) - state
+        chosen = search.cheapest(limit, wish.host)
+        tiled = search.over_tiles(limit, wish.host)
+        if tiled is not None and _rank(tiled[0], tiled[1], limit, wish) < _rank(chosen, None, limit, wish):
+            chosen, tiles = tiled
     kept = search.saved_after(chosen.count)
     again = made_again(joint, set(kept))
     return MemoryPlan(
@@ -138,7 +146,14 @@ def plan_memory(joint: Joint, saved: Collection[fx.Node], cost: CostModel, wish:
         chosen.away,
         wish.host,
         wish.ranks,
+        tiles,
     )
+
+
+def _rank(choice: PlanChoice, tiles: Tiles | None, limit: int, wish: Wish) -> tuple[float, ...]:
+    """What fits goes first, then what costs least; of what does not fit, what takes least."""
+    misses = max(0, choice.peak.bytes - limit), max(0, choice.host_bytes - wish.host)
+    return *misses, choice.seconds + (tiles.seconds if tiles is not None else 0.0)
 
 
 def state_bytes(joint: Joint, optimizer: Optimizer) -> int:

@@ -27,11 +27,11 @@ def send_to_host(forward: fx.GraphModule, backward: fx.GraphModule, names: Colle
         readers, device = list(taken.users), taken.meta["val"].device
         _make_early(value)
         output = forward.graph.output_node()
-        on_host = _arrived(value, _new(value.next, TO_HOST.op, value, like=value), before=output)
+        on_host = _arrived(value, _new_copy_node(value.next, TO_HOST.op, value, like=value), before=output)
         output.replace_input_with(value, on_host)
         taken.meta["val"] = on_host.meta["val"]
         first = min(readers)
-        back = _arrived(taken, _new(first, TO_DEVICE.op, taken, device, like=first), before=first)
+        back = _arrived(taken, _new_copy_node(first, TO_DEVICE.op, taken, device, like=first), before=first)
         for reader in readers:
             reader.replace_input_with(taken, back)
     for gm in (forward, backward):
@@ -49,7 +49,7 @@ def _make_early(value: fx.Node) -> None:
             root.append(view)
 
 
-def _new(before: fx.Node, target: Any, *args: Any, like: fx.Node) -> fx.Node:
+def _new_copy_node(before: fx.Node, target: Any, *args: Any, like: fx.Node) -> fx.Node:
     node = call(before.graph, target, args, like=like, before=before)
     node.meta.setdefault("spx_origin", "memory")
     return node
@@ -57,4 +57,4 @@ def _new(before: fx.Node, target: Any, *args: Any, like: fx.Node) -> fx.Node:
 
 def _arrived(source: fx.Node, start: fx.Node, before: fx.Node) -> fx.Node:
     """The wait for a copy."""
-    return _new(before, WAIT_COPY, start, source, like=start)
+    return _new_copy_node(before, WAIT_COPY, start, source, like=start)

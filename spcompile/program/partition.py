@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from spcompile.graph.storage import saved_values
 from spcompile.memory.joint import Joint
 from spcompile.memory.planner import MemoryPlan, Wish, plan_memory
+from spcompile.memory.row_tiles import TILES
 from spcompile.memory.send_to_host import send_to_host
 from spcompile.program.program_cache import sources
 from spcompile.program.progress import begins
@@ -50,6 +51,9 @@ class Partitioner(CustomPartitionerFn):
             forward, backward = cut_as_planned(self.base, gm, joint_inputs, plan.saved, plan.again, kwargs)
         if plan.away is not None:
             send_to_host(forward, backward, {node.name for node in plan.away.values})
+        if plan.tiles is not None:
+            for part in (forward, backward):
+                part.graph.output_node().meta[TILES] = plan.tiles.count
         return forward, backward
 
     def __deepcopy__(self, memo: Any) -> Partitioner:

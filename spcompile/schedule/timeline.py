@@ -65,7 +65,7 @@ def timeline(
     late_by: is given, for every started collective, the seconds that compute waits for it.
     """
     now = compute = communication = exposed = sent = exposed_bytes = host = 0.0
-    free: defaultdict[Any, float] = defaultdict(float)  # axis, or op of a copy to or from the host -> when its stream is
+    free: defaultdict[Any, float] = defaultdict(float)  # axis, or op of a host copy -> when its stream is
     copied: dict[fx.Node, float] = {}  # start of such a copy -> arrival
     flying: dict[fx.Node, tuple[float, float, float]] = {}  # start -> (arrival, seconds, bytes)
     for node in nodes:

@@ -135,7 +135,7 @@ class _Tiles:
         totals: dict[fx.Node, fx.Node] = {}
         for bounds in self.bounds:
             tile: dict[fx.Node, fx.Node] = {}
-            for node in sorted(part.calls):
+            for node in sorted((*part.inner, *part.narrow, *part.sums)):
                 if node in part.sums:
                     self._add(totals, node, self._summed(node, tile, bounds))
                     continue
@@ -146,8 +146,7 @@ class _Tiles:
         results |= {node: self._total(node, total) for node, total in totals.items()}
         for node, result in results.items():
             node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in part.calls)
-        turns = [user for node in part.inner for user in node.users if turned(user) is not None]
-        for node in sorted({*part.calls, *turns}, reverse=True):
+        for node in sorted(part.calls, reverse=True):
             if not node.users:
                 self.graph.erase_node(node)
 

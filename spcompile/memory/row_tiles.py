@@ -17,6 +17,23 @@ import torch.fx as fx
 aten = torch.ops.aten
 TILES = "spx_tiles"  # in the meta of the output of a graph: into how many tiles its plan cuts rows
 _RENAMES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.alias.default, aten.detach.default}
+# Gradients of elementwise calls, of which torch tags none (2.13).
+_ELEMENTWISE = {
+    aten._to_copy,
+    aten.elu_backward,
+    aten.gelu_backward,
+    aten.hardsigmoid_backward,
+    aten.hardswish_backward,
+    aten.hardtanh_backward,
+    aten.leaky_relu_backward,
+    aten.mish_backward,
+    aten.native_dropout_backward,
+    aten.sigmoid_backward,
+    aten.silu_backward,
+    aten.softplus_backward,
+    aten.tanh_backward,
+    aten.threshold_backward,
+}
 _TURNS = {aten.t.default, aten.transpose.int, aten.permute.default}
 _PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1}  # -> which argument has the rows
 
@@ -25,7 +42,8 @@ _PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1}  # -> which argument has
 class WidePart:
     """rows, width: of its values. inner: the calls that make them, in order. whole: those that others read as well.
 
-    narrow: products of inner values, [rows, anything]. sums: what is summed over rows.
+    narrow: products of inner values, [rows, anything]. sums: what is summed over rows. turns: transposes of inner values
+    that only sums read.
     """
 
     rows: int
@@ -34,11 +52,12 @@ class WidePart:
     whole: frozenset[fx.Node]
     narrow: tuple[fx.Node, ...]
     sums: tuple[fx.Node, ...]
+    turns: tuple[fx.Node, ...]
 
     @property
     def calls(self) -> tuple[fx.Node, ...]:
         """All calls of the part."""
-        return (*self.inner, *self.narrow, *self.sums)
+        return (*self.inner, *self.narrow, *self.sums, *self.turns)
 
     @property
     def tiled_away(self) -> frozenset[fx.Node]:
@@ -57,15 +76,23 @@ def find_wide_parts(order: Sequence[fx.Node], kept: Callable[[fx.Node], bool]) -
     readers = {node: [user for user in node.users if user in calls] for node in order}
     leaves = {node for node in order if kept(node) or any(user.op == "output" for user in node.users)}
     found: list[WidePart] = []
+    seen: set[fx.Node] = set()
     taken: set[fx.Node] = set()
     for node in order:
-        if node not in taken and _widens(node):
+        if node not in seen and _widens(node):
             part = _part(node, order, calls, readers, leaves)
-            taken.update(part.inner)
-            if part.tiled_away and len(part.tiled_away) > len(part.whole) and not taken & {*part.narrow, *part.sums}:
+            seen.update(part.inner)
+            if _is_worth_it(part) and not taken & set(part.calls):
                 taken.update(part.calls)
                 found.append(part)
     return found
+
+
+def _is_worth_it(part: WidePart) -> bool:
+    """Whether most of its values need not stand whole, and are wider than what products read and give beside them."""
+    products = [product_rows(node) for node in part.inner if node.target in _PRODUCTS]
+    beside = [shape for node in (*products, *part.narrow) if node not in part.inner and (shape := rows_and_width(node))]
+    return len(part.tiled_away) > len(part.whole) and all(width < part.width for _, width in beside)
 
 
 def rows_and_width(node: object) -> tuple[int, int] | None:
@@ -126,6 +153,7 @@ def _part(
                 pending.append(other)
     narrow: dict[fx.Node, None] = {}
     sums: dict[fx.Node, None] = {}
+    turns: dict[fx.Node, None] = {}
     whole = set(leaves) & inner
     for node in inner:
         for reader in readers[node]:
@@ -137,12 +165,12 @@ def _part(
                 sums[reader] = None
             elif turned(reader) is not None and all(_sums_rows(last, shape[0]) for last in readers[reader]):
                 sums.update(dict.fromkeys(readers[reader]))
+                turns[reader] = None
             else:
                 whole.add(node)
     place = {node: at for at, node in enumerate(order)}
-    ordered = (tuple(sorted(nodes, key=place.__getitem__)) for nodes in (inner, narrow, sums))
-    inside, ends, totals = ordered
-    return WidePart(*shape, inside, frozenset(whole), ends, totals)
+    inside, *others = (tuple(sorted(nodes, key=place.__getitem__)) for nodes in (inner, narrow, sums, turns))
+    return WidePart(*shape, inside, frozenset(whole), *others)
 
 
 def _makes_rows(node: fx.Node, shape: tuple[int, int]) -> bool:
@@ -153,8 +181,8 @@ def _makes_rows(node: fx.Node, shape: tuple[int, int]) -> bool:
         return turned(rows) is None and given is not None and given[0] == shape[0]
     if renames_rows(node):
         return True
-    tags = getattr(node.target, "tags", ())
-    if torch.Tag.pointwise not in tags and node.target is not aten._to_copy.default:
+    tags, packet = getattr(node.target, "tags", ()), getattr(node.target, "overloadpacket", None)
+    if torch.Tag.pointwise not in tags and packet not in _ELEMENTWISE:
         return False
     return all(_fits_rows(operand, node) for operand in node.all_input_nodes)
 

@@ -47,7 +47,7 @@ class PlaceHostCopies(Pass):
         calls = [node for node in old if node.op == "call_function" and not _is_copy_or_wait(node)]
         cost = cost_model(ctx.mesh, ctx.options).of_one_graph()
         for start, window in _windows(copies, calls, cost):
-            _move(start, window, [*calls, gm.graph.output_node()])
+            _place_copy(start, window, [*calls, gm.graph.output_node()])
         return sum(a is not b for a, b in zip(old, gm.graph.nodes, strict=True))
 
 
@@ -84,7 +84,7 @@ def _first_read(start: fx.Node, place: Mapping[fx.Node, int], end: int) -> int:
     return min((place.get(reader, end) for wait in start.users for reader in wait.users), default=end)
 
 
-def _move(start: fx.Node, window: Window, calls: Sequence[fx.Node]) -> None:
+def _place_copy(start: fx.Node, window: Window, calls: Sequence[fx.Node]) -> None:
     calls[window.start].prepend(start)
     for wait in list(start.users):
         calls[window.end].prepend(wait)

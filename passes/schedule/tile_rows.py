@@ -75,7 +75,7 @@ def _put_together(graph: fx.Graph, parts: Sequence[WidePart]) -> list[WidePart]:
     """Order the graph so that the calls of each part stand behind one another; returns the parts that allow it."""
     found = list(parts)
     while True:
-        order, stuck = _order(graph, found)
+        order, stuck = _order_of_units(graph, found)
         if not stuck:
             break
         found = [part for part in found if part not in stuck]
@@ -85,7 +85,7 @@ def _put_together(graph: fx.Graph, parts: Sequence[WidePart]) -> list[WidePart]:
     return found
 
 
-def _order(graph: fx.Graph, parts: Sequence[WidePart]) -> tuple[list[fx.Node], list[WidePart]]:
+def _order_of_units(graph: fx.Graph, parts: Sequence[WidePart]) -> tuple[list[fx.Node], list[WidePart]]:
     """(all nodes but the output, with each part as one, as near to their order as can be; parts on a circle)."""
     place = {node: at for at, node in enumerate(graph.nodes) if node.op != "output"}
     unit = {node: node for node in place} | {node: part.inner[0] for part in parts for node in part.calls}

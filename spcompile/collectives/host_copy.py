@@ -91,7 +91,7 @@ def _fake_wait_copy(x: Tensor, source: Tensor) -> Tensor:
     return x
 
 
-def _define(schema: str, kernel: Callable[..., Tensor], fake: Callable[..., Tensor]) -> torch._ops.OpOverload:
+def _define_host_op(schema: str, kernel: Callable[..., Tensor], fake: Callable[..., Tensor]) -> torch._ops.OpOverload:
     """An op of the namespace spx, for tensors on any device."""
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.partition("(")[0]
@@ -101,9 +101,9 @@ def _define(schema: str, kernel: Callable[..., Tensor], fake: Callable[..., Tens
     return found
 
 
-WAIT_COPY = _define("wait_copy(Tensor(a) x, Tensor source) -> Tensor(a)", _wait_copy, _fake_wait_copy)
+WAIT_COPY = _define_host_op("wait_copy(Tensor(a) x, Tensor source) -> Tensor(a)", _wait_copy, _fake_wait_copy)
 TO_HOST = HostCopy(
-    _define("to_host(Tensor x) -> Tensor", _to_host, _fake_to_host),
+    _define_host_op("to_host(Tensor x) -> Tensor", _to_host, _fake_to_host),
     "Starts to copy a value to the memory of the host.",
     """\
 rank 0   [a b]   device        [a b]   host
@@ -112,7 +112,7 @@ rank 1   [c d]   device   ->   [c d]   host""",
     "to_device",
 )
 TO_DEVICE = HostCopy(
-    _define("to_device(Tensor x, Device device) -> Tensor", _to_device, _fake_to_device),
+    _define_host_op("to_device(Tensor x, Device device) -> Tensor", _to_device, _fake_to_device),
     "Starts to bring a value back from the memory of the host.",
     """\
 rank 0   [a b]   host        [a b]   device

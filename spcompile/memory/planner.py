@@ -130,7 +130,7 @@ def plan_memory(joint: Joint, saved: Collection[fx.Node], cost: CostModel, wish:
         limit = int(ROOM * wish.bytes) - state
         chosen = search.cheapest(limit, wish.host)
         tiled = search.over_tiles(limit, wish.host)
-        if tiled is not None and _rank(tiled[0], tiled[1], limit, wish) < _rank(chosen, None, limit, wish):
+        if tiled is not None and _preference(tiled[0], tiled[1], limit, wish) < _preference(chosen, None, limit, wish):
             chosen, tiles = tiled
     kept = search.saved_after(chosen.count)
     again = made_again(joint, set(kept))
@@ -150,7 +150,7 @@ def plan_memory(joint: Joint, saved: Collection[fx.Node], cost: CostModel, wish:
     )
 
 
-def _rank(choice: PlanChoice, tiles: Tiles | None, limit: int, wish: Wish) -> tuple[float, ...]:
+def _preference(choice: PlanChoice, tiles: Tiles | None, limit: int, wish: Wish) -> tuple[float, ...]:
     """What fits goes first, then what costs least; of what does not fit, what takes least."""
     misses = max(0, choice.peak.bytes - limit), max(0, choice.host_bytes - wish.host)
     return *misses, choice.seconds + (tiles.seconds if tiles is not None else 0.0)

@@ -42,8 +42,8 @@ _PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1}  # -> which argument has
 class WidePart:
     """rows, width: of its values. inner: the calls that make them, in order. whole: those that others read as well.
 
-    narrow: products of inner values, [rows, anything]. sums: what is summed over rows. turns: transposes of inner values
-    that only sums read.
+    narrow: products of inner values, [rows, anything]. sums: what is summed over rows. turns: transposes of inner
+    values that only sums read.
     """
 
     rows: int
@@ -159,7 +159,7 @@ def _part(
         for reader in readers[node]:
             if reader in inner:
                 continue
-            if _is_narrow(reader, inner, shape[0]):
+            if _narrows_rows(reader, inner, shape[0]):
                 narrow[reader] = None
             elif _sums_rows(reader, shape[0]):
                 sums[reader] = None
@@ -198,7 +198,7 @@ def _fits_rows(operand: fx.Node, node: fx.Node) -> bool:
     return leading == tuple(own.shape[:-1]) and value.shape[-1] in (1, own.shape[-1])
 
 
-def _is_narrow(node: fx.Node, inner: Collection[fx.Node], rows: int) -> bool:
+def _narrows_rows(node: fx.Node, inner: Collection[fx.Node], rows: int) -> bool:
     """Whether this is a product of inner rows with a matrix that all rows share."""
     if node.target not in _PRODUCTS or product_rows(node) not in inner:
         return False

@@ -142,8 +142,8 @@ def _at_full_depth(depths: Depths, candidate: Candidate, steps: Sequence[ShortSt
     start = _first_that_fits(depths, steps, rungs, wish)
     if start == 0 or wish.bytes is None:
         figures = _figures(depths, steps, rungs[start])
-        if _fits(figures, wish) or start == len(rungs) - 1:
-            return Result(candidate, figures, _names(steps[0], rungs[start]), _fits(figures, wish))
+        if _stays_within(figures, wish) or start == len(rungs) - 1:
+            return Result(candidate, figures, _names(steps[0], rungs[start]), _stays_within(figures, wish))
     assert wish.bytes is not None
     before = _figures(depths, steps, rungs[start - 1]) if start else figures
     for at in range(max(start, 1), len(rungs)):
@@ -152,13 +152,13 @@ def _at_full_depth(depths: Depths, candidate: Candidate, steps: Sequence[ShortSt
         wanted = max(0.0, planned[0] - ROOM * wish.bytes)
         part = between(before, after, min(1.0, wanted / max(1.0, planned[0] - planned[1])))
         for figures, budget in ((part, None), (after, int(planned[1] / ROOM) + 1)):
-            if _fits(figures, wish):
+            if _stays_within(figures, wish):
                 return Result(candidate, figures, _names(steps[0], rungs[at]), True, budget=budget)
         before = after
     return Result(candidate, before, _names(steps[0], rungs[-1]), False)
 
 
-def _fits(figures: Figures, wish: Wish) -> bool:
+def _stays_within(figures: Figures, wish: Wish) -> bool:
     return wish.bytes is None or (figures.total <= wish.bytes and figures.host <= wish.host)
 
 

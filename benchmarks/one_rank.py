@@ -117,7 +117,7 @@ def one_rank(
         split = [parts.get(id(value), ()) for value in given]
         moved = off_meta(gm, given, torch.device(device))
         program = build(*over_planned_parts(*moved, split), mesh.shape, chosen, PIPELINE)
-        emission = Emission(program, bind=bind, wish=Wish.of(chosen))
+        emission = Emission(program, bind=bind, wish=Wish.of(chosen, mesh.shape.world_size))
         both_now = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
         with autocast_off(), both_now:
             run = emit(emission, chosen.compiler)

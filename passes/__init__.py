@@ -28,6 +28,8 @@ from spcompile.passes.schedule.bucket_collectives import BucketCollectives
 from spcompile.passes.schedule.lower_collectives import LowerCollectives
 from spcompile.passes.schedule.overlap_collectives import OverlapCollectives
 from spcompile.passes.schedule.pipeline_matmuls import PipelineMatmuls
+from spcompile.passes.schedule.place_host_copies import PlaceHostCopies
+from spcompile.passes.schedule.tile_rows import TileRows
 from spcompile.passes_api import Pass
 
 PIPELINE: tuple[Pass, ...] = (
@@ -65,8 +67,10 @@ PIPELINE: tuple[Pass, ...] = (
     ParallelizeAttention(),  # the rest, while gathers of keys and values still stand beside their attention
     ShareTileTables(),  # when it is settled which attention runs where
     # SCHEDULE stage: forward and backward graphs after autograd.
+    TileRows(),  # while products read what they read in the joint graph
     BucketCollectives(),  # while an all-reduce is still one node
     PipelineMatmuls(),  # while a gather or a scatter is still one node; gathers of parameters are in buckets
     LowerCollectives(),  # Inductor sees only functional collectives
-    OverlapCollectives(),  # last: nothing may change the order that it finds
+    OverlapCollectives(),  # nothing may change the order that it finds
+    PlaceHostCopies(),  # puts copies into that order
 )

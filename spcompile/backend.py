@@ -126,7 +126,7 @@ def _over(
 
 
 def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    wish = _memory_wish(options, _device_type(inputs))
+    wish = _memory_wish(options, _device_type(inputs), 1)
     dump = own_dump(options.dump)
     artifacts = own_artifacts()
     history = _history_for(dump, artifacts)
@@ -151,9 +151,9 @@ def _alone(gm: fx.GraphModule, inputs: Sequence[Any], options: Options) -> Calla
     return watched(compiled, relied_on(program.captured.graph), inputs)
 
 
-def _memory_wish(options: Options, device_type: str) -> Wish:
+def _memory_wish(options: Options, device_type: str, world: int) -> Wish:
     """Without a budget of the user's a step may take what the accelerator has; a CPU's memory has no limit."""
-    wish = Wish.of(options)
+    wish = Wish.of(options, world)
     return replace(wish, bytes=None) if options.memory == "auto" and device_type == "cpu" else wish
 
 
@@ -265,7 +265,7 @@ def _made(
         finished.text += text
         agreement.require(_compiled(text))
 
-    wish = _memory_wish(options, mesh.device_mesh.device_type)
+    wish = _memory_wish(options, mesh.device_mesh.device_type, mesh.shape.world_size)
     emission = Emission(program, bind=bind, finished=agree, wish=wish, keep=key is not None)
     with autocast_off():
         compiled = emit(emission, options.compiler)

@@ -131,6 +131,12 @@ class IllegalPlugin(SpcompileError, ValueError):
     code, title = "SP107", "illegal plugin"
 
 
+class HostMemoryExceeded(SpcompileError, RuntimeError):
+    """A step fits only with more values in the host's memory than the ranks of a node may keep there."""
+
+    code, title = "SP108", "host memory exceeded"
+
+
 class RanksDisagree(SpcompileError, RuntimeError):
     """Ranks do not do the same: other options, graphs, inputs, parameters or versions, or another order of calls."""
 
@@ -236,6 +242,9 @@ REMARKS: dict[str, str] = {
     "SPR601": "values are made again in the backward instead of saved: what that wins and costs",
     "SPR602": "no blocks that repeat were found: what can be made again without reaching far back is",
     "SPR603": "a step does not fit into memory",
+    "SPR604": "saved values are in the host's memory until the backward: how many bytes, on a rank and on a node",
+    "SPR606": "wide row-wise parts, as an MLP between two norms, run over tiles of rows: what that wins and costs",
+    "SPR605": "the host's memory does not hold what a step would keep there",
     "SPR401": "world size 1: compiled without sharding",
     "SPR402": "world size 1: the graph cannot be captured, so attention and masks stay as they are",
     "SPR403": "a call ran uncompiled: every rank computes and keeps all of it",

@@ -48,6 +48,9 @@ class Options:
     memory: what a step may take on one rank. "auto": what the accelerator has, less a tenth, where one computes; beyond
         that, values are made again instead of saved, the cheapest first. "speed": as fast as can be. "min": as small as
         can be. Or a budget: bytes, or text as "72GiB".
+    host_memory: what the ranks of a node may keep of a step in the memory of their host, all together: bytes, or text
+        as "1TiB". "auto": what machines with the accelerator have, less a tenth. 0: nothing. Only what a budget needs
+        goes there.
     optimizer: whose states count as memory: "adamw" (two as the parameter), "adamw-float32" (two in float32),
         "adamw-master" (these and a float32 copy of the parameter), "momentum" (one), "none". Or an optimizer of torch,
         whose states count as they are, or before its first step as they will be; it becomes text, "8 bytes an element".
@@ -74,6 +77,7 @@ class Options:
     links: Mapping[str, str] = field(default_factory=dict)
     accelerator: str = "h100"
     memory: str | int = "auto"
+    host_memory: str | int = "auto"
     optimizer: str | Optimizer = "adamw"
     passes: Mapping[str, Any] = field(default_factory=dict)
     plugins: Sequence[str] | str = ()
@@ -100,6 +104,7 @@ class Options:
             _one_of("optimizer", self.optimizer, tuple(OPTIMIZERS))
         if self.memory not in MEMORY:
             bytes_of_option(self.memory)
+        host_bytes_of_option(self.host_memory)
         for name in ("regather", "compare_inputs", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise IllegalOption(f"{name}={getattr(self, name)!r}", legal="True, False")
@@ -173,6 +178,21 @@ def _module_names(plugins: Any) -> tuple[str, ...]:
     if not all(isinstance(name, str) and all(map(str.isidentifier, name.split("."))) for name in names):
         raise IllegalOption(f"plugins={plugins!r}", legal="names of modules: a list, or text, as 'a,package.b'")
     return tuple(dict.fromkeys(names))
+
+
+def host_bytes_of_option(host_memory: Any) -> int | None:
+    """The bytes of a node of option `host_memory`; None for "auto".
+
+    Raises:
+        IllegalOption: it is no number of bytes.
+    """
+    if host_memory == "auto":
+        return None
+    found = parse_bytes(host_memory) if isinstance(host_memory, str) else host_memory
+    if not isinstance(found, int) or isinstance(found, bool) or found < 0:
+        legal = "'auto', 0 for none, or what the ranks of a node may keep there: bytes, or text as \"1TiB\""
+        raise IllegalOption(f"host_memory={host_memory!r}", legal=legal)
+    return found
 
 
 def _factors(attention: Mapping[str, int]) -> None:

@@ -54,7 +54,7 @@ class OverlapCollectives(Pass):
         cost = cost_model(ctx.mesh, ctx.options).of_one_graph()
         output = gm.graph.output_node()
         old = [node for node in gm.graph.nodes if node is not output]
-        wish = Wish.of(ctx.options)
+        wish = Wish.of(ctx.options, ctx.mesh.world_size)
         room = 0.0 if wish.least else math.inf if wish.bytes is None else (1 - ROOM) * wish.bytes
         new = ListScheduler(gm.graph, cost, min(self.memory_mib * MEBIBYTE, room), self.ahead).run()
         moved = sum(a is not b for a, b in zip(old, new, strict=True))

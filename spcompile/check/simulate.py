@@ -2,7 +2,8 @@
 
 Ordinary ops run once per rank. An spx collective runs as one autograd function over the tensors of all ranks of a
 group, whose backward applies the spec of the registered dual: a wrong dual is a wrong gradient here. Functional c10d
-collectives (graphs after AOTAutograd) give a poisoned buffer, NaN or the like, that `wait_tensor` fills.
+collectives (graphs after AOTAutograd) give a poisoned buffer, NaN or the like, that `wait_tensor` fills; copies to the
+host and back do so, too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from spcompile.collectives import COLLECTIVES, call_arguments
+from spcompile.collectives.host_copy import HOST_COPIES, WAIT_COPY
 from spcompile.diagnostics import source_of
 from spcompile.machine.mesh import MeshShape, axis_part
 
@@ -128,7 +130,10 @@ class Simulator:
         if target in _STARTS:
             axis = node.meta.get("axis") or call_arguments(target, *calls[0])[1]["group_name"]
             return self._by_group(axis, calls, lambda group: self._start(target, group))
-        if target is _c10d.wait_tensor.default:
+        if target in HOST_COPIES:
+            spec = HOST_COPIES[target].spec
+            return self._in_flight_until_wait(lambda: [spec(*args) for args, _ in calls])
+        if target in (_c10d.wait_tensor.default, WAIT_COPY):
             return [self._wait(args[0]) for args, _ in calls]
         if getattr(target, "namespace", None) == "_c10d_functional":
             raise NotImplementedError(f"the simulator has no spec of {target}")
@@ -153,7 +158,9 @@ class Simulator:
         parts = [args[0] for args, _ in calls]
         assert not (torch.is_grad_enabled() and any(x.requires_grad for x in parts)), f"{op} has no gradient"
         named = [call_arguments(op, *call)[1] for call in calls]
-        at_wait = functools.partial(_functional_spec, op, parts, named)
+        return self._in_flight_until_wait(functools.partial(_functional_spec, op, parts, named))
+
+    def _in_flight_until_wait(self, at_wait: Callable[[], list[Tensor]]) -> list[Tensor]:
         results = at_wait()
         buffers = [_poisoned(x) for x in results]
         for rank, buffer in enumerate(buffers):

@@ -2,7 +2,8 @@
 
 All stages     the graph is well formed; every value has the shape and dtype that its op gives; every op has an origin
 LOCAL          states I, R, S, P (spcompile.collectives.collective) are consistent per mesh axis; outputs are complete
-SCHEDULE       the buffer of a started collective is not read before its wait, and each is waited for
+SCHEDULE       the buffer of a started collective is not read before its wait, and each is waited for; so are copies to
+               the host and back; what is in the host's memory is not computed with, nor what went there read again
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statica
 
 from spcompile.check.states import check_states, invalid
 from spcompile.collectives import is_start
+from spcompile.collectives.host_copy import HOST_COPIES, TO_DEVICE, TO_HOST, WAIT_COPY
 from spcompile.diagnostics import InvalidGraph
 from spcompile.graph.edit import fake_mode_of
 from spcompile.graph.printer import type_text
+from spcompile.graph.storage import root_of
 from spcompile.machine.mesh import MeshShape
 from spcompile.passes_api import Stage
 
@@ -64,6 +67,7 @@ def verify_graph(
         )
     if stage is Stage.SCHEDULE:
         check_waits(gm.graph)
+        check_host_copies(gm.graph)
 
 
 def check_shapes(gm: fx.GraphModule) -> None:
@@ -198,3 +202,36 @@ def check_waits(graph: fx.Graph) -> None:
                     raise invalid(user, f"reads {value.name} before its wait")
         if not waited:
             raise invalid(node, "started but never waited for")
+
+
+def check_host_copies(graph: fx.Graph) -> None:
+    """Each copy to the host or back is waited for once, by a wait that names its source, and only then read.
+
+    Behind the wait for a copy to the host nobody reads what was copied; nobody but a copy back reads what is there.
+    """
+    gone: dict[fx.Node, fx.Node] = {}  # storage -> the wait behind which it is only in the host's memory
+    for node in graph.nodes:
+        again = next((value for value in node.all_input_nodes if root_of(value) in gone), None)
+        if again is not None:
+            raise invalid(node, f"reads {again.name}, which is in the host's memory since {gone[root_of(again)].name}")
+        if node.target in HOST_COPIES:
+            _check_copy(node)
+        elif node.target is WAIT_COPY:
+            start, source = node.args
+            if not isinstance(start, fx.Node) or start.target not in HOST_COPIES or start.args[0] is not source:
+                raise invalid(node, "waits for no copy of its second operand", legal="the start of a copy, its operand")
+            if start.target is TO_HOST.op:
+                gone[root_of(source)] = node
+
+
+def _check_copy(start: fx.Node) -> None:
+    for user in start.users:
+        if user.target is not WAIT_COPY:
+            raise invalid(user, f"reads {start.name} before its wait")
+    if len(start.users) != 1:
+        raise invalid(start, "started but never waited for" if not start.users else "waited for more than once")
+    (wait,) = start.users
+    there = start.all_input_nodes[0] if start.target is TO_DEVICE.op else wait
+    for user in there.users:
+        if user.op != "output" and user.target not in (TO_DEVICE.op, WAIT_COPY):
+            raise invalid(user, f"computes with {there.name}, which is in the host's memory")

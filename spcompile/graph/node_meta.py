@@ -29,6 +29,8 @@ META: Mapping[str, str] = {
     "axis": "of a bound collective: the mesh axis in whose place a process group's name stands",
     "verified": "the call that the verifier checked last, so that it is not checked again unchanged",
     "spx_place": "SCHEDULE graphs: a node's place in autograd's order",
+    "spx_tiles": "of the output of a SCHEDULE graph: into how many tiles of rows the plan of memory cuts wide parts",
+    "spx_tile": "of rows that tile-rows cut out of a value",
     "part": "of the output of a Dynamo graph: which part it is of a model that is not one graph",
     "own": "dp, of an input with entries of the batch: its example value on one rank; of the output: the shapes there",
 }

@@ -21,6 +21,8 @@ class Accelerator:
     product's result each, at once; a product takes whole rounds of them. memory: bytes; None: as many as one likes.
     capability: of NVIDIA's GPUs, such as 90, which decides on kernels.
     links: what "nvlink" and "network" are in machines with it, where they are not those of `LINKS`.
+    host_memory: bytes of the host of a node; None: the host's memory is its own. host_bytes_per_second: between both,
+    each way, as reached.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Accelerator:
     memory: int | None = None
     capability: int | None = None
     links: Mapping[str, str] = field(default_factory=dict, hash=False)
+    host_memory: int | None = None
+    host_bytes_per_second: float = 1e9
 
     @property
     def fused_attention(self) -> bool:
@@ -44,6 +48,11 @@ class Accelerator:
     def usable_memory(self) -> int | None:
         """Bytes for a step: a tenth is left to the driver, to communication and to gaps between tensors."""
         return None if self.memory is None else int(0.9 * self.memory)
+
+    @property
+    def usable_host_memory(self) -> int:
+        """Bytes of a node for values of its ranks: a tenth is left to the system, to data and to the processes."""
+        return 0 if self.host_memory is None else int(0.9 * self.host_memory)
 
     def rounding(self, tiles: int) -> float:
         """By how much a product of so many tiles takes longer since units stand idle in the last round."""
@@ -78,6 +87,8 @@ def _accelerator(row: Mapping[str, Any]) -> Accelerator:
         memory=row["memory_bytes"],
         capability=row["capability"],
         links=row["links"],
+        host_memory=row["host_memory_bytes_of_a_node"],
+        host_bytes_per_second=row["host_bytes_per_second_one_way"] * row["reached_to_host"],
     )
 
 

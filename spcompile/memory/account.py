@@ -15,6 +15,7 @@ import torch
 import torch.fx as fx
 from torch.distributed.tensor import DTensor
 
+from spcompile.collectives.host_copy import TO_DEVICE, TO_HOST, WAIT_COPY
 from spcompile.diagnostics import SourceLine, source_of
 from spcompile.graph.sizes import hint
 from spcompile.graph.storage import outputs_of, root_of, saved_pairs, saved_values, storage_bytes, storage_size
@@ -23,12 +24,15 @@ from spcompile.machine.optimizers import Optimizer
 from spcompile.memory.fusion import fused_away
 from spcompile.memory.inside_calls import bytes_inside
 from spcompile.memory.liveness import Lives
+from spcompile.memory.plan_search import Tiles
 from spcompile.memory.planner import MemoryPlan
 
 
 @dataclass(frozen=True)
 class Action:
-    """What was done to save memory, for all layers alike at once. kind: "recompute". bytes: no longer saved.
+    """What was done to save memory, for all layers alike at once. bytes: no longer saved on the rank.
+
+    kind: "recompute", "offload": to the memory of the host, or "tile": bytes are those of one layer, no longer alive.
 
     seconds: that it costs a step. source: the user's line whose results are not saved.
     """
@@ -63,7 +67,8 @@ class Memory:
     peak_bytes: parameters, gradients and the most that is alive at once.
     optimizer_bytes: of the states of the optimizer that the options name. total_bytes: with them, the peak of all.
     transient_bytes: at the peak, what is neither saved nor a gradient. peak_at: the call at the peak.
-    host_bytes: of this rank's values in the host's memory.
+    host_bytes: of this rank's values in the host's memory. host_node_bytes: of all ranks of a node.
+    host_limit_bytes: of a node.
     budget_bytes: what total_bytes was to stay within; None: no limit. fits: whether it does.
     """
 
@@ -75,6 +80,8 @@ class Memory:
     optimizer_bytes: sympy.Expr
     transient_bytes: sympy.Expr
     host_bytes: sympy.Expr
+    host_node_bytes: sympy.Expr
+    host_limit_bytes: int
     total_bytes: sympy.Expr
     budget_bytes: int | None
     fits: bool
@@ -102,7 +109,7 @@ def memory_of(
     highs = {phase: _high_water(phase, sharded, accelerator, fuses) for phase in sharded}
     high = max(highs.values(), key=lambda found: found.hint)
     parameter_bytes = sum(p.numel() * p.element_size() for p in held)
-    limit = plan.limit if plan is not None else None
+    limit, ranks = (plan.limit, plan.ranks) if plan is not None else (None, 1)
     return Memory(
         saved_activation_bytes=saved_bytes(sharded),
         saved_activation_bytes_one_device=alone,
@@ -111,10 +118,12 @@ def memory_of(
         peak_bytes=parameter_bytes + high.size,
         optimizer_bytes=sympy.Integer(states),
         transient_bytes=high.transient,
-        host_bytes=sympy.Integer(0),
+        host_bytes=host_bytes(sharded),
+        host_node_bytes=ranks * host_bytes(sharded),
+        host_limit_bytes=ranks * plan.host_limit if plan is not None else 0,
         total_bytes=parameter_bytes + states + high.size,
         budget_bytes=limit,
-        fits=limit is None or parameter_bytes + states + high.hint <= limit,
+        fits=(limit is None or parameter_bytes + states + high.hint <= limit) and (plan is None or plan.host_fits),
         peak_at=high.where,
         actions=actions_of(plan) if plan is not None else (),
         phases=tuple(PhaseMemory(at, h.size - h.transient, h.transient, h.where) for at, h in highs.items()),
@@ -132,7 +141,21 @@ def saved_bytes(graphs: Mapping[str, fx.GraphModule]) -> sympy.Expr:
     if "forward" not in graphs or "backward" not in graphs:
         return sympy.Integer(0)
     kept = {root_of(node) for node in saved_values(graphs["forward"].graph, graphs["backward"].graph)}
-    return sum((storage_size(node) for node in kept if node.op == "call_function"), sympy.Integer(0))
+    return _total(node for node in kept if node.op == "call_function" and not on_host(node))
+
+
+def host_bytes(graphs: Mapping[str, fx.GraphModule]) -> sympy.Expr:
+    """Bytes of what the forward leaves in the memory of the host."""
+    return _total(
+        graphs["forward"].graph.find_nodes(op="call_function", target=TO_HOST.op) if "forward" in graphs else ()
+    )
+
+
+def on_host(root: fx.Node) -> bool:
+    """Whether a storage is in the memory of the host: what a copy made, or an input that is only copied back."""
+    if root.op == "placeholder":
+        return bool(root.users) and all(user.target in (TO_DEVICE.op, WAIT_COPY) for user in root.users)
+    return root.target is TO_HOST.op
 
 
 @dataclass(frozen=True)
@@ -149,7 +172,7 @@ def _high_water(phase: str, graphs: Mapping[str, fx.GraphModule], accelerator: A
     """In the backward, what the forward gave its caller is alive as well."""
     order, lives, levels, stay = _alive(phase, graphs, accelerator, fuses)
     at = levels.index(max(levels))
-    there = [root for root in lives.during(at) if not _is_held(root)]
+    there = [root for root in lives.during(at) if not _is_held(root) and not on_host(root)]
     scratch = bytes_inside(order[at], accelerator) if order else sympy.Integer(0)
     outside = _given_to_caller(graphs) if phase == "backward" else []
     return _High(
@@ -175,7 +198,7 @@ def _alive(
     returned = {storage(node) for node in outputs_of(graph) if isinstance(node, fx.Node)}
     inside = fused_away(order, returned, storage) if fuses else ()
     lives = Lives.of(order, before, returned, storage, inside)
-    sizes = {root: 0 if _is_held(root) else storage_bytes(root) for root in lives.born}
+    sizes = {root: 0 if _is_held(root) or on_host(root) else storage_bytes(root) for root in lives.born}
     outside = sum(map(storage_bytes, _given_to_caller(graphs))) if phase == "backward" else 0
     levels = lives.bytes(sizes.__getitem__, [int(bytes_inside(node, accelerator, hint)) for node in order]) or [0]
     return order, lives, [level + outside for level in levels], before.keys() | returned
@@ -219,12 +242,27 @@ def _where(phase: str, node: fx.Node) -> str:
 
 
 def actions_of(plan: MemoryPlan) -> tuple[Action, ...]:
-    """Trades of one kind, which layers alike have in common, as one row, the largest first."""
-    rows: dict[tuple[str, SourceLine | None], Action] = {}
-    for trade in plan.trades:
-        root = root_of(trade.given_up[0])
-        key = getattr(root.target, "__name__", str(root.target)), source_of(root)
-        before = rows.get(key, Action("recompute", 0, 0, 0.0, *key))
-        count, total = before.count + 1, before.bytes + trade.bytes
-        rows[key] = Action("recompute", count, total, before.seconds + trade.seconds, *key)
-    return tuple(sorted(rows.values(), key=lambda row: -row.bytes))
+    """What was done of one kind, which layers alike have in common, as one row, the largest first.
+
+    Seconds of copies that nothing hides are divided among them by bytes.
+    """
+    done = [("recompute", trade.given_up[0], trade.bytes, trade.seconds) for trade in plan.trades]
+    if plan.away is not None:
+        sizes = [(node, storage_bytes(root_of(node))) for node in plan.away.values]
+        done += [("offload", node, size, plan.away.seconds * size / plan.away.bytes) for node, size in sizes]
+    rows: dict[tuple[str, str, SourceLine | None], Action] = {}
+    for kind, node, size, seconds in done:
+        root = root_of(node)
+        op, source = getattr(root.target, "__name__", str(root.target)), source_of(root)
+        before = rows.get((kind, op, source), Action(kind, 0, 0, 0.0, op, source))
+        total = before.bytes + size, before.seconds + seconds
+        rows[kind, op, source] = Action(kind, before.count + 1, *total, op, source)
+    return (*sorted(rows.values(), key=lambda row: -row.bytes), *_tiled(plan.tiles))
+
+
+def _tiled(tiles: Tiles | None) -> list[Action]:
+    if tiles is None:
+        return []
+    first = tiles.parts[0]
+    op = getattr(first.target, "__name__", str(first.target))
+    return [Action("tile", len(tiles.parts), tiles.bytes, tiles.seconds, op, source_of(first))]

@@ -21,7 +21,7 @@ class Joint:
     forward: the calls that need no gradient of an output, in order. backward: all other calls.
     returned: the outputs of the forward. gradients: the outputs of the backward.
     parameters: the inputs that get a gradient. accelerator: what computes. fuses: the compiler behind fuses
-    elementwise calls.
+    elementwise calls. tiles: of rows, over which wide parts run.
     """
 
     inputs: tuple[fx.Node, ...]
@@ -32,6 +32,7 @@ class Joint:
     parameters: frozenset[fx.Node]
     accelerator: Accelerator
     fuses: bool = False
+    tiles: int = 1
 
     @classmethod
     def of(cls, graph: fx.Graph, forward_outputs: int, accelerator: Accelerator, fuses: bool = False) -> Joint:

@@ -1,4 +1,7 @@
-"""Chooses what is saved: nothing changes where a step fits; else the cheapest trades that make it fit.
+"""Chooses what is saved and where: nothing changes where a step fits; else the cheapest plan that makes it fit.
+
+A plan makes so many trades, the cheapest first, and keeps so many of what is still saved in the memory of the host. A
+number of trades that leaves more to the host costs less to make again, and may cost more to wait for.
 
 The bytes of a step are those of its inputs (parameters, buffers, the batch), of the states of an optimizer, and the
 peak of its values, gradients among them. Seconds come from `spcompile.schedule.op_cost`, never from a clock: all ranks
@@ -7,33 +10,38 @@ choose alike.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import torch.fx as fx
 
 from spcompile.graph.sizes import numel_hint
 from spcompile.machine.accelerators import ACCELERATORS
+from spcompile.machine.links import RANKS_PER_NODE
 from spcompile.machine.optimizers import OPTIMIZERS, Optimizer
 from spcompile.memory.joint import Joint
-from spcompile.memory.liveness import Peak, peak_of
+from spcompile.memory.liveness import Away, Peak, peak_of
+from spcompile.memory.plan_search import PlanChoice, PlanSearch, Tiles
 from spcompile.memory.stream_blocks import Blocks, find_blocks
 from spcompile.memory.trades import Savings, Trade, made_again
-from spcompile.options import Options, bytes_of_option
+from spcompile.options import Options, bytes_of_option, host_bytes_of_option
 from spcompile.schedule.op_cost import CostModel
 
-_LOOKS = 12  # numbers of trades that are tried where the least peak is searched
-_LAST_LOOKS = 6  # and of the last ones, each of which gives up half of the inputs of blocks
 ROOM = 0.98  # of the limit: what overlap keeps alive longer, behind the plan, takes the rest
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What the user asked for. bytes: of everything on one rank; None: no limit. least: as few bytes as can be."""
+    """What the user asked for. bytes: of everything on one rank; None: no limit. least: as few bytes as can be.
+
+    host: bytes of one rank in the memory of its host. ranks: that share a host.
+    """
 
     bytes: int | None = None
     least: bool = False
     optimizer: Optimizer = OPTIMIZERS["adamw"]
+    host: int = 0
+    ranks: int = 1
 
     @property
     def is_bounded(self) -> bool:
@@ -41,20 +49,27 @@ class Wish:
         return self.least or self.bytes is not None
 
     @classmethod
-    def of(cls, options: Options) -> Wish:
-        """From the options `memory` and `optimizer`. "auto" is what the accelerator has, less a margin."""
-        asked, optimizer = options.memory, options.states
+    def of(cls, options: Options, world: int) -> Wish:
+        """From the options `memory`, `host_memory` and `optimizer`. "auto" is what the accelerator has, less a margin.
+
+        world: ranks in all, of which a node has so many at most.
+        """
+        asked, accelerator = options.memory, ACCELERATORS[options.accelerator]
+        bytes_on_node = host_bytes_of_option(options.host_memory)
+        ranks = max(1, min(RANKS_PER_NODE, world))
+        host = accelerator.usable_host_memory if bytes_on_node is None else bytes_on_node
+        wish = cls(None, asked == "min", options.states, host // ranks, ranks)
         if asked == "auto":
-            return cls(ACCELERATORS[options.accelerator].usable_memory, False, optimizer)
-        if asked in ("speed", "min"):
-            return cls(None, asked == "min", optimizer)
-        return cls(bytes_of_option(asked), False, optimizer)
+            return replace(wish, bytes=accelerator.usable_memory)
+        return wish if asked in ("speed", "min") else replace(wish, bytes=bytes_of_option(asked))
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What was chosen. trades: empty where nothing changes. again: calls of the forward that the backward runs.
+    """What was chosen. trades: empty where nothing is made again. again: calls of the forward that the backward runs.
 
+    away: what waits in the memory of the host, of which a rank may take `host_limit` bytes, and `ranks` share it.
+    tiles: over which wide parts run.
     state_bytes: of inputs and of the optimizer. as_it_was: `total` without trades. limit: of `total`.
     """
 
@@ -66,6 +81,10 @@ class MemoryPlan:
     state_bytes: int
     as_it_was: int
     limit: int | None
+    away: Away | None = None
+    host_limit: int = 0
+    ranks: int = 1
+    tiles: Tiles | None = None
 
     @property
     def total(self) -> int:
@@ -74,12 +93,23 @@ class MemoryPlan:
 
     @property
     def seconds(self) -> float:
-        """That the trades cost a step."""
-        return sum(trade.seconds for trade in self.trades)
+        """That the trades cost a step, tiles, and waiting for the host."""
+        others = sum(lever.seconds for lever in (self.away, self.tiles) if lever is not None)
+        return sum(trade.seconds for trade in self.trades) + others
+
+    @property
+    def host_bytes(self) -> int:
+        """Of this rank in the memory of its host."""
+        return self.away.bytes if self.away is not None else 0
+
+    @property
+    def host_fits(self) -> bool:
+        """Whether the host holds what its ranks keep there."""
+        return self.host_bytes <= self.host_limit
 
     @property
     def fits(self) -> bool:
-        """Whether everything stays below the limit."""
+        """Whether everything on the rank stays below the limit."""
         return self.limit is None or self.total <= self.limit
 
 
@@ -90,13 +120,40 @@ def plan_memory(joint: Joint, saved: Collection[fx.Node], cost: CostModel, wish:
     as_it_was = state + peak.bytes
     if not wish.least and (wish.bytes is None or as_it_was <= ROOM * wish.bytes):
         return MemoryPlan(tuple(saved), (), (), None, peak, state, as_it_was, wish.bytes)
+    cost = cost.of_one_graph()
     blocks, trades = all_trades(joint, saved, cost)
-    search = _Search(joint, tuple(saved), trades)
-    count = search.least() if wish.least or wish.bytes is None else search.first_below(int(ROOM * wish.bytes) - state)
-    kept = saved_after(saved, trades[:count])
+    search = PlanSearch(joint, tuple(saved), trades, blocks, cost)
+    tiles = None
+    if wish.least or wish.bytes is None:
+        chosen = search.plain(search.least())
+    else:
+        limit = int(ROOM * wish.bytes) - state
+        chosen = search.cheapest(limit, wish.host)
+        tiled = search.over_tiles(limit, wish.host)
+        if tiled is not None and _preference(tiled[0], tiled[1], limit, wish) < _preference(chosen, None, limit, wish):
+            chosen, tiles = tiled
+    kept = search.saved_after(chosen.count)
     again = made_again(joint, set(kept))
-    chosen = tuple(trades[:count])
-    return MemoryPlan(tuple(kept), tuple(again), chosen, blocks, search.peak(count), state, as_it_was, wish.bytes)
+    return MemoryPlan(
+        tuple(kept),
+        tuple(again),
+        tuple(trades[: chosen.count]),
+        blocks,
+        chosen.peak,
+        state,
+        as_it_was,
+        wish.bytes,
+        chosen.away,
+        wish.host,
+        wish.ranks,
+        tiles,
+    )
+
+
+def _preference(choice: PlanChoice, tiles: Tiles | None, limit: int, wish: Wish) -> tuple[float, ...]:
+    """What fits goes first, then what costs least; of what does not fit, what takes least."""
+    misses = max(0, choice.peak.bytes - limit), max(0, choice.host_bytes - wish.host)
+    return *misses, choice.seconds + (tiles.seconds if tiles is not None else 0.0)
 
 
 def state_bytes(joint: Joint, optimizer: Optimizer) -> int:
@@ -113,45 +170,3 @@ def all_trades(
     blocks = find_blocks(joint, cost.is_heavy)
     savings = Savings(joint, set(saved), blocks.inputs, lambda node: cost.work(node).seconds)
     return blocks, savings.trades() + (savings.of_block_inputs() if block_inputs else [])
-
-
-def saved_after(saved: Iterable[fx.Node], trades: Iterable[Trade]) -> list[fx.Node]:
-    """What is saved after these trades."""
-    kept = dict.fromkeys(saved)
-    for trade in trades:
-        for node in trade.given_up:
-            kept.pop(node, None)
-        kept.update(dict.fromkeys(trade.instead))
-    return list(kept)
-
-
-class _Search:
-    """How many of the trades to make."""
-
-    def __init__(self, joint: Joint, saved: Sequence[fx.Node], trades: Sequence[Trade]) -> None:
-        self.joint, self.saved, self.trades = joint, saved, trades
-        self._peaks: dict[int, Peak] = {}
-
-    def peak(self, count: int) -> Peak:
-        """After so many trades."""
-        if count not in self._peaks:
-            self._peaks[count] = peak_of(self.joint, saved_after(self.saved, self.trades[:count]))
-        return self._peaks[count]
-
-    def first_below(self, limit: int) -> int:
-        """The fewest trades whose peak is within the limit; where none is, those with the least peak."""
-        best = self.least()
-        if self.peak(best).bytes > limit:
-            return best
-        low, high = 0, best  # at `high` it fits
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.peak(middle).bytes <= limit else (middle + 1, high)
-        return low
-
-    def least(self) -> int:
-        """A number of trades with the least peak: what is made again is alive, too, so that more is not always less."""
-        last = len(self.trades)
-        looks = {round(at * last / _LOOKS) for at in range(_LOOKS + 1)}
-        looks |= set(range(max(0, last - _LAST_LOOKS), last))
-        return min(sorted(looks), key=lambda count: self.peak(count).bytes)

@@ -167,3 +167,13 @@ def _must_run_once(node: fx.Node) -> bool:
     if node.op != "call_function" or is_getitem(node):
         return False
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) or node.is_impure()
+
+
+def saved_after(saved: Iterable[fx.Node], trades: Iterable[Trade]) -> list[fx.Node]:
+    """What is saved after these trades."""
+    kept = dict.fromkeys(saved)
+    for trade in trades:
+        for node in trade.given_up:
+            kept.pop(node, None)
+        kept.update(dict.fromkeys(trade.instead))
+    return list(kept)

@@ -18,6 +18,7 @@ class Figures:
     saved: bytes of activations that are kept for the backward. peaks: of what is alive besides parameters and states,
     in the forward and in either half of the backward. products, attention, attention_full: flops of the forward of the
     whole model on one device: of products, of attention as masked and without its mask. sent: by kind of collective.
+    host: bytes in the memory of the host.
     """
 
     seconds: float
@@ -34,6 +35,7 @@ class Figures:
     attention: float
     attention_full: float
     sent: Sent = field(default_factory=dict)
+    host: float = 0.0
 
     @property
     def total(self) -> float:

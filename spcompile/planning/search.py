@@ -20,6 +20,7 @@ from spcompile.diagnostics import IllegalModel, SpcompileError
 from spcompile.graph.edit import copy_module
 from spcompile.machine.accelerators import ACCELERATORS
 from spcompile.machine.mesh import MeshShape
+from spcompile.memory.ladder import HOST
 from spcompile.memory.planner import ROOM, Wish
 from spcompile.options import Options
 from spcompile.passes_api import Pass
@@ -115,7 +116,7 @@ def evaluate(depths: Depths, candidate: Candidate, options: Options, pipeline: S
     try:
         split = _split(depths, candidate.mesh, options, pipeline)
         steps = [short_step(short, candidate, split, chosen, pipeline) for short in depths.shorts]
-        return _at_full_depth(depths, candidate, steps, Wish.of(chosen))
+        return _at_full_depth(depths, candidate, steps, Wish.of(chosen, candidate.ranks))
     except SpcompileError as error:
         return Result(candidate, None, error=str(error))
 
@@ -133,26 +134,32 @@ def _all_passes(options: Options, candidate: Candidate) -> dict[str, Any]:
 
 
 def _at_full_depth(depths: Depths, candidate: Candidate, steps: Sequence[ShortStep], wish: Wish) -> Result:
-    """The step as it is planned: all trades of the cheaper kinds, and of the last kind as many as are needed."""
-    rungs = _rungs(steps)
+    """The step as it is planned: all trades of the cheaper kinds, and of the last kind as many as are needed.
+
+    Where no trades are enough, as much waits in the memory of the host as is needed.
+    """
+    rungs = _rungs(steps, wish)
     start = _first_that_fits(depths, steps, rungs, wish)
     if start == 0 or wish.bytes is None:
-        figures = _figures(depths, steps, start)
-        fits = wish.bytes is None or figures.total <= wish.bytes
-        if fits or start == rungs[-1]:
-            return Result(candidate, figures, _names(steps[0], start), fits)
+        figures = _figures(depths, steps, rungs[start])
+        if _stays_within(figures, wish) or start == len(rungs) - 1:
+            return Result(candidate, figures, _names(steps[0], rungs[start]), _stays_within(figures, wish))
     assert wish.bytes is not None
-    before = _figures(depths, steps, start - 1) if start else figures
-    for rung in range(max(start, 1), len(rungs)):
-        after = _figures(depths, steps, rung)
-        planned = [_planned_bytes(depths, steps, number) for number in (rung - 1, rung)]
+    before = _figures(depths, steps, rungs[start - 1]) if start else figures
+    for at in range(max(start, 1), len(rungs)):
+        after = _figures(depths, steps, rungs[at])
+        planned = [_planned_bytes(depths, steps, number) for number in rungs[at - 1 : at + 1]]
         wanted = max(0.0, planned[0] - ROOM * wish.bytes)
         part = between(before, after, min(1.0, wanted / max(1.0, planned[0] - planned[1])))
         for figures, budget in ((part, None), (after, int(planned[1] / ROOM) + 1)):
-            if figures.total <= wish.bytes:
-                return Result(candidate, figures, _names(steps[0], rung), True, budget=budget)
+            if _stays_within(figures, wish):
+                return Result(candidate, figures, _names(steps[0], rungs[at]), True, budget=budget)
         before = after
     return Result(candidate, before, _names(steps[0], rungs[-1]), False)
+
+
+def _stays_within(figures: Figures, wish: Wish) -> bool:
+    return wish.bytes is None or (figures.total <= wish.bytes and figures.host <= wish.host)
 
 
 def _figures(depths: Depths, steps: Sequence[ShortStep], rung: int) -> Figures:
@@ -160,7 +167,7 @@ def _figures(depths: Depths, steps: Sequence[ShortStep], rung: int) -> Figures:
     return found[0] if len(found) == 1 else extrapolated(found[0], found[1], _blocks(depths), depths.count)
 
 
-def _rungs(steps: Sequence[ShortStep]) -> list[int]:
+def _rungs(steps: Sequence[ShortStep], wish: Wish) -> list[int]:
     """Rungs that mean the same at all depths: all, if layers offer the same trades in the same order, else the ends."""
     ladders = [step.ladder for step in steps if step.ladder is not None]
     if not ladders:
@@ -168,18 +175,18 @@ def _rungs(steps: Sequence[ShortStep]) -> list[int]:
     kinds = [ladder.kinds for ladder in ladders]
     most = min(len(found) for found in kinds)
     same = next((n for n in range(most) if len({found[n] for found in kinds}) > 1), most)
-    return list(range(same + 1))
+    return [*range(same + 1), *([HOST] if wish.host and wish.bytes is not None else [])]
 
 
 def _first_that_fits(depths: Depths, steps: Sequence[ShortStep], rungs: Sequence[int], wish: Wish) -> int:
-    """By what is alive in the joint graphs, as the compiler itself plans."""
+    """Its place among `rungs`, by what is alive in the joint graphs, as the compiler itself plans."""
     if wish.bytes is None and not wish.least:
         return 0
     planned: list[float] = []
-    for rung in rungs:
+    for at, rung in enumerate(rungs):
         planned.append(_planned_bytes(depths, steps, rung))
         if wish.bytes is not None and planned[-1] <= ROOM * wish.bytes:
-            return rung
+            return at
     return planned.index(min(planned))
 
 
@@ -205,7 +212,7 @@ def _names(step: ShortStep, rung: int) -> tuple[str, ...]:
     if step.ladder is None:
         return ()
     found = []
-    for op, source in step.ladder.kinds[:rung]:
+    for op, source in step.ladder.kinds if rung == HOST else step.ladder.kinds[:rung]:
         place = f" of {source.file.rpartition('/')[2]}:{source.line}" if source is not None else ""
         found.append(f"{op.partition('.')[0]}{place}")
     return tuple(dict.fromkeys(found))

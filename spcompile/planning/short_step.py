@@ -12,9 +12,10 @@ import torch.fx as fx
 from spcompile.attention.scores.attention_call import AttentionCall
 from spcompile.graph.edit import copy_module
 from spcompile.machine.mesh import MeshShape
-from spcompile.memory.account import bytes_alive, saved_bytes
+from spcompile.memory.account import bytes_alive, host_bytes, saved_bytes
 from spcompile.memory.joint import Joint
 from spcompile.memory.ladder import Ladder, halves
+from spcompile.memory.send_to_host import send_to_host
 from spcompile.options import Options
 from spcompile.parameters.planned_parts import captured_over_planned_parts
 from spcompile.parameters.weight_plan import PLANNED, parts_of_parameter, split_over_tp
@@ -60,7 +61,7 @@ class ShortStep:
     def figures(self, rung: int) -> Figures:
         """Of the final graphs, with the trades of a rung of the ladder."""
         graphs, again = dict(self.base), 0.0
-        if self.ladder is not None and rung:
+        if self.ladder is not None and rung != 0:
             chosen = self.ladder.rung(rung)
             again = sum(trade.seconds for trade in chosen.trades)
             assert self.traced.joint is not None
@@ -72,6 +73,8 @@ class ShortStep:
                 chosen.again,
                 self.traced.arguments,
             )
+            if chosen.away is not None:
+                send_to_host(*cut, {node.name for node in chosen.away.values})
             graphs = dict(zip(("forward", "backward"), cut, strict=True))
         emission = Emission(replace(self.program, history=History()), bind=lambda graph: None)
         with torch.no_grad():
@@ -107,6 +110,7 @@ class ShortStep:
             attention=attention,
             attention_full=attention_full,
             sent=sent,
+            host=float(host_bytes(final)),
         )
 
 

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 from spcompile.graph.storage import saved_values
 from spcompile.memory.joint import Joint
 from spcompile.memory.planner import MemoryPlan, Wish, plan_memory
+from spcompile.memory.row_tiles import TILES
+from spcompile.memory.send_to_host import send_to_host
 from spcompile.program.program_cache import sources
 from spcompile.program.progress import begins
 from spcompile.program.replayed_draws import is_kept_state, partitioned
@@ -46,9 +48,14 @@ class Partitioner(CustomPartitionerFn):
         joint = Joint.of(gm.graph, kwargs["num_fwd_outputs"], self.cost.accelerator, self.cost.fuses)
         plan = plan_memory(joint, saved, self.cost, self.wish)
         self.planned(plan)
-        if not plan.trades:
-            return forward, backward
-        return cut_as_planned(self.base, gm, joint_inputs, plan.saved, plan.again, kwargs)
+        if plan.trades:
+            forward, backward = cut_as_planned(self.base, gm, joint_inputs, plan.saved, plan.again, kwargs)
+        if plan.away is not None:
+            send_to_host(forward, backward, {node.name for node in plan.away.values})
+        if plan.tiles is not None:
+            for part in (forward, backward):
+                part.graph.output_node().meta[TILES] = plan.tiles.count
+        return forward, backward
 
     def __deepcopy__(self, memo: Any) -> Partitioner:
         """Itself: Inductor copies its settings, and this one holds the program."""

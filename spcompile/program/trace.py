@@ -164,7 +164,7 @@ def compile_for(
     program = build(gm, inputs, mesh, options, pipeline, History(keep_graphs=True, keep_texts=keep_texts))
     if mesh.world_size == 1:
         program.ctx.remarks.add("SPR401", "one rank: nothing is sharded", strict_error=False)
-    return Traced(program, emitted(program, Wish.of(options)), serial)
+    return Traced(program, emitted(program, Wish.of(options, mesh.world_size)), serial)
 
 
 def emitted(program: LocalProgram, wish: Wish | None = None) -> Emission:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from spcompile.collectives import COLLECTIVES, Collective
+from spcompile.collectives.host_copy import HOST_COPIES, HostCopy
 
 _STATES = """\
 | state | data | gradient |
@@ -13,6 +14,12 @@ _STATES = """\
 | R replicate | the same on every rank | P: each rank has a term of the sum |
 | S shard | every rank has its own part | S |
 | P partial | the value is the sum over ranks | R |
+"""
+
+_HOST = """\
+Values that are saved for the backward may wait in the memory of the host ([memory.md](memory.md)). No rank hears of
+another's. Each copy is waited for by `spx::wait_copy(Tensor(a) x, Tensor source) -> Tensor(a)`; `source`, which is what
+was copied, is alive until then.
 """
 
 
@@ -35,7 +42,25 @@ def collectives_markdown() -> str:
         for c in COLLECTIVES.values()
         for to, (src, dst) in c.states.items()
     ]
-    return "\n".join([*head, *rows, "", *[_section(c) for c in COLLECTIVES.values()]])
+    host = ["# Copies to the host", "", _HOST, *[_host_section(copy) for copy in HOST_COPIES.values()]]
+    return "\n".join([*head, *rows, "", *[_section(c) for c in COLLECTIVES.values()], *host])
+
+
+def _host_section(copy: HostCopy) -> str:
+    return "\n".join(
+        [
+            f"## {copy.name}",
+            "",
+            f"    spx::{str(copy.op._schema).removeprefix('spx::')}",
+            "",
+            f"{copy.summary} Dual: `{copy.dual}`. Bytes: those of the value, and none to other ranks.",
+            "",
+            "```",
+            copy.drawing,
+            "```",
+            "",
+        ]
+    )
 
 
 def _dual(collective: Collective, to: str) -> str:

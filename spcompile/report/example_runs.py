@@ -18,6 +18,7 @@ import torch.fx as fx
 from spcompile.graph.edit import copy_graph
 from spcompile.graph.printer import format_graph
 from spcompile.machine.mesh import MeshShape
+from spcompile.memory.planner import Wish
 from spcompile.options import Options
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.program.build import LocalProgram, build
@@ -117,7 +118,8 @@ def _after_autograd(
 
 def graphs_after_autograd(program: LocalProgram) -> dict[str, fx.GraphModule]:
     """The forward and the backward graph of a program, after its SCHEDULE passes, with axes as groups."""
-    emission = Emission(program, bind=lambda graph: None)
+    wish = Wish.of(program.ctx.options, program.ctx.mesh.world_size)
+    emission = Emission(program, bind=lambda graph: None, wish=wish)
     with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
         emit(emission, "eager")
     return emission.graphs

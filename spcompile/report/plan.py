@@ -267,6 +267,7 @@ class Plan:
                     ["transient, at the peak", f"{size_text(memory.transient_bytes)} ({memory.peak_at})"],
                     ["peak, without the optimizer", size_text(memory.peak_bytes)],
                     ["peak of everything", size_text(memory.total_bytes)],
+                    ["in the memory of the host", _in_host_memory(memory)],
                 ],
             ),
             *_actions_table(memory),
@@ -309,6 +310,13 @@ class Plan:
 def size_text(size: sympy.Expr) -> str:
     """`1.50 MiB`, or the expression of a size that is not known."""
     return bytes_text(float(size)) if size.is_number else str(size)
+
+
+def _in_host_memory(memory: Memory) -> str:
+    if memory.host_bytes == 0:
+        return size_text(memory.host_bytes)
+    of = f" of {bytes_text(memory.host_limit_bytes)}" if memory.host_limit_bytes else ""
+    return f"{size_text(memory.host_bytes)}, on a node {size_text(memory.host_node_bytes)}{of}"
 
 
 def _actions_table(memory: Memory) -> list[tuple[str, list[str], list[list[str]]]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch.fx as fx
 
+from spcompile.collectives.host_copy import HOST_COPIES, WAIT_COPY
 from spcompile.schedule.op_cost import is_matmul
 from spcompile.schedule.timeline import is_wait, starts
 from spcompile.torch_private import CustomGraphPass, OrderedSet, get_hash_for_files, preserve_node_ordering
@@ -31,10 +32,10 @@ def dependencies(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     found: dict[fx.Node, list[fx.Node]] = {}
     before: list[fx.Node] = []
     for node in graph.nodes:
-        if starts(node):
+        if starts(node) or node.target in HOST_COPIES:
             flying.add(node)
             before.append(node)
-        elif is_wait(node) or is_matmul(node):
+        elif is_wait(node) or node.target is WAIT_COPY or is_matmul(node):
             if before and flying:
                 found[node] = [n for n in before if n not in node.all_input_nodes]
             flying.difference_update(node.all_input_nodes)

@@ -53,7 +53,7 @@ class Roles:
     """
 
     def __init__(self, nodes: list[fx.Node], place: dict[fx.Node, int], heavy: Callable[[fx.Node], bool]) -> None:
-        effects = _side_effects(nodes)
+        effects = side_effects(nodes)
         self.inputs = {n: list(dict.fromkeys([*n.all_input_nodes, *effects.get(n, ())])) for n in nodes}
         self.readers: defaultdict[fx.Node, list[fx.Node]] = defaultdict(list)
         self.lazy: set[fx.Node] = set()
@@ -96,7 +96,7 @@ def renames(node: fx.Node) -> bool:
     return root_of(node) is not node or getattr(node.target, "overloadpacket", None) in _MOVES
 
 
-def _side_effects(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+def side_effects(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """Nodes with side effects -> what must stand before them: the one before, and readers of what they write.
 
     And readers of what was written -> the node that wrote it.

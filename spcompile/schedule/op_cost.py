@@ -28,6 +28,7 @@ import spcompile.attention.op  # noqa: F401  (defines the ops)
 from spcompile.attention.ring.ring_call import RingCall, attention_of, is_attention, ring_of
 from spcompile.attention.scores.attention_call import GradientCall
 from spcompile.attention.scores.mask import AttentionMask
+from spcompile.collectives.host_copy import HOST_COPIES
 from spcompile.collectives.pipelined_matmuls import PIPELINED
 from spcompile.collectives.typed_calls import AllGatherMatmulCall, MatmulReduceScatterCall
 from spcompile.graph.edit import is_getitem
@@ -150,6 +151,10 @@ class CostModel:
         chain = 1 if op == "all_to_all" else (self.mesh.size(axis) - 1) * (2 if op == "all_reduce" else 1)
         return self._link(axis).seconds(_at_traced_sizes(amount, node), max(1, chain))
 
+    def host_copy(self, size: int) -> float:
+        """Seconds of a copy of so many bytes to the host or back."""
+        return self.accelerator.seconds_per_kernel + size / self.accelerator.host_bytes_per_second
+
     def bytes_sent(self, node: fx.Node) -> float:
         """By this rank, in a collective."""
         sent = sent_by(node, self.mesh)
@@ -171,8 +176,8 @@ class CostModel:
         return flops / (self.accelerator.peak(_itemsize(node)) * reached)
 
     def _traffic(self, node: fx.Node) -> float:
-        if not _tensors(node) or is_getitem(node) or root_of(node) is not node:
-            return 0.0  # a view, or a size
+        if not _tensors(node) or is_getitem(node) or root_of(node) is not node or node.target in HOST_COPIES:
+            return 0.0  # a view, a size, or what has a stream of its own
         reads, writes = list(node.all_input_nodes), True
         if self.fuses and _fuses(node):
             reads = [n for n in reads if not _fuses(root_of(n))]

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.fx as fx
 
 from spcompile.collectives import is_start
+from spcompile.collectives.host_copy import HOST_COPIES, WAIT_COPY
 from spcompile.machine.links import link_of
 from spcompile.schedule.communication import sent_by
-from spcompile.schedule.op_cost import CostModel
+from spcompile.schedule.op_cost import CostModel, bytes_of
 
 _c10d = torch.ops._c10d_functional
 
@@ -25,8 +27,9 @@ _c10d = torch.ops._c10d_functional
 class Timeline:
     """One run of a graph. Seconds, and bytes that this rank sends.
 
-    seconds: until the end; compute + exposed. communication: on the way, summed over collectives.
-    exposed_bytes: of each collective as much as compute waited for it.
+    seconds: until the end; compute + exposed + host. communication: on the way, summed over collectives.
+    exposed_bytes: of each collective as much as compute waited for it. host: seconds that compute waits for copies to
+    the host and back, which are in none of the others but `seconds`.
     """
 
     phase: str
@@ -36,6 +39,7 @@ class Timeline:
     exposed: float
     bytes: float
     exposed_bytes: float
+    host: float = 0.0
 
     @property
     def hidden(self) -> float:
@@ -75,8 +79,9 @@ def timeline(
     late_by: is given, for every started collective, the seconds that compute waits for it.
     events: is given what takes time, in the order of the graph.
     """
-    now = compute = communication = exposed = sent = exposed_bytes = 0.0
-    free: defaultdict[str, float] = defaultdict(float)  # axis -> when its stream is
+    now = compute = communication = exposed = sent = exposed_bytes = host = 0.0
+    free: defaultdict[Any, float] = defaultdict(float)  # axis, or op of a host copy -> when its stream is
+    copied: dict[fx.Node, float] = {}  # start of such a copy -> arrival
     flying: dict[fx.Node, tuple[float, float, float]] = {}  # start -> (arrival, seconds, bytes)
     for node in nodes:
         if starts(node):
@@ -86,6 +91,14 @@ def timeline(
             communication, sent = communication + seconds, sent + size
             if events is not None and seconds > 0:
                 events.append(Event(node.name, axis, free[axis] - seconds, seconds))
+            continue
+        if node.target in HOST_COPIES:
+            free[node.target] = max(now, free[node.target]) + cost.host_copy(bytes_of(node))
+            copied[node] = free[node.target]
+            continue
+        if node.target is WAIT_COPY:
+            late = max(0.0, copied.pop(node.all_input_nodes[0], now) - now)
+            host, now = host + late, now + late
             continue
         if is_wait(node):
             arrival, seconds, size = flying.pop(node.all_input_nodes[0], (0.0, 1.0, 0.0))
@@ -104,7 +117,7 @@ def timeline(
             sent, now = sent + size, now + work.compute
             exposed_bytes += size * late / work.communication if size else 0.0
         exposed, now = exposed + late, now + late
-    return Timeline(phase, now, compute, communication, exposed, sent, exposed_bytes)
+    return Timeline(phase, now, compute, communication, exposed, sent, exposed_bytes, host)
 
 
 def transfer(node: fx.Node, cost: CostModel) -> tuple[str, float, float]:

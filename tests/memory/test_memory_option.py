@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from memory_models import D, Decoder
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,42 +21,8 @@ from spcompile.memory.account import saved_bytes
 from spcompile.program.observed import observed
 from spcompile.schedule.saved_bytes import saved_activation_bytes
 
-D, N, LAYERS, S = 16, 4, 2, 101
+S = 101
 LONG = 401  # where activations outweigh gradients, which travel in buckets that no plan counts
-
-
-class Block(nn.Module):
-    """Attention and an MLP, each behind a norm; dropout behind both where `p` is not 0."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.first, self.second = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
-        self.p = p
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        B, length, _ = x_BSD.shape
-        q, k, v = (t.view(B, length, N, -1).transpose(1, 2) for t in self.qkv(self.first(x_BSD)).chunk(3, -1))
-        y_BNSH = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x_BSD = x_BSD + F.dropout(self.out(y_BNSH.transpose(1, 2).reshape(B, length, D)), self.p, self.training)
-        return x_BSD + F.dropout(self.down(F.gelu(self.up(self.second(x_BSD)))), self.p, self.training)
-
-
-class Decoder(nn.Module):
-    """Blocks over vectors; the mean square is the loss. `again`: every block is checkpointed by the model itself."""
-
-    def __init__(self, p: float = 0.0, again: bool = False) -> None:
-        super().__init__()
-        self.embed = nn.Linear(D, D)
-        self.blocks = nn.ModuleList(Block(p) for _ in range(LAYERS))
-        self.again = again
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        x_BSD = self.embed(x_BSD)
-        for block in self.blocks:
-            x_BSD = checkpoint(block, x_BSD, use_reentrant=False) if self.again else block(x_BSD)
-        return x_BSD.square().mean()
 
 
 def memory_of(model: nn.Module, mesh: Mapping[str, int], *, length: int = S, **options: Any) -> Any:

@@ -5,86 +5,25 @@ B batch, S sequence, D width, F width inside the MLP.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.fx as fx
 import torch.nn.functional as F
-from torch import Tensor, nn
+from memory_models import COST, B, D, S, Stack, joint_of, stack
+from torch import Tensor
 
 from spcompile.diagnostics import IllegalOption
-from spcompile.graph.storage import root_of, saved_values
-from spcompile.machine.accelerators import ACCELERATORS
+from spcompile.graph.storage import root_of
 from spcompile.machine.byte_sizes import bytes_text, parse_bytes
-from spcompile.machine.mesh import MeshShape
 from spcompile.machine.optimizers import OPTIMIZERS
 from spcompile.memory.fusion import fused_away
-from spcompile.memory.joint import Joint
 from spcompile.memory.liveness import Lives, peak_of
 from spcompile.memory.planner import Wish, plan_memory
 from spcompile.memory.stream_blocks import find_blocks
 from spcompile.memory.trades import Savings, made_again
 from spcompile.options import Options
-from spcompile.schedule.op_cost import CostModel
-from spcompile.torch_private import aot_autograd, make_boxed_func, min_cut_rematerialization_partition
-
-B, S, D, WIDE = 1, 64, 16, 64
-COST = CostModel(MeshShape(()), ACCELERATORS["h100"], {}, fuses=False)
-
-
-class Layer(nn.Module):
-    """A residual MLP behind a norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(D)
-        self.up = nn.Linear(D, WIDE, bias=False)
-        self.down = nn.Linear(WIDE, D, bias=False)
-
-    def forward(self, x_BSD: Tensor, memory_BSD: Tensor | None = None) -> Tensor:
-        y_BSD = self.norm(x_BSD) if memory_BSD is None else self.norm(x_BSD) * memory_BSD
-        return x_BSD + self.down(F.gelu(self.up(y_BSD)))
-
-
-class Stack(nn.Module):
-    """So many layers; with `remembers`, each also reads the output of a first part."""
-
-    def __init__(self, layers: int, remembers: bool = False) -> None:
-        super().__init__()
-        self.first = nn.Linear(D, D)
-        self.layers = nn.ModuleList(Layer() for _ in range(layers))
-        self.remembers = remembers
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        x_BSD = self.first(x_BSD)
-        memory_BSD = x_BSD.sigmoid() if self.remembers else None
-        for layer in self.layers:
-            x_BSD = layer(x_BSD, memory_BSD)
-        return x_BSD.square().mean()
-
-
-def joint_of(function: Callable[..., Any], *inputs: Tensor) -> tuple[Joint, list[fx.Node]]:
-    """The joint graph of a function, and what torch's partitioner saves."""
-    found: list[tuple[Joint, list[fx.Node]]] = []
-
-    def partition(gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
-        forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
-        here = {node.name: node for node in gm.graph.nodes}
-        saved = [here[n.name] for n in saved_values(forward.graph, backward.graph) if n.op == "call_function"]
-        found.append((Joint.of(gm.graph, kwargs["num_fwd_outputs"], ACCELERATORS["h100"]), saved))
-        return forward, backward
-
-    def run(gm: fx.GraphModule, _: Any) -> Any:
-        return make_boxed_func(gm.forward)
-
-    torch.compile(function, backend=aot_autograd(fw_compiler=run, partition_fn=partition))(*inputs)
-    return found[0]
-
-
-def stack(layers: int, remembers: bool = False, length: int = S) -> tuple[Joint, list[fx.Node]]:
-    return joint_of(Stack(layers, remembers), torch.randn(B, length, D))
 
 
 @pytest.mark.thinned(4)

@@ -1,0 +1,228 @@
+"""tile-rows: what works row by row on wide values, as an MLP between two norms, runs over tiles of rows.
+
+Before   up: "f64[8, 16]" = aten.mm(x, w)          After    x_1 = aten.slice(x, 0, 0, 4)
+         sin: "f64[8, 16]" = aten.sin(up)                   up_1: "f64[4, 16]" = aten.mm(x_1, w)
+         down: "f64[8, 4]" = aten.mm(sin, v)                sin_1: "f64[4, 16]" = aten.sin(up_1)
+                                                            down_1: "f64[4, 4]" = aten.mm(sin_1, v)
+                                                            ...                                       # rows 4 to 8
+                                                            down: "f64[8, 4]" = aten.cat([down_1, down_2])
+
+Forward and backward alike, so that no wide value stands whole; gradients of weights are sums over tiles, in float32 at
+least. A plan of memory asks for it where that is what a step needs to fit. Which parts of a graph those are is in
+`spcompile/memory/row_tiles.py`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from spcompile.graph.edit import call
+from spcompile.memory.row_tiles import (
+    TILES,
+    WidePart,
+    find_wide_parts,
+    product_rows,
+    renames_rows,
+    rows_and_width,
+    turned,
+)
+from spcompile.passes_api import Context, Example, Pass, Stage
+from spcompile.schedule.list_schedule import side_effects
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class TileRows(Pass):
+    """Cut wide parts into tiles of rows.
+
+    tiles: how many; 0: as the plan of memory says, which is none where a step fits without.
+    """
+
+    name: ClassVar[str] = "tile-rows"
+    stage: ClassVar[Stage] = Stage.SCHEDULE
+    summary: ClassVar[str] = "wide row-wise parts run over tiles of rows"
+
+    tiles: int = 0
+
+    def run(self, gm: fx.GraphModule, ctx: Context) -> int:
+        """Rewrite all parts; returns how many."""
+        graph, output = gm.graph, gm.graph.output_node()
+        tiles = self.tiles or output.meta.get(TILES, 1)
+        if tiles < 2:
+            return 0
+        calls = [node for node in graph.nodes if node.op == "call_function"]
+        parts = [part for part in find_wide_parts(calls, lambda node: False) if not _is_tiled(part, tiles)]
+        parts = _put_together(graph, [part for part in parts if part.rows >= tiles])
+        for part in parts:
+            _Tiles(part, tiles).write()
+        return len(parts)
+
+
+def _is_tiled(part: WidePart, tiles: int) -> bool:
+    """Whether a part works on rows that were cut out by this pass."""
+    return any(product_rows(node).meta.get("spx_tile") for node in part.products)
+
+
+def _put_together(graph: fx.Graph, parts: Sequence[WidePart]) -> list[WidePart]:
+    """Order the graph so that the calls of each part stand behind one another; returns the parts that allow it."""
+    found = list(parts)
+    while True:
+        order, stuck = _order_of_units(graph, found)
+        if not stuck:
+            break
+        found = [part for part in found if part not in stuck]
+    output = graph.output_node()
+    for node in order:
+        output.prepend(node)
+    return found
+
+
+def _order_of_units(graph: fx.Graph, parts: Sequence[WidePart]) -> tuple[list[fx.Node], list[WidePart]]:
+    """(all nodes but the output, with each part as one, as near to their order as can be; parts on a circle)."""
+    place = {node: at for at, node in enumerate(graph.nodes) if node.op != "output"}
+    unit = {node: node for node in place} | {node: part.inner[0] for part in parts for node in part.calls}
+    members: dict[fx.Node, list[fx.Node]] = {}
+    effects = side_effects(place)
+    for node in place:
+        members.setdefault(unit[node], []).append(node)
+    after: dict[fx.Node, set[fx.Node]] = {first: set() for first in members}
+    for node in place:
+        for value in (*node.all_input_nodes, *effects.get(node, ())):
+            if unit[value] is not unit[node]:
+                after[unit[value]].add(unit[node])
+    missing = dict.fromkeys(members, 0)
+    for units in after.values():
+        for other in units:
+            missing[other] += 1
+    ready = [(place[first], first) for first, count in missing.items() if not count]
+    heapq.heapify(ready)
+    order: list[fx.Node] = []
+    done: set[fx.Node] = set()
+    while ready:
+        _, first = heapq.heappop(ready)
+        done.add(first)
+        order.extend(members[first])
+        for other in after[first]:
+            missing[other] -= 1
+            if not missing[other]:
+                heapq.heappush(ready, (place[other], other))
+    return order, [part for part in parts if part.inner[0] not in done]
+
+
+class _Tiles:
+    """Writes the tiles of one part, behind one another, in place of its calls."""
+
+    def __init__(self, part: WidePart, tiles: int) -> None:
+        self.part = part
+        self.graph = part.inner[0].graph
+        self.before = max(part.calls).next
+        step = -(-part.rows // tiles)
+        self.bounds = [(start, min(start + step, part.rows)) for start in range(0, part.rows, step)]
+        self.flat: dict[fx.Node, fx.Node] = {}  # value of rows -> the same as a matrix
+
+    def write(self) -> None:
+        part = self.part
+        ends = sorted({*part.whole, *part.narrow})
+        pieces: dict[fx.Node, list[fx.Node]] = {node: [] for node in ends}
+        totals: dict[fx.Node, fx.Node] = {}
+        for bounds in self.bounds:
+            tile: dict[fx.Node, fx.Node] = {}
+            for node in sorted((*part.inner, *part.narrow, *part.sums)):
+                if node in part.sums:
+                    self._add(totals, node, self._summed(node, tile, bounds))
+                    continue
+                tile[node] = self._row_by_row(node, tile, bounds)
+                if node in pieces:
+                    pieces[node].append(tile[node])
+        results = {node: self._joined(node, rows) for node, rows in pieces.items()}
+        results |= {node: self._total(node, total) for node, total in totals.items()}
+        for node, result in results.items():
+            node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in part.calls)
+        for node in sorted(part.calls, reverse=True):
+            if not node.users:
+                self.graph.erase_node(node)
+
+    def _call(self, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = call(self.graph, target, args, kwargs, like=like, before=self.before)
+        node.meta.setdefault("spx_origin", "tile-rows")
+        return node
+
+    def _row_by_row(self, node: fx.Node, tile: Mapping[fx.Node, fx.Node], bounds: tuple[int, int]) -> fx.Node:
+        if renames_rows(node):
+            return self._operand(node.all_input_nodes[0], tile, bounds)
+        rows = {product_rows(node)} if node in self.part.products else set(node.all_input_nodes)
+
+        def operand(value: fx.Node) -> fx.Node:
+            return self._operand(value, tile, bounds) if value in rows else value
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), operand)
+        return self._call(node, node.target, *args, **kwargs)
+
+    def _operand(self, value: fx.Node, tile: Mapping[fx.Node, fx.Node], bounds: tuple[int, int]) -> fx.Node:
+        """The rows of a value that are in the tile; the value itself where it has none."""
+        if value in tile:
+            return tile[value]
+        shape = rows_and_width(value)
+        example = value.meta.get("val")
+        if shape is None or shape[0] != self.part.rows:
+            is_broadcast = isinstance(example, Tensor) and example.ndim > 1
+            return self._flat(value, [example.shape[-1]]) if is_broadcast else value
+        cut = self._call(value, aten.slice.Tensor, self._flat(value, list(shape)), 0, *bounds)
+        cut.meta["spx_tile"] = True
+        return cut
+
+    def _flat(self, value: fx.Node, shape: list[int]) -> fx.Node:
+        if list(value.meta["val"].shape) == shape:
+            return value
+        if value not in self.flat:
+            self.flat[value] = self._call(value, aten.reshape.default, value, shape)
+        return self.flat[value]
+
+    def _summed(self, node: fx.Node, tile: Mapping[fx.Node, fx.Node], bounds: tuple[int, int]) -> fx.Node:
+        if node.target is aten.sum.dim_IntList:
+            return self._call(node, node.target, self._operand(node.all_input_nodes[0], tile, bounds), [0])
+        left, right = turned(node.args[0]), node.args[1]
+        assert left is not None
+        assert isinstance(right, fx.Node)
+        left = self._call(node, aten.t.default, self._operand(left, tile, bounds))
+        return self._call(node, node.target, left, self._operand(right, tile, bounds))
+
+    def _add(self, totals: dict[fx.Node, fx.Node], node: fx.Node, more: fx.Node) -> None:
+        if node in totals:
+            totals[node] = self._call(node, aten.add.Tensor, totals[node], more)
+        elif more.meta["val"].dtype in (torch.float16, torch.bfloat16):
+            totals[node] = self._call(node, aten._to_copy.default, more, dtype=torch.float32)
+        else:
+            totals[node] = more
+
+    def _joined(self, node: fx.Node, rows: Iterable[fx.Node]) -> fx.Node:
+        return self._as_before(node, self._call(node, aten.cat.default, list(rows)))
+
+    def _total(self, node: fx.Node, total: fx.Node) -> fx.Node:
+        if total.meta["val"].dtype != node.meta["val"].dtype:
+            total = self._call(node, aten._to_copy.default, total, dtype=node.meta["val"].dtype)
+        return self._as_before(node, total)
+
+    def _as_before(self, node: fx.Node, value: fx.Node) -> fx.Node:
+        shape = list(node.meta["val"].shape)
+        return value if list(value.meta["val"].shape) == shape else self._call(node, aten.view.default, value, shape)
+
+
+def _residual_mlp(x_SD: Tensor, up_DF: Tensor, down_FD: Tensor) -> Tensor:
+    return (x_SD + (x_SD @ up_DF).sin() @ down_FD).square().mean()
+
+
+def _inputs() -> tuple[Tensor, ...]:
+    shapes = ((7, 4), (4, 16), (16, 4))
+    return tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+
+
+EXAMPLE = Example(_residual_mlp, _inputs, fields={"tiles": 2})

@@ -22,9 +22,16 @@ from torch import Tensor
 from spcompile.graph.sizes import hint
 from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
 from spcompile.sharding.batch_entries import inputs_with_batch, require_batch
-from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces
+from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces, prefixes_of_their_own
 from spcompile.sharding.layout import annotate
-from spcompile.sharding.propagate import SCORES, Choice, Placements, propagate, sequence_seeds
+from spcompile.sharding.propagate import (
+    SCORES,
+    Choice,
+    Placements,
+    propagate,
+    sequence_families,
+    sequence_seeds,
+)
 from spcompile.sharding.sharded_or_replicated import trained_values
 from spcompile.sharding.shuffles import find_shuffles, split_apart
 from spcompile.sharding.tensor_parallel import tensor_seeds
@@ -64,6 +71,8 @@ class AnnotateSharding(AxisPass):
         while True:
             rules = {node: rule for shuffle in shuffles for node, rule in shuffle.rules.items()}
             spaces = find_index_spaces(gm.graph, apart=self.axis == "dp", moving=self.axis == "cp", rules=rules)
+            if self.axis == "cp" and (alone := prefixes_of_their_own(spaces, sequence_families(spaces.calls))):
+                spaces = find_index_spaces(gm.graph, moving=True, rules={**alone, **rules})
             placements = place(gm.graph, spaces, ctx)
             whole = split_apart(shuffles, spaces, placements)
             if not whole:

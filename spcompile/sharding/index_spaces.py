@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -72,6 +72,20 @@ def find_index_spaces(
         else:
             spaces.values[node] = [_fresh(value) for value in examples]
     return spaces
+
+
+def prefixes_of_their_own(spaces: IndexSpaces, sequences: Set[Space]) -> dict[fx.Node, OpRule]:
+    """The rules of calls that cut one of `sequences` off something longer, which is to be laid out like none of them.
+
+    What a causal convolution pads at both ends, and cuts, is as long as its sequence by chance of how it is written.
+    """
+    return {
+        node: call.rule.alone
+        for node, call in spaces.calls.items()
+        if call.rule.alone is not None
+        for short, whole in call.rule.prefix_of.items()
+        if sequences.intersection(call.leaves_of(short)) and not sequences.intersection(call.leaves_of(whole))
+    }
 
 
 def _fresh(value: torch.Tensor) -> Dims:

@@ -144,6 +144,8 @@ class Lower(fx.Interpreter):
             return self.merged_attention(n, choice, args)
         if choice.factor in call.rule.moved:
             return self.moved(n, layout, choice)
+        if choice.factor in call.rule.windows:
+            return self.windowed(n, layout, choice, args, kwargs)
         if is_prefix(call, choice):
             return args[0]
         args, kwargs = self.mask_reduced(n, layout, choice, args, kwargs)
@@ -304,6 +306,32 @@ class Lower(fx.Interpreter):
             return spx.move(x, move.dim, move.start, move.count, *old, move.to, *new, axis, degree, order)
         own = spx.pick(x, move.dim, move.start, move.count, *self.length_and_unit(held), axis, degree, order)
         return spx.all_reduce(own, axis, degree, "I")
+
+    def windowed(
+        self, n: fx.Node, layout: NodeLayout, choice: Choice, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """A call of which each element is made of neighbours: of each chunk of the result, from just what it reads."""
+        call, split, (x, *others) = layout.call, self.split, args
+        assert call is not None
+        window, (example,) = call.rule.windows[choice.factor], tensor_results(n)
+        operand_layout = layout_of(operand(n, 0))
+        assert operand_layout is not None
+        source = place_of(call.rule.operands[0], call, choice)
+        target = place_of(call.rule.results[0], call, choice)
+        assert source is not None
+        assert target is not None
+        held, wanted = leaves(operand_layout.dims[0][source.dim]), leaves(layout.dims[0][target.dim])
+        count = math.prod(space.find().size for space in held)
+        made = (window.step, window.before, window.extent, *self.length_and_unit(wanted))
+        layout_held = self.length_and_unit(held)
+        read = spx.halo(x, source.dim, count, *layout_held, *made, split.axis, split.degree, split.order)
+        chunks = read.chunk(chunks_per_rank(split.order), source.dim)
+        calls = [LocalCall((chunk, *others), kwargs, (), choice.factor, count, split.degree) for chunk in chunks]
+        parts = [window.local(of_chunk) for of_chunk in calls]
+        result = torch.cat(parts, target.dim) if len(parts) > 1 else parts[0]
+        if not example.is_floating_point() or not split.padded(wanted[0]):
+            return result
+        return self.on_split_dim(result, [leaves(dim) for dim in layout.dims[0]], target, True, self.mask_benignly)
 
     def length_and_unit(self, dim: list[Space]) -> tuple[Size, Size]:
         """Of the layout of a dim whose first factor is split."""

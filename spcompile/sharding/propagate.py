@@ -62,6 +62,7 @@ def place_of(dims: tuple[tuple[str, ...], ...], call: OpSpaces, choice: Choice) 
     names = {choice.factor, call.rule.paired.get(choice.factor)}
     names.update(prefix for prefix, whole in call.rule.prefix_of.items() if whole == choice.factor)
     names.update(call.rule.moved if choice.factor in call.rule.moved else ())
+    names.update([call.rule.windows[choice.factor].of] if choice.factor in call.rule.windows else ())
     for index, dim in enumerate(dims):
         offset = 0
         for factor in dim:
@@ -89,6 +90,12 @@ def _shardable(call: OpSpaces, choice: Choice) -> Choice | None:
             choice = Choice(leader, choice.part)
     if choice.factor in rule.moved:  # each of them is split over its first part, whatever parts the others have
         return Choice(rule.moved[0]) if choice.part == 0 else None
+    for (
+        made,
+        window,
+    ) in rule.windows.items():  # split over its first part, whatever parts it and what it is made of have
+        if choice.factor in (made, window.of):
+            return Choice(made) if choice.part == 0 else None
     if is_prefix(call, choice):
         parts = [call.leaves_of(factor) for factor in (choice.factor, *_prefixes(call, choice.factor))]
         return choice if all(len(spaces) == 1 for spaces in parts) else None  # else it is no beginning of any part

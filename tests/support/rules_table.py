@@ -139,10 +139,11 @@ CASES: list[tuple[Call, str]] = [
     (call("contiguous", x(4, 6)), "a b -> a b"),
     (call("conv1d", x(2, 4, 8), x(6, 4, 3)), "a d [e], b d [f] -> a b [c] | d: sum"),
     (call("conv1d", x(2, 4, 8), x(6, 4, 3), x(6)), "a [d] [e], b [d] [f], b -> a b [c]"),
-    (call("conv1d", x(2, 4, 8), x(4, 1, 3), None, [1], [0], [1], 4), "a [d] [e], [b] 1 [f] -> a [b] [c]"),
+    (call("conv1d", x(2, 4, 8), x(4, 1, 3), None, [1], [0], [1], 4), "a b [d], b 1 [e] -> a b [c]"),
+    (call("conv1d", x(2, 4, 8), x(6, 2, 3), None, [1], [1], [1], 2), "a (b [e]) [f], (b [c]) [e] [g] -> a (b [c]) [d]"),
     (call("conv1d", x(2, 4, 8), x(6, 4, 1)), "a d c, b d 1 -> a b c | d: sum"),
     (call("conv1d", x(2, 4, 8), x(6, 4, 1), None, [2]), "a d [e], b d 1 -> a b [c] | d: sum"),
-    (call("conv1d", x(2, 4, 8), x(4, 1, 1), x(4), [1], [0], [1], 4), "a [d] c, [b] 1 1, [b] -> a [b] c"),
+    (call("conv1d", x(2, 4, 8), x(4, 1, 1), x(4), [1], [0], [1], 4), "a b c, b 1 1, b -> a b c"),
     (call("conv1d.padding", x(2, 4, 8), x(6, 4, 3), None, [1], "same"), "a d [e], b d [f] -> a b [c] | d: sum"),
     (call("conv2d", x(2, 4, 8, 6), x(6, 4, 3, 2)), "a e [f] [g], b e [h] [i] -> a b [c] [d] | e: sum"),
     (

@@ -144,7 +144,8 @@ def _slice(node: fx.Node, dim: int, start: Size, step: Size) -> OpRule:
         return rule
     rule = _cut_between_blocks(node, rule, dim, [start])
     is_most = prefix is not None and 4 * hint(length) >= 3 * hint(whole)  # what the others have is little padding
-    return rule if is_most else with_moves(node, rule, dim, [(0, 0, start, 0, length)])
+    moves = with_moves(node, rule, dim, [(0, 0, start, 0, length)])
+    return replace(rule, alone=moves.moving) if is_most else moves
 
 
 @register(*overloads("select.int unbind.int"))

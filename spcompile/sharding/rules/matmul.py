@@ -5,8 +5,6 @@ With a bias the contracted factor is replicated: every rank would add the bias t
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.fx as fx
 
@@ -114,37 +112,3 @@ def einsum(node: fx.Node) -> OpRule | None:
     sums = [factor for letter, factor in known.items() if letter not in output]
     out = [known.get(letter, ()) for letter in output]
     return make_rule(node, {"tensors": layouts}, [out], sums=sums, fills={"tensors": 0.0})
-
-
-@register(*overloads("conv1d conv2d conv3d conv1d.padding conv2d.padding conv3d.padding"))
-def convolution(node: fx.Node) -> OpRule:
-    """`a d [e], b d [f] -> a b [c] | d: sum`, with one, two or three e, f, c; channels in groups are replicated.
-
-    Along a dim with a kernel of 1, step 1 and no padding each place is computed alone: `a d e, b d 1 -> a b e`.
-    """
-    args = arguments(node)
-    space = args["weight"].ndim - 2
-    *batch, channels = factors(args["input"].shape[:-space])
-    rows, row_channels = factors(args["weight"].shape[:2])
-    if args["groups"] == 1:
-        row_channels = channels
-        channels.replicated = args["bias"] is not None
-    else:
-        rows.replicated = channels.replicated = row_channels.replicated = True
-    places, taps, steps = (
-        [Factor(size, replicated=True) for size in shape[-space:]]
-        for shape in (args["input"].shape, args["weight"].shape, tensor_results(node)[0].shape)
-    )
-    for dim, size in enumerate(args["weight"].shape[-space:]):
-        if same(size, 1) and _along(args["stride"], dim) == 1 and _along(args["padding"], dim) in (0, "same", "valid"):
-            steps[dim] = places[dim]
-            places[dim].replicated = False
-    operands: dict[str, Any] = {"input": [*batch, channels, *places], "weight": [rows, row_channels, *taps]}
-    if args["bias"] is not None:
-        operands["bias"] = [rows]
-    return make_rule(node, operands, [[*batch, rows, *steps]], sums=[channels], fills={"input": 0.0, "weight": 0.0})
-
-
-def _along(setting: Any, dim: int) -> Any:
-    """A convolution's setting of one dim; one number is that of all."""
-    return setting[min(dim, len(setting) - 1)] if isinstance(setting, (list, tuple)) else setting

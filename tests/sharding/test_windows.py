@@ -1,0 +1,87 @@
+"""Convolutions along the sequence: ranks send each other what windows have in common, nobody gathers.
+
+B batch, S sequence, D width, K width of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from example_numerics import check_pipeline, nodes_of
+from rule_calls import call, x
+from torch import Tensor
+
+from spcompile.sharding.rules import rule_of
+
+
+def made(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def attend(x_BSD: Tensor, causal: bool = False) -> Tensor:
+    h = x_BSD.unflatten(-1, (2, -1)).transpose(1, 2)
+    return x_BSD + F.scaled_dot_product_attention(h, h, h, is_causal=causal).transpose(1, 2).flatten(2)
+
+
+def along(x_BSD: Tensor, w: Tensor, **settings: Any) -> Tensor:
+    return F.conv1d(x_BSD.transpose(1, 2), w, **settings).transpose(1, 2)
+
+
+def centred(x_BSD: Tensor, w_DDK: Tensor, b_D: Tensor) -> Tensor:
+    h_BSD = attend(x_BSD)
+    return attend((h_BSD + along(h_BSD, w_DDK, bias=b_D, padding=1).sin()).cos())
+
+
+def causal(x_BSD: Tensor, w_DDK: Tensor, b_D: Tensor) -> Tensor:
+    """Written both ways: padded in front, and padded at both ends and cut."""
+    h_BSD = attend(x_BSD, causal=True)
+    h_BSD = h_BSD * along(F.pad(h_BSD, (0, 0, 2, 0)), w_DDK, bias=b_D).sin()
+    h_BSD = h_BSD + along(h_BSD, w_DDK, padding=2)[:, : x_BSD.shape[1]].cos()
+    return attend(h_BSD, causal=True)
+
+
+def gaps_between_channels(x_BSD: Tensor, w_DDK: Tensor, b_D: Tensor) -> Tensor:
+    """Each channel by itself, and in pairs; taps stand apart, an even number of them reaches further back."""
+    h_BSD = attend(x_BSD)
+    h_BSD = h_BSD + along(h_BSD, w_DDK[:, :1], bias=b_D, padding="same", dilation=3, groups=h_BSD.shape[-1]).sin()
+    h_BSD = h_BSD * along(h_BSD, w_DDK[:, :2, :2], padding="same", groups=h_BSD.shape[-1] // 2)
+    return attend(h_BSD, causal=True)
+
+
+def shorter(x_BSD: Tensor, w_DDK: Tensor, b_D: Tensor) -> Tensor:
+    """Every second place, then every fourth: each length has a layout of its own, and an attention."""
+    h_BSD = attend(along(attend(x_BSD), w_DDK, bias=b_D, stride=2, padding=1).sin())
+    return attend(along(h_BSD, w_DDK, stride=2, padding=2, dilation=2).sin())
+
+
+CASES: dict[str, Callable[..., Tensor]] = {
+    "centred": centred,
+    "causal": causal,
+    "gaps between channels": gaps_between_channels,
+    "shorter": shorter,
+}
+
+
+@pytest.mark.thinned(4)
+@pytest.mark.parametrize("length", [12, 9])
+@pytest.mark.parametrize("degree", [2, 3, 4])
+@pytest.mark.parametrize("attention", ["ring", "ulysses"])
+@pytest.mark.parametrize("name", CASES)
+def test_nobody_gathers(name: str, attention: str, degree: int, length: int) -> None:
+    inputs = [made(2, length, 4), made(4, 4, 3), made(4)]
+    program = check_pipeline(CASES[name], inputs, {"cp": degree}, attention=attention)
+    assert {remark.code for remark in program.ctx.remarks.rows} <= {"SPR203"}
+    assert nodes_of(program, "spx.halo")
+
+
+def test_text() -> None:
+    rule = rule_of(call("conv1d", x(2, 4, 8), x(6, 4, 3), None, [2], [1], [2]).node())
+    assert rule is not None
+    assert rule.moving is not None
+    assert rule.moving.text() == "a d e, b d [f] -> a b c | d: sum, c: of e"
+    (window,) = rule.moving.windows.values()
+    assert (window.of, window.step, window.before, window.extent) == ("e", 2, 1, 5)

@@ -24,16 +24,12 @@ from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
 from spcompile.sharding.batch_entries import inputs_with_batch, require_batch
 from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces, prefixes_of_their_own
 from spcompile.sharding.layout import annotate
-from spcompile.sharding.propagate import (
-    SCORES,
-    Choice,
-    Placements,
-    propagate,
-    sequence_families,
-    sequence_seeds,
-)
+from spcompile.sharding.propagate import Choice, Placements, propagate
+from spcompile.sharding.rules.rule import tensor_results
+from spcompile.sharding.sequences import SCORES, sequence_families, sequence_seeds
 from spcompile.sharding.sharded_or_replicated import trained_values
 from spcompile.sharding.shuffles import find_shuffles, split_apart
+from spcompile.sharding.spaces import Space
 from spcompile.sharding.tensor_parallel import tensor_seeds
 
 
@@ -70,7 +66,8 @@ class AnnotateSharding(AxisPass):
         shuffles = find_shuffles(gm.graph) if self.axis != "tp" else []
         while True:
             rules = {node: rule for shuffle in shuffles for node, rule in shuffle.rules.items()}
-            spaces = find_index_spaces(gm.graph, apart=self.axis == "dp", moving=self.axis == "cp", rules=rules)
+            kind = {"dp": "apart", "cp": "moving", "tp": "convolving"}[self.axis]
+            spaces = find_index_spaces(gm.graph, rules=rules, **{kind: True})
             if self.axis == "cp" and (alone := prefixes_of_their_own(spaces, sequence_families(spaces.calls))):
                 spaces = find_index_spaces(gm.graph, moving=True, rules={**alone, **rules})
             placements = place(gm.graph, spaces, ctx)
@@ -91,7 +88,7 @@ def _place_batch(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placemen
 
 
 def _place_sequence(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placements:
-    seeds = sequence_seeds(spaces)
+    seeds = sequence_seeds(spaces, _entries(graph, spaces), ctx.mesh.size("cp"))
     if _is_decoding(graph, spaces, seeds):
         seeds = {}
     if not seeds:
@@ -100,6 +97,13 @@ def _place_sequence(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Place
         text = "attention: what reads the weights is no product with values; split by query rows"
         ctx.remarks.add("SPR202", text, node)
     return propagate(spaces, seeds if ctx.mesh.size("cp") > 1 else {})
+
+
+def _entries(graph: fx.Graph, spaces: IndexSpaces) -> set[Space]:
+    """What the first dims of the user's inputs run over first: entries of the batch, where those have more dims."""
+    inputs = (n for n in graph.find_nodes(op="placeholder") if n in spaces.values and not n.meta.get("state"))
+    dims = (spaces.dims(n) for n in inputs if tensor_results(n)[0].ndim > 1)
+    return {of_first[0] for of_first, *_ in dims if of_first}
 
 
 def _is_decoding(graph: fx.Graph, spaces: IndexSpaces, seeds: Mapping[fx.Node, Choice]) -> bool:

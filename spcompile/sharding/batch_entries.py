@@ -24,7 +24,6 @@ from spcompile.graph.edit import is_getitem, shape_of
 from spcompile.graph.sizes import divides, hint, same, same_shape
 from spcompile.sharding.index_spaces import IndexSpaces
 from spcompile.sharding.propagate import (
-    UNREAD_ATTENTION,
     Choice,
     Place,
     Placements,
@@ -34,6 +33,7 @@ from spcompile.sharding.propagate import (
     space_at,
 )
 from spcompile.sharding.rules.rule import tensor_operands, tensor_results
+from spcompile.sharding.sequences import UNREAD_ATTENTION
 
 _FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 _LEGAL = "two entries or more on every rank of dp; for a shared input, one without a dim of 1 in front"

@@ -42,12 +42,18 @@ class IndexSpaces:
 
 
 def find_index_spaces(
-    graph: fx.Graph, *, apart: bool = False, moving: bool = False, rules: Mapping[fx.Node, OpRule] | None = None
+    graph: fx.Graph,
+    *,
+    apart: bool = False,
+    moving: bool = False,
+    convolving: bool = False,
+    rules: Mapping[fx.Node, OpRule] | None = None,
 ) -> IndexSpaces:
     """One pass in topological order. Calls without a rule get new spaces for their results.
 
     apart: of an axis whose ranks have parts of their own from the start: where an op has another rule for that.
     moving: of an axis whose ranks send each other what an op moves: the same.
+    convolving: of one whose ranks send each other only what windows have in common that are multiplied by weights.
     rules: of calls that have another rule than else.
     """
     spaces = IndexSpaces()
@@ -63,7 +69,7 @@ def find_index_spaces(
         if apart and rule is not None and rule.apart is not None:
             first = next((spaces.values[n][0] for n in tensor_operands(node)), [])
             rule = rule.apart([[space.size for space in leaves(dim)] for dim in first])
-        if moving and rule is not None and rule.moving is not None:
+        if rule is not None and rule.moving is not None and (moving or (convolving and convolves(rule))):
             rule = rule.moving
         call = _bind(node, rule, spaces) if rule is not None else None
         if call is not None:
@@ -72,6 +78,11 @@ def find_index_spaces(
         else:
             spaces.values[node] = [_fresh(value) for value in examples]
     return spaces
+
+
+def convolves(rule: OpRule) -> bool:
+    """Whether an op multiplies windows by weights, on an axis that may split them."""
+    return bool((rule.moving or rule).windows) and len(rule.operands) > 1
 
 
 def prefixes_of_their_own(spaces: IndexSpaces, sequences: Set[Space]) -> dict[fx.Node, OpRule]:

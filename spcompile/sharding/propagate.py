@@ -20,9 +20,6 @@ from spcompile.sharding.index_spaces import IndexSpaces, OpSpaces
 from spcompile.sharding.rules.rule import tensor_operands
 from spcompile.sharding.spaces import Space, leaves
 
-UNREAD_ATTENTION = "spx_unread_attention"  # in meta["custom"] of a softmax: the dim of its query rows, from the end
-SCORES = "spx_scores"  # the same where it may be no attention: what reads the weights is no product with values
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -200,48 +197,6 @@ def follow_prefix(call: OpSpaces, choice: Choice) -> None:
             short, long = call.leaves_of(prefix)[0], call.leaves_of(whole)[choice.part]
             if short is not long and short.prefix_of is None:
                 short.prefix_of = long
-
-
-def sequence_seeds(spaces: IndexSpaces) -> dict[fx.Node, Choice]:
-    """The calls whose rule pairs factors, attention, choose their leading one: query rows, or keys of few queries.
-
-    So does the softmax of an attention that stayed written out: it is split by rows, and reads all keys. Where there is
-    none, any softmax over products of two sequences does.
-    """
-    return _seeds(spaces, UNREAD_ATTENTION) or _seeds(spaces, SCORES)
-
-
-def _seeds(spaces: IndexSpaces, key: str) -> dict[fx.Node, Choice]:
-    seeds: dict[fx.Node, Choice] = {}
-    for node, call in spaces.calls.items():
-        rows = node.meta.get("custom", {}).get(key)
-        leader = _row_factor(call, rows) if rows else _leader(call)
-        if leader is not None:
-            seeds[node] = Choice(leader)
-    return seeds
-
-
-def _leader(call: OpSpaces) -> str | None:
-    """The query rows, or the keys where ranks merge what they see; None for one key and one query."""
-    in_results = {factor for dims in call.rule.results for dim in dims for factor in dim}
-    for leader, follower in call.rule.paired.items():
-        if follower in call.rule.completed:
-            return follower
-        if leader in in_results - call.rule.replicated:
-            return leader
-    return None
-
-
-def _row_factor(call: OpSpaces, dim: int) -> str | None:
-    """The factor of the rows of scores, [..., S, T] or with the rows elsewhere."""
-    rows = call.rule.results[0][dim]
-    return rows[0] if rows and rows[0] not in call.rule.replicated else None
-
-
-def sequence_families(calls: Mapping[fx.Node, OpSpaces]) -> set[Space]:
-    """The families of spaces that the query rows of attention run over: the sequences of a graph."""
-    leaders = ((call, _leader(call)) for call in calls.values())
-    return {call.leaves_of(leader)[0].family() for call, leader in leaders if leader is not None}
 
 
 def space_at(dims: list[list[Space]], place: Place) -> Space:

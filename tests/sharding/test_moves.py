@@ -112,7 +112,6 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Tensor]]]] = {
 }
 
 MORE_SAID = {
-    "pairs": "SPR202",  # an attention over a product of dims gathers its keys
     "tokens": "SPR201",  # a mask that is put together stays dense
 }
 

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from spcompile.graph.reshard import Place
 from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces
 from spcompile.sharding.layout import NodeLayout
-from spcompile.sharding.propagate import Choice, Placements, propagate, sequence_seeds
+from spcompile.sharding.propagate import Choice, Placements, propagate
+from spcompile.sharding.sequences import sequence_seeds
 from spcompile.sharding.sharded_or_replicated import sharded_calls, trained_values
 
 aten = torch.ops.aten

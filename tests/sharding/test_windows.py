@@ -78,6 +78,31 @@ def test_nobody_gathers(name: str, attention: str, degree: int, length: int) -> 
     assert nodes_of(program, "spx.halo")
 
 
+def blocks(x_BSD: Tensor, q_DD: Tensor, out_DD: Tensor, w_DDK: Tensor, up_DF: Tensor, down_FD: Tensor) -> Tensor:
+    """Heads, a convolution of the residual stream, and one of each channel of a hidden layer."""
+    h = (x_BSD @ q_DD).unflatten(-1, (2, -1)).transpose(1, 2)
+    x_BSD = x_BSD + F.scaled_dot_product_attention(h, h, h).transpose(1, 2).flatten(2) @ out_DD
+    x_BSD = x_BSD + along(x_BSD, w_DDK, padding=1).sin()
+    f_BSF = F.gelu(F.layer_norm(x_BSD, x_BSD.shape[-1:]) @ up_DF)
+    f_BSF = along(f_BSF, w_DDK.flatten(0, 1)[: f_BSF.shape[-1], None], padding=1, groups=f_BSF.shape[-1])
+    return x_BSD + f_BSF @ down_FD
+
+
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("mesh", [{"tp": 2}, {"tp": 2, "cp": 2}, {"tp": 3}])
+def test_between_the_blocks_of_tp(mesh: dict[str, int]) -> None:
+    """The stream is split along the sequence there; hidden channels are split as their products are.
+
+    What cp has halos of is whole on its ranks of tp.
+    """
+    inputs = [made(2, 9, 4), made(4, 4), made(4, 4), made(4, 4, 3), made(4, 6), made(6, 4)]
+    program = check_pipeline(blocks, inputs, mesh)
+    assert {remark.code for remark in program.ctx.remarks.rows} <= {"SPR203", "SPR503", "SPR505", "SPR502"}
+    halos = [node.args[-3] for node in nodes_of(program, "spx.halo")]
+    assert halos.count("tp") == (0 if "cp" in mesh else 1)
+    assert halos.count("cp") == (2 if "cp" in mesh else 0)
+
+
 def test_text() -> None:
     rule = rule_of(call("conv1d", x(2, 4, 8), x(6, 4, 3), None, [2], [1], [2]).node())
     assert rule is not None

@@ -129,7 +129,7 @@ CASES: list[tuple[Call, str]] = [
     (call("clip", x(4), -0.5), "a -> a"),
     (call("clip.Tensor", x(4), x(4)), "a, a -> a"),
     (call("clone", x(4)), "a -> a"),
-    (call("col2im", x(2, 24, 20), [8, 6], [3, 2], [1, 1], [1, 0], [2, 1]), "a (b [e]) [f] -> a b [c] [d]"),
+    (call("col2im", x(2, 24, 20), [8, 6], [3, 2], [1, 1], [1, 0], [2, 1]), "a (b [e]) ([f] [g]) -> a b [c] [d]"),
     (call("complex", x(4), x(4)), "a, a -> a"),
     (call("concat", [x(4, 2), x(4, 6)], -1), "a [c], a [d] -> a [b]"),
     (call("concatenate", [x(2, 4), x(6, 4)]), "[c] b, [d] b -> [a] b"),

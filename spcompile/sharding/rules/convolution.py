@@ -17,6 +17,7 @@ import torch
 import torch.fx as fx
 import torch.nn.functional as F
 
+from spcompile.graph.sizes import same
 from spcompile.graph.typed_call import named_arguments
 from spcompile.sharding.rules.calls import arguments, overloads
 from spcompile.sharding.rules.factors import Factor, factors, make_rule
@@ -50,7 +51,7 @@ def convolution(node: fx.Node) -> OpRule:
         if step == extent == 1 and before == 0:
             made[dim] = places[dim]
             places[dim].replicated = False
-        else:
+        elif not same(places[dim].size, 1) and not same(made[dim].size, 1):
             windows[made[dim]] = (places[dim], step, before, extent, partial(_convolve, node, dim))
     operands: dict[str, Any] = {
         "input": [*batch, (groups, channels), *places],

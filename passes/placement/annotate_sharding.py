@@ -88,7 +88,7 @@ def _place_batch(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placemen
 
 
 def _place_sequence(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placements:
-    seeds = sequence_seeds(spaces, _entries(graph, spaces), ctx.mesh.size("cp"))
+    seeds = sequence_seeds(spaces, _batch_entries(graph, spaces), ctx.mesh.size("cp"))
     if _is_decoding(graph, spaces, seeds):
         seeds = {}
     if not seeds:
@@ -99,7 +99,7 @@ def _place_sequence(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Place
     return propagate(spaces, seeds if ctx.mesh.size("cp") > 1 else {})
 
 
-def _entries(graph: fx.Graph, spaces: IndexSpaces) -> set[Space]:
+def _batch_entries(graph: fx.Graph, spaces: IndexSpaces) -> set[Space]:
     """What the first dims of the user's inputs run over first: entries of the batch, where those have more dims."""
     inputs = (n for n in graph.find_nodes(op="placeholder") if n in spaces.values and not n.meta.get("state"))
     dims = (spaces.dims(n) for n in inputs if tensor_results(n)[0].ndim > 1)

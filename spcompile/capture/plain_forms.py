@@ -46,7 +46,7 @@ def _pad(node: fx.Node) -> Found:
     is_constant = args.get("mode", "constant") == "constant" and all(isinstance(n, int) for n in args["pad"])
     if not is_constant or len(dims) < 2:
         return None
-    return _padded([(at, pairs[at]) for at in dims], args["value"] or 0), [args["self"]]
+    return _padded_by([(at, pairs[at]) for at in dims], args["value"] or 0), [args["self"]]
 
 
 def _pool(node: fx.Node) -> Found:
@@ -60,7 +60,7 @@ def _conv1d(node: fx.Node) -> Found:
     is_alone = same(args["weight"].meta["val"].shape[-1], 1) and args["padding"][0] == 0
     if not is_alone or args["groups"] != 1 or args["stride"][0] != 1:
         return None
-    return _linear, [args["input"], args["weight"], args["bias"]]
+    return _as_linear, [args["input"], args["weight"], args["bias"]]
 
 
 def _glu(node: fx.Node) -> Found:
@@ -79,7 +79,7 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     return named_arguments(node.target, node.args, node.kwargs)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _as_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """X [..., C, S], weight [D, C, 1] -> [..., D, S]."""
     return F.linear(x.transpose(-2, -1), weight.squeeze(-1), bias).transpose(-2, -1)
 
@@ -102,7 +102,7 @@ def _rolled(shifts: list[Any], dims: list[int]) -> Form:
     return form
 
 
-def _padded(amounts: list[tuple[int, tuple[int, int]]], value: float) -> Form:
+def _padded_by(amounts: list[tuple[int, tuple[int, int]]], value: float) -> Form:
     """amounts: dims, counted from the last, and what stands before and behind."""
 
     def form(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from spcompile.sharding.rules.rule import LocalCall, tensor_operands, tensor_res
 from spcompile.sharding.spaces import Space, leaves
 from spcompile.sharding.split_attention import attention, merged_attention
 from spcompile.sharding.split_dims import SplitDims
-from spcompile.sharding.split_neighbours import moved, windowed
+from spcompile.sharding.split_neighbours import run_moved, run_windowed
 
 aten, spx = torch.ops.aten, torch.ops.spx
 
@@ -112,9 +112,9 @@ class Lower(fx.Interpreter):
         if choice.factor in call.rule.paired.values():
             return merged_attention(split, n, choice, args)
         if choice.factor in call.rule.moved:
-            return moved(split, n, choice, [self.env[read] for read in tensor_operands(n)])
+            return run_moved(split, n, choice, [self.env[read] for read in tensor_operands(n)])
         if choice.factor in call.rule.windows:
-            return windowed(split, n, choice, args, kwargs)
+            return run_windowed(split, n, choice, args, kwargs)
         if is_prefix(call, choice):
             return args[0]
         args, kwargs = self.mask_reduced(n, layout, choice, args, kwargs)

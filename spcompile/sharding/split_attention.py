@@ -34,12 +34,12 @@ def attention(split: SplitDims, n: fx.Node, args: tuple[Any, ...]) -> Any:
     q_rows, k_dims = _dims_of(whole.q)[2], _dims_of(whole.k)
     may_pad = call.q_documents is call.k_documents is None and not call.has_dropout
     if k_dims[2]:  # a single key is whole on every rank
-        length = _product(split, k_dims[2], may_pad)
+        length = _length_of_product(split, k_dims[2], may_pad)
         k, v = (_all_rows(split, x, k_dims, length) for x in (call.k, call.v))
         call = call.but(k=k, v=v)
         missing = 0 if length is None else length - whole.sizes.k_rows
         call = call if isinstance(missing, int) and missing == 0 else _with_padding(call, missing)
-    length = _product(split, q_rows, may_pad)
+    length = _length_of_product(split, q_rows, may_pad)
     if length is None:
         positions = _positions(split, q_rows, call.q.device)
     else:
@@ -50,7 +50,7 @@ def attention(split: SplitDims, n: fx.Node, args: tuple[Any, ...]) -> Any:
     return out, lse
 
 
-def _product(split: SplitDims, rows: list[Space], may_pad: bool) -> Size | None:
+def _length_of_product(split: SplitDims, rows: list[Space], may_pad: bool) -> Size | None:
     """How long rows of several spaces are, with padding, that lie on ranks as if their product were split.
 
     None for the rows of one space, and for those that have padding which may not be, or of which nobody knows how much.

@@ -22,7 +22,7 @@ from spcompile.sharding.split_dims import SplitDims
 spx = torch.ops.spx
 
 
-def moved(split: SplitDims, n: fx.Node, choice: Choice, operands: Sequence[Tensor]) -> Any:
+def run_moved(split: SplitDims, n: fx.Node, choice: Choice, operands: Sequence[Tensor]) -> Any:
     """A call that puts elements of its operands elsewhere: each of its moves by itself, and their sum."""
     layout, read = layout_of(n), tensor_operands(n)
     assert layout is not None
@@ -37,7 +37,7 @@ def moved(split: SplitDims, n: fx.Node, choice: Choice, operands: Sequence[Tenso
             assert operand_layout is not None
             held = None if source is None else leaves(operand_layout.dims[0][source.dim])
             wanted = None if target is None else leaves(dims[target.dim])
-            part = _move(split, operands[move.operand], move, held, wanted)
+            part = _run_move(split, operands[move.operand], move, held, wanted)
             parts.append(part.to(example.dtype) if example.ndim == part.ndim else part.squeeze(move.dim))
         result = functools.reduce(torch.add, parts)
         if target is not None and example.is_floating_point() and split.padded(leaves(dims[target.dim])[0]):
@@ -47,7 +47,7 @@ def moved(split: SplitDims, n: fx.Node, choice: Choice, operands: Sequence[Tenso
     return results if isinstance(n.meta["val"], list | tuple) else results[0]
 
 
-def _move(split: SplitDims, x: Tensor, move: Move, held: list[Space] | None, wanted: list[Space] | None) -> Tensor:
+def _run_move(split: SplitDims, x: Tensor, move: Move, held: list[Space] | None, wanted: list[Space] | None) -> Tensor:
     """One move, from a dim that is split into `held` factors to one of `wanted`; None: ranks have it whole."""
     axis, degree, order = split.axis, split.degree, split.order
     if held is None:
@@ -61,7 +61,9 @@ def _move(split: SplitDims, x: Tensor, move: Move, held: list[Space] | None, wan
     return spx.all_reduce(own, axis, degree, "I")
 
 
-def windowed(split: SplitDims, n: fx.Node, choice: Choice, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+def run_windowed(
+    split: SplitDims, n: fx.Node, choice: Choice, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor:
     """A call of which each element is made of neighbours: each chunk of the result from just what it reads."""
     layout, (example,), (x, *others) = layout_of(n), tensor_results(n), args
     assert layout is not None

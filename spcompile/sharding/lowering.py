@@ -27,7 +27,7 @@ from spcompile.sharding.rules.rule import LocalCall, tensor_operands, tensor_res
 from spcompile.sharding.spaces import Space, leaves
 from spcompile.sharding.split_attention import attention, merged_attention
 from spcompile.sharding.split_dims import SplitDims
-from spcompile.sharding.split_neighbours import run_moved, run_windowed
+from spcompile.sharding.split_neighbours import run_mirrored, run_moved, run_windowed
 
 aten, spx = torch.ops.aten, torch.ops.spx
 
@@ -115,6 +115,8 @@ class Lower(fx.Interpreter):
             return run_moved(split, n, choice, [self.env[read] for read in tensor_operands(n)])
         if choice.factor in call.rule.windows:
             return run_windowed(split, n, choice, args, kwargs)
+        if choice.factor in call.rule.mirrored:
+            return run_mirrored(split, n, choice, args[0])
         if is_prefix(call, choice):
             return args[0]
         args, kwargs = self.mask_reduced(n, layout, choice, args, kwargs)

@@ -101,7 +101,8 @@ def _moves_elements(node: fx.Node) -> bool:
     layout = layout_of(node)
     if layout is None or layout.call is None:
         return False
-    return bool(layout.call.rule.moves) or any(c.factor in layout.call.rule.windows for c in layout.choice.values())
+    rule = layout.call.rule
+    return bool(rule.moves) or any(c.factor in {*rule.windows, *rule.mirrored} for c in layout.choice.values())
 
 
 def _chosen(node: fx.Node, axis: str) -> Choice | None:

@@ -12,9 +12,10 @@ import torch.fx as fx
 from torch import Tensor
 
 from spcompile.graph.sizes import same
-from spcompile.machine.sequence import chunks_per_rank
+from spcompile.graph.typed_call import named_arguments
+from spcompile.machine.sequence import chunks_per_rank, local_length
 from spcompile.sharding.layout import layout_of
-from spcompile.sharding.propagate import Choice, place_of
+from spcompile.sharding.propagate import Choice, place_of, space_at
 from spcompile.sharding.rules.rule import LocalCall, Move, tensor_operands, tensor_results
 from spcompile.sharding.spaces import Space, leaves
 from spcompile.sharding.split_dims import SplitDims
@@ -84,3 +85,30 @@ def run_windowed(
     if not example.is_floating_point() or not split.padded(wanted[0]):
         return result
     return split.on_split_dim(result, [leaves(dim) for dim in layout.dims[0]], target, True, split.mask_benignly)
+
+
+def run_mirrored(split: SplitDims, n: fx.Node, choice: Choice, x: Tensor) -> Tensor:
+    """A flip of a split dim. In zigzag order a rank has places of both ends: flipped, only padding is in the way."""
+    layout, ranks = layout_of(n), (split.axis, split.degree)
+    assert layout is not None
+    assert layout.call is not None
+    dims, place = [leaves(dim) for dim in layout.dims[0]], place_of(layout.call.rule.results[0], layout.call, choice)
+    assert place is not None
+    flipped = {dim % x.ndim for dim in named_arguments(n.target, n.args, n.kwargs)["dims"]}
+    others = len(dims[place.dim])
+
+    def mirrored(x: Tensor, dim: int, space: Space) -> Tensor:
+        length = split.capacity(space)
+        padded = local_length(length, split.degree, "zigzag") * split.degree
+        if split.order != "zigzag":
+            x = spx.reorder(x, dim, length, *ranks, split.order, "zigzag")
+        first = dim - place.part
+        x, whole = x.flip(list(range(first, first + others))), space.find().size
+        x = spx.move(x, dim, padded - whole, whole, length, 1, 0, length, 1, *ranks, "zigzag")
+        return x if split.order == "zigzag" else spx.reorder(x, dim, length, *ranks, "zigzag", split.order)
+
+    x = x.flip(list(flipped - {place.dim})) if len(flipped) > 1 else x
+    result = split.on_split_dim(x, dims, place, True, mirrored)
+    if not x.is_floating_point() or not split.padded(space_at(dims, place)):
+        return result
+    return split.on_split_dim(result, dims, place, True, split.mask_benignly)

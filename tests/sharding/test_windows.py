@@ -58,11 +58,28 @@ def shorter(x_BSD: Tensor, w_DDK: Tensor, b_D: Tensor) -> Tensor:
     return attend(along(h_BSD, w_DDK, stride=2, padding=2, dilation=2).sin())
 
 
+def every_second(x_BSD: Tensor, w_DDK: Tensor, b_D: Tensor) -> Tensor:
+    h_BSD = attend(x_BSD)
+    evens, odds, thirds = attend(h_BSD[:, ::2] + b_D), h_BSD[:, 1::2].sin(), h_BSD[:, -7::3].cos()
+    return evens.sum(1) + odds.sum(1) + thirds.sum(1)
+
+
+def cut_out(x_BSD: Tensor, w_DDK: Tensor, b_D: Tensor) -> Tensor:
+    """Windows as views, and copied beside each other, weighted by what each place says."""
+    h_BSD = attend(x_BSD)
+    seen = torch.einsum("bsdk,dek->bse", h_BSD.unfold(1, 3, 2).sin(), w_DDK)
+    around = F.unfold(h_BSD.transpose(1, 2)[..., None], (3, 1), padding=(1, 0)).unflatten(1, (-1, 3))
+    weights = torch.einsum("bsd,dek->bkes", h_BSD + b_D, w_DDK)
+    return attend(seen).mean(1) + (around * weights.transpose(1, 2)).sum((2, 3))
+
+
 CASES: dict[str, Callable[..., Tensor]] = {
     "centred": centred,
     "causal": causal,
     "gaps between channels": gaps_between_channels,
     "shorter": shorter,
+    "every second": every_second,
+    "cut out": cut_out,
 }
 
 

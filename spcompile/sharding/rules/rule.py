@@ -109,6 +109,7 @@ class OpRule:
         The first is the one that is chosen.
     windows: of the factors of the result of which each element is made of some neighbours: what of. Both dims are laid
         out by themselves, and ranks send each other what windows have in common.
+    mirrored: the factors whose elements the op puts in reverse order, where ranks send each other those.
     unread: operands of which the op reads only the shape, dtype or device (zeros_like, type_as): they may be sharded in
         any way, whatever their dims say.
     apart: the rule where every rank has parts of its own from the start, as over dp, and cannot have the whole. It is
@@ -130,6 +131,7 @@ class OpRule:
     moves: tuple[Move, ...] = ()
     moved: tuple[str, ...] = ()
     windows: Mapping[str, Window] = field(default_factory=dict)
+    mirrored: frozenset[str] = frozenset()
     local: Callable[[LocalCall], Any] | None = None
     unread: frozenset[int] = frozenset()
     apart: Callable[[Sequence[Sequence[Size]]], OpRule] | None = None
@@ -143,6 +145,7 @@ class OpRule:
         notes = [f"{factor}: {kind}" for factor, kind in self.reductions.items()]
         notes += [f"{factor}: complete" for factor in sorted(self.completed)]
         notes += [f"{factor}: moved" for factor in sorted(self.moved)]
+        notes += [f"{factor}: mirrored" for factor in sorted(self.mirrored)]
         notes += [f"{factor}: of {window.of}" for factor, window in sorted(self.windows.items())]
         return f"{left} -> {right}".lstrip() + (f" | {', '.join(notes)}" if notes else "")
 

@@ -53,7 +53,6 @@ STAY = [
     call("pad", x(1, 9, 4), [1, 1], "circular"),
     call("roll", x(9, 4), [1, 1], [0, 1]),
     call("roll", x(9, 4), [1]),
-    call("flip", x(9, 4), [0]),
     call("unbind.int", x(9, 4)),
     call("cat", [x(0), x(9, 4)]),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -85,7 +85,7 @@ def convolves(rule: OpRule) -> bool:
     return bool((rule.moving or rule).windows) and len(rule.operands) > 1
 
 
-def prefixes_of_their_own(spaces: IndexSpaces, sequences: Set[Space]) -> dict[fx.Node, OpRule]:
+def prefixes_of_their_own(spaces: IndexSpaces, sequences: set[Space]) -> dict[fx.Node, OpRule]:
     """The rules of calls that cut one of `sequences` off something longer, which is to be laid out like none of them.
 
     What a causal convolution pads at both ends, and cuts, is as long as its sequence by chance of how it is written.

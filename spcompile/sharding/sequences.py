@@ -32,25 +32,26 @@ def sequence_seeds(spaces: IndexSpaces, entries: Set[Space] = frozenset(), degre
     leaders = _leaders(spaces, UNREAD_ATTENTION) or _leaders(spaces, SCORES)
     if not leaders:
         return {node: Choice(made) for node, made in _convolutions(spaces)}
-    outer = _split_outside(spaces)
-    wanted = {}
-    for node, leader in leaders.items():
-        call, rows = spaces.calls[node], spaces.calls[node].leaves_of(leader)
-        windows = [
-            (choice, space)
-            for choice, space in _batch_of(call, leader)
-            if space not in entries and rows and rows[0] in outer.get(space, ()) and hint(space.size) >= degree
-        ]
-        wanted[node] = windows[0] if windows else (Choice(leader), rows[0] if rows else None)
-    seeds: dict[fx.Node, Choice] = {}
+    inside = _inside_of(spaces)
+    wanted = {node: _windows_or_rows(spaces.calls[node], leaders[node], inside, entries, degree) for node in leaders}
     chosen: set[Space] = set()
-    by_size = sorted(wanted, key=lambda node: -hint(wanted[node][1].size) if wanted[node][1] is not None else 0)
-    for node in by_size:
-        choice, space = wanted[node]
-        batch = [found for found, other in _batch_of(spaces.calls[node], leaders[node]) if other in chosen]
-        seeds[node] = batch[0] if batch and space not in chosen else choice
-        chosen.update([space] if space is not None and seeds[node] == choice else [])
-    return {node: seeds[node] for node in leaders}
+    for node in sorted(wanted, key=lambda node: -hint(wanted[node][1].size)):  # longest first
+        alone = [found for found in _batch_of(spaces.calls[node], leaders[node]) if found[1] in chosen]
+        if alone and wanted[node][1] not in chosen:
+            wanted[node] = alone[0]
+        chosen.add(wanted[node][1])
+    return {node: choice for node, (choice, _) in wanted.items()}
+
+
+def _windows_or_rows(
+    call: OpSpaces, leader: str, inside: Mapping[Space, Set[Space]], entries: Set[Space], degree: int
+) -> tuple[Choice, Space]:
+    """What an attention is to be split over: what its rows are inside of, if there is enough of it, or its rows."""
+    rows = call.leaves_of(leader)[0]
+    for choice, space in _batch_of(call, leader):
+        if space not in entries and rows in inside.get(space, ()) and hint(space.size) >= degree:
+            return choice, space
+    return Choice(leader), rows
 
 
 def sequence_families(calls: Mapping[fx.Node, OpSpaces]) -> set[Space]:
@@ -99,8 +100,8 @@ def _batch_of(call: OpSpaces, leader: str) -> Iterator[tuple[Choice, Space]]:
                 yield Choice(factor, part), space
 
 
-def _split_outside(spaces: IndexSpaces) -> dict[Space, set[Space]]:
-    """For each space what it is cut into, or what stands inside of it in some dim: windows and their rows."""
+def _inside_of(spaces: IndexSpaces) -> dict[Space, set[Space]]:
+    """For each space what stands inside of it in some dim: for windows their rows."""
     found: dict[Space, set[Space]] = {}
     for results in spaces.values.values():
         for dim in (leaves(dim) for dims in results for dim in dims):

@@ -286,7 +286,7 @@ def _sharding(program: LocalProgram) -> Sharding:
     from spcompile.machine.sequence import local_length
     from spcompile.report.plan import Sharding
     from spcompile.sharding.layout import layout_of
-    from spcompile.sharding.propagate import SCORES, UNREAD_ATTENTION
+    from spcompile.sharding.sequences import SCORES, UNREAD_ATTENTION
 
     parallel = program.ctx.mesh.size("cp") > 1
     graph = _last_global_graph(program) if parallel else _last_global(program)

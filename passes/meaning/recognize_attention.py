@@ -43,7 +43,7 @@ from spcompile.recognition.masks.index_maps import sizes_of
 from spcompile.recognition.masks.rows_without_keys import with_uniform_rows
 from spcompile.recognition.repeated_heads import before_repeat, by_head, heads_in_batch
 from spcompile.recognition.scores_chain import EagerAttention, Product, Refused, Term
-from spcompile.sharding.propagate import SCORES, UNREAD_ATTENTION
+from spcompile.sharding.sequences import SCORES, UNREAD_ATTENTION
 
 aten = torch.ops.aten
 

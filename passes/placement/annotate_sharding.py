@@ -24,13 +24,15 @@ from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
 from spcompile.sharding.batch_entries import inputs_with_batch, require_batch
 from spcompile.sharding.exchanges import alone_in_exchanges, exchange
 from spcompile.sharding.group_ends import count_apart
-from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces
+from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces, prefixes_of_their_own
 from spcompile.sharding.layout import annotate
 from spcompile.sharding.mixed_rows import mixed_row_seeds
-from spcompile.sharding.propagate import SCORES, Choice, Placements, propagate, sequence_seeds
-from spcompile.sharding.rules.rule import OpRule
+from spcompile.sharding.propagate import Choice, Placements, propagate
+from spcompile.sharding.rules.rule import OpRule, tensor_results
+from spcompile.sharding.sequences import SCORES, sequence_families, sequence_seeds
 from spcompile.sharding.sharded_or_replicated import trained_values
 from spcompile.sharding.shuffles import find_shuffles, split_apart
+from spcompile.sharding.spaces import Space
 from spcompile.sharding.tensor_parallel import tensor_seeds
 
 
@@ -70,10 +72,7 @@ class AnnotateSharding(AxisPass):
         alone: Mapping[fx.Node, OpRule] = {}
         while True:
             rules = {**alone, **{node: rule for shuffle in shuffles for node, rule in shuffle.rules.items()}}
-            zigzag = self.axis == "cp" and ctx.order == "zigzag"
-            spaces = find_index_spaces(
-                gm.graph, apart=self.axis == "dp", moving=self.axis == "cp", zigzag=zigzag, rules=rules
-            )
+            spaces = self._spaces(gm.graph, rules, ctx)
             placements = place(gm.graph, spaces, ctx)
             whole = split_apart(shuffles, spaces, placements)
             shuffles = [shuffle for shuffle in shuffles if shuffle not in whole]
@@ -91,6 +90,13 @@ class AnnotateSharding(AxisPass):
             ctx.remarks.add("SPR108", text, each.node, strict_error=False)
         return rewrites
 
+    def _spaces(self, graph: fx.Graph, rules: Mapping[fx.Node, OpRule], ctx: Context) -> IndexSpaces:
+        kind = {"dp": "apart", "cp": "moving", "tp": "convolving"}[self.axis]
+        zigzag = self.axis == "cp" and ctx.order == "zigzag"
+        spaces = find_index_spaces(graph, zigzag=zigzag, rules=rules, **{kind: True})
+        own = prefixes_of_their_own(spaces, sequence_families(spaces.calls)) if self.axis == "cp" else {}
+        return find_index_spaces(graph, moving=True, zigzag=zigzag, rules={**own, **rules}) if own else spaces
+
 
 def _place_batch(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placements:
     found = propagate(spaces, {}, inputs_with_batch(graph))
@@ -100,7 +106,7 @@ def _place_batch(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placemen
 
 
 def _place_sequence(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placements:
-    seeds = sequence_seeds(spaces)
+    seeds = sequence_seeds(spaces, _batch_entries(graph, spaces), ctx.mesh.size("cp"))
     if _is_decoding(graph, spaces, seeds):
         seeds = {}
     if not seeds:
@@ -109,6 +115,13 @@ def _place_sequence(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Place
         text = "attention: what reads the weights is no product with values; split by query rows"
         ctx.remarks.add("SPR202", text, node)
     return propagate(spaces, seeds if ctx.mesh.size("cp") > 1 else {})
+
+
+def _batch_entries(graph: fx.Graph, spaces: IndexSpaces) -> set[Space]:
+    """What the first dims of the user's inputs run over first: entries of the batch, where those have more dims."""
+    inputs = (n for n in graph.find_nodes(op="placeholder") if n in spaces.values and not n.meta.get("state"))
+    dims = (spaces.dims(n) for n in inputs if tensor_results(n)[0].ndim > 1)
+    return {of_first[0] for of_first, *_ in dims if of_first}
 
 
 def _is_decoding(graph: fx.Graph, spaces: IndexSpaces, seeds: Mapping[fx.Node, Choice]) -> bool:

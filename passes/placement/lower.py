@@ -20,8 +20,9 @@ from spcompile.passes.placement.annotate_sharding import LOSS_OF_ENTRIES, MLP, a
 from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
 from spcompile.sharding.global_view import views
 from spcompile.sharding.layout import layout_of
-from spcompile.sharding.lowering import Lower, SplitDims
+from spcompile.sharding.lowering import Lower
 from spcompile.sharding.resharding import state_of
+from spcompile.sharding.split_dims import SplitDims
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from spcompile.capture.bool_writes import write_out_bool_writes
 from spcompile.capture.custom_functions import with_own_gradient
 from spcompile.capture.flex_attention import without_block_sizes, written_out
 from spcompile.capture.module_buffer import KEY, ModuleBuffer, may_be_read
+from spcompile.capture.plain_forms import write_in_plain_forms
 from spcompile.capture.vmapped import without_vmaps
 from spcompile.diagnostics import CaptureFailed, source_of
 from spcompile.graph.sizes import same_shape
@@ -126,6 +127,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     _name_placeholders(captured, gm, inputs)
     make_explicit(captured)
     write_out_bool_writes(captured)
+    write_in_plain_forms(captured)
     normalise(captured)
     _read_before_writing(captured.graph)
     _keep_gradients_of_written(captured.graph)

@@ -15,6 +15,8 @@ from spcompile.collectives.collective import (
     is_start,
 )
 from spcompile.collectives.gather_on_gloo import gathers_on_gloo
+from spcompile.collectives.halo import HALO
+from spcompile.collectives.halo_sum import HALO_SUM
 from spcompile.collectives.mask_padding import MASK_PADDING
 from spcompile.collectives.move import MOVE
 from spcompile.collectives.pick import PICK
@@ -30,6 +32,8 @@ __all__ = [
     "ALL_TO_ALL",
     "COLLECTIVES",
     "GRADIENT",
+    "HALO",
+    "HALO_SUM",
     "MASK_PADDING",
     "MOVE",
     "PICK",

@@ -1,11 +1,11 @@
 """What the backward makes again instead of saving it: tags on the joint graph, which the partitioner obeys.
 
-A gathered activation is gathered again from its shard (Korthikanti et al. 2022, arXiv 2205.05198), an all-to-all with
-`recompute` is made again, padding is masked again, and a rank's part of a weight is cut out again. The partitioner
-alone would save what follows: it never repeats a copy that the backward must have in memory (torch 2.13:
-torch/_functorch/partitioners.py, `is_materialized_backwards`), so a reshaped copy of the gathered tensor would be kept
-where the gathered tensor itself may not be. Hence whatever only moves elements, next to such an op, is tagged with it:
-behind it up to the first ops that compute, before it back to those that did.
+A gathered activation is gathered again from its shard (Korthikanti et al. 2022, arXiv 2205.05198), as are neighbours'
+rows; an all-to-all with `recompute` is made again, padding is masked again, and a rank's part of a weight is cut out
+again. The partitioner alone would save what follows: it never repeats a copy that the backward must have in memory
+(torch 2.13: torch/_functorch/partitioners.py, `is_materialized_backwards`), so a reshaped copy of the gathered tensor
+would be kept where the gathered tensor itself may not be. Hence whatever only moves elements, next to such an op, is
+tagged with it: behind it up to the first ops that compute, before it back to those that did.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def tag_recomputed(graph: fx.Graph, regather: bool = True) -> int:
 
 
 def _is_recomputed(node: fx.Node, regather: bool) -> bool:
-    if node.target is spx.all_gather.default:
+    if node.target in (spx.all_gather.default, spx.halo.default):
         return regather
     if node.target is spx.mask_padding.default:
         return True

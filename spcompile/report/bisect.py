@@ -24,8 +24,8 @@ from spcompile.report.final_run import run_final
 from spcompile.report.trial import Outcome, Trial
 from spcompile.report.verify_report import Culprit, difference, is_exact, largest
 from spcompile.sharding.layout import layout_of
-from spcompile.sharding.lowering import SplitDims
 from spcompile.sharding.spaces import leaves
+from spcompile.sharding.split_dims import SplitDims
 
 Matches = Callable[[Tensor, list[Tensor]], bool]  # (value before a pass, values of all ranks behind it)
 

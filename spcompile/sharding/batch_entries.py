@@ -26,7 +26,6 @@ from spcompile.graph.sizes import divides, hint, same, same_shape
 from spcompile.sharding.group_ends import CASTS
 from spcompile.sharding.index_spaces import IndexSpaces
 from spcompile.sharding.propagate import (
-    UNREAD_ATTENTION,
     Choice,
     Place,
     Placements,
@@ -37,6 +36,7 @@ from spcompile.sharding.propagate import (
 )
 from spcompile.sharding.rules.calls import overloads
 from spcompile.sharding.rules.rule import tensor_operands, tensor_results
+from spcompile.sharding.sequences import UNREAD_ATTENTION
 
 _FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 _DIVISIONS = frozenset(overloads("div.Tensor true_divide.Tensor"))

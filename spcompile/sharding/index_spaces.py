@@ -47,6 +47,7 @@ def find_index_spaces(
     apart: bool = False,
     moving: bool = False,
     zigzag: bool = False,
+    convolving: bool = False,
     rules: Mapping[fx.Node, OpRule] | None = None,
 ) -> IndexSpaces:
     """One pass in topological order. Calls without a rule get new spaces for their results.
@@ -54,6 +55,7 @@ def find_index_spaces(
     apart: of an axis whose ranks have parts of their own from the start: where an op has another rule for that.
     moving: of an axis whose ranks send each other what an op moves: the same.
     zigzag: of an axis whose ranks have elements that do not stand together: factors that are ordered are replicated.
+    convolving: of one whose ranks send each other only what windows have in common that are multiplied by weights.
     rules: of calls that have another rule than else.
     """
     spaces = IndexSpaces()
@@ -69,7 +71,7 @@ def find_index_spaces(
         if apart and rule is not None and rule.apart is not None:
             first = next((spaces.values[n][0] for n in tensor_operands(node)), [])
             rule = rule.apart([[space.size for space in leaves(dim)] for dim in first])
-        if moving and rule is not None and rule.moving is not None:
+        if rule is not None and rule.moving is not None and (moving or (convolving and convolves(rule))):
             rule = rule.moving
         if zigzag and rule is not None and rule.ordered:
             rule = replace(rule, replicated=rule.replicated | rule.ordered)
@@ -80,6 +82,25 @@ def find_index_spaces(
         else:
             spaces.values[node] = [_fresh(value) for value in examples]
     return spaces
+
+
+def convolves(rule: OpRule) -> bool:
+    """Whether an op multiplies windows by weights, on an axis that may split them."""
+    return bool((rule.moving or rule).windows) and len(rule.operands) > 1
+
+
+def prefixes_of_their_own(spaces: IndexSpaces, sequences: set[Space]) -> dict[fx.Node, OpRule]:
+    """The rules of calls that cut one of `sequences` off something longer, which is to be laid out like none of them.
+
+    What a causal convolution pads at both ends, and cuts, is as long as its sequence by chance of how it is written.
+    """
+    return {
+        node: call.rule.alone
+        for node, call in spaces.calls.items()
+        if call.rule.alone is not None
+        for short, whole in call.rule.prefix_of.items()
+        if sequences.intersection(call.leaves_of(short)) and not sequences.intersection(call.leaves_of(whole))
+    }
 
 
 def _fresh(value: torch.Tensor) -> Dims:

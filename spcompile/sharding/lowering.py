@@ -6,8 +6,6 @@ form, everything else runs as it is. The traced graph is the LOCAL graph; its sh
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,58 +14,25 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.attention.scores.attention_call import AttentionCall
-from spcompile.attention.scores.runs import PADDING
 from spcompile.capture.retrace import OWN
 from spcompile.check.states import OWN_PART
 from spcompile.graph.edit import operand
 from spcompile.graph.reshard import Place, Reshard, is_reshard, parse_place
-from spcompile.graph.sizes import Size, divides, same
+from spcompile.graph.sizes import Size, same
 from spcompile.machine import sequence
-from spcompile.machine.sequence import chunks_per_rank, local_length, pad
+from spcompile.machine.sequence import pad
 from spcompile.sharding.global_view import is_view, part_of_view
 from spcompile.sharding.layout import NodeLayout, has_picked_rows, layout_of
 from spcompile.sharding.propagate import Choice, is_prefix, place_of, space_at
-from spcompile.sharding.rules.rule import LocalCall, Move, tensor_operands, tensor_results
+from spcompile.sharding.rules.rule import LocalCall, tensor_operands, tensor_results
 from spcompile.sharding.spaces import Space, leaves
+from spcompile.sharding.split_attention import attention, merged_attention
+from spcompile.sharding.split_dims import SplitDims
+from spcompile.sharding.split_neighbours import run_mirrored, run_moved, run_windowed
 
 aten, spx = torch.ops.aten, torch.ops.spx
 
 READ_SIZES = (aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int)
-
-# What padding holds behind attention and a reduce-scatter. Nobody reads what becomes of it, but with 0 an op like
-# x / x.norm() would make
-# NaN, and NaN times the zero gradient of such rows would reach the gradients of parameters. Where rows enter, padding
-# repeats the last row: as finite as a real one, and an index that is in range.
-BENIGN = 1.0
-
-
-class SplitDims:
-    """The layout of every index space over one mesh axis."""
-
-    def __init__(self, axis: str, degree: int, order: str) -> None:
-        self.axis, self.degree, self.order = axis, degree, order
-
-    def capacity(self, space: Space) -> Size:
-        """Global length that the layout is computed from: the space's own, or that of the longer space it begins."""
-        return space.family().size
-
-    def order_of(self, space: Space) -> str:
-        """The order over ranks: that of the sequence, unless the space only takes its place for a while."""
-        return "contiguous" if space.family().takes_turns else self.order
-
-    def local(self, space: Space) -> Size:
-        """Indices of a split space that one rank holds, padding included."""
-        return local_length(self.capacity(space), self.degree, self.order_of(space))
-
-    def whole(self, space: Space) -> Size:
-        """Indices of a split space over all ranks."""
-        return space.find().size
-
-    def padded(self, space: Space) -> bool:
-        """Whether some rank may hold padding."""
-        chunks = self.degree * chunks_per_rank(self.order_of(space))
-        return not (same(self.capacity(space), space.find().size) and divides(chunks, space.find().size))
 
 
 @dataclass(frozen=True)
@@ -144,11 +109,15 @@ class Lower(fx.Interpreter):
         call, split = layout.call, self.split
         assert call is not None
         if choice.factor in call.rule.paired:
-            return self.attention(n, args)
+            return attention(split, n, args)
         if choice.factor in call.rule.paired.values():
-            return self.merged_attention(n, choice, args)
+            return merged_attention(split, n, choice, args)
         if choice.factor in call.rule.moved:
-            return self.moved(n, layout, choice)
+            return run_moved(split, n, choice, [self.env[read] for read in tensor_operands(n)])
+        if choice.factor in call.rule.windows:
+            return run_windowed(split, n, choice, args, kwargs)
+        if choice.factor in call.rule.mirrored:
+            return run_mirrored(split, n, choice, args[0])
         if is_prefix(call, choice):
             return args[0]
         args, kwargs = self.mask_reduced(n, layout, choice, args, kwargs)
@@ -205,29 +174,9 @@ class Lower(fx.Interpreter):
                 length, order = space.find().size, split.order_of(space)
                 return spx.mask_padding(x, dim, length, split.axis, split.degree, order, fill)
 
-            return self.on_split_dim(value, dims, place, True, masked)
+            return self.split.on_split_dim(value, dims, place, True, masked)
 
         return fx.node.map_arg(n.args, mask), fx.node.map_arg(n.kwargs, mask)
-
-    def on_split_dim(self, x: Tensor, dims: list[list[Space]], place: Place, is_local: bool, function: Any) -> Tensor:
-        """Apply function(x, dim, space) to the tensor dim that holds just the split space.
-
-        Where that space is one factor of a compound dim, the dim is unflattened first and flattened again after.
-        """
-        dim = dims[place.dim]
-        space = space_at(dims, place)
-        if len(dim) == 1:
-            return function(x, place.dim, space)
-        sizes: list[Size] = [factor.size for factor in dim]
-        if is_local:
-            sizes[place.part] = self.split.local(space)
-        before, after = list(x.shape[: place.dim]), list(x.shape[place.dim + 1 :])
-        result = function(x.reshape([*before, *sizes, *after]), place.dim + place.part, space)
-        sizes[place.part] = result.shape[place.dim + place.part]
-        flat: Size = 1
-        for size in sizes:
-            flat = flat * size
-        return result.reshape([*before, flat, *after])
 
     def reshard(self, x: Tensor, src: str, dst: str, dims: list[list[Space]]) -> Tensor:
         """The collective of one state change."""
@@ -238,10 +187,12 @@ class Lower(fx.Interpreter):
         if source is not None and target is not None:
             return self.exchange(x, dims, source, target)
         if source is not None:
-            return self.on_split_dim(x, dims, source, True, lambda x, dim, space: self.gather(x, dim, space, dst))
+            return self.split.on_split_dim(
+                x, dims, source, True, lambda x, dim, space: self.split.gather(x, dim, space, dst)
+            )
         if target is not None:
             assert src in "IP", (src, dst)
-            return self.on_split_dim(x, dims, target, False, self.take if src == "I" else self.scatter)
+            return self.split.on_split_dim(x, dims, target, False, self.take if src == "I" else self.scatter)
         if (src, dst) == ("I", "R"):
             return spx.vary(x, axis, degree)
         assert src == "P", (src, dst)
@@ -265,13 +216,6 @@ class Lower(fx.Interpreter):
         shape = [self.local_size(dim, target if target.dim == index else None, index) for index, dim in enumerate(dims)]
         return whole.reshape([*shape, *x.shape[len(dims) :]])
 
-    def gather(self, x: Tensor, dim: int, space: Space, to: str) -> Tensor:
-        """S -> R or S -> I, cut to the space's own length."""
-        split = self.split
-        capacity, length = split.capacity(space), space.find().size
-        whole = spx.all_gather(x, dim, capacity, split.axis, split.degree, split.order_of(space), to)
-        return whole if same(capacity, length) else whole.narrow(dim, 0, length)
-
     def gather_view(self, x: Tensor, view: fx.Node, to: str) -> Tensor:
         """S -> R or S -> I of a parameter: its parts are even and contiguous, whatever the order of the sequence."""
         part = part_of_view(view)
@@ -292,108 +236,4 @@ class Lower(fx.Interpreter):
         if not same(split.capacity(space), space.find().size):
             x = pad(x, dim, split.capacity(space))
         part = spx.reduce_scatter(x, dim, split.axis, split.degree, split.order_of(space))
-        return self.mask_benignly(part, dim, space) if split.padded(space) else part
-
-    def moved(self, n: fx.Node, layout: NodeLayout, choice: Choice) -> Any:
-        """A call that puts elements of its operands elsewhere: each of its moves by itself, and their sum."""
-        call, read = layout.call, tensor_operands(n)
-        assert call is not None
-        results = []
-        for number, (example, dims, names) in enumerate(
-            zip(tensor_results(n), layout.dims, call.rule.results, strict=True)
-        ):
-            target = place_of(names, call, choice)
-            parts = []
-            for move in (move for move in call.rule.moves if move.result == number):
-                source = place_of(call.rule.operands[move.operand], call, choice)
-                operand_layout = layout_of(read[move.operand])
-                assert operand_layout is not None
-                held = None if source is None else leaves(operand_layout.dims[0][source.dim])
-                wanted = None if target is None else leaves(dims[target.dim])
-                part = self.move(self.env[read[move.operand]], move, held, wanted)
-                parts.append(part.to(example.dtype) if example.ndim == part.ndim else part.squeeze(move.dim))
-            result = functools.reduce(torch.add, parts)
-            if target is not None and example.is_floating_point() and self.split.padded(leaves(dims[target.dim])[0]):
-                spaces = [leaves(dim) for dim in dims]
-                result = self.on_split_dim(result, spaces, target, True, self.mask_benignly)
-            results.append(result)
-        return results if isinstance(n.meta["val"], list | tuple) else results[0]
-
-    def move(self, x: Tensor, move: Move, held: list[Space] | None, wanted: list[Space] | None) -> Tensor:
-        """One move, from a dim that is split into `held` factors to one of `wanted`; None: ranks have it whole."""
-        axis, degree, order = self.split.axis, self.split.degree, self.split.order
-        if held is None:
-            assert wanted is not None, "a move from a whole dim to a whole dim"
-            x = x if same(x.shape[move.dim], move.count) else x.narrow(move.dim, move.start, move.count)
-            return spx.place(x, move.dim, move.to, *self.length_and_unit(wanted), axis, degree, order)
-        if wanted is not None:
-            old, new = self.length_and_unit(held), self.length_and_unit(wanted)
-            return spx.move(x, move.dim, move.start, move.count, *old, move.to, *new, axis, degree, order)
-        own = spx.pick(x, move.dim, move.start, move.count, *self.length_and_unit(held), axis, degree, order)
-        return spx.all_reduce(own, axis, degree, "I")
-
-    def length_and_unit(self, dim: list[Space]) -> tuple[Size, Size]:
-        """Of the layout of a dim whose first factor is split."""
-        outer, *inner = dim
-        return self.split.capacity(outer), math.prod(space.find().size for space in inner)
-
-    def attention(self, n: fx.Node, args: tuple[Any, ...]) -> Any:
-        """Query rows local, keys and values gathered: right as it stands; `parallelize-attention` improves it."""
-        whole, call = AttentionCall.of(n), AttentionCall.bind(*args)
-        assert call.q_positions is call.k_positions is None, "positions before lowering"
-        q_dims, k_dims = _dims_of(whole.q), _dims_of(whole.k)
-        if k_dims[2]:  # a single key is whole on every rank
-            k, v = (self.on_split_dim(x, k_dims, Place(2), True, self.gather_rows) for x in (call.k, call.v))
-            call = call.but(k=k, v=v)
-        out, lse = call.but(q_positions=self.positions(q_dims[2], call.q.device)).run()
-        if self.split.padded(q_dims[2][0]):
-            out = self.on_split_dim(out, _dims_of(n), Place(2), True, self.mask_benignly)
-        return out, lse
-
-    def merged_attention(self, n: fx.Node, choice: Choice, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-        """All queries over this rank's keys, merged over ranks: out is the mean of theirs, weighted by exp(lse)."""
-        call, split = AttentionCall.bind(*args), self.split
-        keys = _dims_of(AttentionCall.of(n).k)[2]
-        assert choice.part == 0, "positions of a dim of which an inner factor is split"
-        positions = self.positions(keys, call.k.device)
-        if split.padded(keys[0]):
-            length = math.prod(space.find().size for space in keys)
-            positions = positions.masked_fill(positions >= length, PADDING)
-        out, lse = call.but(k_positions=positions).run()
-        # A rank of which a query sees no key has weight 0; where it sees none at all, any weights do: all out are 0.
-        least = torch.finfo(lse.dtype).min
-
-        def total(state: str) -> Tensor:
-            lses = spx.all_gather(lse.unsqueeze(0), 0, split.degree, split.axis, split.degree, "contiguous", state)
-            return lses.clamp(min=least).logsumexp(0)
-
-        weight = (lse.clamp(min=least) - total("R")).exp()
-        merged = spx.all_reduce(out.to(lse.dtype) * weight.unsqueeze(-1), split.axis, split.degree, "I")
-        whole = total("I")  # read by few: else it is dead
-        return merged.to(out.dtype), whole.masked_fill(whole == least, -torch.inf)
-
-    def mask_benignly(self, x: Tensor, dim: int, space: Space) -> Tensor:
-        """Padding that attention left at 0 gets a value that may be divided by."""
-        split = self.split
-        return spx.mask_padding(x, dim, space.find().size, split.axis, split.degree, split.order_of(space), BENIGN)
-
-    def gather_rows(self, x: Tensor, dim: int, space: Space) -> Tensor:
-        """S -> R of one space."""
-        return self.gather(x, dim, space, "R")
-
-    def positions(self, rows: list[Space], device: torch.device) -> Tensor:
-        """Position in the whole dim of every local index, where the first of its factors is split: int32 [local]."""
-        split, (outer, *inner) = self.split, rows
-        positions = spx.positions(split.capacity(outer), split.axis, split.degree, split.order, device=device)
-        for space in inner:
-            size = space.find().size
-            within = torch.arange(size, dtype=torch.int32, device=device)
-            positions = (positions[:, None] * size + within).flatten()
-        return positions
-
-
-def _dims_of(value: fx.Node) -> list[list[Space]]:
-    """The finest factors of every dim of a value."""
-    layout = layout_of(value)
-    assert layout is not None
-    return [leaves(dim) for dim in layout.dims[0]]
+        return self.split.mask_benignly(part, dim, space) if split.padded(space) else part

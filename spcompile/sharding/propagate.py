@@ -20,9 +20,6 @@ from spcompile.sharding.index_spaces import IndexSpaces, OpSpaces
 from spcompile.sharding.rules.rule import tensor_operands
 from spcompile.sharding.spaces import Space, leaves
 
-UNREAD_ATTENTION = "spx_unread_attention"  # in meta["custom"] of a softmax: the dim of its query rows, from the end
-SCORES = "spx_scores"  # the same where it may be no attention: what reads the weights is no product with values
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -62,6 +59,7 @@ def place_of(dims: tuple[tuple[str, ...], ...], call: OpSpaces, choice: Choice) 
     names = {choice.factor, call.rule.paired.get(choice.factor)}
     names.update(prefix for prefix, whole in call.rule.prefix_of.items() if whole == choice.factor)
     names.update(call.rule.moved if choice.factor in call.rule.moved else ())
+    names.update([call.rule.windows[choice.factor].of] if choice.factor in call.rule.windows else ())
     for index, dim in enumerate(dims):
         offset = 0
         for factor in dim:
@@ -89,6 +87,12 @@ def _shardable(call: OpSpaces, choice: Choice) -> Choice | None:
             choice = Choice(leader, choice.part)
     if choice.factor in rule.moved:  # each of them is split over its first part, whatever parts the others have
         return Choice(rule.moved[0]) if choice.part == 0 else None
+    for (
+        made,
+        window,
+    ) in rule.windows.items():  # split over its first part, whatever parts it and what it is made of have
+        if choice.factor in (made, window.of):
+            return Choice(made) if choice.part == 0 else None
     if is_prefix(call, choice):
         parts = [call.leaves_of(factor) for factor in (choice.factor, *_prefixes(call, choice.factor))]
         return choice if all(len(spaces) == 1 for spaces in parts) else None  # else it is no beginning of any part
@@ -212,51 +216,6 @@ def follow_prefix(call: OpSpaces, choice: Choice) -> None:
             short, long = call.leaves_of(prefix)[0], call.leaves_of(whole)[choice.part]
             if short is not long and short.prefix_of is None:
                 short.prefix_of = long
-
-
-def sequence_seeds(spaces: IndexSpaces) -> dict[fx.Node, Choice]:
-    """The calls whose rule pairs factors, attention, choose their leading one: query rows, or keys of few queries.
-
-    So does the softmax of an attention that stayed written out: it is split by rows, and reads all keys. Where there is
-    none, any softmax over products of two sequences does.
-    """
-    return _row_seeds(spaces.calls)
-
-
-def _row_seeds(calls: Mapping[fx.Node, OpSpaces]) -> dict[fx.Node, Choice]:
-    return _seeds(calls, UNREAD_ATTENTION) or _seeds(calls, SCORES)
-
-
-def _seeds(calls: Mapping[fx.Node, OpSpaces], key: str) -> dict[fx.Node, Choice]:
-    seeds: dict[fx.Node, Choice] = {}
-    for node, call in calls.items():
-        rows = node.meta.get("custom", {}).get(key)
-        leader = _row_factor(call, rows) if rows else _leader(call)
-        if leader is not None:
-            seeds[node] = Choice(leader)
-    return seeds
-
-
-def _leader(call: OpSpaces) -> str | None:
-    """The query rows, or the keys where ranks merge what they see; None for one key and one query."""
-    in_results = {factor for dims in call.rule.results for dim in dims for factor in dim}
-    for leader, follower in call.rule.paired.items():
-        if follower in call.rule.completed:
-            return follower
-        if leader in in_results - call.rule.replicated:
-            return leader
-    return None
-
-
-def _row_factor(call: OpSpaces, dim: int) -> str | None:
-    """The factor of the rows of scores, [..., S, T] or with the rows elsewhere."""
-    rows = call.rule.results[0][dim]
-    return rows[0] if rows and rows[0] not in call.rule.replicated else None
-
-
-def sequence_families(calls: Mapping[fx.Node, OpSpaces]) -> set[Space]:
-    """The families of spaces that the query rows of attention, read or not, run over: the sequences of a graph."""
-    return {calls[node].leaves_of(choice.factor)[0].family() for node, choice in _row_seeds(calls).items()}
 
 
 def space_at(dims: list[list[Space]], place: Place) -> Space:

@@ -13,7 +13,8 @@ from spcompile.graph.reshard import Place, Reshard, is_reshard, parse_place, res
 from spcompile.graph.sizes import divides, same
 from spcompile.sharding.global_view import part_of_view
 from spcompile.sharding.layout import NodeLayout, layout_of, show
-from spcompile.sharding.propagate import Choice, follow_prefix, place_of, sequence_families, space_at
+from spcompile.sharding.propagate import Choice, follow_prefix, place_of, space_at
+from spcompile.sharding.sequences import sequence_families
 from spcompile.sharding.sharded_or_replicated import Use, uses_of
 from spcompile.sharding.spaces import Space, leaves
 

@@ -99,7 +99,10 @@ def _must(layout: NodeLayout | None) -> bool:
 
 def _moves_elements(node: fx.Node) -> bool:
     layout = layout_of(node)
-    return layout is not None and layout.call is not None and bool(layout.call.rule.moves)
+    if layout is None or layout.call is None:
+        return False
+    rule = layout.call.rule
+    return bool(rule.moves) or any(c.factor in {*rule.windows, *rule.mirrored} for c in layout.choice.values())
 
 
 def _chosen(node: fx.Node, axis: str) -> Choice | None:

@@ -22,8 +22,9 @@ import torch.fx as fx
 from spcompile.graph.edit import is_getitem, operand
 from spcompile.graph.sizes import hint, numel_hint
 from spcompile.sharding.index_spaces import IndexSpaces, OpSpaces
-from spcompile.sharding.propagate import Choice, Placements, leaves_sums, place_of, propagate, sequence_families
+from spcompile.sharding.propagate import Choice, Placements, leaves_sums, place_of, propagate
 from spcompile.sharding.rules.rule import tensor_operands, tensor_results
+from spcompile.sharding.sequences import sequence_families
 from spcompile.sharding.sharded_or_replicated import estimated_bytes
 from spcompile.sharding.spaces import Space, leaves
 

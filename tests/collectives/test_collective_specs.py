@@ -84,6 +84,20 @@ def test_reorder() -> None:
     assert [r.tolist() for r in results] == [[1, 2, 0, 0], [3, 4, 5, 0]]
 
 
+def test_halo() -> None:
+    """Windows of 3 over five elements; and every second element with its right neighbour, in zigzag order."""
+    windows = {"count": 5, "length": 5, "unit": 1, "step": 1, "before": 1, "extent": 3, "to_length": 5, "to_unit": 1}
+    held = [T([1, 2]), T([3, 4]), T([5, 9])]
+    results = collectives.HALO.spec(held, 0, **windows, **CONTIGUOUS)
+    assert [r.tolist() for r in results] == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 0, 0]]
+    back = collectives.HALO_SUM.spec(results, 0, **windows, **CONTIGUOUS)
+    assert [b.tolist() for b in back] == [[1 + 0, 2 + 2], [3 + 3, 4 + 4], [5 + 5, 0]]
+    windows |= {"count": 8, "length": 8, "step": 2, "before": 0, "extent": 2, "to_length": 4}
+    results = collectives.HALO.spec([T([1, 2, 7, 8]), T([3, 4, 5, 6])], 0, **windows, **ZIGZAG)
+    assert [r.tolist() for r in results] == [[1, 2, 7, 8], [3, 4, 5, 6]]
+    assert collectives.HALO.sent(results[0], 0, **windows, **ZIGZAG) == 0
+
+
 @pytest.mark.parametrize("fill", [0.0, -100.0])
 @pytest.mark.parametrize("name", ["shard", "mask_padding"])
 @pytest.mark.parametrize(("degree", "length"), WIDE)

@@ -72,6 +72,14 @@ def shifted(a_BSD: Tensor, b_BSD: Tensor, w_DD: Tensor) -> Tensor:
     return h_BSD.sin() + before.cos() + b_BSD.mean()
 
 
+def flipped(x_BSD: Tensor, b_D: Tensor, w_DD: Tensor) -> Tensor:
+    """Back to front by itself, with the width, inside of a product of dims, and within the entries of the batch."""
+    h_BSD = attend(x_BSD @ w_DD, causal=True) + b_D
+    h_BSD = h_BSD + attend(h_BSD.flip(1).sin(), causal=True).flip(1, 2)
+    h_BSD = h_BSD * h_BSD.unflatten(1, (-1, 3)).flip(2, 1).flatten(1, 2).cos()
+    return h_BSD + h_BSD.flatten(0, 1).flip(0).view_as(h_BSD)
+
+
 def tokens(prompt_PD: Tensor, table_VD: Tensor, w_DD: Tensor, ids_BS: Tensor, more_BS: Tensor) -> Tensor:
     """Numbers of tokens and what pads them are put together too."""
     ids_BS = torch.cat((ids_BS, more_BS), 1)
@@ -103,6 +111,8 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Tensor]]]] = {
     "two streams, even": (two_streams, lambda: [made(2, 8, 4), made(2, 8, 4), made(4, 4)]),
     "three parts": (three_parts, lambda: [made(2, 5, 4), made(2, 9, 4), made(4, 4)]),
     "shifted": (shifted, lambda: [made(2, 11, 4), made(4), made(4, 4)]),
+    "flipped": (flipped, lambda: [made(2, 12, 4), made(4), made(4, 4)]),
+    "flipped, uneven": (flipped, lambda: [made(2, 9, 4), made(4), made(4, 4)]),
     "patches": (patches, lambda: [made(2, 5, 3, 4), made(1, 4), made(4, 4)]),
     "pairs": (pairs, lambda: [made(2, 5, 4), made(2, 7, 4), made(4, 4)]),
     "tokens": (
@@ -112,7 +122,6 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[Tensor]]]] = {
 }
 
 MORE_SAID = {
-    "pairs": "SPR202",  # an attention over a product of dims gathers its keys
     "tokens": "SPR201",  # a mask that is put together stays dense
 }
 

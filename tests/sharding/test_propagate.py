@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from spcompile.graph.reshard import Place
 from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces
 from spcompile.sharding.layout import NodeLayout
-from spcompile.sharding.propagate import Choice, Placements, propagate, sequence_seeds
+from spcompile.sharding.propagate import Choice, Placements, propagate
+from spcompile.sharding.sequences import sequence_seeds
 from spcompile.sharding.sharded_or_replicated import sharded_calls, trained_values
 
 aten = torch.ops.aten
@@ -95,9 +96,29 @@ def test_the_nearer_seed_wins() -> None:
     turned = b.call(aten.transpose.int, x, 1, 2)
     near = attention(b, x, x)
     far = attention(b, turned, turned)
-    _, found = run(b)
+    found = propagate(find_index_spaces(b.graph), {near: Choice("s"), far: Choice("s")})
     assert found.places[x, 0] == Place(2)
     assert found.choices[near] == found.choices[far] == Choice("s")
+
+
+def test_attentions_along_two_dims_are_split_over_one() -> None:
+    """The second one has the rows of the first for its batch, or for its heads."""
+    b = Builder()
+    x = b.input(2, 7, 8, 4)
+    first, second = attention(b, x, x), attention(b, *[b.call(aten.transpose.int, x, 1, 2)] * 2)
+    assert sequence_seeds(find_index_spaces(b.graph)) == {first: Choice("s"), second: Choice("g")}
+
+
+def test_windows_are_split_and_not_their_rows() -> None:
+    """Also where few windows are on one rank; of fewer windows than ranks the rows are split."""
+    b = Builder()
+    x = b.input(5, 12, 4)
+    cut = b.call(aten.reshape.default, b.call(aten.sin.default, x), [5 * 3, 1, 4, 4])
+    node = attention(b, cut, cut)
+    spaces = find_index_spaces(b.graph)
+    entries = {spaces.dims(x)[0][0]}
+    assert sequence_seeds(spaces, entries, 3) == {node: Choice("b", 1)}
+    assert sequence_seeds(spaces, entries, 4) == {node: Choice("s")}
 
 
 def annotated(b: Builder) -> None:

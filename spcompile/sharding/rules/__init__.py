@@ -8,6 +8,7 @@ from __future__ import annotations
 from spcompile.sharding.rules import (
     attention,
     collectives,
+    convolution,
     creation,
     elementwise,
     grouped,
@@ -45,6 +46,7 @@ __all__ = [
     "Size",
     "attention",
     "collectives",
+    "convolution",
     "creation",
     "elementwise",
     "grouped",

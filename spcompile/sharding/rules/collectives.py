@@ -11,6 +11,8 @@ from spcompile.collectives import (
     ALL_GATHER,
     ALL_REDUCE,
     ALL_TO_ALL,
+    HALO,
+    HALO_SUM,
     MASK_PADDING,
     MOVE,
     PICK,
@@ -32,7 +34,10 @@ def whole(node: fx.Node) -> OpRule:
     return make_rule(node, {"x": dims}, [dims])
 
 
-@register(ALL_GATHER.op, MASK_PADDING.op, MOVE.op, PICK.op, PLACE.op, REDUCE_SCATTER.op, REORDER.op, SHARD.op)
+@register(
+    *(ALL_GATHER.op, HALO.op, HALO_SUM.op, MASK_PADDING.op, MOVE.op, PICK.op, PLACE.op, REDUCE_SCATTER.op),
+    *(REORDER.op, SHARD.op),
+)
 def along_a_dim(node: fx.Node) -> OpRule:
     """`a [c] -> a [b]`: the communicated dim is another one on each side."""
     args = arguments(node)

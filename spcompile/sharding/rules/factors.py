@@ -12,7 +12,7 @@ import torch
 import torch.fx as fx
 
 from spcompile.graph.sizes import same
-from spcompile.sharding.rules.rule import Dims, LocalCall, Move, OpRule, Size, tensor_operands, tensor_results
+from spcompile.sharding.rules.rule import Dims, LocalCall, Move, OpRule, Size, Window, tensor_operands, tensor_results
 
 
 @dataclass(eq=False)
@@ -59,6 +59,7 @@ def make_rule(
     unread: Collection[str] = (),
     moves: Sequence[Move] = (),
     moved: Sequence[Factor] = (),
+    windows: Mapping[Factor, tuple[Factor, Size, Size, Size, Callable[[LocalCall], Any]]] | None = None,
 ) -> OpRule:
     """The rule of a call. Letters go to the results' factors first, in order, then to the operands'.
 
@@ -68,6 +69,7 @@ def make_rule(
     contracts: the replicated factors that the op sums over inside.
     fills: what the padding of a summed factor must hold, by argument name; default 0 in the first operand.
     ordered, prefix_of, unread, moves, moved: as in OpRule, with factors and argument names.
+    windows: of factors of the result what they are made of, as in Window; those of one element are dropped.
     """
     layouts, owners = _in_call_order(node, operands)
     _check_ranks(node, layouts, results)
@@ -90,6 +92,7 @@ def make_rule(
         unread=frozenset(i for i, owner in enumerate(owners) if owner in unread),
         moves=tuple(moves),
         moved=tuple(names[f] for f in moved if f in names),
+        windows={names[f]: Window(names[of], *more) for f, (of, *more) in (windows or {}).items() if f in names},
     )
     _check_factors(node, rule)
     return rule
@@ -152,5 +155,5 @@ def _check_factors(node: fx.Node, rule: OpRule) -> None:
     lost = (
         {factor for dims in read for dim in dims for factor in dim} - in_results - set(rule.reductions) - rule.completed
     )
-    kept = rule.replicated.union(rule.moved)
+    kept = rule.replicated.union(rule.moved, (window.of for window in rule.windows.values()))
     assert lost <= kept, f"rule of {node.format_node()}: {lost - kept} lost in {rule.text()}"

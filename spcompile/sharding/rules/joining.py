@@ -141,10 +141,27 @@ def _slice(node: fx.Node, dim: int, start: Size, step: Size) -> OpRule:
     prefix = {result[dim]: operand[dim]} if same(start, 0) and same(step, 1) else None
     rule = make_rule(node, {"self": operand}, [result], prefix_of=prefix)
     if not same(step, 1):
-        return rule
+        return _every(node, rule, dim, start, step)
     rule = _cut_between_blocks(node, rule, dim, [start])
     is_most = prefix is not None and 4 * hint(length) >= 3 * hint(whole)  # what the others have is little padding
-    return rule if is_most else with_moves(node, rule, dim, [(0, 0, start, 0, length)])
+    moves = with_moves(node, rule, dim, [(0, 0, start, 0, length)])
+    return replace(rule, alone=moves.moving) if is_most else moves
+
+
+def _every(node: fx.Node, rule: OpRule, dim: int, start: Size, step: Size) -> OpRule:
+    """`rule`, and where ranks send each other rows: each place of the result is made of one, `step` from the last."""
+    operand = factors(arguments(node)["self"].shape)
+    result = list(operand)
+    result[dim] = Factor(tensor_results(node)[0].shape[dim])
+    if same(operand[dim].size, 1) or same(result[dim].size, 1):
+        return rule
+
+    def local(call: LocalCall) -> Any:
+        x = call.args[0]
+        return aten.slice.Tensor(x, dim, 0, x.shape[dim], step)
+
+    windows = {result[dim]: (operand[dim], step, -start, 1, local)}
+    return replace(rule, moving=make_rule(node, {"self": operand}, [result], windows=windows))
 
 
 @register(*overloads("select.int unbind.int"))

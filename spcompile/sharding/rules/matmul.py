@@ -5,18 +5,14 @@ With a bias the contracted factor is replicated: every rank would add the bias t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.fx as fx
 
 from spcompile.graph.einsum import letters_of
 from spcompile.graph.sizes import same
-from spcompile.graph.typed_call import named_arguments
 from spcompile.sharding.rules.calls import arguments, overloads
 from spcompile.sharding.rules.factors import Dim, Factor, broadcast_factors, factors, make_rule
-from spcompile.sharding.rules.rule import LocalCall, OpRule, register, tensor_results
+from spcompile.sharding.rules.rule import OpRule, register, tensor_results
 
 aten = torch.ops.aten
 
@@ -116,52 +112,3 @@ def einsum(node: fx.Node) -> OpRule | None:
     sums = [factor for letter, factor in known.items() if letter not in output]
     out = [known.get(letter, ()) for letter in output]
     return make_rule(node, {"tensors": layouts}, [out], sums=sums, fills={"tensors": 0.0})
-
-
-@register(*overloads("conv1d conv2d conv3d conv1d.padding conv2d.padding conv3d.padding"))
-def convolution(node: fx.Node) -> OpRule:
-    """`a d [e], b d [f] -> a b [c] | d: sum`, with one, two or three e, f, c.
-
-    In g groups `a (g [d]) [e], (g b) [d] [f] -> a (g b) [c]`. Along a dim with a kernel of 1, step 1 and no padding
-    each place is computed alone: `a d e, b d 1 -> a b e`.
-    """
-    args = arguments(node)
-    space = args["weight"].ndim - 2
-    groups = Factor(args["groups"])
-    batch = factors(args["input"].shape[: -space - 1])
-    per_group = Factor(args["weight"].shape[1], replicated=args["bias"] is not None or args["groups"] != 1)
-    rows = Factor(args["weight"].shape[0] // args["groups"])
-    places, taps, steps = (
-        [Factor(size, replicated=True) for size in shape[-space:]]
-        for shape in (args["input"].shape, args["weight"].shape, tensor_results(node)[0].shape)
-    )
-    for dim, size in enumerate(args["weight"].shape[-space:]):
-        if same(size, 1) and _along(args["stride"], dim) == 1 and _along(args["padding"], dim) in (0, "same", "valid"):
-            steps[dim] = places[dim]
-            places[dim].replicated = False
-    operands: dict[str, Any] = {
-        "input": [*batch, (groups, per_group), *places],
-        "weight": [(groups, rows), per_group, *taps],
-    }
-    if args["bias"] is not None:
-        operands["bias"] = [(groups, rows)]
-    out = [[*batch, (groups, rows), *steps]]
-    fills, local = {"input": 0.0, "weight": 0.0}, _own_groups(node) if args["groups"] != 1 else None
-    return make_rule(node, operands, out, sums=[per_group], fills=fills, local=local)
-
-
-def _own_groups(node: fx.Node) -> Callable[[LocalCall], Any]:
-    """As many groups as the channels make that a rank has."""
-    per_group = arguments(node)["weight"].shape[1]
-
-    def local(call: LocalCall) -> Any:
-        args = named_arguments(node.target, call.args, call.kwargs)
-        spatial = args["weight"].ndim - 2
-        return node.target(**args | {"groups": args["input"].shape[-spatial - 1] // per_group})  # type: ignore[operator]
-
-    return local
-
-
-def _along(setting: Any, dim: int) -> Any:
-    """A convolution's setting of one dim; one number is that of all."""
-    return setting[min(dim, len(setting) - 1)] if isinstance(setting, (list, tuple)) else setting

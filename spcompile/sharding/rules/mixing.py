@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -11,7 +14,7 @@ import torch.fx as fx
 from spcompile.graph.sizes import same
 from spcompile.sharding.rules.calls import arguments, overloads
 from spcompile.sharding.rules.factors import Factor, Layout, factors, make_rule
-from spcompile.sharding.rules.rule import OpRule, register, tensor_results
+from spcompile.sharding.rules.rule import LocalCall, OpRule, register, tensor_results
 
 ALONG_LAST_DIM = """
     adaptive_avg_pool1d adaptive_max_pool1d avg_pool1d max_pool1d max_pool1d_with_indices upsample_linear1d
@@ -91,13 +94,27 @@ def distances(node: fx.Node) -> OpRule | None:
 
 @register(*overloads("im2col col2im"))
 def windows(node: fx.Node) -> OpRule:
-    """`a b [c] [d] -> a (b [e]) [f]`: e places in each of f windows; and back."""
+    """`a b [c] [d] -> a (b [e]) ([f] [g])`: e places in each of f * g windows; and back."""
     args, (result,) = arguments(node), tensor_results(node)
-    image, columns = (args["self"], result) if node.target is torch.ops.aten.im2col.default else (result, args["self"])
-    *batch, channels, height, width = image.shape
+    takes = node.target is torch.ops.aten.im2col.default
+    *batch, channels, height, width = args["self"].shape if takes else result.shape
     leading, channel = factors(batch), Factor(channels)
-    spatial = factors((height, width), replicated=True)
-    places, count = Factor(math.prod(args["kernel_size"]), replicated=True), Factor(columns.shape[-1], replicated=True)
-    layouts: list[Layout] = [[*leading, channel, *spatial], [*leading, (channel, places), count]]
-    before, after = layouts if columns is result else layouts[::-1]
-    return make_rule(node, {"self": before}, [after])
+    image, kernel, settings = (height, width), args["kernel_size"], ("stride", "padding", "dilation")
+    steps, before, gaps = (args[name] for name in settings)
+    extents = [gap * (taps - 1) + 1 for gap, taps in zip(gaps, kernel, strict=True)]
+    counts = [(image[d] + 2 * before[d] - extents[d]) // steps[d] + 1 for d in (0, 1)]
+    places, taps = factors(image, replicated=True), Factor(math.prod(kernel), replicated=True)
+    count = factors(counts, replicated=True)
+    layouts: list[Layout] = [[*leading, channel, *places], [*leading, (channel, taps), tuple(count)]]
+    made_of = partial(make_rule, node, {"self": layouts[not takes]}, [layouts[takes]])
+    rule = made_of()
+    split = [d for d in (0, 1) if takes and not same(image[d], 1) and not same(counts[d], 1)]
+    for d in split:
+        places[d].replicated = count[d].replicated = False
+
+    def local(unpadded: int, call: LocalCall) -> Any:
+        padding = [0 if d == unpadded else before[d] for d in (0, 1)]
+        return torch.ops.aten.im2col.default(call.args[0], kernel, gaps, padding, steps)
+
+    made = {count[d]: (places[d], steps[d], before[d], extents[d], partial(local, d)) for d in split}
+    return replace(rule, moving=made_of(windows=made)) if made else rule

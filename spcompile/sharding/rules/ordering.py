@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.fx as fx
 
@@ -24,8 +26,9 @@ def scan(node: fx.Node) -> OpRule:
 
 @register(torch.ops.aten.flip.default)
 def flip(node: fx.Node) -> OpRule:
-    """`a [b] -> a [b]`."""
-    return mixed(node, arguments(node)["dims"])
+    """`a [b] -> a [b]`; where ranks send each other rows, each has those from the other end."""
+    rule = mixed(node, arguments(node)["dims"])
+    return replace(rule, moving=replace(rule, replicated=frozenset(), mirrored=rule.replicated))
 
 
 @register(torch.ops.aten.roll.default)

@@ -74,6 +74,22 @@ class Move:
 
 
 @dataclass(frozen=True)
+class Window:
+    """What an op reads to make a dim: element i is made of `extent` elements of another dim, from `step` * i - `before`
+    on, with 0 beyond its ends.
+
+    of: the factor of that dim, which is in the first operand only.
+    local: runs the op on a part of that dim which is just what a part of the result is made of, without padding there.
+    """
+
+    of: str
+    step: Size
+    before: Size
+    extent: Size
+    local: Callable[[LocalCall], Any]
+
+
+@dataclass(frozen=True)
 class OpRule:
     """The sharding rule of one call.
 
@@ -95,11 +111,15 @@ class OpRule:
     moves: what the op does where ranks send each other what they move; results hold 0 where nothing goes.
     moved: the factors of the dims that it reads from and writes to, which are split together, each laid out by itself.
         The first is the one that is chosen.
+    windows: of the factors of the result of which each element is made of some neighbours: what of. Both dims are laid
+        out by themselves, and ranks send each other what windows have in common.
+    mirrored: the factors whose elements the op puts in reverse order, where ranks send each other those.
     unread: operands of which the op reads only the shape, dtype or device (zeros_like, type_as): they may be sharded in
         any way, whatever their dims say.
     apart: the rule where every rank has parts of its own from the start, as over dp, and cannot have the whole. It is
         told the sizes of the finest factors of every dim of the first operand.
     moving: the rule where ranks may send each other what the op moves, as over cp.
+    alone: the same of a prefix that is to have a layout of its own.
     """
 
     operands: tuple[Dims, ...]
@@ -115,10 +135,13 @@ class OpRule:
     prefix_of: Mapping[str, str] = field(default_factory=dict)
     moves: tuple[Move, ...] = ()
     moved: tuple[str, ...] = ()
+    windows: Mapping[str, Window] = field(default_factory=dict)
+    mirrored: frozenset[str] = frozenset()
     local: Callable[[LocalCall], Any] | None = None
     unread: frozenset[int] = frozenset()
     apart: Callable[[Sequence[Sequence[Size]]], OpRule] | None = None
     moving: OpRule | None = None
+    alone: OpRule | None = None
 
     def text(self) -> str:
         """The rule as one line."""
@@ -127,6 +150,8 @@ class OpRule:
         notes = [f"{factor}: {kind}" for factor, kind in self.reductions.items()]
         notes += [f"{factor}: complete" for factor in sorted(self.completed)]
         notes += [f"{factor}: moved" for factor in sorted(self.moved)]
+        notes += [f"{factor}: mirrored" for factor in sorted(self.mirrored)]
+        notes += [f"{factor}: of {window.of}" for factor, window in sorted(self.windows.items())]
         return f"{left} -> {right}".lstrip() + (f" | {', '.join(notes)}" if notes else "")
 
     def _tensor(self, dims: Dims) -> str:

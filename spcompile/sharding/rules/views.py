@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -185,6 +186,16 @@ def unfold(node: fx.Node) -> OpRule:
     shape = tensor_results(node)[0].shape
     dim = args["dimension"] % len(dims)
     out = [*dims, Factor(shape[-1], replicated=True)]
+    places = dims[dim]
     out[dim] = Factor(shape[dim], replicated=True)
-    dims[dim].replicated = True
-    return make_rule(node, {"self": dims}, [out])
+    places.replicated = True
+    rule = make_rule(node, {"self": dims}, [out])
+    if same(places.size, 1) or same(shape[dim], 1):
+        return rule
+
+    def local(call: LocalCall) -> Any:
+        return call.args[0].unfold(dim, args["size"], args["step"])
+
+    out[dim].replicated = places.replicated = False
+    windows = {out[dim]: (places, args["step"], 0, args["size"], local)}
+    return replace(rule, moving=make_rule(node, {"self": dims}, [out], windows=windows))

@@ -182,10 +182,11 @@ def test_without_parallelize_attention_keys_are_gathered() -> None:
     assert not nodes_of(program, "spx.ring_attention")
 
 
-def test_images_keep_their_keys_gathered_and_say_so() -> None:
+def test_images_are_rings_of_their_rows() -> None:
     function, shapes, _ = PROGRAMS["patches"]
-    program = check_pipeline(function, [x(*shape) for shape in shapes], {"cp": 2})
-    assert "SPR202" in [remark.code for remark in program.ctx.remarks.rows]
+    program = check_pipeline(function, [x(*shape) for shape in shapes], {"cp": 2}, attention="ring")
+    assert "SPR202" not in [remark.code for remark in program.ctx.remarks.rows]
+    assert nodes_of(program, "spx.ring_attention")
 
 
 def unit(h: Tensor) -> Tensor:

@@ -48,13 +48,11 @@ MOVING: list[tuple[Call, str, list[Move]]] = [
 ]
 STAY = [
     call("slice.Tensor", x(9, 4), 0, 0, 8),  # a beginning keeps the layout of the whole
-    call("slice.Tensor", x(9, 4), 0, 1, 8, 2),
     call("constant_pad_nd", x(9, 4), [0, 0, 1, 0], 2.0),
     call("constant_pad_nd", x(9, 4), [1, 0, 1, 0]),
     call("pad", x(1, 9, 4), [1, 1], "circular"),
     call("roll", x(9, 4), [1, 1], [0, 1]),
     call("roll", x(9, 4), [1]),
-    call("flip", x(9, 4), [0]),
     call("unbind.int", x(9, 4)),
     call("cat", [x(0), x(9, 4)]),
 ]

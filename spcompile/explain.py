@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,7 +12,6 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
-    from spcompile.attention.scores.attention_call import AttentionCall
     from spcompile.machine.mesh import MeshShape
     from spcompile.options import Options
     from spcompile.parameters.sharded_modules import Parts
@@ -23,7 +20,7 @@ if TYPE_CHECKING:
     from spcompile.program.pipeline import Snapshot
     from spcompile.program.trace import Traced
     from spcompile.report.answers import Answers
-    from spcompile.report.plan import AttentionRow, PassRow, Plan, Sharding
+    from spcompile.report.plan import PassRow, Plan, Sharding
 
 LARGEST = 10  # tensors in the report
 
@@ -50,7 +47,6 @@ def explain(
         SpcompileError: an illegal option or mesh, a model that is not one graph, a remark under strict.
     """
     from contextlib import nullcontext
-    from dataclasses import replace
 
     from spcompile.capture.graph_breaks import model_part_of
     from spcompile.capture.meta_device import off_meta
@@ -147,6 +143,7 @@ def _plan(
     from spcompile.memory.account import memory_of
     from spcompile.memory.largest import largest_tensors
     from spcompile.planning.one_device_saves import saved_on_one_device
+    from spcompile.report.attention_rows import attention_rows
     from spcompile.report.plan import Plan
     from spcompile.schedule.communication import communication, sends_of
     from spcompile.schedule.op_cost import cost_model
@@ -161,7 +158,7 @@ def _plan(
         mesh=program.ctx.mesh,
         options={name: getattr(options, name) for name in vars(options) if name != "mesh"},
         sharding=_sharding(program),
-        attention=_attention_rows(program),
+        attention=attention_rows(_last_global_graph(program), program),
         collectives=[r for phase, gm in final.items() for r in communication(phase, gm, program.ctx.mesh, trained)],
         memory=memory_of(
             final,
@@ -322,75 +319,6 @@ def _last_global_graph(program: LocalProgram) -> fx.Graph:
     gm = list(whole)[-1].gm
     assert gm is not None
     return gm.graph
-
-
-def _attention_rows(program: LocalProgram) -> list[AttentionRow]:
-    from spcompile.attention.scores.attention_call import AttentionCall
-    from spcompile.recognition.attention_nodes import AVERAGED, OF_ROWS_WITHOUT_KEYS
-    from spcompile.report.plan import AttentionRow
-
-    mesh = program.ctx.mesh
-    without_cp = "heads of each rank" if mesh.size("tp") > 1 else "one device"
-    kinds: Counter[tuple[str, int, int, str, str, str]] = Counter()
-    for node in AttentionCall.all_in(_last_global_graph(program)):
-        call, custom = AttentionCall.of(node), node.meta.get("custom", {})
-        if OF_ROWS_WITHOUT_KEYS in custom:
-            continue  # a part of the one in front of it
-        sizes = call.sizes.hints()
-        strategy = custom.get("spx_attention", "ring") if mesh.size("cp") > 1 else without_cp
-        scores = _scores_text(call, AVERAGED in custom)
-        kernel = _kernel_text(call, strategy, program)
-        kinds[(strategy, sizes.heads, sizes.kv_heads, _mask_text(call), scores, kernel)] += 1
-    return [AttentionRow(strategy, n, heads, kv, *rest) for (strategy, heads, kv, *rest), n in kinds.items()]
-
-
-def _kernel_text(call: AttentionCall, strategy: str, program: LocalProgram) -> str:
-    """The kernel that computes an attention on the accelerator of the options."""
-    from spcompile.attention.kernels.choice import Wanted, kernels_for
-    from spcompile.graph.typed_call import value_of
-    from spcompile.machine.accelerators import ACCELERATORS
-
-    capability = ACCELERATORS[program.ctx.options.accelerator].capability
-    if capability is None:
-        return ""
-    sizes = call.sizes.hints()
-    more = (call.bias, call.alibi_slopes, call.sinks)
-    wanted = Wanted(
-        capability=capability,
-        dtype=value_of(call.q).dtype,
-        head_size=sizes.qk_size,
-        v_size=sizes.v_size,
-        mask=call.attention_mask,
-        is_plain=not call.has_softcap and not call.has_dropout and all(x is None for x in more),
-        in_hops=program.ctx.mesh.size("cp") > 1 and strategy != "ulysses",
-        square=sizes.q_rows == sizes.k_rows,
-        scale=call.scale,
-    )
-    return kernels_for(wanted)[0].name
-
-
-def _mask_text(call: AttentionCall) -> str:
-    """The mask as the model has it: ids that only tell rows without keys are no documents of its."""
-    import torch
-
-    mask = call.attention_mask
-    if mask.fill is None:
-        return call.mask
-    has_padding = call.k_documents.target is not torch.ops.aten.zeros.default
-    return str(replace(mask, documents=False, fill=None, key_padding=has_padding))
-
-
-def _scores_text(call: AttentionCall, is_averaged: bool) -> str:
-    """What an attention does to scores beside its mask."""
-    found = {
-        f"softcap {call.softcap:g}": call.has_softcap,
-        "ALiBi": call.alibi_slopes is not None,
-        "sinks": call.sinks is not None,
-        f"dropout {call.dropout_p:g}": call.has_dropout,
-        "dense bias": call.bias is not None,
-        "rows without keys apart": is_averaged,
-    }
-    return ", ".join(name for name, is_there in found.items() if is_there)
 
 
 def _symbols(program: LocalProgram) -> dict[str, str]:

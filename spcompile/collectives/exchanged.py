@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from spcompile.collectives.collective import Size, copy_overlaps, rank_in, wait, with_size
-from spcompile.machine.overlaps import Exchange, Overlap
+from spcompile.machine.overlaps import MessagePlan, Overlap
 
 
-def exchanged_by_all(parts: Sequence[Tensor], dim: int, plan: Exchange, *, adds: bool = False) -> list[Tensor]:
+def exchanged_by_all(parts: Sequence[Tensor], dim: int, plan: MessagePlan, *, adds: bool = False) -> list[Tensor]:
     """All ranks' results from all ranks' operands. adds: some elements may arrive at one place."""
     put = _add_overlaps if adds else copy_overlaps
     results = [x.new_zeros(with_size(x.shape, dim, plan.new.local)) for x in parts]
@@ -25,7 +25,7 @@ def exchanged_by_all(parts: Sequence[Tensor], dim: int, plan: Exchange, *, adds:
     return results
 
 
-def exchanged(x: Tensor, dim: int, plan: Exchange, axis: str, *, adds: bool = False) -> Tensor:
+def exchanged(x: Tensor, dim: int, plan: MessagePlan, axis: str, *, adds: bool = False) -> Tensor:
     """This rank's result. adds: as above."""
     rank, put = rank_in(axis), _add_overlaps if adds else copy_overlaps
     out = x.new_zeros(with_size(x.shape, dim, plan.new.local))
@@ -39,14 +39,14 @@ def exchanged(x: Tensor, dim: int, plan: Exchange, axis: str, *, adds: bool = Fa
     return out
 
 
-def bytes_sent(x: Tensor, dim: int, numbers: Iterable[Size], plan: Callable[[], Exchange]) -> Size:
+def bytes_sent(x: Tensor, dim: int, numbers: Iterable[Size], plan: Callable[[], MessagePlan]) -> Size:
     """Bytes that the rank sends that sends most; of `numbers` that are symbols at most its part."""
     if not all(isinstance(number, int) for number in numbers):
         return x.numel() * x.element_size()
     return x.numel() // x.shape[dim] * plan().most_sent * x.element_size()
 
 
-def _messages(x: Tensor, plan: Exchange, rank: int, axis: str) -> tuple[Tensor, list[Overlap]]:
+def _messages(x: Tensor, plan: MessagePlan, rank: int, axis: str) -> tuple[Tensor, list[Overlap]]:
     """What other ranks have for this one, end to end along dim 0, and where each piece of it belongs."""
     others = [peer if peer != rank else None for peer in range(plan.degree)]
     sends = [plan.between(rank, peer) if peer is not None else [] for peer in others]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spcompile.collectives.collective import Call, Size, define, with_size
 from spcompile.collectives.exchanged import bytes_sent, exchanged, exchanged_by_all
-from spcompile.machine.overlaps import Exchange, LaidOut, Windows
+from spcompile.machine.overlaps import LaidOut, MessagePlan, Windows
 
 SCHEMA = (
     "halo(Tensor x, int dim, SymInt count, SymInt length, SymInt unit, SymInt step, SymInt before, SymInt extent, "
@@ -29,10 +29,10 @@ rank 2    [e .]        [d e 0 0]"""
 def windows_of_elements(
     count: int, length: int, unit: int, step: int, before: int, extent: int, to_length: int, to_unit: int, degree: int,
     order: str,
-) -> Exchange:  # fmt: skip
+) -> MessagePlan:  # fmt: skip
     """From a dim of `count` elements that is laid out to the windows of it; the arguments are those of the op."""
     made = LaidOut(to_length, to_unit, degree, order)
-    return Exchange(LaidOut(length, unit, degree, order), Windows(made, step, before, extent), 0, 0, count, degree)
+    return MessagePlan(LaidOut(length, unit, degree, order), Windows(made, step, before, extent), 0, 0, count, degree)
 
 
 def fake(

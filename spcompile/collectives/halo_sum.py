@@ -10,7 +10,7 @@ from torch import Tensor
 from spcompile.collectives.collective import Call, Size, define, with_size
 from spcompile.collectives.exchanged import bytes_sent, exchanged, exchanged_by_all
 from spcompile.collectives.halo import layouts, windows_of_elements
-from spcompile.machine.overlaps import Exchange, LaidOut, Windows
+from spcompile.machine.overlaps import LaidOut, MessagePlan, Windows
 
 SCHEMA = (
     "halo_sum(Tensor x, int dim, SymInt count, SymInt length, SymInt unit, SymInt step, SymInt before, SymInt extent, "
@@ -26,9 +26,9 @@ rank 2    [h i . .]        [g+i    0]"""
 def _elements_of_windows(
     count: int, length: int, unit: int, step: int, before: int, extent: int, to_length: int, to_unit: int, degree: int,
     order: str,
-) -> Exchange:  # fmt: skip
+) -> MessagePlan:  # fmt: skip
     there = windows_of_elements(count, length, unit, step, before, extent, to_length, to_unit, degree, order)
-    return Exchange(there.new, there.old, 0, 0, count, degree)
+    return MessagePlan(there.new, there.old, 0, 0, count, degree)
 
 
 def fake(

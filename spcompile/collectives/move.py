@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spcompile.collectives.collective import Call, Size, define, with_size
 from spcompile.collectives.exchanged import bytes_sent, exchanged, exchanged_by_all
-from spcompile.machine.overlaps import Exchange, LaidOut
+from spcompile.machine.overlaps import LaidOut, MessagePlan
 
 SCHEMA = (
     "move(Tensor x, int dim, SymInt start, SymInt count, SymInt length, SymInt unit, SymInt to_start, "
@@ -27,9 +27,9 @@ rank 1    [d e .]   ->   [c d e .]"""
 
 def _exchange(
     start: int, count: int, length: int, unit: int, to_start: int, to_length: int, to_unit: int, degree: int, order: str
-) -> Exchange:
+) -> MessagePlan:
     old, new = LaidOut(length, unit, degree, order), LaidOut(to_length, to_unit, degree, order)
-    return Exchange(old, new, start, to_start, count, degree)
+    return MessagePlan(old, new, start, to_start, count, degree)
 
 
 def fake(

@@ -81,7 +81,7 @@ class Windows:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class MessagePlan:
     """What every rank sends every other where `count` elements go from position `start` of a dim to `to` of another."""
 
     old: Layout

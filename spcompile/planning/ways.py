@@ -33,12 +33,12 @@ def ways(world: int, heads: Heads, results: Callable[[Iterable[Candidate]], Sequ
     for name in NAMES:
         made = [next(found) for _ in wanted.get(name, ())]
         good = [result for result in made if result.figures is not None]
-        best = min(good, key=_preference, default=None)
+        best = min(good, key=_better_first, default=None)
         rows.append(Way(name, best, why_not.get(name, "") if not made else "" if best else made[0].error))
     return rows
 
 
-def _preference(result: Result) -> tuple[bool, float]:
+def _better_first(result: Result) -> tuple[bool, float]:
     assert result.figures is not None
     return not result.fits, result.figures.seconds if result.fits else result.figures.total
 

@@ -181,7 +181,7 @@ class Lower(fx.Interpreter):
     def reshard(self, x: Tensor, src: str, dst: str, dims: list[list[Space]]) -> Tensor:
         """The collective of one state change."""
         if x.is_complex():  # which collectives do not know
-            return torch.view_as_complex(self.reshard(torch.view_as_real(x), src, dst, dims))
+            return torch.view_as_complex(self.reshard(torch.view_as_real(x.resolve_conj()), src, dst, dims))
         split, source, target = self.split, parse_place(src), parse_place(dst)
         axis, degree = split.axis, split.degree
         if source is not None and target is not None:

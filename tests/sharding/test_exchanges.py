@@ -76,14 +76,7 @@ def scan_by_halves(x_BSD: Tensor, w_DD: Tensor) -> Tensor:
     return h_BSD + halving(h_BSD.sin()) @ w_DD
 
 
-def with_a_convolution(x_BSD: Tensor, w_DD: Tensor) -> Tensor:
-    """Over positions of each channel, as in front of state-space scans."""
-    h_BSD = attend(x_BSD @ w_DD)
-    filters_D1K = w_DD[:, None, :3]
-    return h_BSD + F.conv1d(h_BSD.mT, filters_D1K, padding=2, groups=8)[..., :-2].mT.sin() @ w_DD
-
-
-MIXING = [spectrum, both_spectra, over_tokens, recurrence, scan_by_halves, with_a_convolution]
+MIXING = [spectrum, both_spectra, over_tokens, recurrence, scan_by_halves]
 
 
 def check(mixing: Callable[..., Any], degree: int, attention: str) -> LocalProgram:

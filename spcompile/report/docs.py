@@ -16,6 +16,7 @@ from spcompile.passes import PIPELINE
 from spcompile.passes_api import Example, Pass
 from spcompile.report.collectives_page import collectives_markdown
 from spcompile.report.example_runs import example_of, run_example, without_line_numbers
+from spcompile.report.how_drawings import HOW_DRAWINGS
 from spcompile.report.node_meta_page import node_meta_markdown
 from spcompile.report.structure import folders_drawing, pipeline_drawing
 from spcompile.sharding.rules import Rule
@@ -126,10 +127,11 @@ def errors_markdown() -> str:
 
 def with_drawings(page: str) -> str:
     """A page with its drawings made anew: each stands between `<!-- drawing: NAME -->` and `<!-- end -->`."""
-    for name, drawing in (("pipeline", pipeline_drawing(PIPELINE)), ("folders", folders_drawing())):
+    drawings = {"pipeline": lambda: pipeline_drawing(PIPELINE), "folders": folders_drawing, **HOW_DRAWINGS}
+    for name, drawing in drawings.items():
         start, end = f"<!-- drawing: {name} -->\n", "<!-- end -->"
         before, _, rest = page.partition(start)
-        page = f"{before}{start}```\n{drawing}\n```\n{end}{rest.partition(end)[2]}" if rest else page
+        page = f"{before}{start}```\n{drawing()}\n```\n{end}{rest.partition(end)[2]}" if rest else page
     return page
 
 
@@ -151,6 +153,7 @@ def _node_meta() -> str:
     return node_meta_markdown(_GENERATED)
 
 
+DRAWN = ("design.md", "how-it-works.md")
 PAGES: Mapping[str, Callable[[], str]] = {
     "passes.md": passes_markdown,
     "ops.md": ops_markdown,
@@ -161,14 +164,14 @@ PAGES: Mapping[str, Callable[[], str]] = {
 
 
 def main(folder: str = "docs") -> None:
-    """Write all pages, and the drawings of design.md."""
+    """Write all pages, and the drawings of others."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     for name, write in PAGES.items():
         (target / name).write_text(write())
-    design = target / "design.md"
-    if design.exists():
-        design.write_text(with_drawings(design.read_text()))
+    for drawn in (target / name for name in DRAWN):
+        if drawn.exists():
+            drawn.write_text(with_drawings(drawn.read_text()))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -185,9 +185,8 @@ def over_mesh(
 
     Arguments and errors: as SequenceParallelMixin.
     """
-    kind = type(trainer)
-    trainer.__class__ = type(f"SequenceParallel{kind.__name__}", (SequenceParallelMixin, kind), {})
-    made: Any = trainer
+    kind, made = type(trainer), cast(Any, trainer)
+    made.__class__ = type(f"SequenceParallel{kind.__name__}", (SequenceParallelMixin, kind), {})
     made._mesh_and_options = {"mesh": mesh, "spcompile_options": spcompile_options}
     made.create_accelerator_and_postprocess()
     return trainer

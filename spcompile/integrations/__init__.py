@@ -1,1 +1,1 @@
-"""Switched on in accelerate and in the Trainer of transformers."""
+"""Switched on in accelerate, the Trainer of transformers, Lightning and Fabric."""

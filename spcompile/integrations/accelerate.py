@@ -14,28 +14,20 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType, DynamoBackend, is_compiled_module, recursively_apply
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from spcompile.broadcast import broadcast
-from spcompile.diagnostics import IllegalMesh, IllegalModel, IllegalOption
-from spcompile.machine.mesh import runtime_mesh
-from spcompile.options import Options
+from spcompile.diagnostics import IllegalModel, IllegalOption
+from spcompile.integrations.batch_mesh import BatchMesh, is_sharded
 
 # accelerate's names of compilers; compiled is in any case, by the option `compiler`, which two of them choose.
 COMPILERS = {DynamoBackend.INDUCTOR: "inductor", DynamoBackend.EAGER: "eager"}
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether `parallelize` has split its parameters, and compiled it."""
-    return any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def without_gradients_of_inputs(model: nn.Module) -> None:
@@ -76,15 +68,9 @@ class SequenceParallelAccelerator(Accelerator):
         self._counts_batches = False
         self._compiled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._refuse_other_sharding()
-        if isinstance(mesh, Mapping) and not {"tp", "cp"} & mesh.keys():
-            mesh = {**mesh, "cp": 1}
-        found = runtime_mesh(mesh, self.device.type)
-        self.mesh = found.device_mesh if found is not None else None
+        self.batches = BatchMesh.over(mesh, self.device.type, self.num_processes)
+        self.mesh = self.batches.device_mesh
         self.options = self._options(spcompile_options)
-        if self.mesh is not None and not self._own_axes():
-            raise IllegalMesh(f"{found.shape if found else ''}", legal="a mesh with an axis tp or cp")
-        if self.mesh is not None and self.mesh.size() != self.num_processes:
-            raise IllegalMesh(f"{self.mesh} for {self.num_processes} processes", legal="a mesh of all processes")
         if self.dispatch_batches:
             raise IllegalOption("dispatch_batches=True", legal="None or False: each process reads its own batches")
         self.dataloader_config.dispatch_batches = False
@@ -102,12 +88,12 @@ class SequenceParallelAccelerator(Accelerator):
     @property
     def num_batches(self) -> int:
         """How many different batches one step has: the size of `dp`."""
-        return self.mesh.size(self._place("dp")) if self.mesh is not None and self._has("dp") else 1
+        return self.batches.count
 
     @property
     def batch_index(self) -> int:
         """Which of the batches of a step this process has: its place along `dp`."""
-        return self.mesh.get_local_rank("dp") if self.mesh is not None and self._has("dp") else 0
+        return self.batches.index
 
     @property
     def ranks_per_batch(self) -> int:
@@ -176,26 +162,16 @@ class SequenceParallelAccelerator(Accelerator):
             lists: list[Any] = [input_data]
             if self.num_batches > 1:
                 lists = [None] * self.num_batches
-                dist.all_gather_object(lists, input_data, group=self.mesh.get_group("dp"))
+                dist.all_gather_object(lists, input_data, group=self.batches.group)
             found = [entry for part in lists for entry in part]
             return found[:remainder] if remainder > 0 else found
-        gathered = recursively_apply(self.gather_batches, input_data, error_on_other_type=True)
+        gathered = recursively_apply(self.batches.gather, input_data, error_on_other_type=True)
         return recursively_apply(lambda x: x[:remainder], gathered) if remainder > 0 else gathered
 
-    def gather_batches(self, tensor: Tensor) -> Tensor:
-        """The tensors of all batches of a step, of the same shape, behind each other in dim 0."""
-        tensor = tensor[None] if tensor.ndim == 0 else tensor.contiguous()
-        if self.mesh is None or self.num_batches == 1:
-            return tensor
-        found = [torch.empty_like(tensor) for _ in range(self.num_batches)]
-        dist.all_gather(found, tensor, group=self.mesh.get_group("dp"))
-        return torch.cat(found)
-
     def _averaged_over_dp(self, model: nn.Module) -> nn.Module:
-        assert self.mesh is not None
         kwargs = self.ddp_handler.to_kwargs() if self.ddp_handler is not None else {}
         devices = [self.device] if self.device.type != "cpu" else None
-        wrapped = DistributedDataParallel(model, device_ids=devices, process_group=self.mesh.get_group("dp"), **kwargs)
+        wrapped = DistributedDataParallel(model, device_ids=devices, process_group=self.batches.group, **kwargs)
         if self.ddp_handler is not None:
             self.ddp_handler.register_comm_hook(wrapped)
         prepared: Any = wrapped
@@ -215,8 +191,6 @@ class SequenceParallelAccelerator(Accelerator):
         """The backend's options; compilers that accelerate was told to use are taken over by it."""
         plugin = self.state.dynamo_plugin
         asked = {**(given or {})}
-        if "mesh" in asked:
-            raise IllegalOption("spcompile_options={'mesh': ...}", legal="mesh=")
         if plugin.backend != DynamoBackend.NO:
             if plugin.backend not in COMPILERS:
                 legal = ", ".join(repr(name) for name in COMPILERS.values())
@@ -227,21 +201,7 @@ class SequenceParallelAccelerator(Accelerator):
                 )
             asked = {"compiler": COMPILERS[plugin.backend], **asked}
             plugin.backend = DynamoBackend.NO
-        if self.mesh is not None:
-            asked["mesh"] = self.mesh[self._own_axes()] if self._has("dp") else self.mesh
-        Options.parse(asked)
-        return asked
-
-    def _own_axes(self) -> tuple[str, ...]:
-        names = (self.mesh.mesh_dim_names if self.mesh is not None else None) or ()
-        return tuple(name for name in names if name != "dp")
-
-    def _has(self, axis: str) -> bool:
-        return self.mesh is not None and axis in (self.mesh.mesh_dim_names or ())
-
-    def _place(self, axis: str) -> int:
-        assert self.mesh is not None
-        return (self.mesh.mesh_dim_names or ()).index(axis)
+        return self.batches.backend_options(asked)
 
 
 class _StepsOncePerBatch(AcceleratedScheduler):

@@ -8,20 +8,18 @@ Trainer's Accelerator and tells it how many ranks share a batch. Read from trans
 from __future__ import annotations
 
 import functools
-import random
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
 from spcompile.diagnostics import IllegalOption
 from spcompile.full_state_dict import full_state_dict
-from spcompile.integrations.accelerate import SequenceParallelAccelerator, is_sharded
+from spcompile.integrations.accelerate import SequenceParallelAccelerator
+from spcompile.integrations.batch_mesh import is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -84,7 +82,7 @@ class SequenceParallelMixin(_Base):
             if self.args.save_strategy != "no" and not self.args.save_only_model:
                 legal = "save_only_model=True, or save_strategy='no' and torch.distributed.checkpoint"
                 raise IllegalOption("save_only_model=False with sharded parameters", legal=legal)
-        self._share_random_states()
+        self.accelerator.batches.share_random_states(self.accelerator.device)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
@@ -122,7 +120,7 @@ class SequenceParallelMixin(_Base):
         loss, logits, predicted = super().prediction_step(model, inputs, *args, **kwargs)
         if loss is not None:
             weight = self._weight_of_loss(labels)
-            losses, weights = map(self.accelerator.gather_batches, (loss, weight.to(loss)))
+            losses, weights = map(self.accelerator.batches.gather, (loss, weight.to(loss)))
             loss = torch.where(weights > 0, losses * weights, 0).sum() / weights.sum()
         return loss, logits, predicted
 
@@ -169,26 +167,26 @@ class SequenceParallelMixin(_Base):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        self._share_random_states()
-
-    def _share_random_states(self) -> None:
-        """The first rank's, along `tp`, then along `cp`: a checkpoint of another mesh has them for some ranks only."""
-        mesh, device = self.accelerator.mesh, self.accelerator.device
-        if mesh is None:
-            return
-        on_device = torch.get_device_module(device) if device.type != "cpu" else None
-        states: list[Any] = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
-        states.append(on_device.get_rng_state(device) if on_device is not None else None)
-        for axis in ("tp", "cp"):
-            if axis in (mesh.mesh_dim_names or ()):
-                group = mesh.get_group(axis)
-                dist.broadcast_object_list(states, src=dist.get_global_rank(group, 0), group=group, device=device)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if on_device is not None:
-            on_device.set_rng_state(states[3], device)
+        # A checkpoint of another mesh has them for some ranks only.
+        self.accelerator.batches.share_random_states(self.accelerator.device)
 
 
 class SequenceParallelTrainer(SequenceParallelMixin, Trainer):
     """The Trainer of transformers over a mesh; see SequenceParallelMixin."""
+
+
+def over_mesh(
+    trainer: Trainer,
+    *,
+    mesh: DeviceMesh | Mapping[str, int] | None = None,
+    spcompile_options: Mapping[str, Any] | None = None,
+) -> Trainer:
+    """A Trainer that something else has made becomes one over a mesh, in place. Called before it trains, by all ranks.
+
+    Arguments and errors: as SequenceParallelMixin.
+    """
+    kind, made = type(trainer), cast(Any, trainer)
+    made.__class__ = type(f"SequenceParallel{kind.__name__}", (SequenceParallelMixin, kind), {})
+    made._mesh_and_options = {"mesh": mesh, "spcompile_options": spcompile_options}
+    made.create_accelerator_and_postprocess()
+    return trainer

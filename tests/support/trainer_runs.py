@@ -63,6 +63,12 @@ def padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack(values) for name, values in made.items()}
 
 
+def labelled(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """As padded, with a label for each token: the mean loss of two batches is that of both as one batch."""
+    batch = padded(rows)
+    return batch | {"labels": batch["input_ids"]}
+
+
 @contextlib.contextmanager
 def launched(ranks: int) -> Iterator[None]:
     """Inside, accelerate and transformers see one process, or as many ranks as a launcher has started."""

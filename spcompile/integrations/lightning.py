@@ -44,6 +44,8 @@ def _no_other_batches() -> bool:
 class _BatchesOfMesh(_Strategy):
     """What both strategies have in common: who gets which batch, and over whom values are collected."""
 
+    _ddp_kwargs: dict[str, Any]  # Lightning's, for DDP
+
     def __init__(
         self,
         *,

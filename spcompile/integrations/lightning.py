@@ -29,8 +29,8 @@ from spcompile.integrations.batch_mesh import BatchMesh, is_sharded
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-# Type checkers see a strategy; which one stands behind the mixin is the matter of the two classes below.
-_Strategy: Any = DDPStrategy if TYPE_CHECKING else object
+# Which strategy stands behind the mixin is the matter of the two classes below.
+_Strategy: Any = object
 
 # Modules that a strategy compiled: a Trainer sets up the same ones for each of fit, validate, test and predict.
 _COMPILED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -43,6 +43,8 @@ def _no_other_batches() -> bool:
 
 class _BatchesOfMesh(_Strategy):
     """What both strategies have in common: who gets which batch, and over whom values are collected."""
+
+    _ddp_kwargs: dict[str, Any]  # Lightning's, for DDP
 
     def __init__(
         self,
@@ -175,9 +177,10 @@ class SequenceParallelFabricStrategy(_BatchesOfMesh, FabricDDPStrategy):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._backward_sync_control = _SkipsDDPAlone(self._backward_sync_control)
+        control: Any = _SkipsDDPAlone(self._backward_sync_control)
+        self._backward_sync_control = control
 
-    def setup_module(self, module: nn.Module) -> nn.Module:
+    def setup_module(self, module: nn.Module) -> Any:
         """The module, compiled in place; in DDP where batches differ. Ranks that share them share random numbers."""
         self._compile_over_mesh(module, [module])
         self.batches.share_random_states(self.root_device)

@@ -7,6 +7,7 @@ of, its own elements and some of its neighbours'. Zeros stand beyond both ends o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def sent(
     return bytes_sent(x, dim, numbers, lambda: windows_of_elements(*numbers, degree, order))
 
 
-def layouts(length: int, degree: int) -> Iterator[dict[str, int | str]]:
+def layouts(length: int, degree: int) -> Iterator[dict[str, Any]]:
     """Examples of the arguments: of a centred window, a causal one with gaps, steps of 2, and an image by its rows."""
     for order in ("contiguous", "zigzag"):
         for unit, step, before, extent, made in (
@@ -93,7 +94,7 @@ def layouts(length: int, degree: int) -> Iterator[dict[str, int | str]]:
 
 def examples(length: int, degree: int) -> Iterator[Call]:
     for arguments in layouts(length, degree):
-        local = LaidOut(length, int(arguments["unit"]), degree, str(arguments["order"])).local
+        local = LaidOut(length, arguments["unit"], degree, arguments["order"]).local
         yield Call(arguments, shape=(local, 2) if arguments["dim"] == 0 else (2, local))
 
 

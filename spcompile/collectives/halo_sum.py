@@ -64,8 +64,8 @@ def sent(
 
 def examples(length: int, degree: int) -> Iterator[Call]:
     for found in layouts(length, degree):
-        ranks = LaidOut(int(found["to_length"]), 1, degree, str(found["order"]))
-        local = Windows(ranks, int(found["step"]), int(found["before"]), int(found["extent"])).local
+        ranks = LaidOut(found["to_length"], 1, degree, found["order"])
+        local = Windows(ranks, found["step"], found["before"], found["extent"]).local
         yield Call(found, shape=(local, 2) if found["dim"] == 0 else (2, local))
 
 

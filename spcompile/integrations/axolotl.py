@@ -32,7 +32,7 @@ except ModuleNotFoundError:
     _found = object
 _Plugin: Any = _found
 
-KEY = "spcompile"
+SECTION = "spcompile"
 AXES_OF_KEYS = {"sequence_parallel_degree": "cp", "context_parallel_size": "cp", "tensor_parallel_size": "tp"}
 
 
@@ -50,15 +50,15 @@ class SequenceParallelPlugin(_Plugin):
             IllegalOption: sizes under Axolotl's keys, and a mesh as well.
             IllegalMesh: the processes cannot be divided so.
         """
-        settings = dict(cfg.get(KEY) or {})
+        settings = dict(cfg.get(SECTION) or {})
         asked = {key: int(cfg.pop(key) or 1) for key in AXES_OF_KEYS if key in cfg}
         sizes = {AXES_OF_KEYS[key]: size for key, size in asked.items() if size > 1}
         if sizes and settings.get("mesh") is not None:
             keys = ", ".join(key for key, size in asked.items() if size > 1)
-            raise IllegalOption(f"{keys}, and {KEY}: mesh:", legal="one of them")
+            raise IllegalOption(f"{keys}, and {SECTION}: mesh:", legal="one of them")
         if sizes:
             settings["mesh"] = _over_processes(sizes)
-        cfg[KEY] = settings
+        cfg[SECTION] = settings
 
     def post_model_load(self, cfg: Any, model: nn.Module) -> None:
         """Settings are read before anything long begins.
@@ -81,7 +81,7 @@ class SequenceParallelPlugin(_Plugin):
 
 
 def _settings(cfg: Any) -> tuple[Mapping[str, int] | None, dict[str, Any]]:
-    options = dict(cfg.get(KEY) or {})
+    options = dict(cfg.get(SECTION) or {})
     return options.pop("mesh", None), options
 
 

@@ -23,7 +23,7 @@ _COMPUTES = {"linear", "layer_norm", "gelu", "add", "attention", "ring_attention
 _SENDS = {"all_gather", "reduce_scatter", "all_reduce", "all_to_all"}
 
 
-class Block(nn.Module):
+class DrawnBlock(nn.Module):
     """Attention and an MLP, as everybody writes them."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 def block_drawing(mesh: Mapping[str, int], behind: str, **options: Any) -> str:
     """What one rank of a mesh computes and sends for a block, behind a pass."""
-    plan = explain(Block(), (torch.empty(1, ROWS, WIDTH),), mesh, **options)
+    plan = explain(DrawnBlock(), (torch.empty(1, ROWS, WIDTH),), mesh, **options)
     return "\n".join(_lines(plan.graph(behind)))
 
 

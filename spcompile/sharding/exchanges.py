@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import networkx as nx
 import torch.fx as fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from spcompile.graph.edit import is_getitem, operand
 from spcompile.graph.reshard import Place
@@ -120,7 +121,7 @@ class _ExchangeSearch:
         fixed: Collection[fx.Node],
     ) -> None:
         self.graph, self.spaces, self.placements, self.degree = graph, spaces, placements, degree
-        self.fixed = frozenset(fixed)
+        self.fixed = frozenset(fixed).union(_calls_of_unknown_size(spaces))
         self.trained = trained_values(graph)
         self.entries = entries_of_inputs(graph, spaces)
 
@@ -221,6 +222,13 @@ def entries_of_inputs(graph: fx.Graph, spaces: IndexSpaces) -> set[Space]:
             for factor in {*call.rule.reductions, *call.rule.contracted}:
                 found.difference_update(call.leaves_of(factor))
     return found
+
+
+def _calls_of_unknown_size(spaces: IndexSpaces) -> Iterator[fx.Node]:
+    """The calls with a dim whose size depends on data, such as rows that are picked: no rank knows those of others."""
+    for node, call in spaces.calls.items():
+        if any(free_unbacked_symbols(size) for size in call.rule.sizes.values() if not isinstance(size, int)):
+            yield node
 
 
 def _is_read_bit_by_bit(value: fx.Node, degree: int) -> bool:

@@ -52,7 +52,7 @@ class SplitTransforms(Pass):
 
 def _lengths(node: fx.Node) -> dict[int, Any]:
     """The dims in order, and the length that each is cut or padded to: None for its own."""
-    args = named_arguments(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+    args = named_arguments(node.target, node.args, node.kwargs)
     rank, sizes, dims = args["self"].meta["val"].ndim, args["s"], args["dim"]
     if dims is None:
         dims = range(-rank if sizes is None else -len(sizes), 0)

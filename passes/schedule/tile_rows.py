@@ -173,8 +173,9 @@ class _Tiles:
         shape = rows_and_width(value)
         example = value.meta.get("val")
         if shape is None or shape[0] != self.part.rows:
-            is_broadcast = isinstance(example, Tensor) and example.ndim > 1
-            return self._flat(value, [example.shape[-1]]) if is_broadcast else value
+            if isinstance(example, Tensor) and example.ndim > 1:
+                return self._flat(value, [example.shape[-1]])
+            return value
         cut = self._call(value, aten.slice.Tensor, self._flat(value, list(shape)), 0, *bounds)
         cut.meta["spx_tile"] = True
         return cut

@@ -23,7 +23,7 @@ from spcompile.check.states import check_states, invalid
 from spcompile.collectives import is_start
 from spcompile.collectives.host_copy import HOST_COPIES, TO_DEVICE, TO_HOST, WAIT_COPY
 from spcompile.diagnostics import InvalidGraph
-from spcompile.graph.edit import fake_mode_of
+from spcompile.graph.edit import fake_mode_of, operand
 from spcompile.graph.printer import type_text
 from spcompile.graph.storage import root_of
 from spcompile.machine.mesh import MeshShape
@@ -217,8 +217,8 @@ def check_host_copies(graph: fx.Graph) -> None:
         if node.target in HOST_COPIES:
             _check_copy(node)
         elif node.target is WAIT_COPY:
-            start, source = node.args
-            if not isinstance(start, fx.Node) or start.target not in HOST_COPIES or start.args[0] is not source:
+            start, source = operand(node, 0), operand(node, 1)
+            if start.target not in HOST_COPIES or start.args[0] is not source:
                 raise invalid(node, "waits for no copy of its second operand", legal="the start of a copy, its operand")
             if start.target is TO_HOST.op:
                 gone[root_of(source)] = node

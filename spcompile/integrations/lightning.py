@@ -177,8 +177,8 @@ class SequenceParallelFabricStrategy(_BatchesOfMesh, FabricDDPStrategy):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        control: Any = _SkipsDDPAlone(self._backward_sync_control)
-        self._backward_sync_control = control
+        made: Any = self
+        made._backward_sync_control = _SkipsDDPAlone(made._backward_sync_control)
 
     def setup_module(self, module: nn.Module) -> Any:
         """The module, compiled in place; in DDP where batches differ. Ranks that share them share random numbers."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from spcompile.graph.edit import is_getitem
+from spcompile.graph.edit import is_getitem, operand, result_number
 
 _SAVES = torch.ops.higher_order.run_and_save_rng_state
 _REPEATS = torch.ops.higher_order.run_with_rng_state
@@ -43,7 +43,7 @@ def partitioned(
 
 def is_kept_state(node: fx.Node) -> bool:
     """Whether a value of a forward graph is the state that a draw of the backward begins with."""
-    return is_getitem(node) and node.args[0].target is _SAVES and node.args[1] == 0  # type: ignore[union-attr]
+    return is_getitem(node) and operand(node, 0).target is _SAVES and result_number(node) == 0
 
 
 def _describe_saving(node: fx.Node) -> None:
@@ -58,7 +58,8 @@ def _describe_repeating(node: fx.Node) -> None:
     state.meta["val"] = _of_known_size(state.meta["val"])
     with state.meta["val"].fake_mode:
         given, named = fx.node.map_arg((args, node.kwargs), lambda read: read.meta["val"])
-        node.meta["val"] = op(*given, **named)  # type: ignore[operator]
+        assert callable(op), op
+        node.meta["val"] = op(*given, **named)
 
 
 def _of_known_size(state: Any) -> Any:

@@ -47,7 +47,7 @@ class WaysTable:
             "schema_version": WAYS_SCHEMA_VERSION,
             "model": self.model,
             "world": self.world,
-            "limit_bytes": Wish.of(self.options).bytes,
+            "limit_bytes": Wish.of(self.options, self.world).bytes,
             "lengths": [
                 {"tokens": tokens, "best": self.best(tokens), "ways": [_way_dict(way) for way in rows]}
                 for tokens, rows in self.lengths.items()
@@ -64,7 +64,7 @@ class WaysTable:
         return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
     def _table(self) -> Table:
-        limit = Wish.of(self.options).bytes
+        limit = Wish.of(self.options, self.world).bytes
         at_most = "" if limit is None else f", {bytes_text(limit)} on each"
         title = one_line(
             f"{self.model}, batch {self.entries}, {self.world} ranks of {self.options.accelerator}{at_most}"

@@ -51,6 +51,7 @@ def test_words_for_axes_and_links() -> None:
         arguments.parse_link("x")
 
 
+@pytest.mark.slow
 @pytest.mark.thinned(6)
 def test_a_plan_and_a_sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     small = ("models:llama-tiny", "--world", "2", "--axes", "cp", "--workers", "1", "--json")

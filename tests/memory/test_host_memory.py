@@ -96,6 +96,7 @@ def needs_the_host(model: nn.Module, mesh: dict[str, int], part: float = 1.1, **
     return {"memory": int(part * least.total_bytes), "optimizer": "none", **options}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "attention"),
     [({"cp": 2}, "ring"), ({"cp": 2}, "ulysses"), ({"tp": 2}, "ring"), ({"tp": 2, "cp": 2}, "ulysses")],
@@ -117,8 +118,9 @@ def test_numbers_stay_what_they_are(mesh: dict[str, int], attention: str) -> Non
     assert report.ok, report
 
 
+@pytest.mark.slow
 @pytest.mark.thinned(8)
-@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_one_process_saves_and_computes_what_is_planned(compiler: str) -> None:
     model, (x_BSD,) = deep(), inputs()
     model(x_BSD).backward()

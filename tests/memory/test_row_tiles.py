@@ -101,6 +101,7 @@ def over_tiles(kind: str, length: int) -> tuple[Any, tuple[Tensor, ...], dict[st
     return model, inputs, {"memory": "min", "passes": {"tile-rows": {"tiles": 3}}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}, {"tp": 2, "cp": 2}], ids="-".join)
 @pytest.mark.parametrize("kind", ["decoder", "llama-tiny", "gpt-tiny"])
 @pytest.mark.thinned(9)

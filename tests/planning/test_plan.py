@@ -63,6 +63,7 @@ def compare(plans: RankedPlans, at: int, build: Callable[..., Any] = small, batc
     assert found.communication == pytest.approx(full.predicted.total("communication"), rel=SECONDS)
 
 
+@pytest.mark.slow
 @pytest.mark.thinned(10)
 @pytest.mark.parametrize("build", [small, llama])
 @pytest.mark.parametrize(
@@ -132,6 +133,7 @@ def test_a_model_of_few_layers_is_compiled_whole() -> None:
     assert plans.rows[0].seconds == full.predicted.total("seconds")
 
 
+@pytest.mark.slow
 @pytest.mark.thinned(6)
 def test_processes_find_the_same_as_one() -> None:
     one, two = (spcompile.plan(*small(), 2, axes=("cp",), workers=n).to_dict() for n in (1, 2))

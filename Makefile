@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 # Every process that the tests start would compile the package and the tests to bytecode again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-manual lint types bench coverage clean
+.PHONY: demo test test-slow test-manual lint types docs bench coverage clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,10 @@ types: $(VENV)/ready
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/typed .
 	cd build/typed && $(CURDIR)/$(BIN)/python -m mypy --config-file $(CURDIR)/pyproject.toml \
 		--cache-dir $(CURDIR)/.mypy_cache -p spcompile
+
+# docs/ as a site, into build/site; a link that leads nowhere fails.
+docs: $(VENV)/ready
+	$(BIN)/python -m mkdocs build
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/scaling_cpu.py

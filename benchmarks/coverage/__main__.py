@@ -3,8 +3,8 @@
     python benchmarks/coverage [NAME ...] [--jobs 2] [--again] [--seconds 300]
 
 NAME: a model type, a kind (decoder, encoder, ...) or both, as decoder/llama; without one, all. Each model runs in a
-process of its own. What was measured lies in build/coverage/, one JSON file for a model, and is not measured again
-without --again. At the end docs/coverage.md is written from all the files there are. All of it takes hours.
+process of its own. What was measured is a line of measured.jsonl, with the commit at which it was, and is not measured
+again without --again. docs/coverage.md is written from all the lines there are. All of it takes hours.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from collections import deque
@@ -30,7 +31,7 @@ import packages
 import page
 
 ROOT = Path(__file__).parent.parent.parent
-RESULTS = ROOT / "build" / "coverage"
+RESULTS = Path(__file__).parent / "measured.jsonl"
 PAGE = ROOT / "docs" / "coverage.md"
 
 
@@ -39,7 +40,6 @@ class Job(NamedTuple):
 
     process: BaseProcess
     result: Connection
-    file: Path
     since: float
     names: tuple[str, str]
 
@@ -52,15 +52,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300, help="the most that one model may take")
     parser.add_argument("--page", action="store_true", help="only write the page")
     given = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    found = known()
     if not given.page:
         chosen = [names for names in everything() if not given.names or {*names, "/".join(names)} & {*given.names}]
         if not chosen:
             sys.exit(f"no model is called {' or '.join(given.names)}")
-        run([names for names in chosen if given.again or not file_of(names).exists()], given.jobs, given.seconds)
-    PAGE.write_text(
-        page.text([json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))], len(everything()))
-    )
+        run([names for names in chosen if given.again or names not in found], given.jobs, given.seconds, found)
+    PAGE.write_text(page.text(list(found.values()), len(everything())))
 
 
 def everything() -> list[tuple[str, str]]:
@@ -75,12 +73,28 @@ def everything() -> list[tuple[str, str]]:
     return order
 
 
-def file_of(names: tuple[str, str]) -> Path:
-    return RESULTS / f"{names[0]}-{names[1].replace('/', '-')}.json"
+def known() -> dict[tuple[str, str], dict[str, Any]]:
+    """What was measured, by (kind, name), in their order."""
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return {(one["kind"], one["name"]): one for one in lines}
 
 
-def run(waiting: list[tuple[str, str]], jobs: int, seconds: float) -> None:
-    """Measure models, some at a time. One that crashes or takes too long is a result too."""
+def keep(found: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """Write all lines, sorted, so that a run that is stopped loses one model at most."""
+    RESULTS.write_text("".join(json.dumps(found[names]) + "\n" for names in sorted(found)))
+
+
+def commit() -> str:
+    """The commit that is measured, with a + where files have changed since."""
+    said = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
+    return said.stdout.strip()
+
+
+def run(
+    waiting: list[tuple[str, str]], jobs: int, seconds: float, known: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    """Measure models, some at a time, into `known`. One that crashes or takes too long is a result too."""
+    at = commit()
     fork = multiprocessing.get_context("fork")  # torch and transformers are imported once
     queue, running = deque(waiting), list[Job]()
     while queue or running:
@@ -90,11 +104,12 @@ def run(waiting: list[tuple[str, str]], jobs: int, seconds: float) -> None:
             process = fork.Process(target=measure.into, args=(sender, *names))
             process.start()
             sender.close()
-            running.append(Job(process, receiver, file_of(names), time.monotonic(), names))
+            running.append(Job(process, receiver, time.monotonic(), names))
         for job in [job for job in running if ended(job, seconds)]:
             running.remove(job)
             found = result_of(job, seconds)
-            job.file.write_text(json.dumps(found, indent=1))
+            known[job.names] = found | {"commit": at}
+            keep(known)
             print(f"{time.monotonic() - job.since:5.0f} s  {page.line(found)}", flush=True)
         time.sleep(0.1)
 

@@ -13,7 +13,8 @@ HEAD = """# Coverage
 Models that others wrote, unchanged, on `cp` = 2 and on `tp` = 2: all ranks run in one process (`spcompile.verify`), and
 loss, outputs and every gradient are compared with the plain model's. Models are in eval mode, have two layers,
 and no parameter is constant. All is float64, but for models with experts, which are in float32. `make coverage` wrote
-this page, with torch {torch} and transformers {transformers}.
+this page, with torch {torch} and transformers {transformers}. At which commit a model was measured is in
+`benchmarks/coverage/measured.jsonl`.
 
 - *error* is the largest of any tensor: absolute, or relative to its largest element, whichever is less. A model that
   rounds to float32 inside shows it.

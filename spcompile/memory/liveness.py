@@ -87,6 +87,8 @@ class Lives:
 
     def bytes(self, size: Callable[[fx.Node], int], scratch: Sequence[int]) -> list[int]:
         """Alive during each call. scratch: what each call takes besides while it runs."""
+        if not self.calls:  # what is saved, and a backward that computes nothing
+            return []
         change = [0] * (self.calls + 1)
         for storage, start in self.born.items():
             change[start] += size(storage)

@@ -17,6 +17,9 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives  # torch 2.13: Meta kernels of torch.ops._c10d_functional
 import torch.distributed._symmetric_memory  # torch 2.13: torch.ops.symm_mem
 
+# torch 2.13: torch/distributed/distributed_c10d.py
+import torch.distributed.distributed_c10d as c10d
+
 # torch 2.13: torch/_dispatch/python.py
 from torch._dispatch.python import no_python_dispatcher
 
@@ -367,6 +370,22 @@ def group_timeout(device_type: str) -> timedelta:
     backend: Any = world._get_backend(torch.device(device_type))
     backend = getattr(backend, "wrapped_pg", backend)  # TORCH_DISTRIBUTED_DEBUG=DETAIL wraps it
     return cast("timedelta", backend.options._timeout)
+
+
+def local_group(name: str, ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
+    """A group of some ranks of the world, made by its members alone under a name that they all know.
+
+    `dist.new_group(use_local_synchronization=True)` names a group after the number of groups that this process is in.
+    Members that differ in it, as after a mesh over some of them, would wait for each other until the timeout.
+    """
+    world = c10d._get_default_group()
+    backend, store = c10d._world.pg_map[world]
+    members = list(ranks)
+    own = members.index(dist.get_rank())
+    make: Any = c10d._new_process_group_helper
+    group, _ = make(len(members), own, members, c10d.Backend(backend), store, name, timeout=timeout, group_desc=name)
+    c10d._world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(members)}
+    return cast("dist.ProcessGroup", group)
 
 
 def keep_for_ever(value: Any) -> None:

@@ -156,8 +156,7 @@ class RuntimeMesh:
 def unbound(world: dist.ProcessGroup) -> Iterator[None]:
     """Groups that are made inside do not know that `init_process_group` bound the world to a device.
 
-    torch 2.11 to 2.13 read it in `_new_group_with_tag` and `_new_process_group_helper` alone; the communicator of the
-    world stays as it is.
+    torch 2.11 to 2.13 read it in `_new_process_group_helper`; the communicator of the world stays as it is.
     """
     device = world.bound_device_id
     try:
@@ -178,18 +177,11 @@ def _group_of(world: dist.ProcessGroup, ranks: tuple[int, ...], channel: str, de
     connects its members alone, when they first send. It waits as long as the world does. AOTAutograd compiles under a
     fake mode, and groups are made for real, as `Agreement` communicates.
     """
-    import torch.distributed as dist
+    from spcompile.torch_private import group_timeout, local_group, no_python_dispatcher, unset_fake_temporarily
 
-    from spcompile.torch_private import group_timeout, no_python_dispatcher, unset_fake_temporarily
-
-    described = f"spcompile {channel}".strip()
+    name = "_".join(["spcompile", device_type, channel, *map(str, ranks)])
     with unset_fake_temporarily(), no_python_dispatcher(), unbound(world):
-        return dist.new_group(
-            list(ranks),
-            timeout=group_timeout(device_type),
-            use_local_synchronization=True,
-            group_desc=described,
-        )
+        return local_group(name, ranks, group_timeout(device_type))
 
 
 def runtime_mesh(mesh: DeviceMesh | Mapping[str, int] | None, device_type: str) -> RuntimeMesh | None:

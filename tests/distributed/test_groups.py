@@ -9,12 +9,13 @@ from unittest import mock
 
 import plain_models as pm
 import pytest
+import torch
 import torch.distributed as dist
 from oracle import EXACT, Case, compare
 from torch.distributed.device_mesh import DeviceMesh
 from worker_pool import WorkerPool
 
-from spcompile.machine.mesh import RuntimeMesh
+from spcompile.machine.mesh import MeshShape, RuntimeMesh
 
 PoolOf = Callable[[int], WorkerPool]
 
@@ -50,3 +51,20 @@ def test_each_channel_has_a_group_of_the_ranks_of_its_axis(worker_pool: PoolOf, 
         assert names == inside[0][0]  # in one order
         assert members == [ranks] * len(names)
         assert error <= EXACT
+
+
+def named_after_different_pasts(channel: str) -> tuple[str, float]:
+    """The group of a channel among four ranks, of which the first belongs to one group more than the others."""
+    if dist.get_rank() == 0:
+        dist.new_group([0], use_local_synchronization=True)
+    mesh = RuntimeMesh(MeshShape((("cp", 4),)), DeviceMesh("cpu", [0, 1, 2, 3], mesh_dim_names=("cp",)))
+    name = mesh.group_name(channel)
+    ones = torch.ones(1)
+    dist.all_reduce(ones, group=dist.distributed_c10d._resolve_process_group(name))
+    return name, float(ones)
+
+
+@pytest.mark.parametrize("axis", ["cp.inner2", "cp/messages"])
+def test_ranks_that_are_in_different_numbers_of_groups_meet(worker_pool: PoolOf, axis: str) -> None:
+    found = worker_pool(4).run(named_after_different_pasts, axis, timeout=100.0)
+    assert [count for _, count in found] == [4.0 if axis == "cp/messages" else 2.0] * 4

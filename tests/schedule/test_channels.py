@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.fx as fx
 from final_graphs import final_graphs, llama, tokens
 
@@ -79,20 +78,16 @@ def test_groups_are_made_as_if_the_world_were_bound_to_no_device(monkeypatch: py
     """Its communicator would be split, for which ranks of no mesh would have to come."""
     seen: list[Any] = []
 
-    def new_group(ranks: list[int], **named: Any) -> Any:
-        seen.append((World.bound_device_id, world.bound_device_id, ranks, named))
-        return SimpleNamespace(group_name="made")
+    def local_group(name: str, ranks: tuple[int, ...], timeout: Any) -> Any:
+        seen.append((World.bound_device_id, world.bound_device_id, name, ranks, timeout))
+        return SimpleNamespace(group_name=name)
 
     world: Any = World()
-    monkeypatch.setattr(dist, "new_group", new_group)
+    monkeypatch.setattr("spcompile.torch_private.local_group", local_group)
     monkeypatch.setattr("spcompile.torch_private.group_timeout", lambda device: 5)
     mesh._group_of(world, (4, 6), "messages", "cuda")
-    (bound, during, ranks, named), *more = seen
-    assert not more
-    assert during is None
-    assert ranks == [4, 6]
-    assert named == {"timeout": 5, "use_local_synchronization": True, "group_desc": "spcompile messages"}
-    assert world.bound_device_id == bound == torch.device("cuda", 3)
+    assert seen == [(World.bound_device_id, None, "spcompile_cuda_messages_4_6", (4, 6), 5)]
+    assert world.bound_device_id == torch.device("cuda", 3)
 
 
 def test_a_world_is_bound_again_whatever_happens() -> None:

@@ -275,7 +275,7 @@ def share_of_eight(place: Place, attention: str, compiler: str) -> tuple[str, di
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=8)
     try:
         # Such a group has no other ranks to compare with, and no timeout.
-        no_timeout = mock.patch("spcompile.torch_private.group_timeout", return_value=timedelta(minutes=5))
+        no_timeout = mock.patch("spcompile.torch_private_groups.group_timeout", return_value=timedelta(minutes=5))
         with mock.patch.object(OwnGroup, "gather", alone), no_timeout:
             mesh = init_device_mesh(place.device, (8,), mesh_dim_names=("cp",))
             model.compile(backend="spcompile", options={**options, "mesh": mesh, "compare": "compile"})

@@ -1,24 +1,21 @@
-"""The only file that imports private names of torch, each with the version it was read from."""
+"""Private names of torch, each with the version it was read from.
+
+Those of process groups are in torch_private_groups.py. No other file imports private names.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
-import torch.distributed as dist
 import torch.distributed._functional_collectives  # torch 2.13: Meta kernels of torch.ops._c10d_functional
 import torch.distributed._symmetric_memory  # torch 2.13: torch.ops.symm_mem
-
-# torch 2.13: torch/distributed/distributed_c10d.py
-import torch.distributed.distributed_c10d as c10d
 
 # torch 2.13: torch/_dispatch/python.py
 from torch._dispatch.python import no_python_dispatcher
@@ -86,7 +83,6 @@ from torch._subclasses.functional_tensor import (
     FunctionalTensorMode,
     disable_functional_mode,
 )
-from torch.distributed.distributed_c10d import _get_default_store, _resolve_process_group  # torch 2.13
 
 # torch 2.13: torch/fx/_lazy_graph_module.py
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
@@ -98,8 +94,6 @@ from torch.utils._python_dispatch import _disable_current_modes as disable_modes
 
 if TYPE_CHECKING:
     import torch.fx as fx
-    from torch.distributed import ProcessGroup
-    from torch.distributed.distributed_c10d import GroupName
 
 fused_all_gather_matmul = torch.ops.symm_mem.fused_all_gather_matmul
 fused_matmul_reduce_scatter = torch.ops.symm_mem.fused_matmul_reduce_scatter
@@ -128,7 +122,6 @@ __all__ = [
     "compile_fx",
     "compile_fx_inner",
     "compiler_stance",
-    "default_store",
     "detect_fake_mode",
     "detect_is_causal_mask",
     "disable_functional_mode",
@@ -138,18 +131,15 @@ __all__ = [
     "fused_matmul_reduce_scatter",
     "get_hash_for_files",
     "graph_compile",
-    "group_timeout",
     "inductor_cache_dir",
     "inductor_decompositions",
     "is_compiled_call",
-    "keep_for_ever",
     "load_autograd_result",
     "make_boxed_func",
     "min_cut_rematerialization_partition",
     "no_python_dispatcher",
     "on_compiled_calls",
     "preserve_node_ordering",
-    "resolve_process_group",
     "trace_again",
     "trace_log",
     "trace_structured",
@@ -158,11 +148,6 @@ __all__ = [
     "under_function_modes",
     "unset_fake_temporarily",
 ]
-
-
-def resolve_process_group(name: str) -> ProcessGroup:
-    """The process group with this c10d name."""
-    return _resolve_process_group(cast("GroupName", name))
 
 
 def traced_function() -> str:
@@ -355,42 +340,6 @@ def compiler_stance() -> str:
     if stance.backend is not None:
         return f"{stance.stance!r}, force_backend={stance.backend!r}"
     return stance.stance if stance.stance == "default" else repr(stance.stance)
-
-
-def default_store() -> dist.Store:
-    """The store of the default process group, through a connection of its own, where its kind has connections."""
-    store = _get_default_store()
-    return store.clone() if hasattr(store, "clone") else store
-
-
-def group_timeout(device_type: str) -> timedelta:
-    """How long the default process group waits on a device: what `init_process_group` was given, or its default."""
-    world = dist.group.WORLD
-    assert world is not None
-    backend: Any = world._get_backend(torch.device(device_type))
-    backend = getattr(backend, "wrapped_pg", backend)  # TORCH_DISTRIBUTED_DEBUG=DETAIL wraps it
-    return cast("timedelta", backend.options._timeout)
-
-
-def local_group(name: str, ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
-    """A group of some ranks of the world, made by its members alone under a name that they all know.
-
-    `dist.new_group(use_local_synchronization=True)` names a group after the number of groups that this process is in.
-    Members that differ in it, as after a mesh over some of them, would wait for each other until the timeout.
-    """
-    world = c10d._get_default_group()
-    backend, store = c10d._world.pg_map[world]
-    members = list(ranks)
-    own = members.index(dist.get_rank())
-    make: Any = c10d._new_process_group_helper
-    group, _ = make(len(members), own, members, c10d.Backend(backend), store, name, timeout=timeout, group_desc=name)
-    c10d._world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(members)}
-    return cast("dist.ProcessGroup", group)
-
-
-def keep_for_ever(value: Any) -> None:
-    """Never destroy an object: a group with an operation in flight would wait for it when the process ends."""
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
 
 
 def around_backward(output: torch.Tensor, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Any:

@@ -25,7 +25,7 @@ from spcompile.attention.scores.provider import Rows
 from spcompile.attention.scores.runs import Run, natural_runs, runs_of
 from spcompile.collectives.point_to_point import Requests, drive, drive_all
 from spcompile.diagnostics import RanksDisagree
-from spcompile.torch_private import resolve_process_group
+from spcompile.torch_private_groups import resolve_process_group
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spcompile import torch_private
+from spcompile import torch_private_groups
 from spcompile.graph.typed_call import named_arguments
 from spcompile.machine.overlaps import Overlap
 
@@ -141,7 +141,7 @@ def is_start(target: Any) -> bool:
 
 def rank_in(group: str) -> int:
     """This process's rank in a c10d group."""
-    return torch_private.resolve_process_group(group).rank()
+    return torch_private_groups.resolve_process_group(group).rank()
 
 
 def with_size(shape: Sequence[Size], dim: int, size: Size) -> list[Size]:

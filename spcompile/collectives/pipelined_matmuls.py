@@ -26,7 +26,8 @@ import torch
 from spcompile.collectives.collective import with_size
 from spcompile.collectives.point_to_point import Requests, Shift, Wait, drive, drive_all
 from spcompile.diagnostics import RanksDisagree
-from spcompile.torch_private import fused_all_gather_matmul, fused_matmul_reduce_scatter, resolve_process_group
+from spcompile.torch_private import fused_all_gather_matmul, fused_matmul_reduce_scatter
+from spcompile.torch_private_groups import resolve_process_group
 
 if TYPE_CHECKING:
     import torch.distributed as dist

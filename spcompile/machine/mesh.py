@@ -177,7 +177,8 @@ def _group_of(world: dist.ProcessGroup, ranks: tuple[int, ...], channel: str, de
     connects its members alone, when they first send. It waits as long as the world does. AOTAutograd compiles under a
     fake mode, and groups are made for real, as `Agreement` communicates.
     """
-    from spcompile.torch_private import group_timeout, local_group, no_python_dispatcher, unset_fake_temporarily
+    from spcompile.torch_private import no_python_dispatcher, unset_fake_temporarily
+    from spcompile.torch_private_groups import group_timeout, local_group
 
     name = "_".join(["spcompile", device_type, channel, *map(str, ranks)])
     with unset_fake_temporarily(), no_python_dispatcher(), unbound(world):

@@ -30,13 +30,8 @@ from spcompile.program.own_group import OwnGroup
 from spcompile.program.program_cache import sources
 from spcompile.program.roll_call import roll_call_of
 from spcompile.program.same_weights import ParameterSets
-from spcompile.torch_private import (
-    RestartAnalysis,
-    default_store,
-    group_timeout,
-    no_python_dispatcher,
-    unset_fake_temporarily,
-)
+from spcompile.torch_private import RestartAnalysis, no_python_dispatcher, unset_fake_temporarily
+from spcompile.torch_private_groups import default_store, group_timeout
 
 log = logging.getLogger(__name__)
 _TEXTS_ARRIVE = timedelta(seconds=30)

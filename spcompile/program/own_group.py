@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from spcompile.program.roll_call import POLL_SECONDS, RollCall
-from spcompile.torch_private import default_store, keep_for_ever
+from spcompile.torch_private_groups import default_store, keep_for_ever
 
 _MADE: Counter[tuple[Any, ...]] = Counter()  # groups of the same ranks, which are made in the same order on all of them
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from spcompile.diagnostics import RanksMissing
 from spcompile.program.facts import list_ranks
-from spcompile.torch_private import default_store
+from spcompile.torch_private_groups import default_store
 
 POLL_SECONDS = 0.5
 ANSWER_SECONDS = 4.0

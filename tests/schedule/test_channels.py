@@ -83,8 +83,8 @@ def test_groups_are_made_as_if_the_world_were_bound_to_no_device(monkeypatch: py
         return SimpleNamespace(group_name=name)
 
     world: Any = World()
-    monkeypatch.setattr("spcompile.torch_private.local_group", local_group)
-    monkeypatch.setattr("spcompile.torch_private.group_timeout", lambda device: 5)
+    monkeypatch.setattr("spcompile.torch_private_groups.local_group", local_group)
+    monkeypatch.setattr("spcompile.torch_private_groups.group_timeout", lambda device: 5)
     mesh._group_of(world, (4, 6), "messages", "cuda")
     assert seen == [(World.bound_device_id, None, "spcompile_cuda_messages_4_6", (4, 6), 5)]
     assert world.bound_device_id == torch.device("cuda", 3)

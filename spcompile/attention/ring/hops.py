@@ -20,7 +20,7 @@ from spcompile.attention.ring.ring import Ring
 from spcompile.attention.scores.mask import WITHOUT_KEYS, AttentionMask
 from spcompile.diagnostics import RanksDisagree
 from spcompile.machine.sequence import chunk_length, chunks_per_rank
-from spcompile.torch_private import resolve_process_group
+from spcompile.torch_private_groups import resolve_process_group
 
 if TYPE_CHECKING:
     from torch import Tensor

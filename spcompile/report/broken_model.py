@@ -24,7 +24,7 @@ from spcompile.options import Options
 from spcompile.passes_api import Pass, Stage
 from spcompile.program.outputs import NotComputedTensor
 from spcompile.program.trace import Backend, Inputs, Traced, compile_for, through_dynamo
-from spcompile.report.noise import DRAWS, mover
+from spcompile.report.noise import DRAWS, mover, with_conversions
 from spcompile.report.plain_run import Eager, attention_by_its_formula, named_leaves
 from spcompile.report.put_back import put_back
 from spcompile.report.trial import ROUNDING, TOLERANCE, Trial, places_written
@@ -102,12 +102,13 @@ class BrokenModel:
 
         def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
             captured = capture(gm, inputs)
+            written_out = captured if observe is None else with_conversions(captured)
 
             def call(*arguments: Any) -> list[Any]:
                 path.append(str(captured.graph))
                 own = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
                 with attention_by_its_formula():
-                    (found,) = Simulator(MeshShape(())).run(captured, [own], observe)
+                    (found,) = Simulator(MeshShape(())).run(written_out, [own], observe)
                 with torch.no_grad():
                     for place in places_written(captured.graph):
                         arguments[place].copy_(own[place])

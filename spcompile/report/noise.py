@@ -8,10 +8,11 @@ own dtype: a softmax in float32 in the midst of float64 makes just the noise tha
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ INSIDE = {
     **dict.fromkeys(overloads(SOFTMAXES), 4),
     **dict.fromkeys(overloads(LAYER_NORMS), 5),
     torch.ops.aten.scaled_dot_product_attention.default: 6,
+}
+# These convert what they read to a dtype that they are told, before all else.
+CONVERT_FIRST = {
+    *overloads("softmax.int log_softmax.int special_softmax special_log_softmax cumsum cumprod prod nansum"),
+    *overloads("sum sum.dim_IntList mean mean.dim prod.dim_int linalg_vector_norm"),
 }
 # A draw may move a result by less than another one would.
 ROUNDINGS = 2
@@ -56,11 +62,28 @@ class Noise:
 
 def noise_of(trial: Trial, snapshot: Snapshot) -> Noise:
     """Run a graph of one device on its inputs, then some times more with all numbers moved, also those of gradients."""
+    assert snapshot.gm is not None
     generator, noise = torch.Generator().manual_seed(0), Noise()
+    snapshot = replace(snapshot, gm=with_conversions(snapshot.gm))
     still = trial.run(snapshot)
     for _ in range(DRAWS):
         noise.add(trial.run(snapshot, mover(generator)), still)
     return noise
+
+
+def with_conversions(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy in which conversions inside of a call stand before it: they round, and so do the gradients behind them."""
+    graph = copy.deepcopy(gm.graph)
+    for node in graph.nodes:
+        if node.target not in CONVERT_FIRST:
+            continue
+        (operand, *others), into = node.args, node.meta["val"].dtype
+        if into.is_floating_point and operand.meta["val"].dtype not in (into, torch.bool):
+            with graph.inserting_before(node):
+                converted = graph.call_function(torch.ops.aten.to.dtype, (operand, into))
+            converted.meta = {**node.meta, "val": operand.meta["val"].to(into)}
+            node.args = (converted, *others)
+    return fx.GraphModule(gm, graph)
 
 
 def mover(generator: torch.Generator) -> Observer:

@@ -46,8 +46,25 @@ class InTheMidst(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.heads(8 * x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-        weights = (q @ k.mT).to(self.dtype).softmax(-1).to(v.dtype)
-        return self.out((weights @ v).transpose(1, 2).flatten(2)).square().mean()
+        return self.out((self.weights(q @ k.mT).to(v.dtype) @ v).transpose(1, 2).flatten(2)).square().mean()
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """Of the keys."""
+        return scores.to(self.dtype).softmax(-1)
+
+
+class Inside(InTheMidst):
+    """The step is not one of its own."""
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """Of the keys."""
+        return scores.softmax(-1, dtype=self.dtype)
+
+
+def test_conversions_inside_of_a_call_round_as_much_as_those_before_it() -> None:
+    x = torch.randn(2, 9, 8, dtype=F64)
+    tolerances = [verify(kind(torch.float32), (x,), mesh={"cp": 2}).tolerance for kind in (InTheMidst, Inside)]
+    assert tolerances[0] == tolerances[1] > 1e-10
 
 
 @pytest.mark.thinned(3)

@@ -152,7 +152,7 @@ class KeepsCount(bm.BranchesOnValues):
         return found
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 def test_what_a_broken_model_writes_is_compared() -> None:
     with default_dtype(torch.float64):
         model = KeepsCount()

@@ -204,7 +204,7 @@ def one_tensor_twice() -> dict[str, float]:
         return compare_tensors({"loss": want}, {"loss": have}) | compare_parameters(plain, compiled)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 def test_one_tensor_may_be_passed_twice(worker_pool: PoolOf) -> None:
     for errors in worker_pool(2).run(one_tensor_twice):
         assert max(errors.values()) <= EXACT, errors

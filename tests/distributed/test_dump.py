@@ -67,7 +67,7 @@ def dumped_twice(folder: str) -> None:
         compiled(pm.SelfAttention(), dump=folder)(torch.ones(2, 16, pm.WIDTH)).sum().backward()
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(8)
 def test_what_an_older_run_left_is_removed_and_this_run_s_stays(worker_pool: PoolOf, tmp_path: Path) -> None:
     for rank in range(4):
         old = tmp_path / f"rank{rank}" / "graph1000000"

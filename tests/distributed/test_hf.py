@@ -72,7 +72,7 @@ def test_num_items_in_batch_over_two_micro_batches(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), case, FLOAT32_INSIDE)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 def test_float32(worker_pool: PoolOf) -> None:
     case = Case(partial(build, "llama"), partial(inputs, model="llama", kind="plain"), dtype=torch.float32)
     assert_same(worker_pool(2), case, FLOAT32)

@@ -79,7 +79,7 @@ def padded(number: int) -> dict[str, Tensor]:
     return batch
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 def test_a_forward_that_writes_to_a_parameter(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), Case(Shrinking, padded))
 

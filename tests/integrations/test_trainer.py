@@ -86,7 +86,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("axis", ["cp", "tp"])
 def test_two_ranks(worker_pool: PoolOf, axis: str, settings: str) -> None:

@@ -54,7 +54,7 @@ def resumed(model: str, first: dict[str, int] | None, then: dict[str, int] | Non
 MESHES = [({"cp": 2}, {"cp": 2}), ({"cp": 2}, {"tp": 2}), ({"cp": 2}, None), (None, {"cp": 2})]
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize(("first", "then"), MESHES, ids=str)
 def test_resumes(worker_pool: PoolOf, first: dict[str, int] | None, then: dict[str, int] | None) -> None:
     for rank, errors in enumerate(worker_pool(2).run(resumed, "llama", first, then)):

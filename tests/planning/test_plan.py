@@ -124,7 +124,7 @@ def test_what_is_to_be_pasted_is_the_row() -> None:
     assert any(key[0] == "all_reduce" and key[1] == "tp" for key in plain.figures.sent)
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(8)
 def test_a_model_of_few_layers_is_compiled_whole() -> None:
     plans = spcompile.plan(*small(2), 2, axes=("cp",), workers=1)
     assert not any("equal blocks" in note for note in plans.notes)

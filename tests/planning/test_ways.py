@@ -45,7 +45,7 @@ def test_figures_are_those_of_the_programs() -> None:
         assert result.figures.seconds == pytest.approx(plan.predicted.total("seconds"))
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(8)
 def test_the_table_of_two_lengths() -> None:
     table = compared(2) + compared(2, length=128)
     found = json.loads(json.dumps(table.to_dict()))

@@ -108,6 +108,6 @@ def test_inductor_draws_the_same_in_the_backward(worker_pool: Callable[[int], Wo
     assert max(worker_pool(2).run(slope_off, "inductor")) < 1e-6
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 def test_on_real_processes(worker_pool: Callable[[int], WorkerPool]) -> None:
     assert max(worker_pool(2).run(on_a_rank, "eager")) < 1e-10

@@ -36,7 +36,7 @@ def test_the_answers_stand_first_and_once() -> None:
     assert not re.search(r"\d us|\d MB", text)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(8)
 def test_where_it_does_not_fit_what_was_tried_is_told_and_holds() -> None:
     with torch.device("meta"):
         model, ids = Model(2), torch.zeros(1, 4096, dtype=torch.int64)
@@ -67,13 +67,14 @@ class Blocks(nn.Module):
         return self.out(y_BNSH.transpose(1, 2).flatten(2)).square().mean()
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("mesh", [{"tp": 2}, {"dp": 2}, {"cp": 1}])
 def test_no_word_about_rings_where_there_is_no_cp(mesh: dict[str, int]) -> None:
     text = str(spcompile.explain(Blocks(), (torch.zeros(2, 8, 8),), mesh=mesh)).partition("\nPasses")[0]
     assert not re.search("ring|ulysses|zigzag|contiguous", text, re.IGNORECASE)
 
 
+@pytest.mark.thinned(6)
 def test_values_alike_are_one_row() -> None:
     few, more = (plan_of(2, layers=layers).largest_tensors for layers in (3, 6))
     assert len({(row.shape, row.dtype, row.source) for row in more}) == len(more)

@@ -22,7 +22,7 @@ def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 @pytest.mark.parametrize("degree", [2, 3])
 @pytest.mark.parametrize("name", MODELS)
@@ -42,7 +42,7 @@ def test_rows_that_are_short_and_read_twice(mesh: dict[str, int]) -> None:
     assert report.ok, report
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_rank_saves_its_part(name: str) -> None:
     build, inputs = MODELS[name]

@@ -43,7 +43,7 @@ def plan() -> Plan:
     return plan_of(2, layers=6, attention="ring")
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 def test_the_page_holds_every_graph(plan: Plan, tmp_path: Path) -> None:
     data = data_of(saved(plan, tmp_path).read_text())
     assert [graph["name"] for graph in data["graphs"]] == list(plan.graphs)

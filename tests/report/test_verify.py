@@ -340,7 +340,7 @@ def test_outputs_without_a_gradient_and_inputs_that_are_put_back() -> None:
     assert all(torch.equal(x, before[name]) for name, x in inputs.items())
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 def test_final_graphs_are_run_beside_outputs_without_a_gradient() -> None:
     class Logged(Block):
         def forward(self, ids_BS: Tensor, labels_BS: Tensor | None = None) -> dict[str, Tensor]:

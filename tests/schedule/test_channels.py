@@ -60,6 +60,7 @@ def test_gathers_and_exchanges_stay_on_the_group_of_the_axis() -> None:
     assert not channels_of(graph)
 
 
+@pytest.mark.thinned(6)
 def test_rings_and_gradients_of_a_model() -> None:
     graphs, *_ = final_graphs(llama(1), tokens(), {"cp": 2}, attention="ring")
     names = {phase: groups_of(gm.graph, channels_of(gm.graph)) for phase, gm in graphs.items()}

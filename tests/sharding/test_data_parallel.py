@@ -106,7 +106,7 @@ def test_verify_sees_a_missing_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not spcompile.verify(Entries("mean"), inputs(), mesh={"dp": 2}).ok
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_one_device_has_the_entries_of_all_ranks(device: str) -> None:
     with torch.device(device):

@@ -152,7 +152,7 @@ class Steps(nn.Module):
         return F.cross_entropy(self.head(torch.stack(states, 1)).flatten(0, 1), ids_BS.flatten())
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("degree", [2, 3])
 @pytest.mark.parametrize("kind", [Mixer, Steps])
 def test_models_without_attention(kind: type[nn.Module], degree: int) -> None:

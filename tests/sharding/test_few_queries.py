@@ -55,6 +55,7 @@ def channels_and_pooled(q_1QD: Tensor, x_BSD: Tensor, up_DD: Tensor, w_DD: Tenso
     return pooled(q_1QD, x_BSD + (weights_BDE @ x_BSD.mT).mT, up_DD, w_DD)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("degree", [2, 3])
 def test_channels_that_attend_to_channels_before_the_pooling(degree: int) -> None:
     check_pipeline(channels_and_pooled, inputs(1, 8), {"cp": degree})

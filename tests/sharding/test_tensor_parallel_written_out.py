@@ -20,14 +20,14 @@ def given(recompute: str) -> tuple[MegatronGPT, dict[str, torch.Tensor]]:
     return MegatronGPT(sizes).double(), {"ids_BS": ids, "labels_BS": ids}
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_loss_and_gradients_are_those_of_one_device(recompute: str) -> None:
     report = spcompile.verify(*given(recompute), mesh={"tp": 2}, passes=HELD, outputs="loss", tolerance=1e-6)
     assert report.ok, str(report)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("megatron_sp", [True, False])
 def test_all_weights_are_split_and_sums_are_scattered_over_the_sequence(megatron_sp: bool) -> None:
     passes: dict[str, Any] = HELD if megatron_sp else {**HELD, "split-all-reduce": False}

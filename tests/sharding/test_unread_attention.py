@@ -80,7 +80,7 @@ def test_split_by_query_rows(name: str) -> None:
     assert explain(model, {"x": x}, mesh={"cp": 2}).sharding.length == S
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(8)
 def test_activations_between_blocks_are_split_over_tp() -> None:
     """The sequence is that of the query rows, also where no attention was read."""
     model = nn.Sequential(*(_Block(ATTENTIONS["a mask of heads"]) for _ in range(2)))

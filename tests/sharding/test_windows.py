@@ -83,7 +83,7 @@ CASES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("length", [12, 9])
 @pytest.mark.parametrize("degree", [2, 3, 4])
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])

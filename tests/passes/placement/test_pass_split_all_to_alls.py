@@ -148,7 +148,7 @@ def test_dropout_is_that_of_one_device() -> None:
         assert_equal(rank, alone)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 def test_bytes_stay() -> None:
     """As many elements as in one message, and keys that several groups read travel once."""
 

@@ -216,7 +216,7 @@ def rewrites(plan: Any) -> int:
     return sum(row.rewrites for row in plan.passes if row.name == "pipeline-matmuls")
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 def test_it_pays_for_the_layers_of_a_large_model_on_long_sequences() -> None:
     with_it, without = (llama_8b_layer(8192, passes=p) for p in ({}, {"pipeline-matmuls": False}))
     assert rewrites(with_it) >= 3

@@ -31,6 +31,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     custom_ops.OPDEFS.pop("my_ops::gated_norm")._lib._destroy()
 
 
+@pytest.mark.thinned(6)
 def test_the_page_runs(plugin: str) -> None:
     names = {"PLUGIN": plugin, "torch": torch, "Tensor": torch.Tensor}
     torch.manual_seed(0)

@@ -229,6 +229,7 @@ REMARKS: dict[str, str] = {
     "SPR203": "attention strategy chosen",
     "SPR204": "the attention strategy that was asked for does not fit, another was taken",
     "SPR205": "the all-to-alls of Ulysses are split into messages that hide behind compute",
+    "SPR206": "products beside a collective do not run on symmetric memory, as was asked for",
     "SPR207": "the integers of a mask are taken to be 0 and 1, as it multiplies them with a large number",
     "SPR208": "logits are built, which a loss could do without: somebody else reads them",
     "SPR301": "query length 1 (decoding): the graph runs replicated",

@@ -36,6 +36,7 @@ class PipelineMatmuls(Pass):
 
     min_gain: seconds that are to be saved, as a part of those of the collective. -inf rewrites all sites.
     symmetric_memory: let torch's operators on symmetric memory do it, for GPUs that all reach each other's memory.
+        Where it cannot, a remark says why.
     """
 
     name: ClassVar[str] = "pipeline-matmuls"
@@ -52,7 +53,7 @@ class PipelineMatmuls(Pass):
         count = 0
         while chosen := self._choose(gm.graph, cost):
             for site in chosen:
-                rewrite(site, self.symmetric_memory)
+                rewrite(site, self.symmetric_memory and _on_symmetric_memory(site, cost, ctx))
             count += len(chosen)
         return count
 
@@ -73,6 +74,14 @@ class PipelineMatmuls(Pass):
                 chosen.append(site)
                 taken.update(site.products)
         return chosen
+
+
+def _on_symmetric_memory(site: Site, cost: CostModel, ctx: Context) -> bool:
+    """Whether it runs there; a remark says why not."""
+    why_not = site.not_on_symmetric_memory(cost.link(site.axis))
+    if why_not is not None:
+        ctx.remarks.add("SPR206", f"chunks are sent instead: {why_not}", site.collective)
+    return why_not is None
 
 
 def _gain(site: Site, exposed: float, cost: CostModel) -> float:

@@ -25,6 +25,11 @@ class Link:
     bytes_per_second: float
     seconds_per_message: float
 
+    @property
+    def reaches_memory(self) -> bool:
+        """Whether the GPUs read and write each other's memory, with no network between them."""
+        return self.name.startswith("nvlink")
+
     def seconds(self, sent: float, messages: int = 1) -> float:
         """Time for `sent` bytes of one rank in `messages` that wait for one another."""
         return sent / self.bytes_per_second + messages * self.seconds_per_message

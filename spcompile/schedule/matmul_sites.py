@@ -29,6 +29,7 @@ from spcompile.graph.edit import call, replace
 from spcompile.graph.edit import operand as operand_of
 from spcompile.graph.sizes import divides, expression, same, same_shape
 from spcompile.graph.typed_call import value_of
+from spcompile.machine.links import Link
 from spcompile.schedule.op_cost import Chunks, gathering_chunks, scattering_chunks
 
 aten, spx = torch.ops.aten, torch.ops.spx
@@ -53,12 +54,23 @@ class Site:
         return AllGatherCall.is_call(self.collective)
 
     @property
-    def fits_symmetric_memory(self) -> bool:
-        """Whether torch's operators on symmetric memory do what this site does."""
+    def axis(self) -> str:
+        """The axis along which it communicates."""
+        return _collective(self.collective).axis
+
+    def not_on_symmetric_memory(self, link: Link) -> str | None:
+        """Why torch's operators on symmetric memory do not do what this site does; None where they do."""
         collective = _collective(self.collective)
         whole = value_of(self.collective if self.is_gather else collective.x)
-        is_even = divides(collective.degree, whole.shape[collective.dim])
-        return is_even and whole.device.type == "cuda" and (self.is_gather or len(self.products) == 1)
+        if whole.device.type != "cuda":
+            return f"its tensors are on {whole.device.type}"
+        if not link.reaches_memory:
+            return f"ranks of {self.axis} talk over {link.name}, and do not reach each other's memory"
+        if not divides(collective.degree, whole.shape[collective.dim]):
+            return f"{whole.shape[collective.dim]} rows do not divide by {collective.degree}, and it knows no padding"
+        if not self.is_gather and len(self.products) > 1:
+            return "it knows no sum of several products"
+        return None
 
 
 def sites_of(graph: fx.Graph) -> list[Site]:
@@ -71,8 +83,8 @@ def sites_of(graph: fx.Graph) -> list[Site]:
 
 
 def rewrite(site: Site, symmetric: bool = False) -> None:
-    """Put one op in place of a collective and its products. symmetric: on symmetric memory, where that fits."""
-    (_rewrite_gather if site.is_gather else _rewrite_scatter)(site, symmetric and site.fits_symmetric_memory)
+    """Put one op in place of a collective and its products. symmetric: on symmetric memory."""
+    (_rewrite_gather if site.is_gather else _rewrite_scatter)(site, symmetric)
 
 
 def _site(node: fx.Node, place: dict[fx.Node, int], first: dict[sympy.Expr, fx.Node]) -> Site | None:

@@ -36,7 +36,7 @@ from spcompile.graph.sizes import hint, numel_hint
 from spcompile.graph.storage import root_of
 from spcompile.graph.typed_call import value_of
 from spcompile.machine.accelerators import ACCELERATORS, Accelerator
-from spcompile.machine.links import link_of
+from spcompile.machine.links import Link, link_of
 from spcompile.machine.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.schedule.communication import sent_by
@@ -119,13 +119,13 @@ class CostModel:
             seconds = self.communication(node)
             return Work(compute, seconds, seconds)
         hops = max(1, ring.most_hops)
-        one = self._link(sent[1]).seconds(_at_traced_sizes(sent[2], node) / hops)
+        one = self.link(sent[1]).seconds(_at_traced_sizes(sent[2], node) / hops)
         return Work(compute, hops * one, hops * max(0.0, one - compute / (hops + 1)))
 
     def pipelined(self, chunks: Chunks) -> Work:
         """Of products that hide a collective."""
         hop = sum(self._chunk_product(chunks, width, columns) for width, columns in chunks.products)
-        one = self._link(chunks.axis).seconds(chunks.message, chunks.messages)
+        one = self.link(chunks.axis).seconds(chunks.message, chunks.messages)
         copies = 2 * chunks.copied / self.accelerator.bytes_per_second
         hops = chunks.degree - 1
         return Work(chunks.degree * hop + copies, hops * one, hops * max(0.0, one - hop))
@@ -149,7 +149,7 @@ class CostModel:
         assert sent is not None, node
         op, axis, amount = sent
         chain = 1 if op == "all_to_all" else (self.mesh.size(axis) - 1) * (2 if op == "all_reduce" else 1)
-        return self._link(axis).seconds(_at_traced_sizes(amount, node), max(1, chain))
+        return self.link(axis).seconds(_at_traced_sizes(amount, node), max(1, chain))
 
     def host_copy(self, size: int) -> float:
         """Seconds of a copy of so many bytes to the host or back."""
@@ -160,7 +160,8 @@ class CostModel:
         sent = sent_by(node, self.mesh)
         return 0.0 if sent is None else _at_traced_sizes(sent[2], node)
 
-    def _link(self, axis: str) -> Any:
+    def link(self, axis: str) -> Link:
+        """What ranks of an axis, or of a part of one, talk over."""
         return link_of(self.mesh, axis, self.links, own=self.accelerator.links)
 
     def _compute(self, node: fx.Node) -> float:

@@ -301,14 +301,25 @@ def site_on(device: str, length: int, products: int) -> fx.GraphModule:
 
 
 @pytest.mark.parametrize(
-    ("device", "length", "products", "fits"),
-    [("cuda", 8, 0, True), ("cuda", 7, 0, False), ("cpu", 8, 0, False), ("cuda", 8, 1, True), ("cuda", 8, 2, False)],
+    ("device", "length", "products", "link", "why_not"),
+    [
+        ("cuda", 8, 0, "nvlink", None),
+        ("cuda", 8, 1, "nvlink3", None),
+        ("cuda", 7, 0, "nvlink", "7 rows do not divide by 2"),
+        ("cuda", 8, 2, "nvlink", "no sum of several products"),
+        ("cuda", 8, 1, "network", "talk over network"),
+        ("cpu", 8, 0, "nvlink", "its tensors are on cpu"),
+    ],
 )
-def test_symmetric_memory_where_it_fits(device: str, length: int, products: int, fits: bool) -> None:
-    """On CUDA, without padding, and for one product in front of a scatter."""
+def test_symmetric_memory_where_it_fits(
+    device: str, length: int, products: int, link: str, why_not: str | None
+) -> None:
+    """On GPUs that reach each other's memory, without padding, for one product in front of a scatter."""
     gm = site_on(device, length, products)
-    context = Context(MeshShape.of({"tp": 2}), Options(), Remarks())
+    context = Context(MeshShape.of({"tp": 2}), Options(links={"tp": link}), Remarks())
     assert PipelineMatmuls(min_gain=-math.inf, symmetric_memory=True).run(gm, context) == 1
     (found,) = calls_of(gm.graph)
-    assert (found.args[-1] is True) == fits
+    assert (found.args[-1] is True) == (why_not is None)
+    assert [remark.code for remark in context.remarks.rows] == ["SPR206"] * (why_not is not None)
+    assert all((why_not or "") in remark.text for remark in context.remarks.rows)
     verify_graph(gm, Stage.SCHEDULE, context.mesh)

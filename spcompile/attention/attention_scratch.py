@@ -94,13 +94,16 @@ def _fused_forward(n: _Sizes, stops: int) -> sympy.Expr:
 
 
 def _fused_backward(n: _Sizes, stops: int) -> sympy.Expr:
-    """delta; in a ring the sums of dq, and of dk and dv a hop's, the same as one message, and one sent and received."""
+    """Two numbers a row, lse and delta.
+
+    In a ring also the sums of dq, those of dk and dv of a hop, the same as a message, one sent and one received.
+    """
     if stops == 1:
-        return n.rows * n.wide
+        return 2 * n.rows * n.wide
     first = n.messages + 2 * n.kv * n.wide
     later = (n.messages if stops > 2 else n.messages / 2) + 4 * n.kv * n.wide
     # The gradients of keys and values get their own memory behind the last hop.
-    return (n.rows + n.q) * n.wide + sympy.Max(first, later) - n.kv * n.narrow
+    return (2 * n.rows + n.q) * n.wide + sympy.Max(first, later) - n.kv * n.narrow
 
 
 def _blocks_forward(n: _Sizes, call: Attention, stops: int) -> sympy.Expr:

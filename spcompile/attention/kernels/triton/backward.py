@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from spcompile.attention.kernels.triton.scores import (
-    LOG2E,
     capped,
     complete,
     dropout_factors,
@@ -21,15 +20,19 @@ from spcompile.attention.kernels.triton.scores import (
 
 
 @triton.jit
-def load_lse(lse, index, length):
-    """Lse in units of log 2; rows without a key, and past the end, get +inf, so that their weights are 0."""
-    value = tl.load(lse + index, mask=index < length, other=float("inf")) * LOG2E
-    return tl.where(value == float("-inf"), float("inf"), value)
+def load_row(x, index, length, other, CUT: tl.constexpr):
+    """Numbers of some rows; with CUT `other` past the end, which only tiles reach in which the mask has a say."""
+    if CUT:
+        return tl.load(x + index, mask=index < length, other=other)
+    return tl.load(x + index)
 
 
 @triton.jit
 def weights_of(scores, unit, lse, args):
-    """exp(score - lse). Where a bias holds the lowest number, rounding alone would make more than 1 of it."""
+    """exp(score - lse); lse is in units of log 2, and +inf for rows without keys.
+
+    Where a bias holds the lowest number, rounding alone would make more than 1 of it.
+    """
     exponent = scores * unit - lse
     if args.bias.added is not None:
         exponent = tl.minimum(exponent, 0.0)
@@ -95,8 +98,8 @@ def row_kernel(
     q_tile = load_tile(q, batch, head, start, q_length, BLOCK_M, SIZE, WIDTH, True)
     grad_tile = load_tile(grad_out, batch, head, start, q_length, BLOCK_M, V_SIZE, V_WIDTH, True)
     q_at, q_document = load_places(q_places, batch, index, q_length)
-    lse_tile = load_lse(lse + first_row, index, q_length)
-    delta_tile = tl.load(delta + first_row + index, mask=index < q_length, other=0.0)
+    lse_tile = load_row(lse + first_row, index, q_length, float("inf"), True)
+    delta_tile = load_row(delta + first_row, index, q_length, 0.0, True)
 
     total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     table = line * segments.most * 2
@@ -144,14 +147,15 @@ def _key_tiles(
             products, batch, head, start, rows[None, :], q_at[None, :], k_at[:, None], q_document[None, :],
             k_document[:, None], args, PARTIAL,
         )  # fmt: skip
-        weights = weights_of(scores, unit, load_lse(lse + first_row, index, q_length)[None, :], args)
+        lse_tile = load_row(lse + first_row, index, q_length, float("inf"), PARTIAL)
+        weights = weights_of(scores, unit, lse_tile[None, :], args)
         grad_weights = tl.dot(v_tile, grad_tile.T, input_precision=PRECISION)
         used = weights
         if args.dropout.seed is not None:
             factors = dropout_factors(args.dropout, batch, head, q_at[None, :], k_at[:, None])
             used, grad_weights = weights * factors, grad_weights * factors
         dv = tl.dot(used.to(grad_tile.dtype), grad_tile, dv, input_precision=PRECISION)
-        delta_tile = tl.load(delta + first_row + index, mask=index < q_length, other=0.0)
+        delta_tile = load_row(delta + first_row, index, q_length, 0.0, PARTIAL)
         grad_products = through_cap(weights * (grad_weights - delta_tile[None, :]), products, args)
         dk = tl.dot(grad_products.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
     return dk, dv

@@ -1,12 +1,13 @@
-"""Two smaller kernels of the backward: delta, and the gradient of a dense bias."""
+"""Two smaller kernels of the backward: what it needs of rows, and the gradient of a dense bias."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from spcompile.attention.kernels.triton.backward import load_lse, weights_of
+from spcompile.attention.kernels.triton.backward import load_row, weights_of
 from spcompile.attention.kernels.triton.scores import (
+    LOG2E,
     bias_places,
     capped,
     complete,
@@ -17,10 +18,14 @@ from spcompile.attention.kernels.triton.scores import (
 
 
 @triton.jit
-def delta_kernel(
-    out, grad_out, grad_lse, delta, length, V_SIZE: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    """`Rows.delta` of one tile of rows of one head; grid (tiles of rows, N, B)."""
+def row_numbers_kernel(
+    out, grad_out, lse, grad_lse, delta, lse_in_log2, length,
+    V_SIZE: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """`RowTensors` of one tile of rows of one head; grid (tiles of rows, N, B).
+
+    Here they are computed once for each row; in the loops of the other kernels it would be once for each score.
+    """
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     start = tl.program_id(0) * BLOCK_M
     index = start + tl.arange(0, BLOCK_M)
@@ -31,6 +36,8 @@ def delta_kernel(
     if grad_lse is not None:
         value -= tl.load(grad_lse + at, mask=index < length, other=0.0)
     tl.store(delta + at, value, mask=index < length)
+    power = tl.load(lse + at, mask=index < length, other=0.0) * LOG2E
+    tl.store(lse_in_log2 + at, tl.where(power == float("-inf"), float("inf"), power), mask=index < length)
 
 
 @triton.jit
@@ -52,13 +59,14 @@ def _grad_scores(
         products, batch, head, start, rows[:, None], q_at[:, None], k_at[None, :], q_document[:, None],
         k_document[None, :], args, True,
     )  # fmt: skip
-    weights = weights_of(scores, unit, load_lse(lse + first_row, index, q_length)[:, None], args)
+    lse_tile = load_row(lse + first_row, index, q_length, float("inf"), True)
+    weights = weights_of(scores, unit, lse_tile[:, None], args)
     grad_tile = load_tile(grad_out, batch, head, start, q_length, BLOCK_M, V_SIZE, V_WIDTH, True)
     v_tile = load_tile(v, batch, key_head, k_start, k_length, BLOCK_N, V_SIZE, V_WIDTH, True)
     grad_weights = tl.dot(grad_tile, v_tile.T, input_precision=PRECISION)
     if args.dropout.seed is not None:
         grad_weights *= dropout_factors(args.dropout, batch, head, q_at[:, None], k_at[None, :])
-    delta_tile = tl.load(delta + first_row + index, mask=index < q_length, other=0.0)
+    delta_tile = load_row(delta + first_row, index, q_length, 0.0, True)
     return weights * (grad_weights - delta_tile[:, None])
 
 

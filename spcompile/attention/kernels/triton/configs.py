@@ -1,8 +1,9 @@
 """Sizes of tiles, warps and pipeline stages: a table, so that all ranks run the same kernels on the same shapes.
 
 Nothing is timed at run time. Entries were chosen for compiling without spilled registers, within the architecture's
-shared memory (`tests/attention/kernels/triton/test_triton_compile.py`), and among those for large tiles. What is no
-default (other hops, other scores) may spill a few bytes a thread. None has been timed on a GPU yet.
+shared memory (`tests/attention/kernels/triton/test_triton_compile.py`), and among those for large tiles and few
+instructions for a score (`benchmarks/kernels_static.py`). What is no default (other hops, other scores) may spill a few
+bytes a thread. None has been timed on a GPU yet.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ _HALVES = {
         Config(128, 64, 8, 2, True), Config(128, 64, 8, 2, True), Config(32, 128, 8, 2, True)
     ),
     ("sm90", 128, "plain"): Configs(
-        Config(128, 128, 8, 3, True), Config(128, 64, 8, 3, True), Config(32, 128, 8, 3, True)
+        Config(128, 128, 8, 3, True), Config(128, 64, 8, 3, True), Config(64, 128, 8, 2, True)
     ),
     ("sm90", 128, "rich"): Configs(
         Config(128, 64, 8, 3, True), Config(128, 64, 8, 2, True), Config(32, 64, 8, 2, True)
@@ -74,7 +75,7 @@ _HALVES = {
     ("sm90", 256, "rich"): Configs(Config(64, 64, 8, 2, True), Config(64, 32, 8, 2, True), Config(16, 64, 8, 2, True)),
     ("sm90", 256, "bias"): Configs(Config(64, 32, 8, 2, True), Config(64, 16, 8, 2, True), Config(16, 64, 8, 2, True)),
     ("sm100", 64, "plain"): Configs(
-        Config(128, 128, 8, 3, True), Config(64, 64, 4, 3, True), Config(64, 128, 8, 3, True)
+        Config(128, 128, 8, 3, True), Config(128, 64, 4, 2, True), Config(64, 128, 8, 3, True)
     ),
     ("sm100", 64, "rich"): Configs(
         Config(128, 128, 8, 2, True), Config(128, 64, 8, 3, True), Config(64, 128, 8, 2, True)

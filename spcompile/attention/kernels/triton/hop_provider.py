@@ -18,10 +18,10 @@ from spcompile.attention.kernels.triton.launch import (
     ForwardTensors,
     Hop,
     RowTensors,
-    delta_launch,
     dense,
     describable,
     readable,
+    row_numbers_launch,
 )
 from spcompile.attention.kernels.triton.shared_tables import SharedTables, TableLayout
 from spcompile.attention.scores.provider import Gradients, Rows, Scores
@@ -139,8 +139,8 @@ class Backward:
         grad_lse = None if rows.grad_lse is None else rows.grad_lse.contiguous()
         # A gradient such as that of sum() is expanded, and no descriptor describes it.
         grad_out = rows.grad_out if describable(rows.grad_out) else rows.grad_out.contiguous()
-        self._rows = RowTensors(grad_out, lse, torch.empty_like(lse))
-        delta_launch(dense(rows.out), self._rows.grad_out, grad_lse, self._rows.delta).run()
+        self._rows = RowTensors(grad_out, torch.empty_like(lse), torch.empty_like(lse))
+        row_numbers_launch(dense(rows.out), lse, grad_lse, self._rows).run()
         self._dq = torch.empty(rows.q.shape, dtype=rows.q.dtype, device=rows.q.device)
         self._dq_state = self._dq
         bias = scores.bias

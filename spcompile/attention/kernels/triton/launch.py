@@ -14,7 +14,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from spcompile.attention.kernels.triton.backward import key_kernel, row_kernel
-from spcompile.attention.kernels.triton.bias import bias_kernel, delta_kernel
+from spcompile.attention.kernels.triton.bias import bias_kernel, row_numbers_kernel
 from spcompile.attention.kernels.triton.configs import DESCRIPTOR_STEP, Config, Configs, width_of
 from spcompile.attention.kernels.triton.forward import forward_kernel
 from spcompile.attention.kernels.triton.scores import (
@@ -162,7 +162,10 @@ class ForwardTensors(NamedTuple):
 
 
 class RowTensors(NamedTuple):
-    """grad_out [B, N, S, V] with a dense last dim; lse and delta, contiguous float32 [B, N, S], see `Rows`."""
+    """What kernels read of `Rows`: grad_out [B, N, S, V] with a dense last dim, lse and delta [B, N, S].
+
+    Both are contiguous, in float32. lse is in units of log 2, and +inf for rows without keys: their weights are 0.
+    """
 
     grad_out: Tensor
     lse: Tensor
@@ -349,13 +352,13 @@ class Hop:
         )  # fmt: skip
 
 
-def delta_launch(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, delta: Tensor) -> Launch:
-    """`Rows.delta` into float32 [B, N, S]."""
+def row_numbers_launch(out: Tensor, lse: Tensor, grad_lse: Tensor | None, into: RowTensors) -> Launch:
+    """Fills `lse` and `delta` out of what `Rows` has: out [B, N, S, V], lse and its gradient [B, N, S]."""
     B, N, S, V = out.shape
     block = 64
-    args = (kernel_operand(out), kernel_operand(grad_out), grad_lse, delta, S)
+    args = (kernel_operand(out), kernel_operand(into.grad_out), lse, grad_lse, into.delta, into.lse, S)
     sizes = {"V_SIZE": V, "V_WIDTH": width_of(V), "BLOCK_M": block}
-    return Launch(delta_kernel, (-(-S // block), N, B), args, sizes)
+    return Launch(row_numbers_kernel, (-(-S // block), N, B), args, sizes)
 
 
 def _in_float32(number: float | None) -> float | None:

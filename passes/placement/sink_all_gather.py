@@ -59,7 +59,7 @@ def passes_below(user: fx.Node, gather: fx.Node) -> Choice | None:
     if "tp" in layout.choice or "tp" in layout.partial:
         return None
     choice = choice_as_operand(user, gather, layout.call, place)
-    return None if choice is None or choice.factor in layout.call.rule.completed else choice
+    return None if choice is None or choice.factor in layout.call.rule.completed - layout.call.rule.filled else choice
 
 
 def sink_through(user: fx.Node, choice: Choice, origin: str) -> list[fx.Node]:

@@ -5,8 +5,8 @@ and contracted by a later one needs no communication in between: that is Megatro
 pair (Shoeybi et al. 2019). Three kinds of spaces are taken, in this order:
 
     heads        the key/value groups of every attention, or the query heads of a group where those are too few
-    hidden       a space that some product contracts, if nothing but products sums over it and nobody makes it or needs
-                 it whole; those that cost the least communication per weight first
+    hidden       a space that some product contracts, if nothing but products sums over it for each row and nobody
+                 makes it or needs it whole; those that cost the least communication per weight first
     vocabulary   the free space of a product that is wider than what it contracts, and the rows of a lookup table
 
 The residual stream is never taken: norms sum over it.
@@ -113,6 +113,7 @@ class _SeedSearch:
         self.seeds: dict[fx.Node, Choice] = {}
         self.calls: set[fx.Node] = set()
         self.values: set[tuple[fx.Node, int]] = set()
+        self.sequences = sequence_families(spaces.calls)
         self.weights = self._weights()
         self.made_here = _made_of_nothing(graph)
 
@@ -190,7 +191,6 @@ class _SeedSearch:
 
     def _weights(self) -> set[fx.Node]:
         """Floating values that are made of inputs without a sequence only."""
-        sequences = sequence_families(self.spaces.calls)
         found: set[fx.Node] = set()
         for node in self.graph.nodes:
             results = tensor_results(node)
@@ -198,7 +198,7 @@ class _SeedSearch:
                 continue
             if node.op == "placeholder":
                 spaces = leaves(space for dim in self.spaces.values[node][0] for space in dim)
-                is_weight = not any(space.family() in sequences for space in spaces)
+                is_weight = not any(space.family() in self.sequences for space in spaces)
             else:
                 read = tensor_operands(node)
                 is_weight = bool(read) and all(x in found for x in read)
@@ -222,12 +222,15 @@ class _SeedSearch:
     def _fits(self, region: Placements, may_gather: bool) -> bool:
         """Whether only products with weights sum over the space, and whether nobody makes it or needs it whole.
 
+        Other sums may give a few numbers for all rows of a sequence, as the mean norm of the channels of an image.
+
         A value that is made whole is split along the sequence behind its norm: to split its features instead, it would
         have to be gathered first. What is made of no input, as a mask of dropout, every rank has whole anyway.
         """
         for node, choice in region.choices.items():
             call = self.spaces.calls[node]
-            if leaves_sums(call, choice) and not self._sums_with_weight(node, call, choice):
+            sums = leaves_sums(call, choice) or choice.factor in call.rule.filled
+            if sums and not self._sums_with_weight(node, call, choice) and self._has_rows(node):
                 return False
         if may_gather:
             return True
@@ -241,6 +244,11 @@ class _SeedSearch:
                 if reads and user not in region.choices:
                     return False
         return True
+
+    def _has_rows(self, node: fx.Node) -> bool:
+        """Whether a call gives something for each row of a sequence, not a few numbers for all of them."""
+        found = (space.family() for dims in self.spaces.values[node] for dim in dims for space in leaves(dim))
+        return not self.sequences or not self.sequences.isdisjoint(found)
 
     def _sums_with_weight(self, node: fx.Node, call: OpSpaces, choice: Choice) -> bool:
         operands = zip(tensor_operands(node), call.rule.operands, strict=True)

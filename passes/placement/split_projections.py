@@ -3,6 +3,8 @@
 linear(x, w, b)                  linear(x, w) + b                           a sum that tp splits must add b once
 split(linear(x, w), [q, k, v])   linear(x, w_q), linear(x, w_k), linear(x, w_v)   each has heads of its own to split
 split(x @ w + b, ...)            likewise, through additions and changes of leading dims
+split(x, [s, t]) of rows         x[:s], x[s:]                               through which parts of a sum can pass
+(x + b)[:s] of rows              x[:s] + b                                  likewise
 """
 
 from __future__ import annotations
@@ -47,9 +49,15 @@ class SplitProjections(Pass):
         slices = [n for n in graph.nodes if n.target is aten.slice.Tensor and _is_slice_of_projection(n)]
         for node in slices:
             replace(node, _columns(node.args[0], *_range(node), like=node))
-        if biased or cuts or slices:
+        parted = [n for n in graph.nodes if n.target in _CHUNKS and _is_of_rows(n)]
+        for node in parted:
+            _slice_rows(node)
+        biased_rows = [n for n in graph.nodes if n.target is aten.slice.Tensor and _is_rows_of_biased(n)]
+        for node in biased_rows:
+            _slice_before_bias(node)
+        if biased or cuts or slices or parted or biased_rows:
             graph.eliminate_dead_code()
-        return len(biased) + len(cuts) + len(slices)
+        return len(biased) + len(cuts) + len(slices) + len(parted) + len(biased_rows)
 
 
 def _bias(node: fx.Node) -> fx.Node | None:
@@ -84,6 +92,42 @@ def _is_slice_of_projection(node: fx.Node) -> bool:
         return False
     cut_everywhere = all(user.target is aten.slice.Tensor for user in x.users)  # type: ignore[union-attr]
     return cut_everywhere and _comes_from_product(x)  # type: ignore[arg-type]
+
+
+def _is_of_rows(node: fx.Node) -> bool:
+    """Whether the last dim but one of [..., S, D] is cut, at places that are known."""
+    x, dim = node.args[0], argument(node, 2, "dim", 0)
+    is_row = is_tensor(x) and len(shape_of(x)) > 2 and dim in (-2, len(shape_of(x)) - 2)  # type: ignore[arg-type]
+    known = is_row and all(isinstance(part.shape[dim], int) for part in node.meta["val"])
+    return known and all(is_getitem(user) for user in node.users)
+
+
+def _slice_rows(node: fx.Node) -> None:
+    dim, start = argument(node, 2, "dim", 0), 0
+    parts = {user.args[1]: user for user in node.users}
+    for number, value in enumerate(node.meta["val"]):
+        stop = start + value.shape[dim]
+        if number in parts:
+            rows = (node.args[0], dim, start, stop)
+            replace(parts[number], call(node.graph, aten.slice.Tensor, rows, like=parts[number]))
+        start = stop
+
+
+def _is_rows_of_biased(node: fx.Node) -> bool:
+    """Whether rows are cut off a product to which the same is added in every row, and nothing but rows is read of it."""
+    x, dim = node.args[0], argument(node, 1, "dim", 0)
+    is_row = is_tensor(x) and len(shape_of(x)) > 2 and dim in (-2, len(shape_of(x)) - 2)  # type: ignore[arg-type]
+    if not is_row or x.target is not aten.add.Tensor or x.kwargs or not all(map(is_tensor, x.args)):  # type: ignore[union-attr]
+        return False
+    product, bias = x.args  # type: ignore[union-attr]
+    cut_everywhere = all(user.target is aten.slice.Tensor for user in x.users)  # type: ignore[union-attr]
+    return cut_everywhere and _comes_from_product(product) and len(shape_of(bias)) == 1  # type: ignore[arg-type]
+
+
+def _slice_before_bias(node: fx.Node) -> None:
+    product, bias = node.args[0].args  # type: ignore[union-attr]
+    rows = call(node.graph, aten.slice.Tensor, (product, *node.args[1:]), node.kwargs, like=node)
+    replace(node, call(node.graph, aten.add.Tensor, (rows, bias), like=node))
 
 
 def _range(node: fx.Node) -> tuple[int, int]:

@@ -60,4 +60,75 @@ def image() -> Built:
     return Image(), (torch.randn(2, 3, 32, 16),)
 
 
-KINDS: dict[str, Callable[[], Built]] = {"response norm": image}
+def attend(q_BSD: Tensor, k_BSD: Tensor, v_BSD: Tensor, heads: int = 4) -> Tensor:
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q_BSD, k_BSD, v_BSD))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def mlp(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, 3 * width), nn.GELU(), nn.Linear(3 * width, width))
+
+
+class Stream(nn.Module):
+    """One of the streams that meet in an attention: its own norms, projections and MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.given = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.taken, self.mlp = nn.Linear(width, width), mlp(width)
+
+    def project(self, x_BSD: Tensor) -> list[Tensor]:
+        h_BSD = self.norm(x_BSD)
+        return [projection(h_BSD) for projection in self.given]
+
+    def forward(self, x_BSD: Tensor, seen_BSD: Tensor) -> Tensor:
+        x_BSD = x_BSD + self.taken(seen_BSD)
+        return x_BSD + self.mlp(self.second(x_BSD))
+
+
+class TwoStreams(nn.Module):
+    """Text and image, each with weights of its own, in one attention (Esser et al. 2024)."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.ends = nn.ModuleList((nn.Linear(5, width), nn.Linear(6, width)))
+        self.streams = nn.ModuleList((Stream(width), Stream(width)))
+
+    def forward(self, text_BTC: Tensor, image_BSC: Tensor) -> tuple[Tensor, ...]:
+        parts = [end(x) for end, x in zip(self.ends, (text_BTC, image_BSC), strict=True)]
+        projected = [stream.project(x) for stream, x in zip(self.streams, parts, strict=True)]
+        seen = attend(*(torch.cat(both, 1) for both in zip(*projected, strict=True)))
+        seen = seen.split([text_BTC.shape[1], image_BSC.shape[1]], dim=1)
+        return tuple(stream(x, y) for stream, x, y in zip(self.streams, parts, seen, strict=True))
+
+
+class OneProjection(nn.Module):
+    """Text and image, each with norms of its own, put together in front of projections and the MLP."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.ends = nn.ModuleList((nn.Linear(5, width), nn.Linear(6, width)))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
+        self.given = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.taken, self.mlp = nn.Linear(width, width), mlp(width)
+
+    def forward(self, text_BTC: Tensor, image_BSC: Tensor) -> tuple[Tensor, ...]:
+        T = text_BTC.shape[1]
+        parts = [end(x) for end, x in zip(self.ends, (text_BTC, image_BSC), strict=True)]
+        h_BSD = torch.cat([norm(x) for norm, x in zip(self.norms[:2], parts, strict=True)], 1)
+        seen_BSD = self.taken(attend(*(projection(h_BSD) for projection in self.given)))
+        parts = [parts[0] + seen_BSD[:, :T], parts[1] + seen_BSD[:, T:]]
+        h_BSD = self.mlp(torch.cat([norm(x) for norm, x in zip(self.norms[2:], parts, strict=True)], 1))
+        return parts[0] + h_BSD[:, :T], parts[1] + h_BSD[:, T:]
+
+
+def text_and_image(kind: type[nn.Module]) -> Built:
+    return kind(), (torch.randn(2, 8, 5), torch.randn(2, 24, 6))
+
+
+KINDS: dict[str, Callable[[], Built]] = {
+    "response norm": image,
+    "two streams": lambda: text_and_image(TwoStreams),
+    "streams, one projection": lambda: text_and_image(OneProjection),
+}

@@ -92,7 +92,7 @@ def _worth_passing(
     for value in [*sums, *groups]:
         if value in sums:
             network.add_edge("parts", value)
-        is_cut = all(user in groups and _cuts(user, sequences) for user in value.users)
+        is_cut = all(user in groups and _is_cut_of(user, sequences) for user in value.users)
         bytes_sent = estimated_bytes(value) * (1 + _A_LITTLE if is_cut else 1)
         network.add_edge(value, ("complete", value), capacity=bytes_sent)
         for user in value.users:
@@ -107,7 +107,7 @@ def _worth_passing(
     return {node for node in groups if node in parts}
 
 
-def _cuts(node: fx.Node, sequences: Set[Space]) -> bool:
+def _is_cut_of(node: fx.Node, sequences: Set[Space]) -> bool:
     """Whether a call takes a part of a sequence that is one itself."""
     layout = layout_of(node)
     if layout is None or layout.call is None or layout.call.rule.moving is None:

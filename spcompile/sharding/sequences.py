@@ -74,11 +74,11 @@ def _moved_families(call: OpSpaces) -> set[Space]:
     moving = call.rule.moving
     if moving is None or not moving.moved:
         return set()
-    now, then = (
-        [dim for dims in (*rule.operands, *rule.results) for dim in dims] for rule in (call.rule, moving)
-    )
+    now, then = ([dim for dims in (*rule.operands, *rule.results) for dim in dims] for rule in (call.rule, moving))
     places = (dim for dim, moved in zip(now, then, strict=True) if len(moved) == 1 and moved[0] in moving.moved)
-    return {leaves_of_dim[0].family() for dim in places if (leaves_of_dim := [s for f in dim for s in call.leaves_of(f)])}
+    return {
+        leaves_of_dim[0].family() for dim in places if (leaves_of_dim := [s for f in dim for s in call.leaves_of(f)])
+    }
 
 
 def _leaders(calls: Mapping[fx.Node, OpSpaces], key: str) -> dict[fx.Node, str]:

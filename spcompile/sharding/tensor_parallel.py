@@ -22,9 +22,9 @@ import torch.fx as fx
 from spcompile.graph.edit import is_getitem, operand
 from spcompile.graph.sizes import hint, numel_hint
 from spcompile.sharding.index_spaces import IndexSpaces, OpSpaces
+from spcompile.sharding.mixed_rows import all_sequences
 from spcompile.sharding.propagate import Choice, Placements, leaves_sums, place_of, propagate
 from spcompile.sharding.rules.rule import tensor_operands, tensor_results
-from spcompile.sharding.sequences import sequence_families
 from spcompile.sharding.sharded_or_replicated import estimated_bytes
 from spcompile.sharding.spaces import Space, leaves
 
@@ -35,10 +35,12 @@ class TensorSeeds:
 
     seeds: calls and the factor over which each runs split; everything else follows by propagation.
     kept: products whose weight every rank holds whole.
+    sequences: what ranks have rows of between the regions that are split.
     """
 
     seeds: dict[fx.Node, Choice] = field(default_factory=dict)
     kept: list[fx.Node] = field(default_factory=list)
+    sequences: set[Space] = field(default_factory=set)
 
 
 def tensor_seeds(graph: fx.Graph, spaces: IndexSpaces, degree: int) -> TensorSeeds:
@@ -52,7 +54,7 @@ def tensor_seeds(graph: fx.Graph, spaces: IndexSpaces, degree: int) -> TensorSee
     search.take_cheapest(search.widening(), may_gather=True)
     search.take_cheapest(search.lookups(), may_gather=True)
     kept = [node for node in spaces.calls if node not in search.calls and search.weight_of(node) is not None]
-    return TensorSeeds(search.seeds, kept)
+    return TensorSeeds(search.seeds, kept, search.sequences)
 
 
 def split_heads(groups: int, per_group: int, degree: int) -> str:
@@ -113,7 +115,7 @@ class _SeedSearch:
         self.seeds: dict[fx.Node, Choice] = {}
         self.calls: set[fx.Node] = set()
         self.values: set[tuple[fx.Node, int]] = set()
-        self.sequences = sequence_families(spaces.calls)
+        self.sequences = all_sequences(graph, spaces)
         self.weights = self._weights()
         self.made_here = _made_of_nothing(graph)
 

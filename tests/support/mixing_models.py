@@ -123,6 +123,97 @@ class OneProjection(nn.Module):
         return parts[0] + h_BSD[:, :T], parts[1] + h_BSD[:, T:]
 
 
+class StateSpace(nn.Module):
+    """A selective scan behind a short convolution, step by step (Gu and Dao 2023). N: state of each channel."""
+
+    def __init__(self, width: int, hidden: int, state: int = 2, rank: int = 2) -> None:
+        super().__init__()
+        self.sizes = [rank, state, state]
+        self.norm, self.given, self.taken = nn.LayerNorm(width), nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
+        self.around = nn.Conv1d(hidden, hidden, 3, groups=hidden, padding=2)
+        self.selects, self.times = nn.Linear(hidden, sum(self.sizes), bias=False), nn.Linear(rank, hidden)
+        self.decay, self.skip = nn.Parameter(torch.randn(hidden, state)), nn.Parameter(torch.randn(hidden))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        u_BFS, gate_BFS = self.given(self.norm(x_BSD)).transpose(1, 2).chunk(2, dim=1)
+        u_BFS = F.silu(self.around(u_BFS)[..., : x_BSD.shape[1]])
+        time_BSR, in_BSN, out_BSN = self.selects(u_BFS.transpose(1, 2)).split(self.sizes, dim=-1)
+        step_BSF = F.softplus(self.times(time_BSR))
+        keep_BSFN = torch.exp(-step_BSF[..., None] * self.decay.exp())
+        new_BSFN = (step_BSF * u_BFS.transpose(1, 2))[..., None] * in_BSN[:, :, None]
+        state_BFN, seen = torch.zeros_like(new_BSFN[:, 0]), []
+        for at in range(x_BSD.shape[1]):
+            state_BFN = keep_BSFN[:, at] * state_BFN + new_BSFN[:, at]
+            seen.append((state_BFN @ out_BSN[:, at, :, None])[..., 0])
+        y_BFS = torch.stack(seen, -1) + self.skip[:, None] * u_BFS
+        return x_BSD + self.taken((y_BFS * F.silu(gate_BFS)).transpose(1, 2))
+
+
+class Heads(nn.Module):
+    """A scan of heads that share what goes in and out, all of it from one projection and one convolution, by chunks
+    (Dao and Gu 2024). P: width of a head, C: a chunk.
+    """
+
+    def __init__(self, width: int, hidden: int, heads: int, state: int = 2, chunk: int = 4) -> None:
+        super().__init__()
+        self.heads, self.chunk, self.parts = heads, chunk, [hidden, state, state]
+        both = hidden + 2 * state
+        self.norm = nn.LayerNorm(width)
+        self.given, self.taken = nn.Linear(width, hidden + both + heads, bias=False), nn.Linear(hidden, width)
+        self.around = nn.Conv1d(both, both, 3, groups=both, padding=2)
+        self.decay = nn.Parameter(torch.randn(heads))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        B, S, _ = x_BSD.shape
+        gate_BSF, both_BSE, step_BSH = self.given(self.norm(x_BSD)).split(
+            [self.parts[0], sum(self.parts), self.heads], -1
+        )
+        both_BSE = F.silu(self.around(both_BSE.transpose(1, 2))[..., :S].transpose(1, 2))
+        u_BSF, in_BSN, out_BSN = both_BSE.split(self.parts, dim=-1)
+        step_BSH = F.softplus(step_BSH)
+        u_BCHP = (u_BSF.view(B, S, self.heads, -1) * step_BSH[..., None]).unflatten(1, (-1, self.chunk))
+        in_BCN, out_BCN = (t.unflatten(1, (-1, self.chunk)) for t in (in_BSN, out_BSN))
+        rate_BHC = (-step_BSH * self.decay.exp()).unflatten(1, (-1, self.chunk)).permute(0, 3, 1, 2)
+        sums_BHC = rate_BHC.cumsum(-1)
+        apart = sums_BHC[..., :, None] - sums_BHC[..., None, :]
+        inside = apart.masked_fill(torch.ones(self.chunk, self.chunk).triu(1).bool(), float("-inf")).exp()
+        seen = torch.einsum("bktn,bksn,bhkts,bkshp->bkthp", out_BCN, in_BCN, inside, u_BCHP)
+        left = torch.einsum("bksn,bhks,bkshp->bkhpn", in_BCN, (sums_BHC[..., -1:] - sums_BHC).exp(), u_BCHP)
+        state, before = torch.zeros_like(left[:, 0]), []
+        for k in range(left.shape[1]):
+            before.append(state)
+            state = state * sums_BHC[:, :, k, -1].exp()[..., None, None] + left[:, k]
+        seen = seen + torch.einsum("bktn,bkhpn,bhkt->bkthp", out_BCN, torch.stack(before, 1), sums_BHC.exp())
+        return x_BSD + self.taken(seen.reshape(B, S, -1) * F.silu(gate_BSF))
+
+
+class Spectrum(nn.Module):
+    """Fourier transforms along width and sequence in the place of attention (Lee-Thorp et al. 2022)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norms, self.mlp = nn.ModuleList(nn.LayerNorm(width) for _ in range(2)), mlp(width)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_BSD = self.norms[0](x_BSD + torch.fft.fftn(x_BSD, dim=(1, 2)).real)
+        return self.norms[1](x_BSD + self.mlp(x_BSD))
+
+
+class Words(nn.Module):
+    """Layers between a table of words and a loss of all of them."""
+
+    def __init__(self, *layers: nn.Module, width: int = 8, words: int = 12) -> None:
+        super().__init__()
+        self.table, self.layers, self.head = nn.Embedding(words, width), nn.Sequential(*layers), nn.Linear(width, words)
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(self.layers(self.table(ids_BS))).flatten(0, 1), ids_BS.flatten())
+
+
+def words(*layers: nn.Module, length: int = 12) -> Built:
+    return Words(*layers), (torch.randint(0, 12, (2, length)),)
+
+
 def text_and_image(kind: type[nn.Module]) -> Built:
     return kind(), (torch.randn(2, 8, 5), torch.randn(2, 24, 6))
 
@@ -131,4 +222,7 @@ KINDS: dict[str, Callable[[], Built]] = {
     "response norm": image,
     "two streams": lambda: text_and_image(TwoStreams),
     "streams, one projection": lambda: text_and_image(OneProjection),
+    "spectrum": lambda: words(Spectrum(8)),
+    "state space": lambda: words(StateSpace(8, 16)),
+    "heads of a scan": lambda: words(Heads(8, 16, 4), length=24),
 }

@@ -83,7 +83,7 @@ def _passes(value: fx.Node, shard: fx.Node) -> Choice | None:
 
 
 def _reads_parts(user: fx.Node, value: fx.Node, place: Place | None) -> bool:
-    """Whether what `user` makes of a value is split as well, or wants it whole only for a product with split weights."""
+    """Whether what `user` makes of a value is split as well, or it wants the value for a product with split weights."""
     layout = layout_of(user)
     if is_reshard(user):
         return Reshard.of(user).dst == "R"

@@ -26,7 +26,6 @@ from spcompile.sharding.rules.rule import tensor_operands, tensor_results
 from spcompile.sharding.sharded_or_replicated import estimated_bytes, trained_values
 from spcompile.sharding.spaces import Space
 
-
 _A_LITTLE = 2.0**-10  # decides between two places that cost the same
 
 

@@ -52,10 +52,10 @@ class SplitProjections(Pass):
         slices = [n for n in graph.nodes if n.target is aten.slice.Tensor and _is_slice_of_projection(n)]
         for node in slices:
             replace(node, _range_of(node.args[0], len(shape_of(node)) - 1, *_range(node), like=node))
-        parted = [n for n in graph.nodes if n.target in _CHUNKS and _is_of_rows(n)]
+        parted = [n for n in graph.nodes if n.target in _CHUNKS and _cuts_rows(n)]
         for node in parted:
             _slice_rows(node)
-        biased_rows = [n for n in graph.nodes if n.target is aten.slice.Tensor and _is_rows_of_biased(n)]
+        biased_rows = [n for n in graph.nodes if n.target is aten.slice.Tensor and _cuts_biased_rows(n)]
         for node in biased_rows:
             _slice_before_bias(node)
         if biased or cuts or slices or parted or biased_rows:
@@ -97,7 +97,7 @@ def _is_slice_of_projection(node: fx.Node) -> bool:
     return cut_everywhere and _comes_from_product(x, len(shape_of(x)) - 1)  # type: ignore[arg-type]
 
 
-def _is_of_rows(node: fx.Node) -> bool:
+def _cuts_rows(node: fx.Node) -> bool:
     """Whether the last dim but one of [..., S, D] is cut, at places that are known."""
     x, dim = node.args[0], argument(node, 2, "dim", 0)
     is_row = is_tensor(x) and len(shape_of(x)) > 2 and dim in (-2, len(shape_of(x)) - 2)  # type: ignore[arg-type]
@@ -116,8 +116,8 @@ def _slice_rows(node: fx.Node) -> None:
         start = stop
 
 
-def _is_rows_of_biased(node: fx.Node) -> bool:
-    """Whether rows are cut off a product to which the same is added in every row, and nothing but rows is read of it."""
+def _cuts_biased_rows(node: fx.Node) -> bool:
+    """Whether rows are cut off a product to which all rows add the same, and nothing but rows is read of it."""
     x, dim = node.args[0], argument(node, 1, "dim", 0)
     is_row = is_tensor(x) and len(shape_of(x)) > 2 and dim in (-2, len(shape_of(x)) - 2)  # type: ignore[arg-type]
     if not is_row or x.target is not aten.add.Tensor or x.kwargs or not all(map(is_tensor, x.args)):  # type: ignore[union-attr]

@@ -11,6 +11,7 @@ from mixing_models import KINDS
 import spcompile
 
 MOST = 1.15  # of what one device saves, over the number of ranks
+MORE = {("slots", "tp"): 1.25}  # scores of all tokens with all slots are on every rank
 
 
 @pytest.fixture(autouse=True)
@@ -33,4 +34,4 @@ def test_every_rank_saves_its_share(kind: str, axis: str, degree: int) -> None:
         torch._dynamo.reset()
         memory = spcompile.explain(model, inputs, {axis: degree}).to_dict()["memory"]
         share = memory["saved_activation_bytes_one_device"] / degree
-        assert memory["saved_activation_bytes"] <= MOST * share
+        assert memory["saved_activation_bytes"] <= MORE.get((kind, axis), MOST) * share

@@ -199,6 +199,39 @@ class Spectrum(nn.Module):
         return self.norms[1](x_BSD + self.mlp(x_BSD))
 
 
+class Attends(nn.Module):
+    """Attention alone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.taken = nn.LayerNorm(width), nn.Linear(width, width)
+        self.given = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        h_BSD = self.norm(x_BSD)
+        return x_BSD + self.taken(attend(*(projection(h_BSD) for projection in self.given)))
+
+
+class Slots(nn.Module):
+    """Experts whose slots are means of all tokens, and tokens means of all slots (Puigcerver et al. 2023). E: experts,
+    C: slots of each.
+    """
+
+    def __init__(self, width: int, experts: int = 4, slots: int = 1) -> None:
+        super().__init__()
+        self.slots = nn.Parameter(torch.randn(experts, slots, width))
+        self.up = nn.Parameter(torch.randn(experts, width, 3 * width) / 4)
+        self.down = nn.Parameter(torch.randn(experts, 3 * width, width) / 4)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        scores_BSEC = torch.einsum("bsd,ecd->bsec", F.normalize(x_BSD, dim=-1), self.slots)
+        given_BECD = torch.einsum("bsd,bsec->becd", x_BSD, scores_BSEC.softmax(1))
+        inner_BECF = F.gelu(torch.einsum("becd,edf->becf", given_BECD, self.up))
+        made_BECD = torch.einsum("becf,efd->becd", inner_BECF, self.down)
+        shares_BSK = scores_BSEC.flatten(2).softmax(-1)
+        return x_BSD + shares_BSK @ made_BECD.flatten(1, 2)
+
+
 class Words(nn.Module):
     """Layers between a table of words and a loss of all of them."""
 
@@ -224,5 +257,6 @@ KINDS: dict[str, Callable[[], Built]] = {
     "streams, one projection": lambda: text_and_image(OneProjection),
     "spectrum": lambda: words(Spectrum(8)),
     "state space": lambda: words(StateSpace(8, 16)),
+    "slots": lambda: words(Attends(8), Slots(8), length=24),
     "heads of a scan": lambda: words(Heads(8, 16, 4), length=24),
 }

@@ -29,7 +29,7 @@ EXTREMES = """
 
 @register(*overloads(NORMS))
 def norm(node: fx.Node) -> OpRule | None:
-    """`a b -> a | b: complete` for orders above 0, to which zeros add nothing; infinity is no sum, so it is `a [b] -> a`."""
+    """`a b -> a | b: complete` for orders above 0, to which zeros add nothing; of order infinity `a [b] -> a`."""
     args = arguments(node)
     order = args.get("ord", args.get("p"))
     order = 2.0 if order is None else order

@@ -103,7 +103,8 @@ class OpRule:
     ordered: factors of which every rank must have elements that stand together, since `local` asks for the first.
     replicated: factors that this op cannot compute on shards.
     contracted: those of them that it sums over inside, as a product with a weight does.
-    fills: for a reduction over a padded factor, or one that is `filled`: {operand index: value the padding must have}. Default: 0 for operand 0.
+    fills: for a reduction over a padded factor, or one that is `filled`: {operand index: value that
+        padding must have}. Default: 0 for operand 0.
     paired: operand dims that are sharded together with a factor although they are another index space:
         {factor: other factor} (attention's key length follows its query length).
     local: runs the op on shards, where calling it with the global arguments would be wrong (shape arguments, means).

@@ -25,15 +25,11 @@ def set_to_itself(node: fx.Node) -> fx.Node | None:
         return None
     kept, new = node.args[:2]
     assert isinstance(kept, fx.Node)
-    values = [n.meta.get("example_value") for n in (kept, new) if isinstance(n, fx.Node)]
-    is_move = isinstance(new, fx.Node) and new.op == "call_method" and new.target == "to" and new.args[0] is kept
-    if is_move and all(isinstance(x, torch.Tensor) for x in values) and _are_alike(*values):
-        return kept
+    if isinstance(new, fx.Node) and new.op == "call_method" and new.target == "to" and new.args[0] is kept:
+        before, after = (n.meta["example_value"] for n in (kept, new))
+        if before.device == after.device and before.dtype == after.dtype:
+            return kept
     raise CaptureFailed("the storage of a tensor is replaced in the forward", where=source_of(node))
-
-
-def _are_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.device == b.device and a.dtype == b.dtype
 
 
 def is_list_of_numbers(args: Sequence[Any]) -> bool:

@@ -36,9 +36,10 @@ def norm(node: fx.Node) -> OpRule | None:
     is_sum = isinstance(order, int | float) and 0 < order < math.inf
     over = reduced_dims(node)
 
-    def local(call: LocalCall) -> Tensor:
+    def local(call: LocalCall) -> Any:
+        assert rule is not None
         if call.factor not in rule.completed:
-            return node.target(*call.args, **call.kwargs)  # type: ignore[operator, no-any-return]
+            return node.target(*call.args, **call.kwargs)  # type: ignore[operator]
         given = named_arguments(node.target, call.args, call.kwargs)
         dtype = given.get("dtype") or given["self"].dtype
         exact = torch.float32 if dtype.itemsize < 4 else dtype
@@ -56,9 +57,10 @@ def extreme(node: fx.Node) -> OpRule | None:
     is_largest = node.target is torch.ops.aten.amax.default
     over = reduced_dims(node)
 
-    def local(call: LocalCall) -> Tensor:
+    def local(call: LocalCall) -> Any:
+        assert rule is not None
         if call.factor not in rule.completed:
-            return node.target(*call.args, **call.kwargs)  # type: ignore[operator, no-any-return]
+            return node.target(*call.args, **call.kwargs)  # type: ignore[operator]
         given = named_arguments(node.target, call.args, call.kwargs)
         assert call.ranks is not None
         return _extreme_of_all(call.ranks, given["self"], over, bool(given.get("keepdim")), is_largest)

@@ -162,8 +162,8 @@ def _comes_from_product(x: fx.Node, dim: int) -> bool:
 def _source_dim(x: fx.Node, dim: int) -> int | None:
     """The dim of its first operand of which `x` computes each index alone; None if there is none."""
     if x.target is aten.transpose.int:
-        a, b = (d % len(shape_of(x)) for d in x.args[1:3])  # type: ignore[operator]
-        return {a: b, b: a}.get(dim, dim)
+        swapped: Any = [d % len(shape_of(x)) for d in x.args[1:3]]  # type: ignore[operator]
+        return int(swapped[1 - swapped.index(dim)]) if dim in swapped else dim
     if x.target is aten.permute.default:
         return int(x.args[1][dim]) % len(shape_of(x))  # type: ignore[index, arg-type]
     if x.target is aten.conv1d.default:

@@ -150,6 +150,8 @@ def _mixed_rows(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> dict[fx.N
 def _place_weights(graph: fx.Graph, spaces: IndexSpaces, ctx: Context) -> Placements:
     degree = ctx.mesh.size("tp")
     found = tensor_seeds(graph, spaces, degree)
+    for space in found.sequences:
+        space.is_sequence = True
     placements = propagate(spaces, found.seeds)
     for node, call in spaces.calls.items():
         groups = hint(call.rule.sizes.get("g", 1)) if call.rule.paired else degree

@@ -8,7 +8,7 @@ dropout, residual additions, casts, and products with weights that tp does not s
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,14 +38,23 @@ class SinkAllGather(RewritePass):
 
     def rewrites(self, gm: fx.GraphModule, ctx: Context) -> Iterator[fx.Node]:
         """Pass one op after the other."""
-        waiting = deque(reshards_of(gm.graph, "tp", "S", "I"))
-        while waiting:
-            gather = waiting.popleft()
-            for user in list(gather.users):
-                choice = passes_below(user, gather)
-                if choice is not None:
-                    waiting.extend(sink_through(user, choice, self.name))
-                    yield user
+        yield from _sink(reshards_of(gm.graph, "tp", "S", "I"), self.name)
+
+
+def sink_all(gather: fx.Node, origin: str) -> list[fx.Node]:
+    """Let one AllGather pass whatever it can; returns what it has passed."""
+    return list(_sink([gather], origin))
+
+
+def _sink(gathers: Iterable[fx.Node], origin: str) -> Iterator[fx.Node]:
+    waiting = deque(gathers)
+    while waiting:
+        gather = waiting.popleft()
+        for user in list(gather.users):
+            choice = passes_below(user, gather)
+            if choice is not None:
+                waiting.extend(sink_through(user, choice, origin))
+                yield user
 
 
 def passes_below(user: fx.Node, gather: fx.Node) -> Choice | None:
@@ -59,7 +68,7 @@ def passes_below(user: fx.Node, gather: fx.Node) -> Choice | None:
     if "tp" in layout.choice or "tp" in layout.partial:
         return None
     choice = choice_as_operand(user, gather, layout.call, place)
-    return None if choice is None or choice.factor in layout.call.rule.completed else choice
+    return None if choice is None or choice.factor in layout.call.rule.completed - layout.call.rule.filled else choice
 
 
 def sink_through(user: fx.Node, choice: Choice, origin: str) -> list[fx.Node]:

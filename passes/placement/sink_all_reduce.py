@@ -7,6 +7,7 @@ expert's rows, the sum of parallel branches instead of each. Where to complete i
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,10 +20,13 @@ from spcompile.graph.reshard import Reshard, is_reshard
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.sharding.global_view import is_view
 from spcompile.sharding.layout import layout_of, show
-from spcompile.sharding.resharding import reshard_to, reshards_of, state_of
+from spcompile.sharding.resharding import families_of_sequences, reshard_to, reshards_of, state_of
 from spcompile.sharding.rules.linear import is_zero, linear_groups
 from spcompile.sharding.rules.rule import tensor_operands, tensor_results
 from spcompile.sharding.sharded_or_replicated import estimated_bytes, trained_values
+from spcompile.sharding.spaces import Space
+
+_A_LITTLE = 2.0**-10  # decides between two places that cost the same
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,17 @@ def _worth_passing(
     On the source's side of the cut a value is in parts. Cut edges cost its bytes where somebody reads it whole, and the
     bytes of a fixed operand's gradient, which becomes a sum over ranks. Of two places that cost the same the earlier
     one: behind it every rank computes with its rows alone, and no residual stream is a sum that all ranks hold whole.
+    But where a sequence is cut, as into text and image, ranks have rows of each part, so parts are completed.
     """
-    gradient = trained_values(graph)
+    gradient, sequences = trained_values(graph), families_of_sequences(graph)
     network = nx.DiGraph()
     network.add_nodes_from(("parts", "whole"))
     for value in [*sums, *groups]:
         if value in sums:
             network.add_edge("parts", value)
-        network.add_edge(value, ("complete", value), capacity=estimated_bytes(value))
+        is_cut = all(user in groups and _is_cut_of(user, sequences) for user in value.users)
+        bytes_sent = estimated_bytes(value) * (1 + _A_LITTLE if is_cut else 1)
+        network.add_edge(value, ("complete", value), capacity=bytes_sent)
         for user in value.users:
             network.add_edge(("complete", value), user if user in groups else "whole")
             if user in groups:
@@ -97,6 +104,16 @@ def _worth_passing(
     # networkx finds the minimum cut next to the sink: here the sink is where sums are made.
     _, (_, parts) = nx.minimum_cut(network.reverse(), "whole", "parts")
     return {node for node in groups if node in parts}
+
+
+def _is_cut_of(node: fx.Node, sequences: Set[Space]) -> bool:
+    """Whether a call takes a part of a sequence that is one itself."""
+    layout = layout_of(node)
+    if layout is None or layout.call is None or layout.call.rule.moving is None:
+        return False
+    operand = layout.call.rule.operands[0]
+    cut = [f for dim in operand for f in dim if f in layout.call.rule.replicated]
+    return any(not sequences.isdisjoint(s.family() for s in layout.call.leaves_of(f)) for f in cut)
 
 
 def _run_on_parts(node: fx.Node, group: frozenset[int], sums: dict[fx.Node, fx.Node], origin: str) -> None:

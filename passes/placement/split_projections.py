@@ -2,7 +2,9 @@
 
 linear(x, w, b)                  linear(x, w) + b                           a sum that tp splits must add b once
 split(linear(x, w), [q, k, v])   linear(x, w_q), linear(x, w_k), linear(x, w_v)   each has heads of its own to split
-split(x @ w + b, ...)            likewise, through additions and changes of leading dims
+split(x @ w + b, ...)            likewise, through additions, changes of other dims, and convolutions of each channel
+split(x, [s, t]) of rows         x[:s], x[s:]                               through which parts of a sum can pass
+(x + b)[:s] of rows              x[:s] + b                                  likewise
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 from spcompile.graph.edit import argument, call, is_getitem, is_tensor, operand, replace, shape_of
 from spcompile.graph.sizes import same
 from spcompile.passes_api import Context, Example, Pass, Stage
+from spcompile.sharding.rules import rule_of
 
 aten = torch.ops.aten
 _PRODUCTS = ("aten::mm", "aten::matmul", "aten::bmm", "aten::_grouped_mm", "transformers::grouped_mm_fallback")
@@ -41,15 +44,23 @@ class SplitProjections(Pass):
         biased = [n for n in graph.nodes if n.target in (aten.linear.default, aten.addmm.default) and _bias(n)]
         for node in biased:
             _take_out_bias(node)
-        cuts = [n for n in graph.nodes if n.target in _CHUNKS and _is_projection(n)]
-        for node in cuts:
-            _cut_projection(node)
+        cuts = 0
+        for node in [n for n in graph.nodes if n.target in _CHUNKS]:
+            if _is_projection(node):  # of the parts of an earlier one, maybe
+                _cut_projection(node)
+                cuts += 1
         slices = [n for n in graph.nodes if n.target is aten.slice.Tensor and _is_slice_of_projection(n)]
         for node in slices:
-            replace(node, _columns(node.args[0], *_range(node), like=node))
-        if biased or cuts or slices:
+            replace(node, _range_of(node.args[0], len(shape_of(node)) - 1, *_range(node), like=node))
+        parted = [n for n in graph.nodes if n.target in _CHUNKS and _cuts_rows(n)]
+        for node in parted:
+            _slice_rows(node)
+        biased_rows = [n for n in graph.nodes if n.target is aten.slice.Tensor and _cuts_biased_rows(n)]
+        for node in biased_rows:
+            _slice_before_bias(node)
+        if biased or cuts or slices or parted or biased_rows:
             graph.eliminate_dead_code()
-        return len(biased) + len(cuts) + len(slices)
+        return len(biased) + cuts + len(slices) + len(parted) + len(biased_rows)
 
 
 def _bias(node: fx.Node) -> fx.Node | None:
@@ -69,11 +80,11 @@ def _take_out_bias(node: fx.Node) -> None:
 
 
 def _is_projection(node: fx.Node) -> bool:
-    """Whether the last dim of a product with a weight is cut, and by getitems only."""
+    """Whether what a weight gives is cut, and by getitems only."""
     x = node.args[0]
-    dim = argument(node, 2, "dim", 0)
-    is_last = is_tensor(x) and dim in (-1, len(shape_of(x)) - 1)  # type: ignore[arg-type]
-    return is_last and all(is_getitem(user) for user in node.users) and _comes_from_product(x)  # type: ignore[arg-type]
+    if not is_tensor(x) or not all(is_getitem(user) for user in node.users):
+        return False
+    return _comes_from_product(x, argument(node, 2, "dim", 0) % len(shape_of(x)))  # type: ignore[arg-type]
 
 
 def _is_slice_of_projection(node: fx.Node) -> bool:
@@ -83,7 +94,43 @@ def _is_slice_of_projection(node: fx.Node) -> bool:
     if not is_last or same(shape_of(node)[-1], shape_of(x)[-1]):  # type: ignore[arg-type]
         return False
     cut_everywhere = all(user.target is aten.slice.Tensor for user in x.users)  # type: ignore[union-attr]
-    return cut_everywhere and _comes_from_product(x)  # type: ignore[arg-type]
+    return cut_everywhere and _comes_from_product(x, len(shape_of(x)) - 1)  # type: ignore[arg-type]
+
+
+def _cuts_rows(node: fx.Node) -> bool:
+    """Whether the last dim but one of [..., S, D] is cut, at places that are known."""
+    x, dim = node.args[0], argument(node, 2, "dim", 0)
+    is_row = is_tensor(x) and len(shape_of(x)) > 2 and dim in (-2, len(shape_of(x)) - 2)  # type: ignore[arg-type]
+    known = is_row and all(isinstance(part.shape[dim], int) for part in node.meta["val"])
+    return known and all(is_getitem(user) for user in node.users)
+
+
+def _slice_rows(node: fx.Node) -> None:
+    dim, start = argument(node, 2, "dim", 0), 0
+    parts = {user.args[1]: user for user in node.users}
+    for number, value in enumerate(node.meta["val"]):
+        stop = start + value.shape[dim]
+        if number in parts:
+            rows = (node.args[0], dim, start, stop)
+            replace(parts[number], call(node.graph, aten.slice.Tensor, rows, like=parts[number]))
+        start = stop
+
+
+def _cuts_biased_rows(node: fx.Node) -> bool:
+    """Whether rows are cut off a product to which all rows add the same, and nothing but rows is read of it."""
+    x, dim = node.args[0], argument(node, 1, "dim", 0)
+    is_row = is_tensor(x) and len(shape_of(x)) > 2 and dim in (-2, len(shape_of(x)) - 2)  # type: ignore[arg-type]
+    if not is_row or x.target is not aten.add.Tensor or x.kwargs or not all(map(is_tensor, x.args)):  # type: ignore[union-attr]
+        return False
+    product, bias = x.args  # type: ignore[union-attr]
+    cut_everywhere = all(user.target is aten.slice.Tensor for user in x.users)  # type: ignore[union-attr]
+    return cut_everywhere and _comes_from_product(product, len(shape_of(x)) - 1) and len(shape_of(bias)) == 1  # type: ignore[arg-type]
+
+
+def _slice_before_bias(node: fx.Node) -> None:
+    product, bias = node.args[0].args  # type: ignore[union-attr]
+    rows = call(node.graph, aten.slice.Tensor, (product, *node.args[1:]), node.kwargs, like=node)
+    replace(node, call(node.graph, aten.add.Tensor, (rows, bias), like=node))
 
 
 def _range(node: fx.Node) -> tuple[int, int]:
@@ -93,16 +140,41 @@ def _range(node: fx.Node) -> tuple[int, int]:
     return start, start + shape_of(node)[-1]
 
 
-def _comes_from_product(x: fx.Node) -> bool:
-    """Whether the last dim of `x` is that of a weight, up to additions and changes of leading dims."""
+def _comes_from_product(x: fx.Node, dim: int) -> bool:
+    """Whether dim `dim` of `x` is that of a weight, up to additions, changes of other dims, and what each of its
+    indices goes through alone, such as an activation or a convolution of each channel.
+    """
     if x.target is aten.linear.default:
-        return len(shape_of(x.args[1])) == 2  # type: ignore[arg-type]
+        return dim == len(shape_of(x)) - 1 and len(shape_of(x.args[1])) == 2  # type: ignore[arg-type]
     if _is_product(x):
         rank = len(shape_of(x.args[1]))  # type: ignore[arg-type]
-        return rank == 2 or (rank > 2 and _is_weight(x.args[1]))  # type: ignore[arg-type]
+        return dim == len(shape_of(x)) - 1 and (rank == 2 or (rank > 2 and _is_weight(x.args[1])))  # type: ignore[arg-type]
     if x.target is aten.add.Tensor and not x.kwargs:
-        return any(is_tensor(a) and _comes_from_product(a) for a in x.args if isinstance(a, fx.Node))
-    return _keeps_last_dim(x) and _comes_from_product(x.args[0])  # type: ignore[arg-type]
+        terms = [a for a in x.args if is_tensor(a) and len(shape_of(a)) == len(shape_of(x))]  # type: ignore[arg-type]
+        return any(_comes_from_product(a, dim) for a in terms)  # type: ignore[arg-type]
+    if _keeps_last_dim(x):
+        last = len(shape_of(x)) - 1
+        return dim == last and _comes_from_product(x.args[0], len(shape_of(x.args[0])) - 1)  # type: ignore[arg-type]
+    source = _source_dim(x, dim)
+    return source is not None and len(x.users) == 1 and _comes_from_product(x.args[0], source)  # type: ignore[arg-type]
+
+
+def _source_dim(x: fx.Node, dim: int) -> int | None:
+    """The dim of its first operand of which `x` computes each index alone; None if there is none."""
+    if x.target is aten.transpose.int:
+        swapped: Any = [d % len(shape_of(x)) for d in x.args[1:3]]  # type: ignore[operator]
+        return int(swapped[1 - swapped.index(dim)]) if dim in swapped else dim
+    if x.target is aten.permute.default:
+        return int(x.args[1][dim]) % len(shape_of(x))  # type: ignore[index, arg-type]
+    if x.target is aten.conv1d.default:
+        channels, width = shape_of(x.args[1])[:2]  # type: ignore[arg-type]
+        return dim if dim == 1 and width == 1 and argument(x, 6, "groups", 1) == channels else None
+    rule = rule_of(x) if x.op == "call_function" and isinstance(x.meta.get("val"), Tensor) else None
+    if rule is None or rule.local is not None or len(rule.operands) != 1 or not is_tensor(x.args[0]):
+        return None
+    before, (after,) = rule.operands[0], rule.results
+    passes = len(before) == len(after) and len(after[dim]) == 1 and before[dim] == after[dim]
+    return dim if passes and after[dim][0] not in rule.replicated else None
 
 
 def _is_product(x: fx.Node) -> bool:
@@ -125,37 +197,56 @@ def _keeps_last_dim(x: fx.Node) -> bool:
 
 
 def _cut_projection(node: fx.Node) -> None:
-    start = 0
+    start, dim = 0, argument(node, 2, "dim", 0) % len(shape_of(node.args[0]))  # type: ignore[arg-type]
     parts = {user.args[1]: user for user in node.users}
     for number, value in enumerate(node.meta["val"]):
-        width = value.shape[-1]
+        stop = start + value.shape[dim]
         if number in parts:
-            replace(parts[number], _columns(node.args[0], start, start + width, like=parts[number]))  # type: ignore[arg-type]
-        start += width
+            replace(parts[number], _range_of(node.args[0], dim, start, stop, like=parts[number]))  # type: ignore[arg-type]
+        start = stop
 
 
-def _columns(x: fx.Node, start: int, stop: int, *, like: fx.Node) -> fx.Node:
-    """Elements start .. stop - 1 of the last dim of `x`, computed from parts of the weights."""
-    graph = like.graph
-    if x.target is aten.linear.default:
+def _range_of(x: fx.Node, dim: int, start: int, stop: int, *, like: fx.Node) -> fx.Node:
+    """Elements start .. stop - 1 of a dim of `x`, computed from parts of the weights."""
+    graph, last = like.graph, len(shape_of(x)) - 1
+    if x.target is aten.linear.default and dim == last:
         weight = call(graph, aten.slice.Tensor, (x.args[1], 0, start, stop), like=like)
         return call(graph, aten.linear.default, (x.args[0], weight), like=like)
-    if _is_product(x):
-        last = len(shape_of(x.args[1])) - 1  # type: ignore[arg-type]
-        weight = call(graph, aten.slice.Tensor, (x.args[1], last, start, stop), like=like)
+    if _is_product(x) and dim == last:
+        columns = len(shape_of(x.args[1])) - 1  # type: ignore[arg-type]
+        weight = call(graph, aten.slice.Tensor, (x.args[1], columns, start, stop), like=like)
         product: Any = x.target
         return call(graph, product, (x.args[0], weight, *x.args[2:]), x.kwargs, like=like)
     if x.target is aten.add.Tensor:
-        return call(graph, aten.add.Tensor, tuple(_part_of_term(a, start, stop, like) for a in x.args), like=like)
-    if x.target is aten.reshape.default:
-        inner = _columns(x.args[0], start, stop, like=like)  # type: ignore[arg-type]
+        terms = tuple(_part_of_term(a, dim - last - 1, start, stop, like) for a in x.args)
+        return call(graph, aten.add.Tensor, terms, like=like)
+    if _keeps_last_dim(x) and dim == last:
+        inner = _range_of(x.args[0], len(shape_of(x.args[0])) - 1, start, stop, like=like)  # type: ignore[arg-type]
         return call(graph, aten.reshape.default, (inner, [*_reshape_sizes(x)[:-1], stop - start]), like=like)
-    return call(graph, aten.slice.Tensor, (x, len(shape_of(x)) - 1, start, stop), like=like)
+    source = _source_dim(x, dim) if len(x.users) == 1 and _comes_from_product(x, dim) else None
+    if source is None:
+        return call(graph, aten.slice.Tensor, (x, dim, start, stop), like=like)
+    inner = _range_of(x.args[0], source, start, stop, like=like)  # type: ignore[arg-type]
+    if x.target is aten.conv1d.default:
+        return _convolved(x, inner, start, stop, like)
+    return call(graph, x.target, (inner, *x.args[1:]), x.kwargs, like=like)  # type: ignore[arg-type]
 
 
-def _part_of_term(term: Any, start: int, stop: int, like: fx.Node) -> Any:
-    is_whole = not is_tensor(term) or not shape_of(term) or same(shape_of(term)[-1], 1)
-    return term if is_whole else _columns(term, start, stop, like=like)
+def _convolved(x: fx.Node, part: fx.Node, start: int, stop: int, like: fx.Node) -> fx.Node:
+    """A convolution of some of the channels, each alone."""
+    rows = [
+        a if a is None else call(like.graph, aten.slice.Tensor, (a, 0, start, stop), like=like)
+        for a in (argument(x, 1, "weight"), argument(x, 2, "bias"))
+    ]
+    named = [argument(x, 3, "stride", [1]), argument(x, 4, "padding", [0]), argument(x, 5, "dilation", [1])]
+    return call(like.graph, aten.conv1d.default, (part, *rows, *named, stop - start), like=like)
+
+
+def _part_of_term(term: Any, dim: int, start: int, stop: int, like: fx.Node) -> Any:
+    """dim: counted from the last."""
+    rank = len(shape_of(term)) if is_tensor(term) else 0
+    is_whole = rank < -dim or same(shape_of(term)[dim], 1)
+    return term if is_whole else _range_of(term, rank + dim, start, stop, like=like)
 
 
 def _reshape_sizes(reshape: fx.Node) -> Sequence[Any]:

@@ -22,6 +22,7 @@ from spcompile.capture.bool_writes import write_out_bool_writes
 from spcompile.capture.custom_functions import with_own_gradient
 from spcompile.capture.flex_attention import without_block_sizes, written_out
 from spcompile.capture.module_buffer import KEY, ModuleBuffer, may_be_read
+from spcompile.capture.module_moves import is_list_of_numbers, set_to_itself
 from spcompile.capture.plain_forms import write_in_plain_forms
 from spcompile.capture.vmapped import without_vmaps
 from spcompile.diagnostics import CaptureFailed, source_of
@@ -53,6 +54,10 @@ class _KeepOrigin(fx.Interpreter):
         finally:
             self._autocast.close()
 
+    def run_node(self, n: fx.Node) -> Any:
+        kept = set_to_itself(n)
+        return super().run_node(n) if kept is None else self.env[kept]
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is torch.ops.higher_order.tag_activation_checkpoint:
             return self._checkpointed(args)
@@ -71,6 +76,8 @@ class _KeepOrigin(fx.Interpreter):
             return self._autocast.exit(*args)
         if target is torch.nn.functional.dropout:
             return _dropout(*args, **kwargs)
+        if target is torch.Tensor and is_list_of_numbers(args):
+            return torch.tensor(args[0], dtype=torch.get_default_dtype())
         return super().call_function(target, args, kwargs)
 
     def _checkpointed(self, args: tuple[Any, ...]) -> Any:

@@ -73,6 +73,8 @@ def find_index_spaces(
             rule = rule.apart([[space.size for space in leaves(dim)] for dim in first])
         if rule is not None and rule.moving is not None and (moving or (convolving and convolves(rule))):
             rule = rule.moving
+        if convolving and rule is not None and rule.moving is not None:
+            rule = replace(rule, prefix_of={})  # what is much shorter has a layout of its own
         if zigzag and rule is not None and rule.ordered:
             rule = replace(rule, replicated=rule.replicated | rule.ordered)
         call = _bind(node, rule, spaces) if rule is not None else None

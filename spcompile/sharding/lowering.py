@@ -152,7 +152,8 @@ class Lower(fx.Interpreter):
         call = layout.call
         assert call is not None
         space = call.leaves_of(choice.factor)[choice.part]
-        if choice.factor not in call.rule.reductions or not self.split.padded(space):
+        is_filled = choice.factor in call.rule.reductions or choice.factor in call.rule.filled
+        if not is_filled or not self.split.padded(space):
             return args, kwargs
         numbers = iter(range(len(tensor_operands(n))))
 

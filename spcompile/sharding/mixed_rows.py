@@ -17,8 +17,16 @@ from spcompile.sharding.exchanges import entries_of_inputs
 from spcompile.sharding.index_spaces import IndexSpaces, OpSpaces
 from spcompile.sharding.propagate import Choice, place_of, propagate
 from spcompile.sharding.rules.rule import tensor_operands
+from spcompile.sharding.sequences import sequence_families
 from spcompile.sharding.sharded_or_replicated import estimated_bytes, trained_values
 from spcompile.sharding.spaces import Space
+
+
+def all_sequences(graph: fx.Graph, spaces: IndexSpaces) -> set[Space]:
+    """The families of the sequences of a graph, with attention or without."""
+    found = sequence_families(spaces.calls)
+    seeds = {} if found else mixed_row_seeds(graph, spaces)
+    return found | {spaces.calls[node].leaves_of(at.factor)[at.part].family() for node, at in seeds.items()}
 
 
 def mixed_row_seeds(graph: fx.Graph, spaces: IndexSpaces) -> dict[fx.Node, Choice]:

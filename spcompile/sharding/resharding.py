@@ -14,7 +14,6 @@ from spcompile.graph.sizes import divides, same
 from spcompile.sharding.global_view import part_of_view
 from spcompile.sharding.layout import NodeLayout, layout_of, show
 from spcompile.sharding.propagate import Choice, follow_prefix, place_of, space_at
-from spcompile.sharding.sequences import sequence_families
 from spcompile.sharding.sharded_or_replicated import Use, uses_of
 from spcompile.sharding.spaces import Space, leaves
 
@@ -136,11 +135,10 @@ def hand_over(value: fx.Node, axis: str, src: str, *, origin: str) -> fx.Node:
 
 
 def families_of_sequences(graph: fx.Graph) -> set[Space]:
-    """The sequences of a graph with layouts."""
-    layouts = ((n, layout_of(n)) for n in graph.nodes if n.op == "call_function")
-    return sequence_families(
-        {n: layout.call for n, layout in layouts if layout is not None and layout.call is not None}
-    )
+    """The sequences of a graph with layouts, as axis `tp` has marked them."""
+    layouts = (layout for n in graph.nodes if (layout := layout_of(n)) is not None)
+    spaces = (space.family() for layout in layouts for dims in layout.dims for dim in dims for space in leaves(dim))
+    return {space for space in spaces if space.is_sequence}
 
 
 def sequence_place(value: fx.Node, sequences: Iterable[Space]) -> str | None:

@@ -57,11 +57,28 @@ def _windows_or_rows(
 def sequence_families(calls: Mapping[fx.Node, OpSpaces]) -> set[Space]:
     """The families of spaces that the query rows of attention, read or not, run over: the sequences of a graph.
 
-    Where there is no attention, those that convolutions have windows of, and what they make of them.
+    Where there is no attention, those that convolutions have windows of, and what they make of them. What is put
+    together to a sequence is one as well, and so is what is cut off: text and image in one attention.
     """
     leaders = _leaders(calls, UNREAD_ATTENTION) or _leaders(calls, SCORES)
     found = {calls[node].leaves_of(leader)[0].family() for node, leader in leaders.items()}
-    return found or {call.leaves_of(name)[0].family() for call in calls.values() for name in _windowed(call)}
+    found = found or {call.leaves_of(name)[0].family() for call in calls.values() for name in _windowed(call)}
+    moved = [families for call in calls.values() if len(families := _moved_families(call)) > 1]
+    while more := [families for families in moved if not found.isdisjoint(families) and not families <= found]:
+        found.update(*more)
+    return found
+
+
+def _moved_families(call: OpSpaces) -> set[Space]:
+    """The families between which a call moves elements, on an axis whose ranks do not send them to each other."""
+    moving = call.rule.moving
+    if moving is None or not moving.moved:
+        return set()
+    now, then = ([dim for dims in (*rule.operands, *rule.results) for dim in dims] for rule in (call.rule, moving))
+    places = (dim for dim, moved in zip(now, then, strict=True) if len(moved) == 1 and moved[0] in moving.moved)
+    return {
+        leaves_of_dim[0].family() for dim in places if (leaves_of_dim := [s for f in dim for s in call.leaves_of(f)])
+    }
 
 
 def _leaders(calls: Mapping[fx.Node, OpSpaces], key: str) -> dict[fx.Node, str]:

@@ -17,6 +17,7 @@ class Space:
 
     size: number of indices. parts: if it was split, its factors, major first.
     prefix_of: the longer space whose layout over ranks it shares, being its beginning (x[:, :n]); set by propagation.
+    is_sequence: between what an axis splits otherwise, ranks have rows of it; of a family, on its longest.
     takes_turns: it is split where something wants the sequence whole, so it is no sequence, which may have an order.
     """
 
@@ -24,6 +25,7 @@ class Space:
         self.size = size
         self.parts: list[Space] | None = None
         self.prefix_of: Space | None = None
+        self.is_sequence = False
         self.takes_turns = False
         self._parent: Space | None = None
 

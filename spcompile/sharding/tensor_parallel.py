@@ -5,8 +5,8 @@ and contracted by a later one needs no communication in between: that is Megatro
 pair (Shoeybi et al. 2019). Three kinds of spaces are taken, in this order:
 
     heads        the key/value groups of every attention, or the query heads of a group where those are too few
-    hidden       a space that some product contracts, if nothing but products sums over it and nobody makes it or needs
-                 it whole; those that cost the least communication per weight first
+    hidden       a space that some product contracts, if nothing but products sums over it for each row and nobody
+                 makes it or needs it whole; those that cost the least communication per weight first
     vocabulary   the free space of a product that is wider than what it contracts, and the rows of a lookup table
 
 The residual stream is never taken: norms sum over it.
@@ -22,9 +22,9 @@ import torch.fx as fx
 from spcompile.graph.edit import is_getitem, operand
 from spcompile.graph.sizes import hint, numel_hint
 from spcompile.sharding.index_spaces import IndexSpaces, OpSpaces
+from spcompile.sharding.mixed_rows import all_sequences
 from spcompile.sharding.propagate import Choice, Placements, leaves_sums, place_of, propagate
 from spcompile.sharding.rules.rule import tensor_operands, tensor_results
-from spcompile.sharding.sequences import sequence_families
 from spcompile.sharding.sharded_or_replicated import estimated_bytes
 from spcompile.sharding.spaces import Space, leaves
 
@@ -35,10 +35,12 @@ class TensorSeeds:
 
     seeds: calls and the factor over which each runs split; everything else follows by propagation.
     kept: products whose weight every rank holds whole.
+    sequences: what ranks have rows of between the regions that are split.
     """
 
     seeds: dict[fx.Node, Choice] = field(default_factory=dict)
     kept: list[fx.Node] = field(default_factory=list)
+    sequences: set[Space] = field(default_factory=set)
 
 
 def tensor_seeds(graph: fx.Graph, spaces: IndexSpaces, degree: int) -> TensorSeeds:
@@ -52,7 +54,7 @@ def tensor_seeds(graph: fx.Graph, spaces: IndexSpaces, degree: int) -> TensorSee
     search.take_cheapest(search.widening(), may_gather=True)
     search.take_cheapest(search.lookups(), may_gather=True)
     kept = [node for node in spaces.calls if node not in search.calls and search.weight_of(node) is not None]
-    return TensorSeeds(search.seeds, kept)
+    return TensorSeeds(search.seeds, kept, search.sequences)
 
 
 def split_heads(groups: int, per_group: int, degree: int) -> str:
@@ -113,6 +115,7 @@ class _SeedSearch:
         self.seeds: dict[fx.Node, Choice] = {}
         self.calls: set[fx.Node] = set()
         self.values: set[tuple[fx.Node, int]] = set()
+        self.sequences = all_sequences(graph, spaces)
         self.weights = self._weights()
         self.made_here = _made_of_nothing(graph)
 
@@ -190,7 +193,6 @@ class _SeedSearch:
 
     def _weights(self) -> set[fx.Node]:
         """Floating values that are made of inputs without a sequence only."""
-        sequences = sequence_families(self.spaces.calls)
         found: set[fx.Node] = set()
         for node in self.graph.nodes:
             results = tensor_results(node)
@@ -198,7 +200,7 @@ class _SeedSearch:
                 continue
             if node.op == "placeholder":
                 spaces = leaves(space for dim in self.spaces.values[node][0] for space in dim)
-                is_weight = not any(space.family() in sequences for space in spaces)
+                is_weight = not any(space.family() in self.sequences for space in spaces)
             else:
                 read = tensor_operands(node)
                 is_weight = bool(read) and all(x in found for x in read)
@@ -222,12 +224,15 @@ class _SeedSearch:
     def _fits(self, region: Placements, may_gather: bool) -> bool:
         """Whether only products with weights sum over the space, and whether nobody makes it or needs it whole.
 
+        Other sums may give a few numbers for all rows of a sequence, as the mean norm of the channels of an image.
+
         A value that is made whole is split along the sequence behind its norm: to split its features instead, it would
         have to be gathered first. What is made of no input, as a mask of dropout, every rank has whole anyway.
         """
         for node, choice in region.choices.items():
             call = self.spaces.calls[node]
-            if leaves_sums(call, choice) and not self._sums_with_weight(node, call, choice):
+            sums = leaves_sums(call, choice) or choice.factor in call.rule.filled
+            if sums and not self._sums_with_weight(node, call, choice) and self._has_rows(node):
                 return False
         if may_gather:
             return True
@@ -241,6 +246,11 @@ class _SeedSearch:
                 if reads and user not in region.choices:
                     return False
         return True
+
+    def _has_rows(self, node: fx.Node) -> bool:
+        """Whether a call gives something for each row of a sequence, not a few numbers for all of them."""
+        found = (space.family() for dims in self.spaces.values[node] for dim in dims for space in leaves(dim))
+        return not self.sequences or not self.sequences.isdisjoint(found)
 
     def _sums_with_weight(self, node: fx.Node, call: OpSpaces, choice: Choice) -> bool:
         operands = zip(tensor_operands(node), call.rule.operands, strict=True)

@@ -49,7 +49,7 @@ DIFFERENCES = [
     (r"layernorm\.mlp\.fc1", "whole", "colwise", "this MLP too"),
     (r"layernorm\.mlp\.fc2", "whole", "rowwise", "this MLP too"),
     (r"mixer\.in_proj", "whole", r"colwise\+whole", "the part of it that feeds no scan"),
-    (r"mixer\.conv1d", "whole", "part", "channels of a convolution are computed apart"),
+    (r"(mixer|linear_attn)\.conv1d", "whole", "part", "channels of a convolution are computed apart"),
     (r"linear_attn\.(in_proj_\w+|out_proj)", "colwise", "whole", "scans over the sequence have no rule"),
     (r"hyper_connection\w*\.input_mix_weight_down", "rowwise", "colwise", "we split the space between down and up"),
     (r"hyper_connection\w*\.input_mix_weight_up", "whole", "rowwise", "we split the space between down and up"),

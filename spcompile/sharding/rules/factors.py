@@ -51,6 +51,7 @@ def make_rule(
     *,
     sums: Collection[Factor] = (),
     completes: Collection[Factor] = (),
+    merges: Collection[Factor] = (),
     ordered: Collection[Factor] = (),
     contracts: Collection[Factor] = (),
     fills: Mapping[str, float] | None = None,
@@ -66,6 +67,7 @@ def make_rule(
     operands: the layout of every tensor argument by schema name (of a list argument: a list of layouts).
     sums: the factors that are reduced by a sum; those of them that are replicated are dropped.
     completes: the factors that are only in operands and over which `local` gives complete results; dropped likewise.
+    merges: those of them of which padding must hold `fills`.
     contracts: the replicated factors that the op sums over inside.
     fills: what the padding of a summed factor must hold, by argument name; default 0 in the first operand.
     ordered, prefix_of, unread, moves, moved: as in OpRule, with factors and argument names.
@@ -82,7 +84,8 @@ def make_rule(
         results=named_results,
         sizes={name: factor.size for factor, name in names.items()},
         reductions={names[f]: "sum" for f in names if f in sums and not f.replicated},
-        completed=frozenset(names[f] for f in names if f in completes and not f.replicated),
+        completed=frozenset(names[f] for f in names if f in {*completes, *merges} and not f.replicated),
+        filled=frozenset(names[f] for f in names if f in merges and not f.replicated),
         ordered=frozenset(names[f] for f in names if f in ordered),
         replicated=frozenset(name for factor, name in names.items() if factor.replicated),
         contracted=frozenset(names[f] for f in names if f in contracts),

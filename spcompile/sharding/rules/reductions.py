@@ -22,10 +22,9 @@ MEANS = """
     mean mean.dim
 """
 OTHERS = """
-    all all.dim all.dims amax amin aminmax any any.dim any.dims argmax argmin kthvalue linalg_norm linalg_vector_norm
-    logsumexp max max.dim median median.dim min min.dim mode norm.Scalar norm.ScalarOpt_dim norm.ScalarOpt_dim_dtype
-    prod prod.dim_int special_logsumexp std std.correction std.dim std_mean std_mean.correction std_mean.dim var
-    var.correction var.dim var_mean var_mean.correction var_mean.dim
+    all all.dim all.dims aminmax any any.dim any.dims argmax argmin kthvalue linalg_norm logsumexp max max.dim median
+    median.dim min min.dim mode prod prod.dim_int special_logsumexp std std.correction std.dim std_mean
+    std_mean.correction std_mean.dim var var.correction var.dim var_mean var_mean.correction var_mean.dim
 """
 
 
@@ -38,19 +37,32 @@ def reduced_dims(node: fx.Node) -> list[int]:
     return sorted(d % rank for d in dims) if dims and rank else list(range(rank))
 
 
-def _reduce(node: fx.Node, *, sums: bool, local: Any = None) -> OpRule | None:
+def reduce_dims(
+    node: fx.Node, *, sums: bool = False, merges: bool = False, local: Any = None, fill: float = 0.0
+) -> OpRule | None:
+    """The rule of a reduction over `reduced_dims`; None for an overload that reads `dim` in another way.
+
+    sums: parts give terms of a sum. merges: `local` merges what parts give, where padding holds `fill`.
+    """
     args = arguments(node)
     dims = factors(args["self"].shape)
     over = reduced_dims(node)
     for d in over:
-        dims[d].replicated = not sums
+        dims[d].replicated = not (sums or merges)
     shapes = [result.shape for result in tensor_results(node)]
     kept: list[Dim] = [() if d in over else factor for d, factor in enumerate(dims)]
     out = kept if len(shapes[0]) == len(dims) and over else [dims[d] for d in range(len(dims)) if d not in over]
     if any(len(shape) != len(out) or not all(map(same, shape, map(_size, out))) for shape in shapes):
-        return None  # an overload that reads `dim` in another way
+        return None
+    reduced = [dims[d] for d in over]
     return make_rule(
-        node, {"self": dims}, [out for _ in shapes], sums=[dims[d] for d in over] if sums else (), local=local
+        node,
+        {"self": dims},
+        [out for _ in shapes],
+        sums=reduced if sums else (),
+        merges=reduced if merges else (),
+        fills={"self": fill},
+        local=local,
     )
 
 
@@ -61,7 +73,7 @@ def _size(dim: Dim) -> Size:
 @register(*overloads(SUMS))
 def sum_(node: fx.Node) -> OpRule | None:
     """`a b -> a | b: sum`."""
-    return _reduce(node, sums=True)
+    return reduce_dims(node, sums=True)
 
 
 @register(*overloads(MEANS))
@@ -75,7 +87,7 @@ def mean(node: fx.Node) -> OpRule | None:
         count = global_count(call, args["self"].shape, rule.operands[0], rule, over)
         return partial_mean(args["self"], over, count, bool(args.get("keepdim")), args["dtype"])
 
-    rule = _reduce(node, sums=True, local=local)
+    rule = reduce_dims(node, sums=True, local=local)
     return rule
 
 
@@ -100,4 +112,4 @@ def global_count(call: LocalCall, local_shape: Sequence[Size], layout: Dims, rul
 @register(*overloads(OTHERS))
 def reduction(node: fx.Node) -> OpRule | None:
     """`a [b] -> a`: not a sum of what the shards give."""
-    return _reduce(node, sums=False)
+    return reduce_dims(node)

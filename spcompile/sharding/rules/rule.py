@@ -99,10 +99,12 @@ class OpRule:
     reductions: for each factor that is only in operands and may be sharded: "sum" (the only one that is differentiable
         through a plain all-reduce).
     completed: factors that are only in operands, and over which `local` gives the complete result, not a partial one.
+    filled: those of them of which padding must hold `fills`, as of a factor that is reduced.
     ordered: factors of which every rank must have elements that stand together, since `local` asks for the first.
     replicated: factors that this op cannot compute on shards.
     contracted: those of them that it sums over inside, as a product with a weight does.
-    fills: for a reduction over a padded factor: {operand index: value the padding must have}. Default: 0 for operand 0.
+    fills: for a reduction over a padded factor, or one that is `filled`: {operand index: value that
+        padding must have}. Default: 0 for operand 0.
     paired: operand dims that are sharded together with a factor although they are another index space:
         {factor: other factor} (attention's key length follows its query length).
     local: runs the op on shards, where calling it with the global arguments would be wrong (shape arguments, means).
@@ -127,6 +129,7 @@ class OpRule:
     sizes: Mapping[str, Size]
     reductions: Mapping[str, str] = field(default_factory=dict)
     completed: frozenset[str] = frozenset()
+    filled: frozenset[str] = frozenset()
     ordered: frozenset[str] = frozenset()
     replicated: frozenset[str] = frozenset()
     contracted: frozenset[str] = frozenset()

@@ -31,7 +31,8 @@ from spcompile.planning.short_step import Short, split_of_parameters
 from spcompile.program.build import build_captured
 from spcompile.program.emit import Emission, trace_step
 from spcompile.program.trace import through_dynamo
-from spcompile.schedule.op_cost import CostModel, cost_model
+from spcompile.schedule.communication import module_path_of
+from spcompile.schedule.op_cost import CostModel, bytes_of, cost_model
 from spcompile.schedule.timeline import timeline
 
 RANKS = 8  # of tp
@@ -116,28 +117,83 @@ def saved_by_a_layer(model: Trained, way: str) -> int:
     return two - one
 
 
-@functools.cache
-def _two_depths(model: Trained, way: str) -> tuple[Program, Program]:
-    """With as many layers as DEPTHS says, without dropout.
+@dataclass(frozen=True)
+class TheirKernels(CostModel):
+    """Costs of Megatron's kernels in 2022: softmax and layer norms are kernels of their own, as of apex.
 
-    This compiler draws masks whole on every rank, to equal one device, which their program does not.
+    Elementwise calls between them are fused, as bias with GELU, and bias, dropout and residual. A kernel of dropout
+    draws its own part in registers, and writes the mask where it is kept; this compiler draws the whole, on every
+    rank, to equal one device, which costs nothing here.
     """
-    few, more = (program_of(model, way, layers, dropout=0.0) for layers in DEPTHS)
+
+    def is_fused(self, node: fx.Node) -> bool:
+        return super().is_fused(node) and getattr(node.target, "overloadpacket", None) not in _OWN_KERNELS
+
+    def _traffic(self, node: fx.Node) -> float:
+        if not _is_drawn(node):
+            return super()._traffic(node)
+        is_kept = any(user.op == "output" for user in node.users)
+        return bytes_of(node) / self.accelerator.bytes_per_second if is_kept else 0.0
+
+
+_OWN_KERNELS = (
+    torch.ops.aten._softmax,
+    torch.ops.aten._softmax_backward_data,
+    torch.ops.aten.native_layer_norm,
+    torch.ops.aten.native_layer_norm_backward,
+)
+
+
+def _is_drawn(node: fx.Node) -> bool:
+    """Whether a value is made of random numbers alone."""
+    if node.target is torch.ops.aten.native_dropout.default:
+        return all(read.target is torch.ops.aten.ones.default for read in node.all_input_nodes)
+    if node.target is torch.ops.aten.ones.default:
+        return all(map(_is_drawn, node.users))
+    return node.op == "call_function" and bool(node.all_input_nodes) and all(map(_is_drawn, node.all_input_nodes))
+
+
+@functools.cache
+def _two_depths(model: Trained, megatron_sp: bool) -> tuple[Program, Program]:
+    """With as many layers as DEPTHS says, and nothing made again."""
+    way = "SP" if megatron_sp else "none"
+    few, more = (program_of(model, way, layers) for layers in DEPTHS)
+    return few, more
+
+
+@dataclass(frozen=True)
+class PhaseSeconds:
+    """Of a program. again: of what its recompute runs again, all of the region, as a checkpoint of eager PyTorch does.
+
+    Torch's checkpoint runs a region again from its start, also what no gradient needs, such as its last product. So
+    what is made again is taken from the forward of the program without recompute.
+    """
+
+    forward: float
+    backward: float
+    again: float
+
+
+def _phase_seconds(model: Trained, way: str, reached: float) -> tuple[PhaseSeconds, PhaseSeconds]:
+    recompute, megatron_sp = WAYS[way]
+    few, more = (_seconds(program, reached, recompute) for program in _two_depths(model, megatron_sp))
     return few, more
 
 
 def layer_milliseconds(model: Trained, way: str, reached: float) -> tuple[float, float]:
     """(forward, backward) of one layer more. reached: of its peak by an A100 in products."""
-    few, more = (_seconds(program, reached) for program in _two_depths(model, way))
+    few, more = _phase_seconds(model, way, reached)
     scale = 1e3 / (DEPTHS[1] - DEPTHS[0])
-    return scale * (more[0] - few[0]), scale * (more[1] - few[1])
+    backward = more.backward + more.again - few.backward - few.again
+    return scale * (more.forward - few.forward), scale * backward
 
 
 def step_seconds(model: Trained, way: str, reached: float) -> float:
     """Of all layers, embeddings, loss and the optimizer."""
-    few, more = (sum(_seconds(program, reached)) for program in _two_depths(model, way))
-    layers = (model.layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
-    return few + layers * (more - few) + _optimizer_seconds(model)
+    few, _ = _phase_seconds(model, way, reached)
+    forward, backward = (1e-3 * found for found in layer_milliseconds(model, "SP" if WAYS[way][1] else "none", reached))
+    outside = few.forward + few.backward - DEPTHS[0] * (forward + backward)
+    return outside + model.layers * 1e-3 * sum(layer_milliseconds(model, way, reached)) + _optimizer_seconds(model)
 
 
 def reached_by_products(model: Trained, way: str, forward: float) -> float:
@@ -149,12 +205,18 @@ def reached_by_products(model: Trained, way: str, forward: float) -> float:
     return (low + high) / 2
 
 
-def _seconds(program: Program, reached: float) -> tuple[float, float]:
-    cost = replace(program.cost, accelerator=replace(program.cost.accelerator, reached=reached))
-    return (
-        timeline("forward", program.graphs["forward"].graph.nodes, cost).seconds,
-        timeline("backward", program.graphs["backward"].graph.nodes, cost).seconds,
-    )
+def _seconds(program: Program, reached: float, recompute: str) -> PhaseSeconds:
+    accelerator = replace(program.cost.accelerator, reached=reached)
+    cost = TheirKernels(program.cost.mesh, accelerator, program.cost.links, program.cost.fuses)
+    forward, backward = (program.graphs[phase].graph for phase in ("forward", "backward"))
+    once = timeline("forward", forward.nodes, cost).seconds
+    again = {"none": 0.0, "full": once, "selective": _core_seconds(forward, cost)}[recompute]
+    return PhaseSeconds(once, timeline("backward", backward.nodes, cost).seconds, again)
+
+
+def _core_seconds(forward: fx.Graph, cost: CostModel) -> float:
+    """Of the calls of `CoreAttention`, which send nothing."""
+    return sum(cost.work(node).compute for node in forward.nodes if module_path_of(node).endswith(".core"))
 
 
 def _optimizer_seconds(model: Trained) -> float:

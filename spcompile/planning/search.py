@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -112,13 +112,39 @@ def _short(
 
 def evaluate(depths: Depths, candidate: Candidate, options: Options, pipeline: Sequence[Pass]) -> Result:
     """One candidate at full depth: the least that has to be made again for it to fit."""
-    chosen = replace(options, **{**candidate.options, "passes": _all_passes(options, candidate)})
     try:
-        split = _split(depths, candidate.mesh, options, pipeline)
-        steps = [short_step(short, candidate, split, chosen, pipeline) for short in depths.shorts]
-        return _at_full_depth(depths, candidate, steps, Wish.of(chosen, candidate.ranks))
+        steps = steps_of(depths, candidate, options, pipeline)
+        return _at_full_depth(depths, candidate, steps, Wish.of(options, candidate.ranks))
     except SpcompileError as error:
         return Result(candidate, None, error=str(error))
+
+
+def steps_of(depths: Depths, candidate: Candidate, options: Options, pipeline: Sequence[Pass]) -> list[ShortStep]:
+    """A candidate's step at each depth.
+
+    Raises:
+        SpcompileError: it cannot be compiled.
+    """
+    chosen = replace(options, **{**candidate.options, "passes": _all_passes(options, candidate)})
+    split = _split(depths, candidate.mesh, options, pipeline)
+    return [short_step(short, candidate, split, chosen, pipeline) for short in depths.shorts]
+
+
+def at_rung(depths: Depths, candidate: Candidate, steps: Sequence[ShortStep], rung: int) -> Result:
+    """A candidate at full depth with so many kinds of values made again, the cheapest first."""
+    return Result(candidate, _figures(depths, steps, rung), _names(steps[0], rung))
+
+
+def at_both_ends(
+    depths: Depths, candidate: Candidate, options: Options, pipeline: Sequence[Pass]
+) -> list[tuple[Figures, ...]] | str:
+    """Figures at each depth, with nothing made again and with all kinds of values; or why there are none."""
+    try:
+        steps = steps_of(depths, candidate, options, pipeline)
+        rungs = _rungs(steps, Wish())
+        return [tuple(step.figures(rung) for step in steps) for rung in (rungs[0], rungs[-1])]
+    except SpcompileError as error:
+        return str(error)
 
 
 def _split(
@@ -218,17 +244,22 @@ def _names(step: ShortStep, rung: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+Task = Callable[[Depths, Candidate, Options, Sequence[Pass]], Any]
+
+
 @dataclass
 class Evaluator:
     """Evaluates candidates in worker processes, forked when the model has been read, or one after the other here.
 
     Forking shares what was captured. It is not done where this process uses CUDA, which a child cannot.
+    task: what is found of each, `evaluate` if nothing else is said.
     """
 
     depths: Depths
     options: Options
     pipeline: Sequence[Pass]
     workers: int
+    task: Task = evaluate
     done: int = 0
     _pool: ProcessPoolExecutor | None = field(default=None, repr=False)
 
@@ -248,8 +279,8 @@ class Evaluator:
                 self._pool = None
                 gc.unfreeze()
 
-    def results(self, candidates: Iterable[Candidate]) -> list[Result]:
-        """Of all candidates, in their order."""
+    def results(self, candidates: Iterable[Candidate]) -> list[Any]:
+        """What the task finds of all candidates, in their order."""
         wanted = list(candidates)
         total = self.done + len(wanted)
         if self._pool is None:
@@ -257,10 +288,10 @@ class Evaluator:
             for one in wanted:
                 self._tell(total)
                 with shown_by(lambda what: None):
-                    found.append(evaluate(self.depths, one, self.options, self.pipeline))
+                    found.append(self.task(self.depths, one, self.options, self.pipeline))
                 self.done += 1
             return found
-        futures: list[Future[Result]] = [self._pool.submit(_evaluate_here, one) for one in wanted]
+        futures: list[Future[Any]] = [self._pool.submit(_evaluate_here, one) for one in wanted]
         pending = set(futures)
         self._tell(total)
         while pending:
@@ -281,7 +312,7 @@ def _start_worker(evaluator: Evaluator) -> None:
     _here.append(evaluator)
 
 
-def _evaluate_here(candidate: Candidate) -> Result:
+def _evaluate_here(candidate: Candidate) -> Any:
     (evaluator,) = _here
     with shown_by(lambda what: None):
-        return evaluate(evaluator.depths, candidate, evaluator.options, evaluator.pipeline)
+        return evaluator.task(evaluator.depths, candidate, evaluator.options, evaluator.pipeline)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -151,6 +151,10 @@ class CostModel:
         chain = 1 if op == "all_to_all" else (self.mesh.size(axis) - 1) * (2 if op == "all_reduce" else 1)
         return self._link(axis).seconds(_at_traced_sizes(amount, node), max(1, chain))
 
+    def is_fused(self, node: fx.Node) -> bool:
+        """Whether a call shares a kernel with its neighbours for which the same holds."""
+        return self.fuses and _fuses(node)
+
     def host_copy(self, size: int) -> float:
         """Seconds of a copy of so many bytes to the host or back."""
         return self.accelerator.seconds_per_kernel + size / self.accelerator.host_bytes_per_second
@@ -179,12 +183,23 @@ class CostModel:
         if not _tensors(node) or is_getitem(node) or root_of(node) is not node or node.target in HOST_COPIES:
             return 0.0  # a view, a size, or what has a stream of its own
         reads, writes = list(node.all_input_nodes), True
-        if self.fuses and _fuses(node):
-            reads = [n for n in reads if not _fuses(root_of(n))]
-            writes = any(not _fuses(user) for user in node.users)
+        if self.is_fused(node):
+            reads = [n for n in reads if not self.is_fused(root_of(n))]
+            writes = any(not self.is_fused(reader) for reader in readers_of(node))
         moved = sum(bytes_of(n) for n in reads) + (bytes_of(node) if writes else 0)
         launches = self.accelerator.seconds_per_kernel if writes else 0.0
         return moved / self.accelerator.bytes_per_second + launches
+
+
+def readers_of(node: fx.Node) -> Iterator[fx.Node]:
+    """What reads a value, itself or through views of it."""
+    pending = list(node.users)
+    while pending:
+        user = pending.pop()
+        if user.op == "call_function" and root_of(user) is not user:
+            pending += user.users
+        else:
+            yield user
 
 
 def cost_model(mesh: MeshShape, options: Options) -> CostModel:

@@ -151,9 +151,9 @@ class CostModel:
         chain = 1 if op == "all_to_all" else (self.mesh.size(axis) - 1) * (2 if op == "all_reduce" else 1)
         return self._link(axis).seconds(_at_traced_sizes(amount, node), max(1, chain))
 
-    def is_fused(self, node: fx.Node) -> bool:
-        """Whether a call shares a kernel with its neighbours for which the same holds."""
-        return self.fuses and _fuses(node)
+    def share_a_kernel(self, producer: fx.Node, reader: fx.Node) -> bool:
+        """Whether what one call gives to another stays inside a kernel."""
+        return self.fuses and _fuses(producer) and _fuses(reader)
 
     def host_copy(self, size: int) -> float:
         """Seconds of a copy of so many bytes to the host or back."""
@@ -182,10 +182,8 @@ class CostModel:
     def _traffic(self, node: fx.Node) -> float:
         if not _tensors(node) or is_getitem(node) or root_of(node) is not node or node.target in HOST_COPIES:
             return 0.0  # a view, a size, or what has a stream of its own
-        reads, writes = list(node.all_input_nodes), True
-        if self.is_fused(node):
-            reads = [n for n in reads if not self.is_fused(root_of(n))]
-            writes = any(not self.is_fused(reader) for reader in readers_of(node))
+        reads = [n for n in node.all_input_nodes if not self.share_a_kernel(root_of(n), node)]
+        writes = any(not self.share_a_kernel(node, reader) for reader in readers_of(node))
         moved = sum(bytes_of(n) for n in reads) + (bytes_of(node) if writes else 0)
         launches = self.accelerator.seconds_per_kernel if writes else 0.0
         return moved / self.accelerator.bytes_per_second + launches

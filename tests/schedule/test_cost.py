@@ -131,3 +131,18 @@ def test_predicted_times_add_up_and_name_what_they_assume() -> None:
         assert all(text in str(plan) for text in predicted["assumptions"])
     slow, fast = plans["loopback"].predicted, plans["nvlink"].predicted
     assert slow.total("exposed") > fast.total("exposed") > 0
+
+
+def test_what_a_product_reads_through_a_view_is_written() -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x + 1
+        return y.view(N, N) @ y.view(N, N), torch.relu(y.view(N * N)).sum()
+
+    graph = traced(function, torch.randn(N * N)).graph
+    (add,) = (node for node in graph.nodes if node.target is torch.ops.aten.add.Tensor)
+    assert COST.work(add).compute == pytest.approx(2 * N * N * 4 / 1e12)
+    for reader in [node for node in graph.nodes if node.target is torch.ops.aten.mm.default]:
+        reader.replace_all_uses_with(add)  # now views of it are read by what fuses alone
+        graph.erase_node(reader)
+    graph.output_node().args = ((graph.output_node().args[0][1],),)  # type: ignore[index]
+    assert COST.work(add).compute == pytest.approx(N * N * 4 / 1e12)

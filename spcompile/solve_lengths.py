@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-    from spcompile.planning.cost_curves import Curve
-    from spcompile.planning.figures import Figures
+    from spcompile.planning.candidates import Candidate
+    from spcompile.planning.cost_curves import Curve, Point
+    from spcompile.planning.search import BothEnds
     from spcompile.report.solve_table import SolvedLengths
 
 Build = Callable[[int, int], tuple["nn.Module", Mapping[str, Any]]]
@@ -24,9 +25,13 @@ def solve(
     tokens: the shortest of the lengths, the others are 4 and 16 times as long.
     options: as of `spcompile.plan`.
 
+    What is made again where all is, is decided at the longest length: the kinds of values with which least is alive.
+
     Raises:
         SpcompileError: an illegal option, a model without attention or without equal layers, no mesh of so many ranks.
     """
+    from functools import partial
+
     from spcompile.diagnostics import IllegalModel
     from spcompile.plan_world import checked_options, evaluator_of, with_depths
     from spcompile.planning.candidates import compared_strategies
@@ -36,7 +41,8 @@ def solve(
 
     chosen = checked_options(options)
     points = points_from(tokens, entries)
-    rows: list[list[list[tuple[Figures, ...]] | str]] = []
+    found: dict[Point, list[BothEnds | str]] = {}
+    again: dict[Candidate, Any] = {}
     known: dict[str, Any] = {}
 
     def explore(depths: Any, _: int) -> None:
@@ -44,20 +50,24 @@ def solve(
             raise IllegalModel("no layers were found that are equal", legal="a model of which several layers are")
         known["layers"], known["depths"] = depths.count, tuple(short.blocks for short in depths.shorts)
         known.setdefault("strategies", compared_strategies(worlds, depths.heads))
-        with evaluator_of(depths, chosen, workers, at_both_ends).running() as running:
-            rows.append(running.results(known["strategies"]))
+        with evaluator_of(depths, chosen, workers, partial(at_both_ends, again)).running() as running:
+            found[point] = running.results(known["strategies"])
 
-    for point in points:
+    for point in sorted(points, key=lambda one: -one.tokens):  # what is made again is decided at the longest
         model, inputs = build(point.tokens, point.entries)
         with_depths(model, inputs, 1, chosen, explore)
+        for candidate, ends in zip(known["strategies"], found[point], strict=True):
+            if not isinstance(ends, str):
+                again.setdefault(candidate, ends.kinds)
     curves: list[Curve] = []
     refused: dict[str, str] = {}
-    for candidate, found in zip(known["strategies"], zip(*rows, strict=True), strict=True):
-        errors = [one for one in found if isinstance(one, str)]
+    for number, candidate in enumerate(known["strategies"]):
+        rows = [found[point][number] for point in points]
+        errors = [one for one in rows if isinstance(one, str)]
         if errors:
             refused[candidate.name] = errors[0]
             continue
         for least in (False, True):
-            figures = [one[int(least)] for one in found if not isinstance(one, str)]
+            figures = [one.least if least else one.nothing for one in rows if not isinstance(one, str)]
             curves.append(curve_through(candidate, least, points, known["depths"], figures))
     return SolvedLengths(type(model).__name__, known["layers"], entries, chosen, points, curves, refused)

@@ -60,7 +60,7 @@ def curve_through(
     least: bool,
     points: Sequence[Point],
     depths: tuple[int, int],
-    figures: Sequence[tuple[Figures, Figures]],
+    figures: Sequence[Sequence[Figures]],
 ) -> Curve:
     """Through the figures of programs of both depths at each point."""
 

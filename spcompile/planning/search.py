@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ from spcompile.diagnostics import IllegalModel, SpcompileError
 from spcompile.graph.edit import copy_module
 from spcompile.machine.accelerators import ACCELERATORS
 from spcompile.machine.mesh import MeshShape
-from spcompile.memory.ladder import HOST
+from spcompile.memory.ladder import HOST, Kind
 from spcompile.memory.planner import ROOM, Wish
 from spcompile.options import Options
 from spcompile.passes_api import Pass
@@ -135,16 +135,37 @@ def at_rung(depths: Depths, candidate: Candidate, steps: Sequence[ShortStep], ru
     return Result(candidate, _figures(depths, steps, rung), _names(steps[0], rung))
 
 
+@dataclass(frozen=True)
+class BothEnds:
+    """A candidate at each depth: with nothing made again, and with the kinds of values with which least is alive."""
+
+    nothing: tuple[Figures, ...]
+    least: tuple[Figures, ...]
+    kinds: tuple[Kind, ...]
+
+
 def at_both_ends(
-    depths: Depths, candidate: Candidate, options: Options, pipeline: Sequence[Pass]
-) -> list[tuple[Figures, ...]] | str:
-    """Figures at each depth, with nothing made again and with all kinds of values; or why there are none."""
+    known: Mapping[Candidate, tuple[Kind, ...]],
+    depths: Depths,
+    candidate: Candidate,
+    options: Options,
+    pipeline: Sequence[Pass],
+) -> BothEnds | str:
+    """Figures of both, or why there are none. known: which kinds are made again, where it was decided before."""
     try:
         steps = steps_of(depths, candidate, options, pipeline)
-        rungs = _rungs(steps, Wish())
-        return [tuple(step.figures(rung) for step in steps) for rung in (rungs[0], rungs[-1])]
     except SpcompileError as error:
         return str(error)
+    if candidate in known:
+        kinds = known[candidate]
+    else:
+        rungs = _rungs(steps, Wish())
+        best = min(rungs, key=lambda rung: _planned_bytes(depths, steps, rung))
+        ladder = steps[0].ladder
+        kinds = ladder.kinds[:best] if ladder is not None else ()
+    limited = [step.with_kinds(kinds) for step in steps]
+    nothing = tuple(step.figures(0) for step in steps)
+    return BothEnds(nothing, tuple(step.figures(len(kinds)) for step in limited) if kinds else nothing, kinds)
 
 
 def _split(

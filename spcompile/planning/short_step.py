@@ -14,7 +14,7 @@ from spcompile.graph.edit import copy_module
 from spcompile.machine.mesh import MeshShape
 from spcompile.memory.account import bytes_alive, host_bytes, saved_bytes
 from spcompile.memory.joint import Joint
-from spcompile.memory.ladder import Ladder, halves
+from spcompile.memory.ladder import Kind, Ladder, halves
 from spcompile.memory.send_to_host import send_to_host
 from spcompile.options import Options
 from spcompile.parameters.planned_parts import captured_over_planned_parts
@@ -81,6 +81,11 @@ class ShortStep:
             for phase, gm in graphs.items():
                 emission.schedule(copy_module(gm), phase)
         return self._figures(emission.graphs, again)
+
+    def with_kinds(self, kinds: tuple[Kind, ...]) -> ShortStep:
+        """The same, with a ladder of these kinds of trades alone, as far as it offers them."""
+        ladder = self.ladder
+        return self if ladder is None else replace(self, ladder=replace(ladder, kinds=kinds))
 
     def _figures(self, final: dict[str, fx.GraphModule], again: float) -> Figures:
         optimizer = self.program.ctx.options.states

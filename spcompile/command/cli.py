@@ -1,4 +1,4 @@
-"""The command line: train, plan, compare, timeline, explain, verify, diff, passes, doctor. Imports wait."""
+"""The command line: train, plan, compare, timeline, calibrate, explain, verify, diff, passes, doctor. Imports wait."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from spcompile.command.arguments import (
     require_place_for_file,
     require_rate,
 )
+from spcompile.command.calibrate_command import calibrate
 from spcompile.command.compare_command import compare
 from spcompile.command.flags import Json, Options, Settings, Sizes
 from spcompile.command.interrupts import STATUS
@@ -52,6 +53,7 @@ app = App(
 app.command(plan)
 app.command(compare)
 app.command(timeline)
+app.command(calibrate)
 
 
 @app.command

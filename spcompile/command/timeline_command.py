@@ -54,7 +54,7 @@ def timeline(
         dtype: Of weights and activations: bfloat16, float32, float16, float64, or short, as bf16.
         attention: The backend's option: auto, ring, ulysses, hybrid, or factors as ulysses=4,ring=2.
         outputs: The backend's option: full, sharded or loss.
-        gpu: The backend's option accelerator: h100, h200, b200, a100, cpu.
+        gpu: The backend's option accelerator: h100, h200, b200, a100, cpu, or a file of calibrate, as machine.json.
         link: What all ranks talk over: nvlink or ib. Default: NVLink inside a node of 8 ranks, the network beyond.
         ranks: Only the first so many ranks; all do the same. Default: all, at most 64.
     """

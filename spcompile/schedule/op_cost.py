@@ -149,7 +149,7 @@ class CostModel:
         assert sent is not None, node
         op, axis, amount = sent
         chain = 1 if op == "all_to_all" else (self.mesh.size(axis) - 1) * (2 if op == "all_reduce" else 1)
-        return self._link(axis).seconds(_at_traced_sizes(amount, node), max(1, chain))
+        return self._link(axis).seconds(_at_traced_sizes(amount, node), max(1, chain), op)  # type: ignore[no-any-return]
 
     def share_a_kernel(self, producer: fx.Node, reader: fx.Node) -> bool:
         """Whether what one call gives to another stays inside a kernel."""
@@ -170,14 +170,9 @@ class CostModel:
     def _compute(self, node: fx.Node) -> float:
         moved = self._traffic(node)
         if is_attention(node):
-            return max(self._arithmetic(node, attention_flops(node), self.accelerator.attention_reached), moved)
+            return max(self.accelerator.attention_seconds(attention_flops(node), _itemsize(node)), moved)
         flops = matmul_flops(node)
-        if flops:
-            return max(self._arithmetic(node, flops, self.accelerator.reached), moved)
-        return moved
-
-    def _arithmetic(self, node: fx.Node, flops: float, reached: float) -> float:
-        return flops / (self.accelerator.peak(_itemsize(node)) * reached)
+        return max(self.accelerator.product_seconds(flops, _itemsize(node)), moved) if flops else moved
 
     def _traffic(self, node: fx.Node) -> float:
         if not _tensors(node) or is_getitem(node) or root_of(node) is not node or node.target in HOST_COPIES:

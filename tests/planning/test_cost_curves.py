@@ -114,14 +114,16 @@ def test_expressions_hold_where_nothing_was_compiled(monkeypatch: pytest.MonkeyP
     found = solve(build, [2], 4096, workers=1)
     between, options = Point(32768, 3), checked_options({})
     compiled: list[BothEnds | str] = []
+    blocks: list[int] = []
 
     def explore(depths: Depths, _: int) -> None:
         compiled.append(at_both_ends({}, depths, RING, options, PIPELINE))
+        blocks.extend(short.blocks for short in depths.shorts)
 
     with_depths(*build(between.tokens, between.entries), 1, options, explore)
     (ends,) = compiled
     assert isinstance(ends, BothEnds)
-    exact = extrapolated(*ends.nothing, (2, 4), found.layers)
+    exact = extrapolated(*ends.nothing, (blocks[0], blocks[1]), found.layers)
     plain, least = found.curves
     values = {S: between.tokens, B: between.entries, L: found.layers}
     assert int(plain.saved.subs(values)) == exact.saved

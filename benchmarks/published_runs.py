@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.fx as fx
 
 from spcompile import models
 from spcompile.attention.scores.mask import AttentionMask
@@ -70,22 +71,32 @@ TORCHTITAN_FITTED = "torchtitan, 256k, cp 8"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run, compiled. steps: at both depths."""
+    """A run, compiled. steps: at both depths. finals: their graphs, and the seconds of what they make again."""
 
     run: Run
     steps: Sequence[ShortStep]
+    finals: Sequence[tuple[dict[str, fx.GraphModule], float]]
     depths: Depths
+
+    @classmethod
+    def of(cls, run: Run, depths: Depths, options: Options) -> Prepared:
+        """With all that can be made again, or on the host."""
+        steps = steps_of(depths, run.candidate, options, PIPELINE)
+        finals = []
+        for step in steps:
+            assert step.ladder is not None
+            finals.append(step.final_graphs(HOST if run.on_host else len(step.ladder.kinds)))
+        return cls(run, steps, finals, depths)
 
     def figures(self, attention_reached: float | None = None) -> Figures:
         """At full depth. attention_reached: by attention kernels, of the peak; None: as in the table."""
         found = []
-        for step in self.steps:
+        for step, (graphs, again) in zip(self.steps, self.finals, strict=True):
             accelerator = step.cost.accelerator
             if attention_reached is not None:
                 accelerator = replace(accelerator, attention_reached=attention_reached)
             timed = replace(step, cost=replace(step.cost, accelerator=accelerator))
-            assert step.ladder is not None
-            found.append(timed.figures(HOST if self.run.on_host else len(step.ladder.kinds)))
+            found.append(timed.figures_of(graphs, again))
         few, more = found
         blocks = self.depths.shorts[0].blocks, self.depths.shorts[1].blocks
         return extrapolated(few, more, blocks, self.depths.count)
@@ -98,7 +109,7 @@ def prepared(run: Run) -> Prepared:
     found: list[Prepared] = []
 
     def explore(depths: Depths, _: int) -> None:
-        found.append(Prepared(run, steps_of(depths, run.candidate, options, PIPELINE), depths))
+        found.append(Prepared.of(run, depths, options))
 
     with torch.device("meta"):
         model = models.build(MODEL).to(torch.bfloat16)

@@ -1,11 +1,12 @@
 """What an op of a final graph costs, in seconds of a table: nothing is timed, so that all ranks and `explain` agree.
 
 A node takes the longer of its arithmetic and its memory traffic. Arithmetic: the formulas of torch.utils.flop_counter;
-attention by what its mask leaves of the scores. Traffic: operands and results; elementwise ops behind one another count
-once under Inductor, which fuses them. A collective takes its bytes and its chain of messages on the link of its axis;
-the messages of an all-to-all leave at once. A product that is cut into chunks takes, for each chunk, a kernel, the
-whole weight, and whole rounds of tiles; of the messages between chunks what takes longer than a chunk is exposed. Sizes
-that are symbols count as at trace time.
+attention by what its mask leaves of the scores, in rings at the rate with which `attention="auto"` compares strategies.
+Traffic: operands and results; elementwise ops behind one another count once under Inductor, which fuses them. A
+collective takes its bytes and its chain of messages on the link of its axis; the messages of an all-to-all leave at
+once. A product that is cut into chunks takes, for each chunk, a kernel, the whole weight, and whole rounds of tiles; of
+the messages between chunks what takes longer than a chunk is exposed. Sizes that are symbols count as at trace time.
+Where a machine was measured, its times stand for those of products, attention and collectives.
 
 B batch, N query heads, S and T query and key rows, H head size of q and k, V of v.
 """
@@ -28,6 +29,7 @@ import spcompile.attention.op  # noqa: F401  (defines the ops)
 from spcompile.attention.ring.ring_call import RingCall, attention_of, is_attention, ring_of
 from spcompile.attention.scores.attention_call import GradientCall
 from spcompile.attention.scores.mask import AttentionMask
+from spcompile.attention.strategy_cost import RING_RATE
 from spcompile.collectives.host_copy import HOST_COPIES
 from spcompile.collectives.pipelined_matmuls import PIPELINED
 from spcompile.collectives.typed_calls import AllGatherMatmulCall, MatmulReduceScatterCall
@@ -170,7 +172,8 @@ class CostModel:
     def _compute(self, node: fx.Node) -> float:
         moved = self._traffic(node)
         if is_attention(node):
-            return max(self.accelerator.attention_seconds(attention_flops(node), _itemsize(node)), moved)
+            seconds = self.accelerator.attention_seconds(attention_flops(node), _itemsize(node))
+            return max(seconds / RING_RATE if ring_of(node) is not None else seconds, moved)
         flops = matmul_flops(node)
         return max(self.accelerator.product_seconds(flops, _itemsize(node)), moved) if flops else moved
 

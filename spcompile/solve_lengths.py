@@ -25,7 +25,7 @@ def solve(
     tokens: the shortest of the lengths, the others are 4 and 16 times as long.
     options: as of `spcompile.plan`.
 
-    What is made again where all is, is decided at the longest length: the kinds of values with which least is alive.
+    What is made again for least to be alive is decided at the longest length.
 
     Raises:
         SpcompileError: an illegal option, a model without attention or without equal layers, no mesh of so many ranks.

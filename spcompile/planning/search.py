@@ -31,6 +31,7 @@ from spcompile.planning.short_step import Short, ShortStep, forward_flops, short
 from spcompile.program.build import build_captured
 from spcompile.program.progress import begins, shown_by
 
+_TRIED_RUNGS = 3  # beside the one on which nothing is made again, where the least is looked for
 MORE = 2  # blocks by which the two programs of a candidate differ: buckets of gradients often hold two
 
 
@@ -156,16 +157,23 @@ def at_both_ends(
         steps = steps_of(depths, candidate, options, pipeline)
     except SpcompileError as error:
         return str(error)
-    if candidate in known:
-        kinds = known[candidate]
-    else:
-        rungs = _rungs(steps, Wish())
-        best = min(rungs, key=lambda rung: _planned_bytes(depths, steps, rung))
-        ladder = steps[0].ladder
-        kinds = ladder.kinds[:best] if ladder is not None else ()
+    kinds = known[candidate] if candidate in known else _kinds_of_least(depths, steps)
     limited = [step.with_kinds(kinds) for step in steps]
     nothing = tuple(step.figures(0) for step in steps)
     return BothEnds(nothing, tuple(step.figures(len(kinds)) for step in limited) if kinds else nothing, kinds)
+
+
+def _kinds_of_least(depths: Depths, steps: Sequence[ShortStep]) -> tuple[Kind, ...]:
+    """The kinds of values to make again for least to be alive: of a few numbers of kinds, by the final graphs.
+
+    More is not always less: what is made again is alive as well. One of them is the best by the joint graphs.
+    """
+    ladder, rungs = steps[0].ladder, _rungs(steps, Wish())
+    if ladder is None:
+        return ()
+    planned = min(rungs, key=lambda rung: _planned_bytes(depths, steps, rung))
+    tried = sorted({planned, *(rungs[(len(rungs) - 1) * part // _TRIED_RUNGS] for part in range(_TRIED_RUNGS + 1))})
+    return ladder.kinds[: min(tried, key=lambda rung: _figures(depths, steps, rung).total)]
 
 
 def _split(

@@ -25,7 +25,7 @@ _WIDTH = 170
 
 @dataclass(frozen=True)
 class SolvedLengths:
-    """curves: of each strategy with nothing made again, then with all that can be. points: where programs were made.
+    """curves: of each strategy with nothing made again, then as it takes least. points: where programs were made.
 
     layers: equal blocks of the graph, `L` of the expressions. refused: strategy -> why there is no such program.
     """
@@ -94,7 +94,7 @@ class SolvedLengths:
                     "name": curve.candidate.name,
                     "mesh": dict(curve.candidate.mesh),
                     "ranks": curve.candidate.ranks,
-                    "made_again": "all" if curve.least else "nothing",
+                    "made_again": "as with least memory" if curve.least else "nothing",
                     "fits_up_to_tokens": self.longest_context(curve),
                     **json_of(curve),
                 }
@@ -120,8 +120,8 @@ class SolvedLengths:
         of = f", {bytes_text(limit)} on each rank" if limit is not None else ""
         title = one_line(f"{self.model}, L = {self.layers} layers, B = {self.entries}, S tokens{of}")
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for name in ("ranks", "strategy", "fits up to", "all made again", "saved bytes", "seconds"):
-            table.add_column(name, justify="right" if name in ("ranks", "fits up to", "all made again") else "left")
+        for name in ("ranks", "strategy", "fits up to", "made again", "saved bytes", "seconds"):
+            table.add_column(name, justify="right" if name in ("ranks", "fits up to", "made again") else "left")
         for plain, least in zip(self.curves[::2], self.curves[1::2], strict=True):
             fits = [_tokens(self.longest_context(curve)) for curve in (plain, least)]
             expressions = [str(rounded(self.of_length(x))) for x in (plain.saved, plain.seconds)]

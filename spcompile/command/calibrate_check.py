@@ -87,7 +87,8 @@ def _step_seconds(way: Way, device: str) -> float:
     torch.manual_seed(0)
     entries = max(1, way.batch // (ranks if way.axis == "dp" else 1))
     model, inputs = built_with_inputs(MODEL, way.seq, entries, "float32", device, SETTINGS)
-    compiled = torch.compile(model, backend="spcompile", options={"mesh": {way.axis: ranks}, **way.given})
+    options: dict[str, Any] = {"mesh": {way.axis: ranks}, **way.given}
+    compiled = torch.compile(model, backend="spcompile", options=options)
     found = []
     for _ in range(_STEPS + 1):
         dist.barrier()

@@ -155,9 +155,10 @@ def compared_strategies(worlds: Iterable[int], found: Heads) -> list[Candidate]:
             if tp not in (1, widest) or world == 1:
                 continue
             ways = attentions(dict(mesh), found)
-            hybrids = [way for way in ways if not isinstance(way, str)]
-            several = hybrids[-1:] if "ulysses" not in ways else []  # the widest Ulysses that heads allow
-            for attention in [*(way for way in ways if isinstance(way, str)), *several]:
+            wanted_ways: list[str | tuple[tuple[str, int], ...]] = [way for way in ways if isinstance(way, str)]
+            if "ulysses" not in ways:
+                wanted_ways += [way for way in ways if not isinstance(way, str)][-1:]  # the widest that heads allow
+            for attention in wanted_ways:
                 if cp == 1:
                     wanted.append(Candidate(mesh, attention, False))
                 wanted.append(Candidate(mesh, attention, True, shards(dict(mesh))[-1]))

@@ -45,7 +45,7 @@ def points_from(tokens: int, entries: int) -> list[Point]:
 
 @dataclass(frozen=True)
 class Curve:
-    """A candidate, with nothing made again (`least` False) or as it takes least. Bytes of one rank, seconds of a step."""
+    """A candidate, with nothing made again or, where `least`, as it takes least. Bytes of a rank, seconds of a step."""
 
     candidate: Candidate
     least: bool

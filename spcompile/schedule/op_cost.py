@@ -151,7 +151,7 @@ class CostModel:
         assert sent is not None, node
         op, axis, amount = sent
         chain = 1 if op == "all_to_all" else (self.mesh.size(axis) - 1) * (2 if op == "all_reduce" else 1)
-        return self._link(axis).seconds(_at_traced_sizes(amount, node), max(1, chain), op)  # type: ignore[no-any-return]
+        return self._link(axis).seconds(_at_traced_sizes(amount, node), max(1, chain), op)
 
     def share_a_kernel(self, producer: fx.Node, reader: fx.Node) -> bool:
         """Whether what one call gives to another stays inside a kernel."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from spcompile.attention.scores.mask import AttentionMask
 from spcompile.collectives.point_to_point import Requests, Shift, Wait, drive
 from spcompile.command.train import join_processes
-from spcompile.machine.curves import Curve
+from spcompile.machine.curves import TimeCurve
 from spcompile.machine.host import cores
 from spcompile.machine.measured import Measured
 from spcompile.schedule.op_cost import visible
@@ -75,15 +75,15 @@ def measured_by_ranks(device: str, sizes: Sizes) -> Measured:
     )
 
 
-def _products(device: str, dtype: torch.dtype, widths: Sequence[int]) -> Curve:
+def _products(device: str, dtype: torch.dtype, widths: Sequence[int]) -> TimeCurve:
     points = []
     for n in widths:
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
         points.append((2.0 * n**3, _seconds(lambda a=a, b=b: a @ b, device)))  # type: ignore[misc]
-    return Curve.through(points)
+    return TimeCurve.through(points)
 
 
-def _attention(device: str, dtype: torch.dtype, lengths: Sequence[int]) -> Curve:
+def _attention(device: str, dtype: torch.dtype, lengths: Sequence[int]) -> TimeCurve:
     """Causal, forward and backward together: two products and five, of what the mask leaves."""
     points = []
     for n in lengths:
@@ -97,15 +97,15 @@ def _attention(device: str, dtype: torch.dtype, lengths: Sequence[int]) -> Curve
 
         flops = 7 * 2.0 * _HEADS * n * n * _HEAD_SIZE * visible(AttentionMask(causal=True), n)
         points.append((flops, _seconds(both, device)))
-    return Curve.through(points)
+    return TimeCurve.through(points)
 
 
-def _memory(device: str, elements: Sequence[int]) -> Curve:
+def _memory(device: str, elements: Sequence[int]) -> TimeCurve:
     points = []
     for n in elements:
         x, y = torch.ones(n, device=device), torch.empty(n, device=device)
         points.append((8.0 * n, _seconds(lambda x=x, y=y: y.copy_(x), device)))  # type: ignore[misc]
-    return Curve.through(points)
+    return TimeCurve.through(points)
 
 
 _c10d = torch.ops._c10d_functional
@@ -152,14 +152,14 @@ _SENT: dict[str, tuple[Callable[[Tensor, int], Tensor], Callable[[int], float]]]
 }
 
 
-def _collective(name: str, device: str, elements: Sequence[int]) -> Curve:
+def _collective(name: str, device: str, elements: Sequence[int]) -> TimeCurve:
     call, part = _SENT[name]
     ranks = dist.get_world_size()
     points = []
     for n in elements:
         x = torch.zeros(-(-n // ranks) * ranks, device=device)
         points.append((4 * x.numel() * part(ranks), _seconds(lambda x=x: call(x, ranks), device)))  # type: ignore[misc]
-    return Curve.through(points)
+    return TimeCurve.through(points)
 
 
 def _seconds(call: Callable[[], object], device: str, rounds: int = 1) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from spcompile.machine.curves import Curve
+from spcompile.machine.curves import TimeCurve
 from spcompile.machine.hardware import HARDWARE
 
 
@@ -39,8 +39,8 @@ class Accelerator:
     links: Mapping[str, str] = field(default_factory=dict, hash=False)
     host_memory: int | None = None
     host_bytes_per_second: float = 1e9
-    products: Mapping[int, Curve] = field(default_factory=dict, hash=False)
-    attention: Mapping[int, Curve] = field(default_factory=dict, hash=False)
+    products: Mapping[int, TimeCurve] = field(default_factory=dict, hash=False)
+    attention: Mapping[int, TimeCurve] = field(default_factory=dict, hash=False)
 
     @property
     def fused_attention(self) -> bool:

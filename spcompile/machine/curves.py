@@ -8,7 +8,7 @@ from itertools import pairwise
 
 
 @dataclass(frozen=True)
-class Curve:
+class TimeCurve:
     """points: (amount, seconds), both growing. Between them logarithms are linear; beyond the ends rates stay."""
 
     points: tuple[tuple[float, float], ...]
@@ -37,7 +37,7 @@ class Curve:
         return all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(self.points))
 
     @classmethod
-    def through(cls, points: list[tuple[float, float]]) -> Curve:
+    def through(cls, points: list[tuple[float, float]]) -> TimeCurve:
         """Of measurements: a time that is below that of less work is noise, and becomes a little more than that."""
         found: list[tuple[float, float]] = []
         for amount, seconds in sorted(points):

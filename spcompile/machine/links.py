@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from spcompile.machine.curves import Curve
+from spcompile.machine.curves import TimeCurve
 from spcompile.machine.hardware import HARDWARE
 from spcompile.machine.mesh import MeshShape, axis_part
 
@@ -28,7 +28,7 @@ class Link:
     name: str
     bytes_per_second: float
     seconds_per_message: float
-    measured: Mapping[str, Curve] = field(default_factory=dict, hash=False)
+    measured: Mapping[str, TimeCurve] = field(default_factory=dict, hash=False)
 
     def seconds(self, sent: float, messages: int = 1, collective: str = "message") -> float:
         """Time for `sent` bytes of one rank in `messages` that wait for one another."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from spcompile.diagnostics import IllegalOption
 from spcompile.machine.accelerators import ACCELERATORS, Accelerator
-from spcompile.machine.curves import Curve
+from spcompile.machine.curves import TimeCurve
 from spcompile.machine.links import LINKS, Link
 
 MEASURED_SCHEMA_VERSION = 1
@@ -54,10 +54,10 @@ class Measured:
     torch: str
     memory_bytes: int | None
     seconds_per_kernel: float
-    products: Mapping[int, Curve]
-    attention: Mapping[int, Curve]
-    memory: Curve
-    collectives: Mapping[str, Curve]
+    products: Mapping[int, TimeCurve]
+    attention: Mapping[int, TimeCurve]
+    memory: TimeCurve
+    collectives: Mapping[str, TimeCurve]
 
     def to_json(self) -> str:
         """What `read_measured` reads."""
@@ -155,18 +155,18 @@ def _measured(data: Any) -> Measured:
     )
 
 
-def _by_itemsize(name: str, data: Mapping[str, Any]) -> dict[int, Curve]:
+def _by_itemsize(name: str, data: Mapping[str, Any]) -> dict[int, TimeCurve]:
     if not data or not set(data) <= {"1", "2", "4", "8"}:
         raise ValueError(f"{name} are not by 1, 2, 4 or 8 bytes of an element")
     return {int(size): _curve(name, points) for size, points in data.items()}
 
 
-def _curve(name: str, points: Any) -> Curve:
+def _curve(name: str, points: Any) -> TimeCurve:
     if not isinstance(points, list) or not 2 <= len(points) <= MOST_POINTS:
         raise ValueError(f"{name}: no list of 2 to {MOST_POINTS} points")
     if not all(isinstance(point, list) and len(point) == 2 for point in points):
         raise ValueError(f"{name}: a point that is no pair")
-    found = Curve(tuple((_positive(name, amount), _positive(name, seconds)) for amount, seconds in points))
+    found = TimeCurve(tuple((_positive(name, amount), _positive(name, seconds)) for amount, seconds in points))
     if not found.grows:
         raise ValueError(f"{name}: points that do not grow")
     return found

@@ -65,7 +65,7 @@ def curve_through(
     """Through the figures of programs of both depths at each point."""
 
     def through(read: Callable[[Figures], float]) -> sympy.Expr:
-        return _expression(points, depths, [(read(few), read(more)) for few, more in figures])
+        return _through_points(points, depths, [(read(few), read(more)) for few, more in figures])
 
     peaks = [through(lambda found, at=at: found.peaks[at]) for at in range(3)]  # type: ignore[misc]
     held = through(lambda found: found.parameters + found.states)
@@ -79,7 +79,9 @@ def curve_through(
     )
 
 
-def _expression(points: Sequence[Point], depths: tuple[int, int], values: Sequence[tuple[float, float]]) -> sympy.Expr:
+def _through_points(
+    points: Sequence[Point], depths: tuple[int, int], values: Sequence[tuple[float, float]]
+) -> sympy.Expr:
     system = sympy.Matrix([[point.at(term) for term in TERMS] for point in points])
     exact = [[_exact(value) for value in column] for column in zip(*values, strict=True)]
     few, more = (system.LUsolve(sympy.Matrix(column)) for column in exact)

@@ -22,7 +22,7 @@ from spcompile.memory.account import bytes_alive
 from spcompile.program.ranges import range_name
 from spcompile.schedule.communication import module_path_of
 from spcompile.schedule.op_cost import CostModel
-from spcompile.schedule.timeline import COMPUTE, WAITS, Event, Record, starts
+from spcompile.schedule.timeline import COMPUTE, WAITS, Event, RunRecord, starts
 
 TRACE_SCHEMA_VERSION = 1
 _STEP = "step"
@@ -54,7 +54,7 @@ class PhaseTrace:
     memory: tuple[tuple[float, int], ...]
 
 
-def phase_trace(phase: str, graphs: Mapping[str, fx.GraphModule], record: Record, cost: CostModel) -> PhaseTrace:
+def phase_trace(phase: str, graphs: Mapping[str, fx.GraphModule], record: RunRecord, cost: CostModel) -> PhaseTrace:
     """From what happened in a run of a final graph."""
     nodes = {node.name: node for node in graphs[phase].graph.nodes}
     ends = [event.start + event.seconds for event in record.events]
@@ -98,7 +98,7 @@ def _about(node: fx.Node) -> dict[str, Any]:
 
 
 def _levels_in_time(
-    phase: str, graphs: Mapping[str, fx.GraphModule], record: Record, cost: CostModel
+    phase: str, graphs: Mapping[str, fx.GraphModule], record: RunRecord, cost: CostModel
 ) -> Iterator[tuple[float, int]]:
     """Of calls that start at the same time, the most; only where it changes."""
     order = [node for node in graphs[phase].graph.nodes if node.op != "output"]

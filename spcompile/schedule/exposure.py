@@ -16,7 +16,7 @@ from spcompile.collectives import call_arguments
 from spcompile.graph.edit import copy_graph
 from spcompile.schedule.list_schedule import ListScheduler
 from spcompile.schedule.op_cost import CostModel
-from spcompile.schedule.timeline import Record, timeline
+from spcompile.schedule.timeline import RunRecord, timeline
 
 _spx, _c10d = torch.ops.spx, torch.ops._c10d_functional
 # spx op -> (functional op, its arguments behind the operand)
@@ -38,7 +38,7 @@ def exposed_seconds(graph: fx.Graph, cost: CostModel, budget: float, ahead: floa
         if node.target in _STARTS:
             starts[_in_two(node)] = node.name
     cost = cost.of_one_graph()
-    record = Record()
+    record = RunRecord()
     timeline("", ListScheduler(copy, cost, budget, ahead).run(), cost, record)
     return {name: record.late_by.get(start, 0.0) for start, name in starts.items()}
 

@@ -62,7 +62,7 @@ class Event:
 
 
 @dataclass
-class Record:
+class RunRecord:
     """What happens in a run of a graph.
 
     late_by: started collective -> seconds that compute waits for it. events: what takes time, in the order of the
@@ -89,9 +89,9 @@ def is_wait(node: fx.Node) -> bool:
     return node.target is _c10d.wait_tensor.default
 
 
-def timeline(phase: str, nodes: Iterable[fx.Node], cost: CostModel, record: Record | None = None) -> Timeline:
+def timeline(phase: str, nodes: Iterable[fx.Node], cost: CostModel, record: RunRecord | None = None) -> Timeline:
     """Run nodes in this order on the streams. record: is given what happens."""
-    record = record if record is not None else Record()
+    record = record if record is not None else RunRecord()
     now = compute = communication = exposed = sent = exposed_bytes = host = 0.0
     free: defaultdict[Any, float] = defaultdict(float)  # axis, or op of a host copy -> when its stream is
     copied: dict[fx.Node, float] = {}  # start of such a copy -> arrival
@@ -156,9 +156,9 @@ class Prediction:
         return float(sum(getattr(phase, name) for phase in self.phases))
 
 
-def records_of(graphs: Mapping[str, fx.GraphModule], cost: CostModel) -> dict[str, Record]:
+def records_of(graphs: Mapping[str, fx.GraphModule], cost: CostModel) -> dict[str, RunRecord]:
     """By phase, what each stream of a rank does when; all ranks do the same."""
-    found = {phase: Record() for phase in graphs}
+    found = {phase: RunRecord() for phase in graphs}
     for phase, gm in graphs.items():
         timeline(phase, gm.graph.nodes, cost, found[phase])
     return found

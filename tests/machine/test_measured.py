@@ -10,7 +10,7 @@ import pytest
 
 from spcompile.diagnostics import IllegalOption
 from spcompile.machine.accelerators import ACCELERATORS
-from spcompile.machine.curves import Curve
+from spcompile.machine.curves import TimeCurve
 from spcompile.machine.links import link_of
 from spcompile.machine.measured import COLLECTIVE_NAMES, MOST_FILE_BYTES, read_measured
 from spcompile.machine.mesh import MeshShape
@@ -39,12 +39,12 @@ def written(folder: Path, data: Any) -> str:
 
 
 def test_between_points_logarithms_are_linear_and_beyond_them_rates_stay() -> None:
-    curve = Curve(((1e3, 1e-5), (1e5, 1e-3)))
+    curve = TimeCurve(((1e3, 1e-5), (1e5, 1e-3)))
     assert curve.seconds(0) == 0
     assert curve.seconds(1) == 1e-5
     assert curve.seconds(1e4) == pytest.approx(1e-4)
     assert curve.seconds(1e6) == pytest.approx(1e-2)
-    assert Curve.through([(2, 1.0), (1, 2.0), (3, 4.0)]).grows
+    assert TimeCurve.through([(2, 1.0), (1, 2.0), (3, 4.0)]).grows
 
 
 def test_a_file_is_an_accelerator_with_links_of_its_own(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from published import WAYS, Trained
 from torch._functorch.partitioners import default_partition
 from torch.utils.checkpoint import CheckpointPolicy
 
+from spcompile.graph.storage import root_of
 from spcompile.machine.accelerators import ACCELERATORS
 from spcompile.machine.mesh import MeshShape
 from spcompile.memory.account import saved_bytes
@@ -31,11 +32,12 @@ from spcompile.planning.short_step import Short, split_of_parameters
 from spcompile.program.build import build_captured
 from spcompile.program.emit import Emission, trace_step
 from spcompile.program.trace import through_dynamo
-from spcompile.schedule.op_cost import CostModel, cost_model
-from spcompile.schedule.timeline import timeline
+from spcompile.schedule.communication import module_path_of
+from spcompile.schedule.op_cost import CostModel, bytes_of, cost_model, readers_of
+from spcompile.schedule.timeline import starts
 
 RANKS = 8  # of tp
-DEPTHS = (2, 4)  # layers of the programs whose seconds are compared: of a single layer nothing hides behind the next
+DEPTHS = (1, 2)  # layers of the programs whose seconds are compared: nothing hides behind a next layer
 WRITTEN_OUT = {"recognize-attention": {"written_out": True}}
 
 
@@ -116,53 +118,145 @@ def saved_by_a_layer(model: Trained, way: str) -> int:
     return two - one
 
 
-@functools.cache
-def _two_depths(model: Trained, way: str) -> tuple[Program, Program]:
-    """With as many layers as DEPTHS says, without dropout.
+@dataclass(frozen=True)
+class TheirKernels(CostModel):
+    """Costs of Megatron's kernels in 2022, as its source and the paper tell them.
 
-    This compiler draws masks whole on every rank, to equal one device, which their program does not.
+    Softmax is one kernel with the scale and the mask before it, forward and backward, and so is a layer norm. The
+    elementwise calls between are fused: bias and GELU; bias, dropout and residual. A kernel of dropout draws its own
+    part in registers, and writes the mask where it is kept; this compiler draws the whole, on every rank, to equal one
+    device, which costs nothing here. Their sequence is the first dim, so that nothing is copied around a gather.
     """
-    few, more = (program_of(model, way, layers, dropout=0.0) for layers in DEPTHS)
+
+    def share_a_kernel(self, producer: fx.Node, reader: fx.Node) -> bool:
+        if _packet(producer) in (*_NORMS, torch.ops.aten._softmax):
+            return False
+        if _packet(reader) in (*_NORMS, torch.ops.aten._softmax_backward_data):
+            return False
+        return super().share_a_kernel(producer, reader)
+
+    def _traffic(self, node: fx.Node) -> float:
+        if _is_drawn(node):
+            is_kept = any(user.op == "output" for user in node.users)
+            return bytes_of(node) / self.accelerator.bytes_per_second if is_kept else 0.0
+        return 0.0 if _reorders(node) else super()._traffic(node)
+
+    def one_after_the_other(self, graph: fx.Graph) -> float:
+        """Seconds of a graph in which nothing hides but gathers of what was saved, behind products (section 4.2.2)."""
+        of_gradient = _depend_on_tangents(graph)
+        found = 0.0
+        for node in graph.nodes:
+            if not starts(node):
+                found += self.work(node).seconds
+            elif node in of_gradient or not of_gradient:
+                found += self.communication(node)
+        return found
+
+
+_NORMS = (torch.ops.aten.native_layer_norm, torch.ops.aten.native_layer_norm_backward)
+
+
+def _packet(node: fx.Node) -> Any:
+    return getattr(node.target, "overloadpacket", None)
+
+
+def _reorders(node: fx.Node) -> bool:
+    """Whether a copy only puts blocks of ranks in order, behind a gather or before a reduce-scatter."""
+    if node.target is not torch.ops.aten.clone.default:
+        return False
+    return starts(root_of(node.all_input_nodes[0])) or any(starts(reader) for reader in readers_of(node))
+
+
+def _depend_on_tangents(graph: fx.Graph) -> set[fx.Node]:
+    """Gradients, in a backward graph; nothing in a forward graph."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
+        if is_tangent or any(read in found for read in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _is_drawn(node: fx.Node) -> bool:
+    """Whether a value is made of random numbers alone."""
+    if node.target is torch.ops.aten.native_dropout.default:
+        return all(read.target is torch.ops.aten.ones.default for read in node.all_input_nodes)
+    if node.target is torch.ops.aten.ones.default:
+        return all(map(_is_drawn, node.users))
+    return node.op == "call_function" and bool(node.all_input_nodes) and all(map(_is_drawn, node.all_input_nodes))
+
+
+@functools.cache
+def _two_depths(model: Trained, megatron_sp: bool) -> tuple[Program, Program]:
+    """With as many layers as DEPTHS says, and nothing made again."""
+    way = "SP" if megatron_sp else "none"
+    few, more = (program_of(model, way, layers) for layers in DEPTHS)
     return few, more
 
 
-def layer_milliseconds(model: Trained, way: str, reached: float) -> tuple[float, float]:
-    """(forward, backward) of one layer more. reached: of its peak by an A100 in products."""
-    few, more = (_seconds(program, reached) for program in _two_depths(model, way))
+@dataclass(frozen=True)
+class PhaseSeconds:
+    """Of a program. again: of what its recompute runs again, all of the region, as a checkpoint of eager PyTorch does.
+
+    Torch's checkpoint runs a region again from its start, also what no gradient needs, such as its last product. So
+    what is made again is taken from the forward of the program without recompute.
+    """
+
+    forward: float
+    backward: float
+    again: float
+
+
+def _phase_seconds(model: Trained, way: str) -> tuple[PhaseSeconds, PhaseSeconds]:
+    recompute, megatron_sp = WAYS[way]
+    few, more = (_seconds(program, recompute) for program in _two_depths(model, megatron_sp))
+    return few, more
+
+
+def layer_milliseconds(model: Trained, way: str) -> tuple[float, float]:
+    """(forward, backward) of one layer more."""
+    few, more = _phase_seconds(model, way)
     scale = 1e3 / (DEPTHS[1] - DEPTHS[0])
-    return scale * (more[0] - few[0]), scale * (more[1] - few[1])
+    backward = more.backward + more.again - few.backward - few.again
+    return scale * (more.forward - few.forward), scale * backward
 
 
-def step_seconds(model: Trained, way: str, reached: float) -> float:
+def step_seconds(model: Trained, way: str) -> float:
     """Of all layers, embeddings, loss and the optimizer."""
-    few, more = (sum(_seconds(program, reached)) for program in _two_depths(model, way))
-    layers = (model.layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
-    return few + layers * (more - few) + _optimizer_seconds(model)
+    few, _ = _phase_seconds(model, way)
+    forward, backward = (1e-3 * found for found in layer_milliseconds(model, "SP" if WAYS[way][1] else "none"))
+    outside = few.forward + few.backward - DEPTHS[0] * (forward + backward)
+    return outside + model.layers * 1e-3 * sum(layer_milliseconds(model, way)) + _optimizer_seconds(model)
 
 
-def reached_by_products(model: Trained, way: str, forward: float) -> float:
-    """With which a layer's forward takes so many milliseconds: found by halving."""
-    low, high = 0.1, 1.0
-    while high - low > 1e-4:
-        middle = (low + high) / 2
-        low, high = (middle, high) if layer_milliseconds(model, way, middle)[0] > forward else (low, middle)
-    return (low + high) / 2
+def _seconds(program: Program, recompute: str) -> PhaseSeconds:
+    cost = TheirKernels(program.cost.mesh, program.cost.accelerator, program.cost.links, program.cost.fuses)
+    forward, backward = (program.graphs[phase].graph for phase in ("forward", "backward"))
+    once = cost.one_after_the_other(forward)
+    again = {"none": 0.0, "full": once, "selective": _core_seconds(forward, cost)}[recompute]
+    return PhaseSeconds(once, cost.one_after_the_other(backward), again)
 
 
-def _seconds(program: Program, reached: float) -> tuple[float, float]:
-    cost = replace(program.cost, accelerator=replace(program.cost.accelerator, reached=reached))
-    return (
-        timeline("forward", program.graphs["forward"].graph.nodes, cost).seconds,
-        timeline("backward", program.graphs["backward"].graph.nodes, cost).seconds,
-    )
+def _core_seconds(forward: fx.Graph, cost: CostModel) -> float:
+    """Of the calls of `CoreAttention`, which send nothing."""
+    return sum(cost.work(node).compute for node in forward.nodes if ".core." in f"{module_path_of(node)}.")
+
+
+# Bytes that Megatron's Float16OptimizerWithFloat16Params moves for a parameter, kernel by kernel.
+OPTIMIZER_BYTES = {
+    "gradients set to 0": 2,
+    "gradients copied to 32 bits": 2 + 4,
+    "unscaled, and looked at for infinities": 4 + 4,
+    "norm": 4,
+    "clipped": 4 + 4,
+    "Adam: gradient, parameter and two states read, three of them written": 4 * 4 + 3 * 4,
+    "parameters copied back to 16 bits": 4 + 2,
+}
 
 
 def _optimizer_seconds(model: Trained) -> float:
-    """Adam in mixed precision moves memory: of each parameter it reads the gradient, a copy and two states.
-
-    It writes the last three and the parameter itself, in 16 bits; all else is in 32.
-    """
+    """All of it moves memory and computes next to nothing."""
     with torch.device("meta"):
         built = MegatronGPT(Sizes(model.layers, model.heads, model.dim, model.seq))
-    moved = (4 * 4 + 3 * 4 + 2) * sum(p.numel() for p in built.parameters()) / RANKS
+    moved = sum(OPTIMIZER_BYTES.values()) * sum(p.numel() for p in built.parameters()) / RANKS
     return moved / ACCELERATORS["a100"].bytes_per_second

@@ -1,13 +1,17 @@
 """The planner held to account: what it predicts beside what others measured, with the error of every row.
 
-    python benchmarks/planner.py [--part figure7 tables] [--models 22B 175B 530B 1T] [--json]
+    python benchmarks/planner.py [--part figure7 tables alst runs] [--models 22B 175B 530B 1T] [--json]
 
 figure7  bytes that a layer keeps for the backward, Korthikanti et al. figure 7, with their dropout, from graphs that
          this compiler captured, sharded and cut (benchmarks/held_scores.py). Bars: mean error 0.5%, worst 1%.
 tables   milliseconds of a layer (table 4) and seconds of a step (table 5) of their 22B model on A100. Bar: worst 5%.
 
-One constant is fitted, in tables: what an A100 reaches in products, to one figure of 12, which has no error then. All
-other speeds are those of spcompile/machine/hardware.json. Exit status 1 where a bar is missed.
+alst     seconds of ALST's table 1, and what a rank takes at the longest length that fitted there. Bar of seconds: 15%.
+runs     UPipe, torchtitan, and ring against Ulysses on H200s, without a bar.
+
+In tables nothing is fitted. Two constants are, each to one row, which has no error then: what the attention kernels of
+ALST reach, and those of torchtitan. All other speeds are those of spcompile/machine/hardware.json. Exit status 1 where
+a bar is missed.
 """
 
 from __future__ import annotations
@@ -18,12 +22,23 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from held_scores import layer_milliseconds, reached_by_products, saved_by_a_layer, step_seconds
+from held_scores import layer_milliseconds, saved_by_a_layer, step_seconds
 from published import FIGURE_7, KORTHIKANTI, TABLE_4, TABLE_5, WAYS
+from published_runs import (
+    ALST,
+    ALST_FITTED,
+    RING_AGAINST_ULYSSES,
+    TORCHTITAN,
+    TORCHTITAN_FITTED,
+    UPIPE,
+    prepared,
+    reached_by_attention,
+    ring_and_ulysses_percent,
+)
 from rich.console import Console
 from rich.table import Table
 
-FITTED = "none"  # the way whose forward, in table 4, one constant is fitted to
+GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -86,21 +101,59 @@ def figure7(models: Sequence[str]) -> Part:
 
 
 def tables(models: Sequence[str]) -> Part:
-    """Seconds of the 22B model, whatever models are named; errors are those of the rows that nothing was fitted to."""
-    model = KORTHIKANTI["22B"]
-    reached = reached_by_products(model, FITTED, TABLE_4[FITTED][0])
-    note = f"fitted: products reach {reached:.3f} of an A100's peak, which stands for dropout too"
-    rows = []
+    """Seconds of the 22B model, whatever models are named."""
+    model, rows = KORTHIKANTI["22B"], []
     for way in WAYS:
-        for at, phase in enumerate(("forward", "backward")):
-            found, measured = layer_milliseconds(model, way, reached)[at], TABLE_4[way][at]
-            is_fitted = (way, phase) == (FITTED, "forward")
-            rows.append(Row(f"a layer, {way}, {phase}", "ms", found, None if is_fitted else measured, note * is_fitted))
-    rows += [Row(f"a step, {way}", "s", step_seconds(model, way, reached), TABLE_5[way]) for way in TABLE_5]
+        found = layer_milliseconds(model, way)
+        for phase, predicted, measured in zip(("forward", "backward"), found, TABLE_4[way], strict=True):
+            rows.append(Row(f"a layer, {way}, {phase}", "ms", predicted, measured))
+    rows += [Row(f"a step, {way}", "s", step_seconds(model, way), TABLE_5[way]) for way in TABLE_5]
     return Part(rows, None, 0.05)
 
 
-PARTS: dict[str, Callable[[Sequence[str]], Part]] = {"figure7": figure7, "tables": tables}
+def alst(models: Sequence[str]) -> Part:
+    """Whatever models are named: Llama 3.1 8B."""
+    made = {run.name: prepared(run) for run in ALST}
+    reached = reached_by_attention(made[ALST_FITTED])
+    note = f"fitted: attention reaches {reached:.3f} of an H100's peak (FlashAttention 2)"
+    rows = []
+    for run in ALST:
+        found = made[run.name].figures(reached)
+        fitted = run.name == ALST_FITTED
+        what = f"{run.name}, {run.tokens:,} tokens"
+        rows.append(Row(what, "s", found.seconds, None if fitted else run.seconds, note * fitted))
+        rows.append(Row(what, "GiB", found.total / GIB, None, "fitted into 79.6 GiB there, as the longest length"))
+    return Part(rows, None, 0.15)
+
+
+def runs(models: Sequence[str]) -> Part:
+    """Whatever models are named: what others published of Llama 3 8B and of GLM-4.5-Air."""
+    rows = []
+    for run in UPIPE:
+        found = prepared(run).figures()
+        rows.append(Row(run.name, "s", found.seconds, run.seconds, "as Ulysses, inputs of layers on the host"))
+        rows.append(Row(run.name, "GiB", found.total / GIB, run.peak_gib, "without states of an optimizer"))
+    made = {run.name: prepared(run) for run in TORCHTITAN}
+    reached = reached_by_attention(made[TORCHTITAN_FITTED])
+    note = f"fitted: attention reaches {reached:.3f} of an H100's peak, which stands for what its ring does not hide"
+    for run in TORCHTITAN:
+        plain, found = made[run.name].figures(), made[run.name].figures(reached)
+        rows.append(Row(f"{run.name}, nothing fitted", "s", plain.seconds, run.seconds, "their products are in fp8"))
+        if run.name != TORCHTITAN_FITTED:
+            rows.append(Row(run.name, "s", found.seconds, run.seconds, note))
+    for cp, published in RING_AGAINST_ULYSSES.items():
+        for name, found, measured in zip(("ring", "Ulysses"), ring_and_ulysses_percent(cp), published, strict=True):
+            share, theirs = 100 + found, 100 + measured
+            rows.append(Row(f"{name}, cp {cp}, H200", "% of one GPU", share, theirs, "of tokens a second and GPU"))
+    return Part(rows, None, None)
+
+
+PARTS: dict[str, Callable[[Sequence[str]], Part]] = {
+    "figure7": figure7,
+    "tables": tables,
+    "alst": alst,
+    "runs": runs,
+}
 
 
 def main() -> None:

@@ -51,3 +51,45 @@ TABLE_4 = {
 }
 # Table 5: seconds of an iteration of the 22B model.
 TABLE_5 = {"full": 1.42, "SP + selective": 1.10}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A published model, with the names of `models:llama`. source: where its sizes stand."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    dim: int
+    hidden: int
+    vocab: int
+    source: str
+
+
+SHAPES = {
+    "llama2-7b": Shape(32, 32, 32, 4096, 11008, 32000, "config.json of meta-llama/Llama-2-7b-hf"),
+    "llama3-8b": Shape(32, 32, 8, 4096, 14336, 128256, "arXiv 2407.21783, table 3"),
+    "llama2-13b": Shape(40, 40, 40, 5120, 13824, 32000, "config.json of meta-llama/Llama-2-13b-hf"),
+    "qwen2.5-32b": Shape(64, 40, 8, 5120, 27648, 152064, "config.json of Qwen/Qwen2.5-32B"),
+    "llama3-70b": Shape(80, 64, 8, 8192, 28672, 128256, "arXiv 2407.21783, table 3"),
+}
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row of the table that this project exists for, which names neither model nor batch nor what is made again.
+
+    ways: how the row can be read, by name in project_table.CANDIDATES: its ring has "8", of one axis or beside tp.
+    """
+
+    tokens: int
+    ways: tuple[str, ...]
+    activation_gb: float
+    mfu: float
+
+
+TABLE_ROWS = {
+    "no sequence parallelism": TableRow(32_768, ("tp 8",), 60, 0.45),
+    "Megatron SP": TableRow(131_072, ("tp 8, Megatron SP",), 15, 0.58),
+    "ring": TableRow(1_048_576, ("tp 8, ring 8", "ring 8"), 8, 0.55),
+}

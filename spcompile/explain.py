@@ -146,14 +146,16 @@ def _plan(
     from spcompile.planning.one_device_saves import saved_on_one_device
     from spcompile.report.attention_rows import attention_rows
     from spcompile.report.plan import Plan
+    from spcompile.report.step_trace import phase_trace
     from spcompile.schedule.communication import communication, sends_of
     from spcompile.schedule.op_cost import cost_model
-    from spcompile.schedule.timeline import events_of, predict
+    from spcompile.schedule.timeline import predict, records_of
 
     program = traced.program
     final = traced.sharded.graphs
     graphs, passes = _history(program)
     cost = cost_model(program.ctx.mesh, options)
+    records = records_of(final, cost)
     return Plan(
         model=type(model).__name__,
         mesh=program.ctx.mesh,
@@ -178,7 +180,8 @@ def _plan(
         symbols=_symbols(program),
         graphs=graphs,
         sends={_name_of(phase): sends_of(gm, program.ctx.mesh) for phase, gm in final.items()},
-        events={_name_of(phase): events for phase, events in events_of(final, cost).items()},
+        events={_name_of(phase): record.events for phase, record in records.items()},
+        trace=[phase_trace(phase, final, record, cost) for phase, record in records.items()],
         files=_files_of_user(program.captured),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from spcompile.diagnostics import IllegalOption, UnknownOption
 from spcompile.machine.accelerators import ACCELERATORS
 from spcompile.machine.byte_sizes import parse_bytes
 from spcompile.machine.links import LINKS
+from spcompile.machine.measured import load_measured
 from spcompile.machine.mesh import AXES
 from spcompile.machine.optimizers import OPTIMIZERS, optimizer_of, text_of_states
 from spcompile.machine.optimizers import Optimizer as States
@@ -43,8 +45,8 @@ class Options:
     links: what ranks of an axis talk over, {axis: "nvlink" | "network" | "loopback" | ...}; default: NVLink inside a
         node of eight ranks, the network beyond, of the generation that goes with the accelerator. Decides what is
         chosen and predicted, never what is right.
-    accelerator: what computes: "h100", "h200", "b200", "a100", "cpu". Decides what hides behind what, predicted times,
-        and memory.
+    accelerator: what computes: "h100", "h200", "b200", "a100", "cpu", or a file that `spcompile calibrate` has written,
+        as "machine.json", which also says how fast links are. Decides what hides behind what, predicted times, memory.
     memory: what a step may take on one rank. "auto": what the accelerator has, less a tenth, where one computes; beyond
         that, values are made again instead of saved, the cheapest first. "speed": as fast as can be. "min": as small as
         can be. Or a budget: bytes, or text as "72GiB".
@@ -97,6 +99,8 @@ class Options:
         _one_of("compiler", self.compiler, COMPILER)
         _one_of("compare", self.compare, COMPARE)
         _one_of("on_graph_break", self.on_graph_break, ON_GRAPH_BREAK)
+        if isinstance(self.accelerator, str) and self.accelerator.endswith(".json"):
+            load_measured(self.accelerator)
         _one_of("accelerator", self.accelerator, tuple(ACCELERATORS))
         if not isinstance(self.optimizer, str) and hasattr(self.optimizer, "param_groups"):
             object.__setattr__(self, "optimizer", text_of_states(self.optimizer))
@@ -155,7 +159,12 @@ class Options:
 
     def compared(self) -> dict[str, str]:
         """The options that must be equal on all ranks, as text."""
-        return {f.name: repr(getattr(self, f.name)) for f in fields(self) if f.name not in ("mesh", "dump")}
+        found = {f.name: repr(getattr(self, f.name)) for f in fields(self) if f.name not in ("mesh", "dump")}
+        if self.accelerator.endswith(".json"):  # equal names are not enough
+            link = ACCELERATORS[self.accelerator].links["network"]
+            figures = repr((ACCELERATORS[self.accelerator], LINKS[link])).encode()
+            found["accelerator"] += f" {hashlib.sha256(figures).hexdigest()[:16]}"
+        return found
 
 
 def bytes_of_option(memory: Any) -> int:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from spcompile.options import Options
     from spcompile.planning.candidates import Candidate, Heads
-    from spcompile.planning.search import Depths, Evaluator, Result
+    from spcompile.planning.search import Depths, Evaluator, Result, Task
     from spcompile.report.plan_table import RankedPlans
 
 MOST_TRIED = 1024  # ranks, where none of the meshes that were asked for has enough memory
@@ -133,14 +133,14 @@ def with_depths(model: nn.Module, inputs: Any, dp: int, options: Options, explor
         through_dynamo(model, split_batch(inputs, dp)[0], over_whole_batch(backend, dp), options, dp)
 
 
-def evaluator_of(depths: Depths, options: Options, workers: int | None) -> Evaluator:
+def evaluator_of(depths: Depths, options: Options, workers: int | None, task: Task | None = None) -> Evaluator:
     """Evaluates candidates, by default with one process for each core."""
     from spcompile.machine.host import cores
     from spcompile.passes import PIPELINE
-    from spcompile.planning.search import Evaluator
+    from spcompile.planning.search import Evaluator, evaluate
     from spcompile.program.plugins import with_plugins
 
-    return Evaluator(depths, options, with_plugins(PIPELINE, options), workers or cores())
+    return Evaluator(depths, options, with_plugins(PIPELINE, options), workers or cores(), task or evaluate)
 
 
 def _explored(

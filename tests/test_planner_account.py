@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from held_scores import RANKS, program_of, saved_by_a_layer
-from planner import Part, Row, figure7
+from planner import Part, Row, figure7, tables
 from published import CALCULON_FIGURE_7, FIGURE_7, KORTHIKANTI, Trained
 
 # The figure has 9.42% for full recompute of the two largest models. Kept is the input of a layer, 2 bytes an element,
@@ -36,6 +36,15 @@ def test_figure_7() -> None:
     assert part.worst <= AS_READ_OFF
     assert part.mean < CALCULON_FIGURE_7[0] / 100
     assert part.worst < CALCULON_FIGURE_7[1] / 100
+
+
+@pytest.mark.slow
+@pytest.mark.thinned(6)
+def test_tables_4_and_5() -> None:
+    part = tables(())
+    assert len(part.errors) == 12
+    assert part.mean <= 0.031
+    assert part.worst <= 0.05
 
 
 @pytest.mark.thinned(4)

@@ -119,6 +119,8 @@ def _chain(node: fx.Node) -> list[fx.Node]:
 def _fuse(bucket: list[fx.Node]) -> None:
     kind: Any = bucket[0].target
     is_gather = kind is spx.all_gather.default
+    at = {node: number for number, node in enumerate(bucket[0].graph.nodes)}
+    bucket = sorted(bucket, key=at.__getitem__)  # another bucket may have moved some of them up, in front of its own
     place = bucket[0] if is_gather else bucket[-1]
     if is_gather:  # its readers stand between the members: what the others read comes to the first
         above = set(itertools.takewhile(lambda node: node is not place, place.graph.nodes))

@@ -15,7 +15,7 @@ from typing import Any
 
 from spcompile.diagnostics import IllegalMesh, IllegalModel, IllegalOption
 from spcompile.machine.links import LINKS
-from spcompile.machine.mesh import AXES, MeshShape
+from spcompile.machine.mesh import AXES, MOST_RANKS, MeshShape
 from spcompile.options import Options
 
 MOST_TOKENS = 1 << 30
@@ -97,6 +97,18 @@ def parse_tokens(name: str, text: str, least: int = 1) -> int:
     count = int(digits) * _MULTIPLES[text[len(digits) :].lower()]
     require_between(name, count, least, MOST_TOKENS)
     return count
+
+
+def parse_ranks(name: str, text: str) -> int:
+    """A number of ranks.
+
+    Raises:
+        IllegalOption: no number, or one out of range.
+    """
+    if not _COUNT.fullmatch(text):
+        raise IllegalOption(f"{name} {text!r}", legal=f"1 to {MOST_RANKS}")
+    require_between(name, int(text), 1, MOST_RANKS)
+    return int(text)
 
 
 def parse_dtype(text: str) -> str:

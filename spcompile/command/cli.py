@@ -1,4 +1,4 @@
-"""The command line: `spcompile train | plan | compare | explain | verify | diff | passes | doctor`. Imports wait."""
+"""The command line: train, plan, compare, timeline, calibrate, explain, verify, diff, passes, doctor. Imports wait."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ from spcompile.command.arguments import (
     require_place_for_file,
     require_rate,
 )
+from spcompile.command.calibrate_command import calibrate
 from spcompile.command.compare_command import compare
 from spcompile.command.flags import Json, Options, Settings, Sizes
 from spcompile.command.interrupts import STATUS
 from spcompile.command.plan_command import plan
+from spcompile.command.timeline_command import timeline
 from spcompile.diagnostics import IllegalMesh, IllegalOption, SpcompileError
 from spcompile.machine.mesh import MOST_RANKS
 from spcompile.plain_text import one_line, some_lines
@@ -50,6 +52,8 @@ app = App(
 
 app.command(plan)
 app.command(compare)
+app.command(timeline)
+app.command(calibrate)
 
 
 @app.command

@@ -45,7 +45,7 @@ def compare(
         seq: Tokens in a row, several lengths: 32k,128k,1M.
         batch: Rows in the whole batch.
         dtype: Of weights and activations: bfloat16, float32, float16, float64, or short, as bf16.
-        gpu: The backend's option accelerator: h100, h200, b200, a100, cpu.
+        gpu: The backend's option accelerator: h100, h200, b200, a100, cpu, or a file of calibrate, as machine.json.
         link: What all ranks talk over: nvlink or ib. Default: NVLink inside a node of 8 ranks, the network beyond.
         memory: What a step may take on one rank, as 80GiB. Default: what the accelerator has, less a tenth.
         optimizer: The backend's option: adamw, adamw-float32, adamw-master, momentum, none.

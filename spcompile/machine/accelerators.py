@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from spcompile.machine.curves import TimeCurve
 from spcompile.machine.hardware import HARDWARE
 
 
@@ -22,7 +23,7 @@ class Accelerator:
     capability: of NVIDIA's GPUs, such as 90, which decides on kernels.
     links: what "nvlink" and "network" are in machines with it, where they are not those of `LINKS`.
     host_memory: bytes of the host of a node; None: the host's memory is its own. host_bytes_per_second: between both,
-    each way, as reached.
+    each way, as reached. products, attention: flops -> seconds by bytes of an element, where they were measured.
     """
 
     name: str
@@ -38,6 +39,8 @@ class Accelerator:
     links: Mapping[str, str] = field(default_factory=dict, hash=False)
     host_memory: int | None = None
     host_bytes_per_second: float = 1e9
+    products: Mapping[int, TimeCurve] = field(default_factory=dict, hash=False)
+    attention: Mapping[int, TimeCurve] = field(default_factory=dict, hash=False)
 
     @property
     def fused_attention(self) -> bool:
@@ -61,6 +64,16 @@ class Accelerator:
     def peak(self, itemsize: int) -> float:
         """Products and sums per second at best, on elements of so many bytes."""
         return self.flops[max(min(self.flops), min(8, itemsize))]
+
+    def product_seconds(self, flops: float, itemsize: int) -> float:
+        """Of a product of so many flops."""
+        measured = self.products.get(itemsize)
+        return measured.seconds(flops) if measured is not None else flops / (self.peak(itemsize) * self.reached)
+
+    def attention_seconds(self, flops: float, itemsize: int) -> float:
+        """Of an attention, forward or backward."""
+        measured = self.attention.get(itemsize)
+        return measured.seconds(flops) if measured is not None else flops / self.attention_flops(itemsize)
 
     def attention_flops(self, itemsize: int) -> float:
         """Products and sums per second that attention reaches on elements of so many bytes."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from spcompile.machine.curves import TimeCurve
 from spcompile.machine.hardware import HARDWARE
 from spcompile.machine.mesh import MeshShape, axis_part
 
@@ -19,19 +20,25 @@ RANKS_PER_NODE = 8
 
 @dataclass(frozen=True)
 class Link:
-    """bytes_per_second: what one rank sends, one way. seconds_per_message: until the first byte arrives."""
+    """bytes_per_second: what one rank sends, one way. seconds_per_message: until the first byte arrives.
+
+    measured: collective -> bytes that a rank sends -> seconds, where they were measured.
+    """
 
     name: str
     bytes_per_second: float
     seconds_per_message: float
+    measured: Mapping[str, TimeCurve] = field(default_factory=dict, hash=False)
 
     @property
     def reaches_memory(self) -> bool:
         """Whether the GPUs read and write each other's memory, with no network between them."""
         return self.name.startswith("nvlink")
 
-    def seconds(self, sent: float, messages: int = 1) -> float:
+    def seconds(self, sent: float, messages: int = 1, collective: str = "message") -> float:
         """Time for `sent` bytes of one rank in `messages` that wait for one another."""
+        if collective in self.measured:
+            return self.measured[collective].seconds(sent)
         return sent / self.bytes_per_second + messages * self.seconds_per_message
 
 

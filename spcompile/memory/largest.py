@@ -47,7 +47,7 @@ def largest_tensors(graphs: Mapping[str, fx.GraphModule], count: int) -> list[La
     for _, phase, node in rows:
         val, source = node.meta["val"], source_of(node)
         kind = (source.file, source.line) if source is not None else node.op
-        kinds.setdefault((tuple(val.shape), val.dtype, kind), []).append((phase, node))
+        kinds.setdefault((tuple(map(expression, val.shape)), val.dtype, kind), []).append((phase, node))
     return [_large(found) for found in list(kinds.values())[:count]]
 
 

@@ -66,6 +66,12 @@ class Candidate:
             return ""
         return self.attention if isinstance(self.attention, str) else " x ".join(f"{n} {k}" for n, k in self.attention)
 
+    @property
+    def name(self) -> str:
+        """`tp=2 cp=4, ulysses`."""
+        mesh = " ".join(f"{axis}={size}" for axis, size in self.mesh) or "one rank"
+        return ", ".join(filter(None, (mesh, self.attention_text, "" if self.megatron_sp else "plain Megatron")))
+
 
 def meshes(world: int, axes: Collection[str], found: Heads) -> list[tuple[tuple[str, int], ...]]:
     """All meshes of `world` ranks, of which none has idle ranks.
@@ -132,6 +138,31 @@ def second_round(best: Iterable[Candidate]) -> Iterator[Candidate]:
             yield Candidate(one.mesh, one.attention, True, ())
         if one.size("tp") > 1:
             yield Candidate(one.mesh, one.attention, False, one.shard)
+
+
+def compared_strategies(worlds: Iterable[int], found: Heads) -> list[Candidate]:
+    """Of each number of ranks: tp without and with sequence parallelism, cp alone, and cp beside the largest tp.
+
+    Raises:
+        IllegalMesh: for one of them there is none.
+    """
+    wanted: list[Candidate] = []
+    for world in worlds:
+        shapes = [mesh for mesh in meshes(world, ("tp", "cp"), found) if dict(mesh).get("dp", 1) == 1]
+        widest = max(dict(mesh).get("tp", 1) for mesh in shapes)
+        for mesh in shapes:
+            tp, cp = (dict(mesh).get(axis, 1) for axis in ("tp", "cp"))
+            if tp not in (1, widest) or world == 1:
+                continue
+            ways = attentions(dict(mesh), found)
+            wanted_ways: list[str | tuple[tuple[str, int], ...]] = [way for way in ways if isinstance(way, str)]
+            if "ulysses" not in ways:
+                wanted_ways += [way for way in ways if not isinstance(way, str)][-1:]  # the widest that heads allow
+            for attention in wanted_ways:
+                if cp == 1:
+                    wanted.append(Candidate(mesh, attention, False))
+                wanted.append(Candidate(mesh, attention, True, shards(dict(mesh))[-1]))
+    return wanted
 
 
 def require_known_axes(axes: Collection[str]) -> None:

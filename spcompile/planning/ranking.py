@@ -108,6 +108,4 @@ def _way(row: Ranked) -> object:
 
 def candidate_name(row: Ranked) -> str:
     """`tp=2 cp=4, ulysses`."""
-    one = row.result.candidate
-    mesh = " ".join(f"{axis}={size}" for axis, size in one.mesh) or "one rank"
-    return ", ".join(filter(None, (mesh, one.attention_text, "" if one.megatron_sp else "plain Megatron")))
+    return row.result.candidate.name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ from spcompile.diagnostics import IllegalModel, SpcompileError
 from spcompile.graph.edit import copy_module
 from spcompile.machine.accelerators import ACCELERATORS
 from spcompile.machine.mesh import MeshShape
-from spcompile.memory.ladder import HOST
+from spcompile.memory.ladder import HOST, Kind
 from spcompile.memory.planner import ROOM, Wish
 from spcompile.options import Options
 from spcompile.passes_api import Pass
@@ -31,6 +31,7 @@ from spcompile.planning.short_step import Short, ShortStep, forward_flops, short
 from spcompile.program.build import build_captured
 from spcompile.program.progress import begins, shown_by
 
+_TRIED_RUNGS = 3  # beside the one on which nothing is made again, where the least is looked for
 MORE = 2  # blocks by which the two programs of a candidate differ: buckets of gradients often hold two
 
 
@@ -112,13 +113,67 @@ def _short(
 
 def evaluate(depths: Depths, candidate: Candidate, options: Options, pipeline: Sequence[Pass]) -> Result:
     """One candidate at full depth: the least that has to be made again for it to fit."""
-    chosen = replace(options, **{**candidate.options, "passes": _all_passes(options, candidate)})
     try:
-        split = _split(depths, candidate.mesh, options, pipeline)
-        steps = [short_step(short, candidate, split, chosen, pipeline) for short in depths.shorts]
-        return _at_full_depth(depths, candidate, steps, Wish.of(chosen, candidate.ranks))
+        steps = steps_of(depths, candidate, options, pipeline)
+        return _at_full_depth(depths, candidate, steps, Wish.of(options, candidate.ranks))
     except SpcompileError as error:
         return Result(candidate, None, error=str(error))
+
+
+def steps_of(depths: Depths, candidate: Candidate, options: Options, pipeline: Sequence[Pass]) -> list[ShortStep]:
+    """A candidate's step at each depth.
+
+    Raises:
+        SpcompileError: it cannot be compiled.
+    """
+    chosen = replace(options, **{**candidate.options, "passes": _all_passes(options, candidate)})
+    split = _split(depths, candidate.mesh, options, pipeline)
+    return [short_step(short, candidate, split, chosen, pipeline) for short in depths.shorts]
+
+
+def at_rung(depths: Depths, candidate: Candidate, steps: Sequence[ShortStep], rung: int) -> Result:
+    """A candidate at full depth with so many kinds of values made again, the cheapest first."""
+    return Result(candidate, _figures(depths, steps, rung), _names(steps[0], rung))
+
+
+@dataclass(frozen=True)
+class BothEnds:
+    """A candidate at each depth: with nothing made again, and with the kinds of values with which least is alive."""
+
+    nothing: tuple[Figures, ...]
+    least: tuple[Figures, ...]
+    kinds: tuple[Kind, ...]
+
+
+def at_both_ends(
+    known: Mapping[Candidate, tuple[Kind, ...]],
+    depths: Depths,
+    candidate: Candidate,
+    options: Options,
+    pipeline: Sequence[Pass],
+) -> BothEnds | str:
+    """Figures of both, or why there are none. known: which kinds are made again, where it was decided before."""
+    try:
+        steps = steps_of(depths, candidate, options, pipeline)
+    except SpcompileError as error:
+        return str(error)
+    kinds = known[candidate] if candidate in known else _kinds_of_least(depths, steps)
+    limited = [step.with_kinds(kinds) for step in steps]
+    nothing = tuple(step.figures(0) for step in steps)
+    return BothEnds(nothing, tuple(step.figures(len(kinds)) for step in limited) if kinds else nothing, kinds)
+
+
+def _kinds_of_least(depths: Depths, steps: Sequence[ShortStep]) -> tuple[Kind, ...]:
+    """The kinds of values to make again for least to be alive: of a few numbers of kinds, by the final graphs.
+
+    More is not always less: what is made again is alive as well. One of them is the best by the joint graphs.
+    """
+    ladder, rungs = steps[0].ladder, _rungs(steps, Wish())
+    if ladder is None:
+        return ()
+    planned = min(rungs, key=lambda rung: _planned_bytes(depths, steps, rung))
+    tried = sorted({planned, *(rungs[(len(rungs) - 1) * part // _TRIED_RUNGS] for part in range(_TRIED_RUNGS + 1))})
+    return ladder.kinds[: min(tried, key=lambda rung: _figures(depths, steps, rung).total)]
 
 
 def _split(
@@ -218,17 +273,22 @@ def _names(step: ShortStep, rung: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+Task = Callable[[Depths, Candidate, Options, Sequence[Pass]], Any]
+
+
 @dataclass
 class Evaluator:
     """Evaluates candidates in worker processes, forked when the model has been read, or one after the other here.
 
     Forking shares what was captured. It is not done where this process uses CUDA, which a child cannot.
+    task: what is found of each, `evaluate` if nothing else is said.
     """
 
     depths: Depths
     options: Options
     pipeline: Sequence[Pass]
     workers: int
+    task: Task = evaluate
     done: int = 0
     _pool: ProcessPoolExecutor | None = field(default=None, repr=False)
 
@@ -248,8 +308,8 @@ class Evaluator:
                 self._pool = None
                 gc.unfreeze()
 
-    def results(self, candidates: Iterable[Candidate]) -> list[Result]:
-        """Of all candidates, in their order."""
+    def results(self, candidates: Iterable[Candidate]) -> list[Any]:
+        """What the task finds of all candidates, in their order."""
         wanted = list(candidates)
         total = self.done + len(wanted)
         if self._pool is None:
@@ -257,10 +317,10 @@ class Evaluator:
             for one in wanted:
                 self._tell(total)
                 with shown_by(lambda what: None):
-                    found.append(evaluate(self.depths, one, self.options, self.pipeline))
+                    found.append(self.task(self.depths, one, self.options, self.pipeline))
                 self.done += 1
             return found
-        futures: list[Future[Result]] = [self._pool.submit(_evaluate_here, one) for one in wanted]
+        futures: list[Future[Any]] = [self._pool.submit(_evaluate_here, one) for one in wanted]
         pending = set(futures)
         self._tell(total)
         while pending:
@@ -281,7 +341,7 @@ def _start_worker(evaluator: Evaluator) -> None:
     _here.append(evaluator)
 
 
-def _evaluate_here(candidate: Candidate) -> Result:
+def _evaluate_here(candidate: Candidate) -> Any:
     (evaluator,) = _here
     with shown_by(lambda what: None):
-        return evaluate(evaluator.depths, candidate, evaluator.options, evaluator.pipeline)
+        return evaluator.task(evaluator.depths, candidate, evaluator.options, evaluator.pipeline)

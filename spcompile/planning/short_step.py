@@ -14,7 +14,7 @@ from spcompile.graph.edit import copy_module
 from spcompile.machine.mesh import MeshShape
 from spcompile.memory.account import bytes_alive, host_bytes, saved_bytes
 from spcompile.memory.joint import Joint
-from spcompile.memory.ladder import Ladder, halves
+from spcompile.memory.ladder import Kind, Ladder, halves
 from spcompile.memory.send_to_host import send_to_host
 from spcompile.options import Options
 from spcompile.parameters.planned_parts import captured_over_planned_parts
@@ -60,6 +60,10 @@ class ShortStep:
 
     def figures(self, rung: int) -> Figures:
         """Of the final graphs, with the trades of a rung of the ladder."""
+        return self.figures_of(*self.final_graphs(rung))
+
+    def final_graphs(self, rung: int) -> tuple[dict[str, fx.GraphModule], float]:
+        """By phase, with the trades of a rung of the ladder; and the seconds of what they make again."""
         graphs, again = dict(self.base), 0.0
         if self.ladder is not None and rung != 0:
             chosen = self.ladder.rung(rung)
@@ -80,9 +84,15 @@ class ShortStep:
         with torch.no_grad():
             for phase, gm in graphs.items():
                 emission.schedule(copy_module(gm), phase)
-        return self._figures(emission.graphs, again)
+        return emission.graphs, again
 
-    def _figures(self, final: dict[str, fx.GraphModule], again: float) -> Figures:
+    def with_kinds(self, kinds: tuple[Kind, ...]) -> ShortStep:
+        """The same, with a ladder of these kinds of trades alone, as far as it offers them."""
+        ladder = self.ladder
+        return self if ladder is None else replace(self, ladder=replace(ladder, kinds=kinds))
+
+    def figures_of(self, final: dict[str, fx.GraphModule], again: float) -> Figures:
+        """Of such graphs, by the costs of this step."""
         optimizer = self.program.ctx.options.states
         held = [x for x, own in zip(self.program.inputs, self.short.own, strict=True) if own]
         sizes = [(x.numel(), x.element_size()) for x in held]

@@ -18,7 +18,7 @@ from spcompile.program.log_texts import is_traced
 from spcompile.program.pipeline import Snapshot
 from spcompile.schedule.communication import sends_of
 from spcompile.schedule.op_cost import cost_model
-from spcompile.schedule.timeline import events_of, predict
+from spcompile.schedule.timeline import COMPUTE, HOST, WAITS, predict, records_of
 from spcompile.torch_private import trace_structured
 
 _FINAL = ("forward", "backward", "inference")
@@ -62,7 +62,8 @@ class Artifacts:
 def _schedule(phase: str, gm: fx.GraphModule, ctx: Context) -> dict[str, Any]:
     cost = cost_model(ctx.mesh, ctx.options)
     (row,) = predict({phase: gm}, cost).phases
-    times = {event.node: event for event in events_of({phase: gm}, cost)[phase] if event.stream != "compute"}
+    events = records_of({phase: gm}, cost)[phase].events
+    times = {event.node: event for event in events if event.stream not in (COMPUTE, HOST, WAITS)}
     collectives = []
     for send in sends_of(gm, ctx.mesh):
         event = times.get(send.node)

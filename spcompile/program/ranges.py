@@ -21,12 +21,16 @@ def labels_of(graph: fx.Graph) -> dict[fx.Node, str]:
         if node.op != "call_function":
             continue
         about = node.all_input_nodes[0] if is_wait(node) and node.all_input_nodes else node
-        if axis_argument(about.target) is None:
-            continue
-        op = op_name(about).rpartition(".")[2]
-        path = module_path_of(about)
-        found[node] = f"spcompile::{'wait for ' if about is not node else ''}{op}{'/' if path else ''}{path}"
+        if axis_argument(about.target) is not None:
+            found[node] = range_name(about, waits=about is not node)
     return found
+
+
+def range_name(node: fx.Node, waits: bool = False) -> str:
+    """Of a call that communicates, or of what waits for it."""
+    op = op_name(node).rpartition(".")[2]
+    path = module_path_of(node)
+    return f"spcompile::{'wait for ' if waits else ''}{op}{'/' if path else ''}{path}"
 
 
 class _Ranged(fx.Interpreter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from spcompile.memory.largest import LargeTensor
 from spcompile.plain_text import one_line
 from spcompile.report.answers import Answers
 from spcompile.report.plan_html import PageContent, page
+from spcompile.report.step_trace import TRACE_SCHEMA_VERSION, PhaseTrace, chrome_trace, in_order_of_a_step
 from spcompile.schedule.communication import Row, Send
 from spcompile.schedule.timeline import Event, Prediction
 
@@ -77,7 +79,8 @@ class Plan:
     answers: what is told first. symbols: what each symbol is.
     parts: the further graphs of a model that is not one, in order; this is the first.
     graphs: the text after every pass, in order, then "forward" and "backward".
-    sends, events: of the final graphs by phase, every collective and what takes time. files: the user's, name -> path.
+    sends, events: of the final graphs by phase, every collective and what takes time. trace: the same for `save_trace`.
+    files: the user's, name -> path.
     """
 
     model: str
@@ -96,6 +99,7 @@ class Plan:
     graphs: dict[str, str] = field(default_factory=dict, repr=False)
     sends: dict[str, list[Send]] = field(default_factory=dict, repr=False)
     events: dict[str, list[Event]] = field(default_factory=dict, repr=False)
+    trace: list[PhaseTrace] = field(default_factory=list, repr=False)
     files: dict[str, str] = field(default_factory=dict, repr=False)
     parts: list[Plan] = field(default_factory=list, repr=False)
 
@@ -113,6 +117,22 @@ class Plan:
         """Write the plan as one HTML page that needs nothing else."""
         with open(path, "w", encoding="utf-8") as file:
             file.write(page(self._page_content()))
+
+    def save_trace(self, path: str, ranks: int | None = None) -> None:
+        """Write the predicted step as a trace that ui.perfetto.dev opens.
+
+        ranks: of the first so many; all do the same. Default: of all.
+        """
+        memory, phases = self.memory, in_order_of_a_step([self.trace, *(part.trace for part in self.parts)])
+        held = int(memory.parameter_bytes + memory.optimizer_bytes)
+        about = {"schema_version": TRACE_SCHEMA_VERSION, "model": self.model, "mesh": dict(self.mesh.axes)}
+        trace = {
+            "traceEvents": chrome_trace(phases, self.mesh, ranks or self.mesh.world_size, held),
+            "displayTimeUnit": "ms",
+            "otherData": about | {"assumptions": list(self.predicted.assumptions)},
+        }
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(trace, file, allow_nan=False, separators=(",", ":"))
 
     def _page_content(self) -> PageContent:
         first, tables, graphs = self.summary()[1:], self.tables(), dict(self.graphs)

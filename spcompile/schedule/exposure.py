@@ -16,7 +16,7 @@ from spcompile.collectives import call_arguments
 from spcompile.graph.edit import copy_graph
 from spcompile.schedule.list_schedule import ListScheduler
 from spcompile.schedule.op_cost import CostModel
-from spcompile.schedule.timeline import timeline
+from spcompile.schedule.timeline import RunRecord, timeline
 
 _spx, _c10d = torch.ops.spx, torch.ops._c10d_functional
 # spx op -> (functional op, its arguments behind the operand)
@@ -38,9 +38,9 @@ def exposed_seconds(graph: fx.Graph, cost: CostModel, budget: float, ahead: floa
         if node.target in _STARTS:
             starts[_in_two(node)] = node.name
     cost = cost.of_one_graph()
-    late_by: dict[fx.Node, float] = {}
-    timeline("", ListScheduler(copy, cost, budget, ahead).run(), cost, late_by)
-    return {name: late_by.get(start, 0.0) for start, name in starts.items()}
+    record = RunRecord()
+    timeline("", ListScheduler(copy, cost, budget, ahead).run(), cost, record)
+    return {name: record.late_by.get(start, 0.0) for start, name in starts.items()}
 
 
 def _in_two(node: fx.Node) -> fx.Node:

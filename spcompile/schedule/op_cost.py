@@ -1,11 +1,12 @@
 """What an op of a final graph costs, in seconds of a table: nothing is timed, so that all ranks and `explain` agree.
 
 A node takes the longer of its arithmetic and its memory traffic. Arithmetic: the formulas of torch.utils.flop_counter;
-attention by what its mask leaves of the scores. Traffic: operands and results; elementwise ops behind one another count
-once under Inductor, which fuses them. A collective takes its bytes and its chain of messages on the link of its axis;
-the messages of an all-to-all leave at once. A product that is cut into chunks takes, for each chunk, a kernel, the
-whole weight, and whole rounds of tiles; of the messages between chunks what takes longer than a chunk is exposed. Sizes
-that are symbols count as at trace time.
+attention by what its mask leaves of the scores, in rings at the rate with which `attention="auto"` compares strategies.
+Traffic: operands and results; elementwise ops behind one another count once under Inductor, which fuses them. A
+collective takes its bytes and its chain of messages on the link of its axis; the messages of an all-to-all leave at
+once. A product that is cut into chunks takes, for each chunk, a kernel, the whole weight, and whole rounds of tiles; of
+the messages between chunks what takes longer than a chunk is exposed. Sizes that are symbols count as at trace time.
+Where a machine was measured, its times stand for those of products, attention and collectives.
 
 B batch, N query heads, S and T query and key rows, H head size of q and k, V of v.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ import spcompile.attention.op  # noqa: F401  (defines the ops)
 from spcompile.attention.ring.ring_call import RingCall, attention_of, is_attention, ring_of
 from spcompile.attention.scores.attention_call import GradientCall
 from spcompile.attention.scores.mask import AttentionMask
+from spcompile.attention.strategy_cost import RING_RATE
 from spcompile.collectives.host_copy import HOST_COPIES
 from spcompile.collectives.pipelined_matmuls import PIPELINED
 from spcompile.collectives.typed_calls import AllGatherMatmulCall, MatmulReduceScatterCall
@@ -149,7 +151,11 @@ class CostModel:
         assert sent is not None, node
         op, axis, amount = sent
         chain = 1 if op == "all_to_all" else (self.mesh.size(axis) - 1) * (2 if op == "all_reduce" else 1)
-        return self.link(axis).seconds(_at_traced_sizes(amount, node), max(1, chain))
+        return self.link(axis).seconds(_at_traced_sizes(amount, node), max(1, chain), op)
+
+    def share_a_kernel(self, producer: fx.Node, reader: fx.Node) -> bool:
+        """Whether what one call gives to another stays inside a kernel."""
+        return self.fuses and _fuses(producer) and _fuses(reader)
 
     def host_copy(self, size: int) -> float:
         """Seconds of a copy of so many bytes to the host or back."""
@@ -167,25 +173,30 @@ class CostModel:
     def _compute(self, node: fx.Node) -> float:
         moved = self._traffic(node)
         if is_attention(node):
-            return max(self._arithmetic(node, attention_flops(node), self.accelerator.attention_reached), moved)
+            seconds = self.accelerator.attention_seconds(attention_flops(node), _itemsize(node))
+            return max(seconds / RING_RATE if ring_of(node) is not None else seconds, moved)
         flops = matmul_flops(node)
-        if flops:
-            return max(self._arithmetic(node, flops, self.accelerator.reached), moved)
-        return moved
-
-    def _arithmetic(self, node: fx.Node, flops: float, reached: float) -> float:
-        return flops / (self.accelerator.peak(_itemsize(node)) * reached)
+        return max(self.accelerator.product_seconds(flops, _itemsize(node)), moved) if flops else moved
 
     def _traffic(self, node: fx.Node) -> float:
         if not _tensors(node) or is_getitem(node) or root_of(node) is not node or node.target in HOST_COPIES:
             return 0.0  # a view, a size, or what has a stream of its own
-        reads, writes = list(node.all_input_nodes), True
-        if self.fuses and _fuses(node):
-            reads = [n for n in reads if not _fuses(root_of(n))]
-            writes = any(not _fuses(user) for user in node.users)
+        reads = [n for n in node.all_input_nodes if not self.share_a_kernel(root_of(n), node)]
+        writes = any(not self.share_a_kernel(node, reader) for reader in readers_of(node))
         moved = sum(bytes_of(n) for n in reads) + (bytes_of(node) if writes else 0)
         launches = self.accelerator.seconds_per_kernel if writes else 0.0
         return moved / self.accelerator.bytes_per_second + launches
+
+
+def readers_of(node: fx.Node) -> Iterator[fx.Node]:
+    """What reads a value, itself or through views of it."""
+    pending = list(node.users)
+    while pending:
+        user = pending.pop()
+        if user.op == "call_function" and root_of(user) is not user:
+            pending += user.users
+        else:
+            yield user
 
 
 def cost_model(mesh: MeshShape, options: Options) -> CostModel:

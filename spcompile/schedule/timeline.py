@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from spcompile.schedule.communication import sent_by
 from spcompile.schedule.op_cost import CostModel, bytes_of
 
 _c10d = torch.ops._c10d_functional
+COMPUTE, WAITS, HOST = "compute", "waits", "host copies"
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,33 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Event:
-    """What a stream is busy with: "compute", or an axis. Seconds since the graph began."""
+    """What a stream is busy with: COMPUTE, an axis, or HOST; or, on WAITS, what compute stands still for.
+
+    Seconds since the graph began. node: of a wait the node that is waited for.
+    """
 
     node: str
     stream: str
     start: float
     seconds: float
+
+
+@dataclass
+class RunRecord:
+    """What happens in a run of a graph.
+
+    late_by: started collective -> seconds that compute waits for it. events: what takes time, in the order of the
+    graph. began: node -> seconds until compute gets to it.
+    """
+
+    late_by: dict[fx.Node, float] = field(default_factory=dict)
+    events: list[Event] = field(default_factory=list)
+    began: dict[fx.Node, float] = field(default_factory=dict)
+
+    def add(self, node: fx.Node, stream: str, start: float, seconds: float) -> None:
+        """An event, if it takes time."""
+        if seconds > 0:
+            self.events.append(Event(node.name, stream, start, seconds))
 
 
 def starts(node: fx.Node) -> bool:
@@ -67,52 +89,46 @@ def is_wait(node: fx.Node) -> bool:
     return node.target is _c10d.wait_tensor.default
 
 
-def timeline(
-    phase: str,
-    nodes: Iterable[fx.Node],
-    cost: CostModel,
-    late_by: dict[fx.Node, float] | None = None,
-    events: list[Event] | None = None,
-) -> Timeline:
-    """Run nodes in this order on the streams.
-
-    late_by: is given, for every started collective, the seconds that compute waits for it.
-    events: is given what takes time, in the order of the graph.
-    """
+def timeline(phase: str, nodes: Iterable[fx.Node], cost: CostModel, record: RunRecord | None = None) -> Timeline:
+    """Run nodes in this order on the streams. record: is given what happens."""
+    record = record if record is not None else RunRecord()
     now = compute = communication = exposed = sent = exposed_bytes = host = 0.0
     free: defaultdict[Any, float] = defaultdict(float)  # axis, or op of a host copy -> when its stream is
     copied: dict[fx.Node, float] = {}  # start of such a copy -> arrival
     flying: dict[fx.Node, tuple[float, float, float]] = {}  # start -> (arrival, seconds, bytes)
     for node in nodes:
+        record.began[node] = now
         if starts(node):
             axis, seconds, size = transfer(node, cost)
             free[axis] = max(now, free[axis]) + seconds
             flying[node] = (free[axis], seconds, size)
             communication, sent = communication + seconds, sent + size
-            if events is not None and seconds > 0:
-                events.append(Event(node.name, axis, free[axis] - seconds, seconds))
+            record.add(node, axis, free[axis] - seconds, seconds)
             continue
         if node.target in HOST_COPIES:
-            free[node.target] = max(now, free[node.target]) + cost.host_copy(bytes_of(node))
+            seconds = cost.host_copy(bytes_of(node))
+            free[node.target] = max(now, free[node.target]) + seconds
             copied[node] = free[node.target]
+            record.add(node, HOST, free[node.target] - seconds, seconds)
             continue
         if node.target is WAIT_COPY:
             late = max(0.0, copied.pop(node.all_input_nodes[0], now) - now)
+            record.add(node.all_input_nodes[0], WAITS, now, late)
             host, now = host + late, now + late
             continue
         if is_wait(node):
             arrival, seconds, size = flying.pop(node.all_input_nodes[0], (0.0, 1.0, 0.0))
             late = max(0.0, arrival - now)
-            if late_by is not None:
-                late_by[node.all_input_nodes[0]] = late
+            record.late_by[node.all_input_nodes[0]] = late
+            record.add(node.all_input_nodes[0], WAITS, now, late)
             exposed_bytes += size * min(1.0, late / seconds)
         else:
             work = cost.work(node)
             late, size = work.exposed, transfer(node, cost)[2] if work.communication else 0.0
-            if events is not None and work.communication > 0:
-                events.append(Event(node.name, transfer(node, cost)[0], now, work.communication))
-            if events is not None and work.compute > 0:
-                events.append(Event(node.name, "compute", now, work.compute))
+            if work.communication > 0:
+                record.add(node, transfer(node, cost)[0], now, work.communication)
+            record.add(node, COMPUTE, now, work.compute)
+            record.add(node, WAITS, now + work.compute, late)
             compute, communication = compute + work.compute, communication + work.communication
             sent, now = sent + size, now + work.compute
             exposed_bytes += size * late / work.communication if size else 0.0
@@ -140,11 +156,11 @@ class Prediction:
         return float(sum(getattr(phase, name) for phase in self.phases))
 
 
-def events_of(graphs: Mapping[str, fx.GraphModule], cost: CostModel) -> dict[str, list[Event]]:
+def records_of(graphs: Mapping[str, fx.GraphModule], cost: CostModel) -> dict[str, RunRecord]:
     """By phase, what each stream of a rank does when; all ranks do the same."""
-    found: dict[str, list[Event]] = {phase: [] for phase in graphs}
+    found = {phase: RunRecord() for phase in graphs}
     for phase, gm in graphs.items():
-        timeline(phase, gm.graph.nodes, cost, events=found[phase])
+        timeline(phase, gm.graph.nodes, cost, found[phase])
     return found
 
 

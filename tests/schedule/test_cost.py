@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 import torch.fx as fx
-from explained import plan_of
+from explained import HEADS, WIDTH, plan_of
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from spcompile.attention.scores.mask import AttentionMask
-from spcompile.machine.accelerators import Accelerator
-from spcompile.machine.links import LINKS
+from spcompile.attention.strategy import Strategy
+from spcompile.attention.strategy_cost import Problem, cost
+from spcompile.machine.accelerators import ACCELERATORS, Accelerator
+from spcompile.machine.links import LINKS, Link
 from spcompile.machine.mesh import MeshShape
 from spcompile.schedule.op_cost import CostModel, attention_flops, matmul_flops, visible
-from spcompile.schedule.timeline import timeline
+from spcompile.schedule.timeline import COMPUTE, timeline
 
 c10d = torch.ops._c10d_functional
 SLOW = Accelerator(
@@ -131,3 +133,31 @@ def test_predicted_times_add_up_and_name_what_they_assume() -> None:
         assert all(text in str(plan) for text in predicted["assumptions"])
     slow, fast = plans["loopback"].predicted, plans["nvlink"].predicted
     assert slow.total("exposed") > fast.total("exposed") > 0
+
+
+def test_what_a_product_reads_through_a_view_is_written() -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x + 1
+        return y.view(N, N) @ y.view(N, N), torch.relu(y.view(N * N)).sum()
+
+    graph = traced(function, torch.randn(N * N)).graph
+    (add,) = (node for node in graph.nodes if node.target is torch.ops.aten.add.Tensor)
+    assert COST.work(add).compute == pytest.approx(2 * N * N * 4 / 1e12)
+    for reader in [node for node in graph.nodes if node.target is torch.ops.aten.mm.default]:
+        reader.replace_all_uses_with(add)  # now views of it are read by what fuses alone
+        graph.erase_node(reader)
+    graph.output_node().args = ((graph.output_node().args[0][1],),)  # type: ignore[index]
+    assert COST.work(add).compute == pytest.approx(N * N * 4 / 1e12)
+
+
+@pytest.mark.thinned(4)
+def test_rings_are_as_fast_as_where_strategies_are_compared() -> None:
+    """`attention="auto"` and predicted steps have one cost model."""
+    length, free = 65536, Link("free", 1e30, 0.0)
+    plan = plan_of(4, attention="ring", length=length, layers=1)
+    events = [event for found in plan.events.values() for event in found if event.stream == COMPUTE]
+    found = sum(event.seconds for event in events if event.node.startswith("ring_attention"))
+    problem = Problem(1, HEADS, HEADS, length, length, WIDTH // HEADS, WIDTH // HEADS, 4, AttentionMask(causal=True))
+    rate = ACCELERATORS["h100"].attention_flops(4)
+    compared = cost(problem, Strategy(1, 4), plan.sharding.order, free, free, rate)
+    assert found == pytest.approx(compared.seconds, rel=0.05)

@@ -9,12 +9,16 @@ import pytest
 import torch
 import torch.fx as fx
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import spcompile.check.attention_specs  # noqa: F401  (the simulator learns ring attention)
 from spcompile.check.simulate import Simulator
+from spcompile.diagnostics import Remarks
 from spcompile.machine.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.passes import PIPELINE
+from spcompile.passes.schedule.bucket_collectives import BucketCollectives
+from spcompile.passes_api import Context
 from spcompile.program.build import build
 from spcompile.program.trace import through_dynamo
 from spcompile.report.example_runs import graphs_after_autograd
@@ -61,6 +65,28 @@ def graphs_of(
 
 def count(gm: fx.GraphModule, op: str) -> int:
     return len(gm.graph.find_nodes(op="call_function", target=getattr(c10d, op).default))
+
+
+def test_a_bucket_whose_members_another_one_has_moved_up() -> None:
+    """A parameter split over both axes: the gather over cp goes in front of the bucket over dp that reads it."""
+
+    def gather(x: Tensor, axis: str, to: str) -> Tensor:
+        return torch.ops.spx.all_gather(x, 0, 2 * x.shape[0], axis, 2, "contiguous", to)
+
+    def forward(primals_1: Tensor, primals_2: Tensor, primals_3: Tensor) -> Tensor:
+        first = gather(primals_1, "dp", "R").sum()
+        second = first * gather(primals_2, "cp", "I").sum()
+        return second * gather(gather(primals_3, "cp", "I"), "dp", "R").sum()
+
+    given = [torch.randn(size, dtype=torch.float64) for size in (3, 4, 5)]
+    gm = make_fx(forward, tracing_mode="fake")(*given)
+    shape = MeshShape.of({"dp": 2, "cp": 2})
+    wanted = Simulator(shape).run(gm, [given] * 4)
+    assert BucketCollectives().run(gm, Context(shape, Options(), Remarks())) == 4
+    gm.graph.lint()
+    gm.recompile()
+    assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.spx.all_gather.default)) == 2
+    torch.testing.assert_close(Simulator(shape).run(gm, [given] * 4), wanted)
 
 
 @pytest.mark.thinned(10)

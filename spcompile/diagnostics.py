@@ -1,7 +1,8 @@
 """Errors (SP...) and remarks (SPR...): one class or one row each, with a stable code and a text that says what to do.
 
 An error stops the compile, with the same text on every rank. A remark tells what the compiler did where a user might
-have expected something else; under `strict=True` it becomes an error. docs/errors.md is generated from this file.
+have expected something else; under `strict=True` it becomes an error. docs/errors.md is generated from this file,
+and from report/error_texts.py and remark_texts.py, which have a cause, an example and a cure for each.
 """
 
 from __future__ import annotations

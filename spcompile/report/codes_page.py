@@ -30,14 +30,14 @@ def codes_markdown(generated: str) -> str:
         "",
         "| code | class | title | when |",
         "| --- | --- | --- | --- |",
-        *[f"| {_link(e.code)} | `{e.__name__}` | {e.title} | {_summary_of(e)} |" for e in errors],
+        *[f"| {_to_section(e.code)} | `{e.__name__}` | {e.title} | {_summary_of(e)} |" for e in errors],
         "",
         "A remark (SPR) tells what the compiler did where one might have expected something else. It is logged by",
         "`spcompile.backend`; with `strict=True` a remark about lost parallelism becomes the error SP401.",
         "",
         "| code | what happened |",
         "| --- | --- |",
-        *[f"| {_link(code)} | {text} |" for code, text in sorted(REMARKS.items())],
+        *[f"| {_to_section(code)} | {text} |" for code, text in sorted(REMARKS.items())],
         "",
         "Each has a section below. Examples in Python run as they stand behind these lines, and end in the error, or",
         "make a `plan` whose `remarks` have the remark:",
@@ -54,7 +54,7 @@ def codes_markdown(generated: str) -> str:
     return "\n".join(lines)
 
 
-def _link(code: str) -> str:
+def _to_section(code: str) -> str:
     return f"[{code}](#{code.lower()})"
 
 

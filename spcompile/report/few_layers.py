@@ -44,7 +44,7 @@ def plan_of_few_layers(
     None where all layers must be compiled: too few are equal, lengths are symbols, or a step takes so much of its
     budget that memory must be saved.
     """
-    if options.memory == "min" or any(isinstance(size, torch.SymInt) for x in inputs for size in _sizes(x)):
+    if options.memory == "min" or any(isinstance(size, torch.SymInt) for x in inputs for size in _sizes_of_input(x)):
         return None
     begins("reading the graph")
     captured = capture(gm, inputs)
@@ -67,5 +67,5 @@ def plan_of_few_layers(
     return plan if budget is None or plan.memory.total_bytes <= SURE * ROOM * budget else None
 
 
-def _sizes(value: Any) -> Sequence[Any]:
+def _sizes_of_input(value: Any) -> Sequence[Any]:
     return (value,) if isinstance(value, torch.SymInt) else getattr(value, "shape", ())

@@ -56,11 +56,11 @@ def _continued(few: Plan, more: Plan, folded: Folded) -> Plan:
             lambda r: replace(r, count=0, bytes=sympy.S.Zero),
             ["count", "bytes"],
         ),
-        memory=_memory(few.memory, more.memory, line),
-        remarks=_remarks(few.remarks, more.remarks, line),
+        memory=_continued_memory(few.memory, more.memory, line),
+        remarks=_continued_remarks(few.remarks, more.remarks, line),
         passes=line.rows(few.passes, more.passes, lambda r: (r.name, r.phase), ["rewrites"]),
-        largest_tensors=_largest(few.largest_tensors, more.largest_tensors, line),
-        predicted=_predicted(few.predicted, more.predicted, line),
+        largest_tensors=_continued_tensors(few.largest_tensors, more.largest_tensors, line),
+        predicted=_continued_times(few.predicted, more.predicted, line),
         folded=folded,
     )
 
@@ -77,7 +77,7 @@ def bundled(rows: Iterable[Row]) -> list[Row]:
     return list(found.values())
 
 
-def _largest(few: Sequence[LargeTensor], more: Sequence[LargeTensor], line: Line) -> list[LargeTensor]:
+def _continued_tensors(few: Sequence[LargeTensor], more: Sequence[LargeTensor], line: Line) -> list[LargeTensor]:
     """Bundles of parameters have other sizes at each depth: what the first has no equal of stays as it is."""
 
     def counted(rows: Sequence[LargeTensor]) -> dict[tuple[Any, ...], LargeTensor]:
@@ -96,7 +96,7 @@ def _largest(few: Sequence[LargeTensor], more: Sequence[LargeTensor], line: Line
     ]
 
 
-def _remarks(few: Sequence[Remark], more: Sequence[Remark], line: Line) -> list[Remark]:
+def _continued_remarks(few: Sequence[Remark], more: Sequence[Remark], line: Line) -> list[Remark]:
     """Raises NotAlike where one depth has a remark that the other has not."""
     before = {(remark.code, remark.text, remark.where): remark for remark in few}
     if [*before] != [(remark.code, remark.text, remark.where) for remark in more]:
@@ -108,7 +108,7 @@ def _remarks(few: Sequence[Remark], more: Sequence[Remark], line: Line) -> list[
     return found
 
 
-def _memory(few: Memory, more: Memory, line: Line) -> Memory:
+def _continued_memory(few: Memory, more: Memory, line: Line) -> Memory:
     same = ("host_limit_bytes", "budget_bytes", "fits", "peak_at", "actions", "phases")
     sizes = {name: line.at(getattr(few, name), value) for name, value in vars(more).items() if name not in same}
     phases = tuple(
@@ -123,6 +123,6 @@ def _memory(few: Memory, more: Memory, line: Line) -> Memory:
     return replace(more, **sizes, phases=phases, peak_at=high.where, fits=fits)
 
 
-def _predicted(few: Prediction, more: Prediction, line: Line) -> Prediction:
+def _continued_times(few: Prediction, more: Prediction, line: Line) -> Prediction:
     names = [name for name in vars(more.phases[0]) if name != "phase"]
     return Prediction(tuple(line.rows(few.phases, more.phases, lambda r: r.phase, names)), more.assumptions)

@@ -162,7 +162,7 @@ class SequenceParallelMixin(_Base):
         """The Trainer's; ranks that share batches draw the same random numbers, as where tokens are sampled."""
         self.accelerator.batches.share_random_states(self.accelerator.device)
         if self.gather_function == self.accelerator.gather:  # Seq2SeqTrainer's, which would have each batch many times
-            self.gather_function = self.accelerator.gather_batches
+            self.gather_function = functools.partial(self.accelerator.gather_batches)
         return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

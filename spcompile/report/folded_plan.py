@@ -17,10 +17,13 @@ import sympy
 from spcompile.diagnostics import Remark
 from spcompile.memory.account import Memory, PhaseMemory
 from spcompile.memory.largest import LargeTensor
+from spcompile.passes_api import Stage
 from spcompile.report.line_of_depths import Line, NotAlike
-from spcompile.report.plan import Folded, Plan
+from spcompile.report.plan import Folded, PassRow, Plan
 from spcompile.schedule.communication import Row
 from spcompile.schedule.timeline import Prediction
+
+SCHEDULE = Stage.SCHEDULE.value
 
 
 def folded_plan(few: Plan, more: Plan, blocks: tuple[int, int], count: int) -> Plan | None:
@@ -58,11 +61,19 @@ def _continued(few: Plan, more: Plan, folded: Folded) -> Plan:
         ),
         memory=_continued_memory(few.memory, more.memory, line),
         remarks=_continued_remarks(few.remarks, more.remarks, line),
-        passes=line.rows(few.passes, more.passes, lambda r: (r.name, r.phase), ["rewrites"]),
+        passes=[
+            *line.rows(*(_before_schedule(plan) for plan in (few, more)), lambda r: (r.name, r.phase), ["rewrites"]),
+            *(row for row in more.passes if row.stage == SCHEDULE),
+        ],
         largest_tensors=_continued_tensors(few.largest_tensors, more.largest_tensors, line),
         predicted=_continued_times(few.predicted, more.predicted, line),
         folded=folded,
     )
+
+
+def _before_schedule(plan: Plan) -> list[PassRow]:
+    """What passes move on the final graphs grows with nothing: their rows stay those of the second program."""
+    return [row for row in plan.passes if row.stage != SCHEDULE]
 
 
 def bundled(rows: Iterable[Row]) -> list[Row]:

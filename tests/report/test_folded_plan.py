@@ -45,8 +45,8 @@ def test_what_is_exact_and_what_is_close(mesh: dict[str, int], shard: tuple[str,
     assert sent(few) == sent(full)
     assert (few.attention, few.sharding, few.symbols) == (full.attention, full.sharding, full.symbols)
     assert few.other_remarks() == full.other_remarks()
-    assert [(r.name, r.phase, r.rewrites) for r in few.passes if "bucket" not in r.name] == [
-        (r.name, r.phase, r.rewrites) for r in full.passes if "bucket" not in r.name
+    assert [(r.name, r.phase, r.rewrites) for r in few.passes if r.stage != "schedule"] == [
+        (r.name, r.phase, r.rewrites) for r in full.passes if r.stage != "schedule"
     ]
     assert few.answers.flops == pytest.approx(full.answers.flops, rel=1e-9)
     assert few.answers.flops_full == pytest.approx(full.answers.flops_full, rel=1e-9)

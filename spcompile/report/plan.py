@@ -87,8 +87,8 @@ class Folded:
     def __str__(self) -> str:
         few, more = self.compiled
         return (
-            f"{self.count} equal ones, of which {few} and {more} were compiled. What is saved and sent, and flops, follow "
-            f"exactly; peaks, times, and how parameters are bundled, are continued; the schedule is that of {more}"
+            f"{self.count} equal ones, of which {few} and {more} were compiled. What is saved and sent, and flops, "
+            f"follow exactly; peaks, times, and how parameters are bundled, are continued; the schedule is that of {more}"
         )
 
 

@@ -88,7 +88,7 @@ class Folded:
         few, more = self.compiled
         return (
             f"{self.count} equal ones, of which {few} and {more} were compiled. What is saved and sent, and flops, "
-            f"follow exactly; peaks, times, and how parameters are bundled, are continued; the schedule is that of {more}"
+            f"follow exactly; peaks, times, and how parameters are bundled, are continued; the schedule is of {more}"
         )
 
 

@@ -1,7 +1,8 @@
 """Errors (SP...) and remarks (SPR...): one class or one row each, with a stable code and a text that says what to do.
 
 An error stops the compile, with the same text on every rank. A remark tells what the compiler did where a user might
-have expected something else; under `strict=True` it becomes an error. docs/errors.md is generated from this file.
+have expected something else; under `strict=True` it becomes an error. docs/errors.md is generated from this file,
+and from report/error_texts.py and remark_texts.py, which have a cause, an example and a cure for each.
 """
 
 from __future__ import annotations
@@ -259,7 +260,8 @@ PLACES = 6  # lines that are shown of remarks that say the same
 class Remark:
     """One decision worth knowing about, of one line. `strict_error` is False for pure information.
 
-    values: the nodes of the graph that it is about, one for each layer that the line is part of.
+    values: the nodes of the graph that it is about, one for each layer that the line is part of. without_name: how many
+    there are besides, in layers that were not compiled since they are equal.
     """
 
     code: str
@@ -267,6 +269,7 @@ class Remark:
     where: SourceLine | None = None
     strict_error: bool = True
     values: tuple[str, ...] = ()
+    without_name: int = 0
 
     def __post_init__(self) -> None:
         assert self.code in REMARKS, self.code
@@ -291,7 +294,7 @@ def remark_lines(remarks: Iterable[Remark]) -> list[str]:
 
 
 def _as_one(group: list[Remark]) -> str:
-    times = sum(max(1, len(remark.values)) for remark in group)
+    times = sum(max(1, len(remark.values)) + remark.without_name for remark in group)
     places = [f"\n  at {place}" for place in dict.fromkeys(remark.where for remark in group) if place is not None]
     more = f"\n  and at {len(places) - PLACES} other lines" if len(places) > PLACES else ""
     count = f" ({times} times)" if times > 1 else ""

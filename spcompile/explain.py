@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
+    from spcompile.diagnostics import Remark
     from spcompile.machine.mesh import MeshShape
     from spcompile.options import Options
     from spcompile.parameters.sharded_modules import Parts
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from spcompile.program.pipeline import Snapshot
     from spcompile.program.trace import Traced
     from spcompile.report.answers import Answers
-    from spcompile.report.plan import PassRow, Plan, Sharding
+    from spcompile.report.plan import Folded, PassRow, Plan, Sharding
 
-LARGEST = 10  # tensors in the report
+LARGEST = 10  # kinds of tensors in the report
 
 
 def explain(
@@ -32,6 +33,7 @@ def explain(
     mesh: Mapping[str, int] | DeviceMesh,
     *,
     shard_parameters: str | Sequence[str] | None = None,
+    fold_layers: bool = False,
     **options: Any,
 ) -> Plan:
     """What the backend would make of a model on a mesh; needs no process group, and computes nothing.
@@ -42,6 +44,9 @@ def explain(
     model: its weights may be real, fake or on `meta`. It is compiled for training if gradients are enabled.
     example_inputs: keyword arguments (a dict) or positional ones; torch._dynamo.mark_dynamic works on them.
     shard_parameters: explains the model as `parallelize` leaves it, with these axes; () for none; None: drop-in.
+    fold_layers: of layers that are equal in the graph a few are compiled, and the plan says so: what is counted, saved
+        and sent is that of all, peaks and times are a few percent off at most, graphs are those of few layers. All are
+        compiled in any case where a step takes so much of its budget that memory must be saved.
     options: those of the backend, but `mesh`.
 
     Raises:
@@ -57,6 +62,7 @@ def explain(
     from spcompile.program.plugins import with_plugins
     from spcompile.program.trace import compile_for, mesh_shape, through_dynamo
     from spcompile.program.whole_batch import over_whole_batch
+    from spcompile.report.few_layers import plan_of_few_layers
     from spcompile.report.put_back import put_back
 
     shape, chosen = mesh_shape(mesh), Options.parse(options)
@@ -68,11 +74,25 @@ def explain(
         split = [parts.get(id(value), ()) for value in inputs]
         own = {id(p) for p in model.parameters()}
         moved = off_meta(gm, inputs)
-        traced = compile_for(*over_planned_parts(*moved, split), shape, chosen, pipeline)
-        if shard_parameters is None:
-            _remark_weight_memory(model, traced.program, inputs)
         trained = [id(value) in own for value in inputs]
-        plan = _plan(model, traced, chosen, trained, _parts_held(model, parts))
+        unread = own - {id(value) for value in inputs}
+        weights: list[tuple[int, int]] = []
+
+        def plan_of(traced: Traced, kept: Sequence[int]) -> Plan:
+            read = {id(inputs[place]) for place in kept} | unread
+            held = _parts_held([p for p in model.parameters() if id(p) in read], parts)
+            if shard_parameters is None:
+                weights.extend(_weight_bytes(model, traced.program, [inputs[place] for place in kept]))
+            return _plan(model, traced, chosen, [trained[place] for place in kept], held)
+
+        plan = None
+        if fold_layers and model_part_of(gm) is None and not _is_parallelized(model):
+            plan = plan_of_few_layers(*moved, split, shape, chosen, pipeline, plan_of)
+        if plan is None:
+            weights.clear()
+            plan = plan_of(compile_for(*over_planned_parts(*moved, split), shape, chosen, pipeline), range(len(inputs)))
+        plan.remarks.extend(_weight_remarks(model, weights, plan.folded))
+        del plan.largest_tensors[LARGEST:]
         if not plan.memory.fits and model_part_of(gm) is None:
             ways = _ways_to_fit(gm, inputs, trained, shape, chosen, pipeline)
             plan = replace(plan, answers=replace(plan.answers, ways=tuple(ways)))
@@ -83,27 +103,42 @@ def explain(
     return replace(plans[0], parts=plans[1:])
 
 
-def _remark_weight_memory(model: nn.Module, program: LocalProgram, inputs: Sequence[Any]) -> None:
-    """Drop-in use of tp splits the work on the weights, not the weights that a rank holds: say what that costs."""
-    from torch.distributed.tensor import DTensor
-
+def _weight_bytes(model: nn.Module, program: LocalProgram, inputs: Sequence[Any]) -> Iterator[tuple[int, int]]:
+    """Of parameters that a program reads: all bytes, and those of a rank under `parallelize`. Nothing without tp."""
     from spcompile.parameters.weight_plan import PLANNED, split_over_tp, weight_plan
 
     snapshot = next((s for s in program.history.snapshots if s.name == PLANNED), None)
-    if snapshot is None or snapshot.gm is None or any(isinstance(p, DTensor) for p in model.parameters()):
+    if snapshot is None or snapshot.gm is None or _is_parallelized(model):
         return
     mesh = program.ctx.mesh
     names = {id(p): name for name, p in model.named_parameters()}
     found = zip(inputs, split_over_tp(snapshot.gm.graph, mesh.size("tp")), strict=True)
     split = {names[id(value)]: dim for value, dim in found if id(value) in names}
+    sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
+    others = sum(size for name, size in sizes.items() if name not in split)
     plan = weight_plan(model, split, dict(mesh.axes))
+    yield sum(sizes.values()) - others, plan.bytes_per_rank(model) - others
+
+
+def _weight_remarks(model: nn.Module, found: Sequence[tuple[int, int]], folded: Folded | None) -> Iterator[Remark]:
+    """Drop-in use of tp splits the work on the weights, not the weights that a rank holds: say what that costs."""
+    from spcompile.diagnostics import Remark
+
+    if not found:
+        return
+    read, own = found[0] if folded is None else map(folded.line.at, *found)
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
-    program.ctx.remarks.add(
-        "SPR505",
+    text = (
         f"every rank of tp holds all {whole:,} bytes of parameters; under spcompile.parallelize it would hold "
-        f"{plan.bytes_per_rank(model):,}",
-        strict_error=False,
+        f"{whole - read + own:,}"
     )
+    yield Remark("SPR505", text, strict_error=False)
+
+
+def _is_parallelized(model: nn.Module) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def _planned_parts(
@@ -124,7 +159,7 @@ def _planned_parts(
     return {id(p): parts[name] for name, p in model.named_parameters()}
 
 
-def _parts_held(model: nn.Module, parts: Mapping[int, Parts]) -> list[torch.Tensor]:
+def _parts_held(parameters: Sequence[torch.Tensor], parts: Mapping[int, Parts]) -> list[torch.Tensor]:
     """What a rank has of each parameter, without values."""
     import torch
 
@@ -134,7 +169,7 @@ def _parts_held(model: nn.Module, parts: Mapping[int, Parts]) -> list[torch.Tens
         own = torch.empty(local_shape(p.shape, parts[id(p)]), dtype=p.dtype, device="meta")
         return own.requires_grad_(p.requires_grad)
 
-    return [part(p) if parts.get(id(p)) else p for p in model.parameters()]
+    return [part(p) if parts.get(id(p)) else p for p in parameters]
 
 
 def _plan(
@@ -174,7 +209,7 @@ def _plan(
         ),
         remarks=list(program.ctx.remarks.rows),
         passes=passes,
-        largest_tensors=largest_tensors(final, LARGEST),
+        largest_tensors=largest_tensors(final, None),
         predicted=predict(final, cost),
         answers=_answers(model, traced, options),
         symbols=_symbols(program),

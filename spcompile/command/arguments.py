@@ -21,6 +21,7 @@ from spcompile.options import Options
 MOST_TOKENS = 1 << 30
 MOST_PROCESSES = 64  # on one machine, where it has no more cores
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MODEL_KINDS = "models:NAME, hf:TYPE or hf:FOLDER with a config.json"
 _SHORT_DTYPES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
 _MULTIPLES = {"": 1, "k": 1 << 10, "m": 1 << 20}
@@ -124,8 +125,13 @@ def parse_dtype(text: str) -> str:
 
 
 def require_model(model: str) -> None:
-    """Raises IllegalModel for what names no kind of model."""
+    """Raises IllegalModel for what names no kind of model; for a name of a hub it says how to get its config."""
     kind, _, name = model.partition(":")
+    on_hub = name if kind == "hf" else model
+    if _HUB_NAME.fullmatch(on_hub) and not Path(on_hub).exists():
+        folder = on_hub.rpartition("/")[2]
+        found = f"{model!r} is no folder here, and nothing is downloaded"
+        raise IllegalModel(found, legal=f"hf:{folder}, after: hf download {on_hub} config.json --local-dir {folder}")
     if kind not in ("models", "hf") or not name:
         raise IllegalModel(repr(model), legal=MODEL_KINDS)
 

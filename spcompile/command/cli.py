@@ -170,9 +170,12 @@ def explain(
     option: Options = None,
     html: Path | None = None,
     graph: str | None = None,
+    all_layers: bool = False,
     json: Json = False,
 ) -> int:
     """Tell what would be computed, sent and kept where; needs no devices.
+
+    Equal layers are compiled once, and the report says so; all are with --html, --graph and --all-layers.
 
     Args:
         model: The model, see above.
@@ -183,6 +186,7 @@ def explain(
         outputs: The backend's option: full, sharded or loss.
         html: Also write the plan as an HTML page, with the graph after every pass.
         graph: Print the graph after this pass instead ("forward", "backward": the final ones).
+        all_layers: Compile all layers, also those that are equal.
     """
     sizes = parse_mesh(mesh or ["cp=2"])
     tokens, dtype = parse_tokens("--seq", seq), parse_dtype(dtype)
@@ -200,7 +204,8 @@ def explain(
     _require_graph(graph, options.get("plugins", ""))
     with compile_progress():
         built, inputs = built_with_inputs(model, tokens, batch, dtype, "meta", given)
-        plan = spcompile.explain(built, inputs, mesh=sizes, **options)
+        fold = not all_layers and html is None and graph is None
+        plan = spcompile.explain(built, inputs, mesh=sizes, fold_layers=fold, **options)
     if html is not None:
         plan.save(str(html))
     if graph is not None:

@@ -11,7 +11,7 @@ Read from accelerate 1.15.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -25,6 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from spcompile.broadcast import broadcast
 from spcompile.diagnostics import IllegalModel, IllegalOption
 from spcompile.integrations.batch_mesh import BatchMesh, is_sharded
+from spcompile.integrations.plain_generation import generating_plainly
+from spcompile.parallelize import parallelize
 
 # accelerate's names of compilers; compiled is in any case, by the option `compiler`, which two of them choose.
 COMPILERS = {DynamoBackend.INDUCTOR: "inductor", DynamoBackend.EAGER: "eager"}
@@ -127,15 +129,33 @@ class SequenceParallelAccelerator(Accelerator):
         model = super().prepare_model(model, device_placement, evaluation_mode=True)
         if is_sharded(model) and self.num_batches > 1:
             raise IllegalModel("a model whose parameters are sharded, over dp", legal="a mesh without dp")
+        if is_sharded(model):
+            generating_plainly(model)
         if not is_sharded(model) and model not in self._compiled:
             if self.mesh is not None:
                 broadcast(model, self.mesh)
             without_gradients_of_inputs(model)
+            generating_plainly(model)
             model.compile(backend="spcompile", options=self.options)
             self._compiled.add(model)
         if evaluation_mode or self.num_batches == 1 or not any(p.requires_grad for p in model.parameters()):
             return model
         return self._averaged_over_dp(model)
+
+    def shard(self, model: nn.Module, inputs: Mapping[str, Any], shard_parameters: str | Sequence[str]) -> None:
+        """`parallelize` a plain model in place, before it has an optimizer; parameters become those of the first rank.
+
+        inputs: keyword arguments of one training step. shard_parameters: as there.
+
+        Raises:
+            IllegalModel: over dp. SpcompileError: what parallelize raises.
+        """
+        if self.mesh is None or self.num_batches > 1:
+            raise IllegalModel("a model whose parameters are to be sharded, over dp", legal="a mesh without dp")
+        broadcast(model, self.mesh)
+        without_gradients_of_inputs(model)
+        options = {name: value for name, value in self.options.items() if name != "mesh"}
+        parallelize(model, self.mesh, inputs, shard_parameters=shard_parameters, **options)
 
     def prepare_scheduler(self, scheduler: Any) -> Any:
         """As accelerate's, which steps a scheduler once for each batch of a step."""
@@ -165,8 +185,12 @@ class SequenceParallelAccelerator(Accelerator):
                 dist.all_gather_object(lists, input_data, group=self.batches.group)
             found = [entry for part in lists for entry in part]
             return found[:remainder] if remainder > 0 else found
-        gathered = recursively_apply(self.batches.gather, input_data, error_on_other_type=True)
+        gathered = self.gather_batches(input_data)
         return recursively_apply(lambda x: x[:remainder], gathered) if remainder > 0 else gathered
+
+    def gather_batches(self, input_data: Any) -> Any:
+        """What the processes have, each batch of a step once, with entries that were repeated to fill it."""
+        return recursively_apply(self.batches.gather, input_data, error_on_other_type=True)
 
     def _averaged_over_dp(self, model: nn.Module) -> nn.Module:
         kwargs = self.ddp_handler.to_kwargs() if self.ddp_handler is not None else {}

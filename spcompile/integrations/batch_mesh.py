@@ -90,27 +90,41 @@ class BatchMesh:
         return asked
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The tensors of all batches of a step, of the same shape, behind each other in dim 0."""
+        """The tensors of all batches of a step, behind each other in dim 0, of which each may have another size."""
         tensor = tensor[None] if tensor.ndim == 0 else tensor.contiguous()
         if self.group is None:
             return tensor
-        found = [torch.empty_like(tensor) for _ in range(self.count)]
-        dist.all_gather(found, tensor, group=self.group)
-        return torch.cat(found)
+        sizes = [torch.empty(1, dtype=torch.long, device=tensor.device) for _ in range(self.count)]
+        dist.all_gather(sizes, torch.full_like(sizes[0], tensor.shape[0]), group=self.group)
+        counts = [int(size) for size in sizes]
+        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+        padded[: tensor.shape[0]] = tensor
+        found = [torch.empty_like(padded) for _ in range(self.count)]
+        dist.all_gather(found, padded, group=self.group)
+        return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
 
     def share_random_states(self, device: torch.device) -> None:
         """The first rank's, along `tp`, then along `cp`: what ranks draw for one batch is the same."""
         if self.device_mesh is None:
             return
-        on_device = torch.get_device_module(device) if device.type != "cpu" else None
-        states: list[Any] = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
-        states.append(on_device.get_rng_state(device) if on_device is not None else None)
+        states = random_states(device)
         for axis in ("tp", "cp"):
             if axis in self.axes:
                 group = self.device_mesh.get_group(axis)
                 dist.broadcast_object_list(states, src=dist.get_global_rank(group, 0), group=group, device=device)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if on_device is not None:
-            on_device.set_rng_state(states[3], device)
+        set_random_states(states, device)
+
+
+def random_states(device: torch.device) -> list[Any]:
+    """Of all generators that data loaders and models draw from."""
+    on_device = torch.get_device_module(device).get_rng_state(device) if device.type != "cpu" else None
+    return [random.getstate(), np.random.get_state(), torch.get_rng_state(), on_device]
+
+
+def set_random_states(states: list[Any], device: torch.device) -> None:
+    """What `random_states` has returned."""
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    if states[3] is not None:
+        torch.get_device_module(device).set_rng_state(states[3], device)

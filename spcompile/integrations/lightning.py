@@ -25,6 +25,7 @@ from torchmetrics import Metric
 from spcompile.broadcast import broadcast
 from spcompile.diagnostics import IllegalModel, IllegalOption
 from spcompile.integrations.batch_mesh import BatchMesh, is_sharded
+from spcompile.integrations.plain_generation import generating_plainly
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -105,6 +106,7 @@ class _BatchesOfMesh(_Strategy):
         if self.batches.device_mesh is not None:
             broadcast(whole, self.batches.device_mesh)
         for part in parts:
+            generating_plainly(part)
             part.compile(backend="spcompile", options=self.options)
             _COMPILED.add(part)
 

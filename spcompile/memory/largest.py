@@ -19,7 +19,7 @@ class LargeTensor:
     """One of the largest values of the final graphs, and how many there are like it.
 
     name: of the first. phase: "forward", "backward" or both, as "forward, backward". count: values of this shape, dtype
-        and line; what a phase hands to the next counts in each.
+        and line; what a phase hands to the next counts in each. op: of their nodes, as torch.fx names it.
     """
 
     name: str
@@ -29,10 +29,11 @@ class LargeTensor:
     dtype: torch.dtype
     source: SourceLine | None
     count: int = 1
+    op: str = "call_function"
 
 
-def largest_tensors(graphs: Mapping[str, fx.GraphModule], count: int) -> list[LargeTensor]:
-    """The `count` largest kinds of values of the final graphs, each storage once, by its largest view."""
+def largest_tensors(graphs: Mapping[str, fx.GraphModule], count: int | None) -> list[LargeTensor]:
+    """The `count` largest kinds of values of the final graphs, or all; each storage once, by its largest view."""
     largest: dict[tuple[str, fx.Node], tuple[int, fx.Node]] = {}
     for phase, gm in graphs.items():
         for node in gm.graph.nodes:
@@ -56,4 +57,4 @@ def _large(alike: list[tuple[str, fx.Node]]) -> LargeTensor:
     val = node.meta["val"]
     shape = tuple(expression(size) for size in val.shape)
     phases = ", ".join(dict.fromkeys(phase for phase, _ in alike))
-    return LargeTensor(node.name, phases, shape, sympy.Mul(*shape), val.dtype, source_of(node), len(alike))
+    return LargeTensor(node.name, phases, shape, sympy.Mul(*shape), val.dtype, source_of(node), len(alike), node.op)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from spcompile.sharding.global_view import Part, global_view
+from spcompile.sharding.global_view import Part, global_view, nested
 
 Parts = tuple[Part, ...]
 
@@ -27,6 +27,15 @@ def placements_of(parts: Parts, mesh: DeviceMesh) -> list[Placement]:
     """The DTensor placements, one per axis of the mesh."""
     dims = {part.axis: part.dim for part in parts}
     return [Shard(dims[axis]) if axis in dims else Replicate() for axis in mesh.mesh_dim_names or ()]
+
+
+def parts_of_dtensor(parameter: DTensor) -> Parts:
+    """How a parameter is split: what `placements_of` was given."""
+    mesh = parameter.device_mesh
+    placed = zip(mesh.mesh_dim_names or (), parameter.placements, strict=True)
+    return nested(
+        Part(placement.dim, axis, mesh[axis].size()) for axis, placement in placed if isinstance(placement, Shard)
+    )
 
 
 def local_shape(shape: torch.Size, parts: Parts) -> torch.Size:

@@ -18,13 +18,14 @@ from spcompile.capture.dynamo_settings import as_in_one_graph, ignore_library_lo
 from spcompile.capture.graph_breaks import ModelPart, counted, mark_part, model_call, model_part_of, options_of_part
 from spcompile.capture.local_inputs import over_local_parts
 from spcompile.capture.python_floats import without_symbolic_floats
+from spcompile.capture.retrace import capture
 from spcompile.diagnostics import CaptureFailed, GraphBreak, IllegalMesh
 from spcompile.graph.edit import copy_graph
 from spcompile.machine.mesh import LEGAL_MESH, MeshShape
 from spcompile.memory.planner import Wish
 from spcompile.options import Options
 from spcompile.passes_api import Pass
-from spcompile.program.build import LocalProgram, build
+from spcompile.program.build import LocalProgram, build_captured
 from spcompile.program.collection import rare_collection
 from spcompile.program.emit import Emission, emit_nothing
 from spcompile.program.pipeline import History, Snapshot
@@ -157,11 +158,29 @@ def compile_for(
     begins("reading the graph")
     gm, inputs = over_local_parts(gm, inputs)
     options = options_of_part(gm, options)
+    options.require_factors(mesh.size("cp"))
+    return compile_captured(
+        capture(gm, inputs), inputs, mesh, options, pipeline, keep_texts=keep_texts, part=model_part_of(gm)
+    )
+
+
+def compile_captured(
+    captured: fx.GraphModule,
+    inputs: Sequence[Any],
+    mesh: MeshShape,
+    options: Options,
+    pipeline: Sequence[Pass],
+    *,
+    keep_texts: bool = True,
+    part: ModelPart | None = None,
+) -> Traced:
+    """All stages on a captured graph, as compile_for. part: of a broken model."""
     serial = frozenset(p.name for p in itertools.takewhile(lambda p: p.axis is None, pipeline))
     if mesh.world_size == 1:
         pipeline = [p for p in pipeline if p.name in serial]
         options = replace(options, passes={name: wish for name, wish in options.passes.items() if name in serial})
-    program = build(gm, inputs, mesh, options, pipeline, History(keep_graphs=True, keep_texts=keep_texts))
+    history = History(keep_graphs=True, keep_texts=keep_texts)
+    program = build_captured(captured, inputs, mesh, options, pipeline, history, part)
     if mesh.world_size == 1:
         program.ctx.remarks.add("SPR401", "one rank: nothing is sharded", strict_error=False)
     return Traced(program, emitted(program, Wish.of(options, mesh.world_size)), serial)

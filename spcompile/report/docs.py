@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch
 
-from spcompile import diagnostics
-from spcompile.diagnostics import REMARKS, SpcompileError
 from spcompile.graph.printer import unified_diff
 from spcompile.passes import PIPELINE
 from spcompile.passes_api import Example, Pass
+from spcompile.report.codes_page import codes_markdown
 from spcompile.report.collectives_page import collectives_markdown
 from spcompile.report.example_runs import example_of, run_example, without_line_numbers
 from spcompile.report.how_drawings import HOW_DRAWINGS
@@ -96,35 +95,6 @@ def _family(name: str, rules: dict[Rule, list[str]]) -> str:
     return "\n".join(lines)
 
 
-def errors_markdown() -> str:
-    """All codes of errors and remarks."""
-    errors = [c for c in vars(diagnostics).values() if isinstance(c, type) and issubclass(c, SpcompileError)]
-    lines = [
-        "# Errors and remarks",
-        "",
-        _GENERATED,
-        "",
-        "An error (SP) stops the compile, with the same text on every rank. It says what was found, at which line of",
-        "the model, and what would be legal. Each is also a built-in exception, so `except ValueError` catches it.",
-        "",
-        "| code | class | title | when |",
-        "| --- | --- | --- | --- |",
-    ]
-    for error in sorted((e for e in errors if e is not SpcompileError), key=lambda e: e.code):
-        lines.append(f"| {error.code} | `{error.__name__}` | {error.title} | {_first_line(error.__doc__)} |")
-    lines += [
-        "",
-        "A remark (SPR) tells what the compiler did where one might have expected something else. It is logged by",
-        "`spcompile.backend`; with `strict=True` a remark about lost parallelism becomes the error SP401.",
-        "",
-        "| code | what happened |",
-        "| --- | --- |",
-        *[f"| {code} | {text} |" for code, text in sorted(REMARKS.items())],
-        "",
-    ]
-    return "\n".join(lines)
-
-
 def with_drawings(page: str) -> str:
     """A page with its drawings made anew: each stands between `<!-- drawing: NAME -->` and `<!-- end -->`."""
     drawings = {"pipeline": lambda: pipeline_drawing(PIPELINE), "folders": folders_drawing, **HOW_DRAWINGS}
@@ -133,10 +103,6 @@ def with_drawings(page: str) -> str:
         before, _, rest = page.partition(start)
         page = f"{before}{start}```\n{drawing()}\n```\n{end}{rest.partition(end)[2]}" if rest else page
     return page
-
-
-def _first_line(doc: str | None) -> str:
-    return inspect.cleandoc(doc or "").partition("\n\n")[0].replace("\n", " ")
 
 
 def _paragraphs(doc: str | None) -> str:
@@ -153,11 +119,15 @@ def _node_meta() -> str:
     return node_meta_markdown(_GENERATED)
 
 
+def _errors() -> str:
+    return codes_markdown(_GENERATED)
+
+
 DRAWN = ("design.md", "how-it-works.md")
 PAGES: Mapping[str, Callable[[], str]] = {
     "passes.md": passes_markdown,
     "ops.md": ops_markdown,
-    "errors.md": errors_markdown,
+    "errors.md": _errors,
     "collectives.md": collectives_markdown,
     "node-meta.md": _node_meta,
 }

@@ -18,6 +18,7 @@ from spcompile.memory.account import Memory
 from spcompile.memory.largest import LargeTensor
 from spcompile.plain_text import one_line
 from spcompile.report.answers import Answers
+from spcompile.report.line_of_depths import Line
 from spcompile.report.plan_html import PageContent, page
 from spcompile.report.step_trace import TRACE_SCHEMA_VERSION, PhaseTrace, chrome_trace, in_order_of_a_step
 from spcompile.schedule.communication import Row, Send
@@ -72,6 +73,27 @@ class Sharding:
     local_length: sympy.Expr | None
 
 
+@dataclass(frozen=True)
+class Folded:
+    """Equal layers of which a few were compiled. count: of them; compiled: how many, in each of two programs."""
+
+    count: int
+    compiled: tuple[int, int]
+
+    @property
+    def line(self) -> Line:
+        """Through what the two programs take, at all layers."""
+        few, more = self.compiled
+        return Line(sympy.Rational(self.count - few, more - few))
+
+    def __str__(self) -> str:
+        few, more = self.compiled
+        return (
+            f"{self.count} equal ones, of which {few} and {more} were compiled. What is saved and sent, and flops, "
+            f"follow exactly; peaks, times, and how parameters are bundled, are continued; the schedule is of {more}"
+        )
+
+
 @dataclass
 class Plan:
     """The compiled program of one rank, explained. Sizes are sympy expressions: numbers, or of a dynamic length.
@@ -81,6 +103,7 @@ class Plan:
     graphs: the text after every pass, in order, then "forward" and "backward".
     sends, events: of the final graphs by phase, every collective and what takes time. trace: the same for `save_trace`.
     files: the user's, name -> path.
+    folded: equal layers were compiled once: graphs, sends and events are those of few layers. None: all were compiled.
     """
 
     model: str
@@ -102,6 +125,7 @@ class Plan:
     trace: list[PhaseTrace] = field(default_factory=list, repr=False)
     files: dict[str, str] = field(default_factory=dict, repr=False)
     parts: list[Plan] = field(default_factory=list, repr=False)
+    folded: Folded | None = None
 
     def graph(self, name: str) -> str:
         """The text of the graph after a pass, or "forward" or "backward": the final ones.
@@ -180,6 +204,7 @@ class Plan:
             **({"parts": [part.to_dict() for part in self.parts]} if self.parts else {}),
             "schema_version": SCHEMA_VERSION,
             "model": self.model,
+            **({"folded": {"count": self.folded.count, "compiled": list(self.folded.compiled)}} if self.folded else {}),
             "mesh": dict(self.mesh.axes),
             "options": {name: value for name, value in self.options.items() if _fits_json(value)},
             "symbols": self.symbols,
@@ -246,6 +271,8 @@ class Plan:
             lines.append(f"Sequence   {split}; {sharding.sharded_ops} of {sharding.ops} ops run on shards")
         else:
             lines.append("Sequence   not sharded")
+        if self.folded is not None:
+            lines.append(f"Layers     {self.folded}")
         for row in self.attention:
             heads = f"{row.heads} heads, {row.kv_heads} key/value heads, mask {row.mask}"
             heads += f", {row.scores}" if row.scores else ""

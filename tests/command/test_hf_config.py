@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from spcompile.command import model_spec
+from spcompile.command.arguments import require_model
 from spcompile.diagnostics import IllegalModel
 
 pytest.importorskip("transformers")
@@ -184,3 +185,10 @@ def test_usual_configs_are_built(tmp_path: Path) -> None:
     }
     built = model_spec.build_model(f"hf:{folder(tmp_path, **usual)}", seq=16, device="meta")
     assert built.model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", ["meta-llama/Llama-3.1-8B", "hf:meta-llama/Llama-3.1-8B"])
+def test_a_name_of_a_hub_is_told_how_to_get_its_config(name: str) -> None:
+    with pytest.raises(IllegalModel) as refusal:
+        require_model(name)
+    assert "legal: hf:Llama-3.1-8B, after: hf download meta-llama/Llama-3.1-8B config.json" in str(refusal.value)

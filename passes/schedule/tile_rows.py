@@ -15,7 +15,7 @@ least. A plan of memory asks for it where that is what a step needs to fit. Whic
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -58,9 +58,7 @@ class TileRows(Pass):
         tiles = self.tiles or output.meta.get(TILES, 1)
         if tiles < 2:
             return 0
-        calls = [node for node in graph.nodes if node.op == "call_function"]
-        parts = [part for part in find_wide_parts(calls, lambda node: False) if not _is_tiled(part, tiles)]
-        parts = _put_together(graph, [part for part in parts if part.rows >= tiles])
+        parts = _put_together(graph, tiles)
         for part in parts:
             _Tiles(part, tiles).write()
         return len(parts)
@@ -71,22 +69,60 @@ def _is_tiled(part: WidePart, tiles: int) -> bool:
     return any(product_rows(node).meta.get("spx_tile") for node in part.products)
 
 
-def _put_together(graph: fx.Graph, parts: Sequence[WidePart]) -> list[WidePart]:
-    """Order the graph so that the calls of each part stand behind one another; returns the parts that allow it."""
-    found = list(parts)
+def _put_together(graph: fx.Graph, tiles: int) -> list[WidePart]:
+    """Order the graph so that the calls of each part stand behind one another; returns the parts."""
+    stuck: set[fx.Node] = set()
     while True:
-        order, stuck = _order_of_units(graph, found)
-        if not stuck:
+        calls = [node for node in graph.nodes if node.op == "call_function"]
+        found = [part for part in find_wide_parts(calls, lambda node: False) if not _is_tiled(part, tiles)]
+        found = [part for part in found if part.rows >= tiles and part.inner[0] not in stuck]
+        order, on_circle = _order_of_units(graph, found)
+        if on_circle is None:
             break
-        found = [part for part in found if part not in stuck]
+        if not _make_results_apart(graph, on_circle):
+            stuck.add(on_circle.inner[0])
     output = graph.output_node()
     for node in order:
         output.prepend(node)
     return found
 
 
-def _order_of_units(graph: fx.Graph, parts: Sequence[WidePart]) -> tuple[list[fx.Node], list[WidePart]]:
-    """(all nodes but the output, with each part as one, as near to their order as can be; parts on a circle)."""
+def _make_results_apart(graph: fx.Graph, part: WidePart) -> bool:
+    """Make the narrow results of a part that the part itself waits for from copies of its calls.
+
+    So it is where the backward makes a block again whose output it reads before it comes to the block's own gradient.
+    Tiles of both cannot be the same ones. Returns whether there are such results.
+    """
+    calls = set(part.calls)
+    before: set[fx.Node] = set()
+    pending = [value for node in calls for value in node.all_input_nodes if value not in calls]
+    while pending:
+        node = pending.pop()
+        if node not in before:
+            before.add(node)
+            pending += node.all_input_nodes
+    results = [node for node in part.narrow if node in before]
+    wanted: set[fx.Node] = set()
+    pending = [value for node in results for value in node.all_input_nodes]
+    while pending:
+        node = pending.pop()
+        if node in part.inner and node not in wanted:
+            wanted.add(node)
+            pending += node.all_input_nodes
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in sorted(wanted):
+        with graph.inserting_before(min(results)):
+            copies[node] = graph.node_copy(node, lambda value: copies.get(value, value))
+            copies[node].meta = dict(node.meta)
+    for result in results:
+        for value in result.all_input_nodes:
+            if value in copies:
+                result.replace_input_with(value, copies[value])
+    return bool(results)
+
+
+def _order_of_units(graph: fx.Graph, parts: Sequence[WidePart]) -> tuple[list[fx.Node], WidePart | None]:
+    """(all nodes but the output, with each part as one, as near to their order as can be; the first on a circle)."""
     place = {node: at for at, node in enumerate(graph.nodes) if node.op != "output"}
     unit = {node: node for node in place} | {node: part.inner[0] for part in parts for node in part.calls}
     members: dict[fx.Node, list[fx.Node]] = {}
@@ -114,7 +150,23 @@ def _order_of_units(graph: fx.Graph, parts: Sequence[WidePart]) -> tuple[list[fx
             missing[other] -= 1
             if not missing[other]:
                 heapq.heappush(ready, (place[other], other))
-    return order, [part for part in parts if part.inner[0] not in done]
+    return order, _first_on_circle(parts, {first: units for first, units in after.items() if first not in done})
+
+
+def _first_on_circle(parts: Sequence[WidePart], after: Mapping[fx.Node, Collection[fx.Node]]) -> WidePart | None:
+    """The first part that some circle of units leads to and that leads to one. after: of units that wait for one."""
+    before: dict[fx.Node, list[fx.Node]] = {first: [] for first in after}
+    for first, units in after.items():
+        for other in units:
+            before[other].append(first)
+    leads_to = {first: len(units) for first, units in after.items()}
+    ends = [first for first, count in leads_to.items() if not count]
+    while ends:
+        for other in before[ends.pop()]:
+            leads_to[other] -= 1
+            if not leads_to[other]:
+                ends.append(other)
+    return next((part for part in parts if leads_to.get(part.inner[0])), None)
 
 
 class _Tiles:

@@ -31,6 +31,7 @@ from spcompile.command.arguments import (
 )
 from spcompile.command.calibrate_command import calibrate
 from spcompile.command.compare_command import compare
+from spcompile.command.diff_command import diff
 from spcompile.command.flags import Json, Options, Settings, Sizes
 from spcompile.command.interrupts import STATUS
 from spcompile.command.plan_command import plan
@@ -54,6 +55,7 @@ app.command(plan)
 app.command(compare)
 app.command(timeline)
 app.command(calibrate)
+app.command(diff)
 
 
 @app.command
@@ -204,8 +206,8 @@ def explain(
     _require_graph(graph, options.get("plugins", ""))
     with compile_progress():
         built, inputs = built_with_inputs(model, tokens, batch, dtype, "meta", given)
-        fold = not all_layers and html is None and graph is None
-        plan = spcompile.explain(built, inputs, mesh=sizes, fold_layers=fold, **options)
+        whole = all_layers or html is not None or graph is not None
+        plan = spcompile.explain(built, inputs, mesh=sizes, fold_layers=not whole, **options)
     if html is not None:
         plan.save(str(html))
     if graph is not None:
@@ -259,21 +261,6 @@ def verify(
     report = spcompile.verify(built, inputs, mesh=sizes, **options)
     print(json_text.dumps(report.to_dict()) if json else str(report))
     return 0 if report.ok else 1
-
-
-@app.command
-def diff(before: str, after: str, /, *, json: Json = False) -> int:
-    """Tell what differs between two plans. Exits with 1 if something does.
-
-    Args:
-        before: A file that `spcompile explain --json` has printed.
-        after: Another one.
-    """
-    from spcompile.report.plan_diff import as_text, differences, read_plan
-
-    found = differences(read_plan(before), read_plan(after))
-    print(json_text.dumps([one._asdict() for one in found]) if json else as_text(found))
-    return 1 if found else 0
 
 
 @app.command

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from types import FrameType
 
 STATUS = 128 + signal.SIGINT
@@ -27,6 +28,7 @@ def interrupts_for_this_process_alone() -> Iterator[None]:
     done = threading.Event()
     threading.Thread(target=done.wait, daemon=True, name="takes Ctrl-C").start()
     handler = signal.signal(signal.SIGINT, _interrupt)
+    resource_tracker.ensure_running()  # which, where it is started later, unblocks the signal
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     others = multiprocessing.active_children()
     try:

@@ -107,7 +107,14 @@ class PlanSearch:
         again = [node for node in again if (shape := rows_and_width(node)) is None or shape[0] != part.rows]
         moved = sum(bytes_of(node) for node in (*again, *part.sums, *part.sums))
         kernels = len(part.calls) * accelerator.seconds_per_kernel
-        return (_TILES - 1) * (kernels + moved / accelerator.bytes_per_second)
+        return self._seconds_of_copies(part) + (_TILES - 1) * (kernels + moved / accelerator.bytes_per_second)
+
+    def _seconds_of_copies(self, part: WidePart) -> float:
+        """What is made again twice: for the gradient, and for a result of the forward that comes long before it."""
+        again = [node for node in part.inner if node in self.joint.is_forward]
+        if len(again) == len(part.inner) or not any(node in self.joint.is_forward for node in part.narrow):
+            return 0.0
+        return sum(self.cost.work(node).seconds for node in again)
 
     def cheapest(self, limit: int, host: int) -> PlanChoice:
         """What costs least of all whose peak is within the limit, with at most `host` bytes in the host's memory.

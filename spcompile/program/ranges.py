@@ -49,4 +49,8 @@ class _Ranged(fx.Interpreter):
 def interpreter(gm: fx.GraphModule, labels: Mapping[fx.Node, str]) -> fx.Interpreter:
     """Runs a graph; with ranges while a profiler looks, else as it is."""
     is_profiled = bool(labels) and torch.autograd._profiler_enabled()
-    return _Ranged(gm, labels) if is_profiled else fx.Interpreter(gm)
+    runs = _Ranged(gm, labels) if is_profiled else fx.Interpreter(gm)
+    for node in gm.graph.nodes:
+        if not node.users and node.op != "output":  # torch keeps what has no reader to the end, and all that it views
+            runs.user_to_last_uses.setdefault(node, []).append(node)
+    return runs

@@ -62,7 +62,7 @@ def _continued(few: Plan, more: Plan, folded: Folded) -> Plan:
         memory=_continued_memory(few.memory, more.memory, line),
         remarks=_continued_remarks(few.remarks, more.remarks, line),
         passes=[
-            *line.rows(*(_before_schedule(plan) for plan in (few, more)), lambda r: (r.name, r.phase), ["rewrites"]),
+            *line.rows(_before_schedule(few), _before_schedule(more), lambda r: (r.name, r.phase), ["rewrites"]),
             *(row for row in more.passes if row.stage == SCHEDULE),
         ],
         largest_tensors=_continued_tensors(few.largest_tensors, more.largest_tensors, line),

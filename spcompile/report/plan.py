@@ -20,6 +20,7 @@ from spcompile.plain_text import one_line
 from spcompile.report.answers import Answers
 from spcompile.report.line_of_depths import Line
 from spcompile.report.plan_html import PageContent, page
+from spcompile.report.plan_json import as_json
 from spcompile.report.step_trace import TRACE_SCHEMA_VERSION, PhaseTrace, chrome_trace, in_order_of_a_step
 from spcompile.schedule.communication import Row, Send
 from spcompile.schedule.timeline import Event, Prediction
@@ -27,7 +28,6 @@ from spcompile.schedule.timeline import Event, Prediction
 if TYPE_CHECKING:
     from rich.table import Table
 
-SCHEMA_VERSION = 1
 _WHY = ("SPR203", "SPR204")  # the choice of attention
 _TOLD_FIRST = (*_WHY, "SPR601", "SPR603")  # what is made again, and that a step does not fit
 WIDTH = 120
@@ -193,52 +193,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: sizes are ints, or the text of their expression where they depend on a dynamic length."""
-        memory = {
-            name: _json_number(value) for name, value in vars(self.memory).items() if name not in ("actions", "phases")
-        }
-        memory["phases"] = [
-            {name: _json_number(value) for name, value in vars(row).items()} for row in self.memory.phases
-        ]
-        memory["actions"] = [{**vars(row), "source": _source(row.source)} for row in self.memory.actions]
-        return {
-            **({"parts": [part.to_dict() for part in self.parts]} if self.parts else {}),
-            "schema_version": SCHEMA_VERSION,
-            "model": self.model,
-            **({"folded": {"count": self.folded.count, "compiled": list(self.folded.compiled)}} if self.folded else {}),
-            "mesh": dict(self.mesh.axes),
-            "options": {name: value for name, value in self.options.items() if _fits_json(value)},
-            "symbols": self.symbols,
-            "answers": self.answers.to_dict(self.memory, self.predicted),
-            "sharding": {name: _json_number(value) for name, value in vars(self.sharding).items()},
-            "attention": [dict(vars(row)) for row in self.attention],
-            "collectives": [
-                {
-                    **{key: value for key, value in vars(row).items() if key != "at_most" or value},
-                    "bytes": _json_number(row.bytes),
-                    "source": _source(row.source),
-                }
-                for row in self.collectives
-            ],
-            "memory": memory,
-            "remarks": [remark.to_dict() for remark in self.remarks],
-            "predicted": {
-                "assumptions": list(self.predicted.assumptions),
-                "phases": [{**vars(row), "hidden": row.hidden} for row in self.predicted.phases],
-            },
-            "passes": [dict(vars(row)) for row in self.passes],
-            "largest_tensors": [
-                {
-                    "name": row.name,
-                    "phase": row.phase,
-                    "shape": [_json_number(size) for size in row.shape],
-                    "numel": _json_number(row.numel),
-                    "count": row.count,
-                    "dtype": str(row.dtype).removeprefix("torch."),
-                    "source": _source(row.source),
-                }
-                for row in self.largest_tensors
-            ],
-        }
+        return as_json(self)
 
     def __str__(self) -> str:
         from rich.console import Console  # where nothing is printed, nothing but torch is needed
@@ -381,20 +336,6 @@ def _at_place(source: SourceLine | None) -> str:
 
 def _sent(row: Row) -> str:
     return f"at most {size_text(row.bytes)}" if row.at_most else size_text(row.bytes)
-
-
-def _json_number(value: Any) -> Any:
-    if not isinstance(value, sympy.Basic):
-        return value
-    return int(value) if value.is_Integer else float(value) if value.is_number else str(value)
-
-
-def _fits_json(value: Any) -> bool:
-    return value is None or isinstance(value, (str, int, float, bool, dict, list))
-
-
-def _source(source: SourceLine | None) -> dict[str, Any] | None:
-    return {"file": source.file, "line": source.line, "text": source.text} if source else None
 
 
 def _place(source: SourceLine | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from spcompile.diagnostics import IllegalOption
 from spcompile.machine.byte_sizes import bytes_text
 from spcompile.plain_text import one_line
-from spcompile.report.plan import SCHEMA_VERSION
+from spcompile.report.plan_json import SCHEMA_VERSION
 
 MOST_BYTES = 256 << 20  # of a file; a plan of 80 layers has 1 MB
 _PARTS: Mapping[str, type] = {

@@ -154,13 +154,14 @@ REMARK_TEXTS: dict[str, CodeText] = {
         'Nothing to do. `passes={"split-all-to-alls": False}` leaves one message each way.',
     ),
     "SPR206": CodeText(
-        "The pass was told to use symmetric memory, which is for GPUs that read each other's memory, for rows that divide by "
-        "the ranks, and for one product in front of a sum.",
+        "The pass was told to use symmetric memory, which is for GPUs that read each other's memory, for rows that "
+        "divide by the ranks, and for one product in front of a sum.",
         """
         on = {"pipeline-matmuls": {"symmetric_memory": True, "min_gain": float("-inf")}}
         plan = spcompile.explain(model, (x,), {"tp": 2}, passes=on)
         """,
-        "Nothing to do: chunks are sent and multiplied one after the other instead. The remark says what stands in the way.",
+        "Nothing to do: chunks are sent and multiplied one after the other instead. The remark says what stands in "
+        "the way.",
     ),
     "SPR207": CodeText(
         "Scores get a large negative number times one minus an integer mask. With integers other than 0 and "

@@ -167,7 +167,8 @@ def test_explain_and_verify_hand_over_model_mesh_and_options(
     monkeypatch.setattr(spcompile, command, stand_in, raising=False)
     words = f"{command} models:llama-tiny --mesh tp=2,cp=4 --seq 64 --option attention=ring --json"
     assert call(monkeypatch, *words.split()) == (1 if command == "verify" and not ok else 0)
-    assert seen == {"mesh": {"tp": 2, "cp": 4}, "attention": "ring", "device": device, "shape": (1, 64)}
+    folds = {"fold_layers": True} if command == "explain" else {}
+    assert seen == {"mesh": {"tp": 2, "cp": 4}, "attention": "ring", "device": device, "shape": (1, 64), **folds}
     assert json.loads(capsys.readouterr().out) == {"schema": 1}
 
 

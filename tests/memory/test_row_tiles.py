@@ -17,8 +17,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import spcompile
 from spcompile import models
+from spcompile.diagnostics import Remarks
+from spcompile.machine.mesh import MeshShape
 from spcompile.memory.planner import Wish, plan_memory
 from spcompile.memory.row_tiles import WidePart, find_wide_parts
+from spcompile.options import Options
+from spcompile.passes.schedule.tile_rows import TileRows
+from spcompile.passes_api import Context
 
 ROWS, WIDE = 12, 32
 
@@ -78,6 +83,27 @@ def test_what_others_read_stands_whole() -> None:
 )
 def test_what_is_no_part(function: Callable[..., Any]) -> None:
     assert not parts_of(function, torch.randn(ROWS, D), *weights())
+
+
+def test_a_part_that_waits_for_its_own_result_gets_it_from_copies() -> None:
+    """As where a block is made again for its output, from which the gradient is computed that comes back to it."""
+
+    def both(x_RD: Tensor, up_DF: Tensor, down_FD: Tensor) -> tuple[Tensor, ...]:
+        h_RF = x_RD @ up_DF
+        y_RD = h_RF.sin() @ down_FD
+        dh_RF = (y_RD.cumsum(0) @ down_FD.t()) * h_RF.cos()
+        return y_RD, h_RF.sin().t() @ y_RD, dh_RF @ up_DF.t()
+
+    inputs = (torch.randn(ROWS, D).double(), *(weight.double() for weight in weights()))
+    gm = make_fx(both, tracing_mode="fake")(*inputs)
+    context = Context(MeshShape(()), Options(), Remarks())
+    assert TileRows(3).run(gm, context) == 2
+    gm.recompile()
+    for found, expected in zip(gm(*inputs), both(*inputs), strict=True):
+        torch.testing.assert_close(found, expected)
+    shapes = [tuple(node.meta["val"].shape) for node in gm.graph.nodes if node.op == "call_function"]
+    assert (ROWS, WIDE) not in shapes
+    assert TileRows(3).run(gm, context) == 0
 
 
 @pytest.mark.thinned(4)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from spcompile.diagnostics import IllegalOption
-from spcompile.report.plan import SCHEMA_VERSION
 from spcompile.report.plan_diff import Difference, as_text, differences, read_plan
+from spcompile.report.plan_json import SCHEMA_VERSION
 
 
 def plan() -> dict[str, Any]:

@@ -32,7 +32,7 @@ from spcompile.planning.short_step import Short, split_of_parameters
 from spcompile.program.build import build_captured
 from spcompile.program.emit import Emission, trace_step
 from spcompile.program.trace import through_dynamo
-from spcompile.schedule.communication import module_path_of
+from spcompile.schedule.communication import depend_on_tangents, module_path_of
 from spcompile.schedule.op_cost import CostModel, bytes_of, cost_model, readers_of
 from spcompile.schedule.timeline import starts
 
@@ -143,7 +143,7 @@ class TheirKernels(CostModel):
 
     def one_after_the_other(self, graph: fx.Graph) -> float:
         """Seconds of a graph in which nothing hides but gathers of what was saved, behind products (section 4.2.2)."""
-        of_gradient = _depend_on_tangents(graph)
+        of_gradient = depend_on_tangents(graph)
         found = 0.0
         for node in graph.nodes:
             if not starts(node):
@@ -165,16 +165,6 @@ def _reorders(node: fx.Node) -> bool:
     if node.target is not torch.ops.aten.clone.default:
         return False
     return starts(root_of(node.all_input_nodes[0])) or any(starts(reader) for reader in readers_of(node))
-
-
-def _depend_on_tangents(graph: fx.Graph) -> set[fx.Node]:
-    """Gradients, in a backward graph; nothing in a forward graph."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
-        if is_tangent or any(read in found for read in node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _is_drawn(node: fx.Node) -> bool:

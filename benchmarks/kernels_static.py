@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "0"
 import flex_kernels
-import from_tree  # noqa: F401
+import from_tree  # noqa: F401  (where spcompile is not installed)
 from machine_code import CARDS, MachineCode, TileLoop, read
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "support"))

@@ -9,7 +9,7 @@ split(x, [s, t]) of rows         x[:s], x[s:]                               thro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -106,13 +106,18 @@ def _cuts_rows(node: fx.Node) -> bool:
 
 
 def _slice_rows(node: fx.Node) -> None:
-    dim, start = argument(node, 2, "dim", 0), 0
+    for part, dim, start, stop in _parts_read(node):
+        replace(part, call(node.graph, aten.slice.Tensor, (node.args[0], dim, start, stop), like=part))
+
+
+def _parts_read(node: fx.Node) -> Iterator[tuple[fx.Node, int, int, int]]:
+    """(a part that is read, the dim that is cut, its first index, the one behind its last) of a split."""
+    start, dim = 0, argument(node, 2, "dim", 0) % len(shape_of(node.args[0]))  # type: ignore[arg-type]
     parts = {user.args[1]: user for user in node.users}
     for number, value in enumerate(node.meta["val"]):
         stop = start + value.shape[dim]
         if number in parts:
-            rows = (node.args[0], dim, start, stop)
-            replace(parts[number], call(node.graph, aten.slice.Tensor, rows, like=parts[number]))
+            yield parts[number], dim, start, stop
         start = stop
 
 
@@ -197,13 +202,8 @@ def _keeps_last_dim(x: fx.Node) -> bool:
 
 
 def _cut_projection(node: fx.Node) -> None:
-    start, dim = 0, argument(node, 2, "dim", 0) % len(shape_of(node.args[0]))  # type: ignore[arg-type]
-    parts = {user.args[1]: user for user in node.users}
-    for number, value in enumerate(node.meta["val"]):
-        stop = start + value.shape[dim]
-        if number in parts:
-            replace(parts[number], _range_of(node.args[0], dim, start, stop, like=parts[number]))  # type: ignore[arg-type]
-        start = stop
+    for part, dim, start, stop in _parts_read(node):
+        replace(part, _range_of(node.args[0], dim, start, stop, like=part))  # type: ignore[arg-type]
 
 
 def _range_of(x: fx.Node, dim: int, start: int, stop: int, *, like: fx.Node) -> fx.Node:

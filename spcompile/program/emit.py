@@ -240,9 +240,10 @@ def _interpreted(graph_module: fx.GraphModule) -> Callable[..., Any]:
     """
 
     labels = labels_of(graph_module.graph)
+    unread = [node for node in graph_module.graph.nodes if not node.users and node.op != "output"]
 
     def run(args: list[Any]) -> Any:
-        return interpreter(graph_module, labels).boxed_run(args)
+        return interpreter(graph_module, labels, unread).boxed_run(args)
 
     run._boxed_call = True  # type: ignore[attr-defined]  # torch 2.13: how AOTAutograd knows that it takes a list
     return run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -46,11 +46,13 @@ class _Ranged(fx.Interpreter):
             return super().run_node(n)
 
 
-def interpreter(gm: fx.GraphModule, labels: Mapping[fx.Node, str]) -> fx.Interpreter:
-    """Runs a graph; with ranges while a profiler looks, else as it is."""
+def interpreter(gm: fx.GraphModule, labels: Mapping[fx.Node, str], unread: Iterable[fx.Node] = ()) -> fx.Interpreter:
+    """Runs a graph; with ranges while a profiler looks, else as it is.
+
+    unread: what has no reader, which torch keeps to the end, and all that it views. It is dropped at once.
+    """
     is_profiled = bool(labels) and torch.autograd._profiler_enabled()
     runs = _Ranged(gm, labels) if is_profiled else fx.Interpreter(gm)
-    for node in gm.graph.nodes:
-        if not node.users and node.op != "output":  # torch keeps what has no reader to the end, and all that it views
-            runs.user_to_last_uses.setdefault(node, []).append(node)
+    for node in unread:
+        runs.user_to_last_uses.setdefault(node, []).append(node)
     return runs

@@ -89,7 +89,7 @@ def communication(phase: str, gm: fx.GraphModule, mesh: MeshShape, trained: Sequ
         the gradient of one.
     """
     gradients = _gradients_of_parameters(gm.graph, trained) if phase == "backward" else set()
-    gradient_path = _depend_on_tangents(gm.graph)
+    gradient_path = depend_on_tangents(gm.graph)
     found: dict[tuple[Any, ...], tuple[int, sympy.Expr]] = {}
     for node in gm.graph.nodes:
         sent = sent_by(node, mesh)
@@ -115,7 +115,7 @@ def _sent_for(node: fx.Node, phase: str, trained: Sequence[bool], of_gradient: b
     return "activation again" if phase == "backward" and not of_gradient else "activation"
 
 
-def _depend_on_tangents(graph: fx.Graph) -> set[fx.Node]:
+def depend_on_tangents(graph: fx.Graph) -> set[fx.Node]:
     """Of a backward graph: gradients. All else is made from what the forward saved."""
     found: set[fx.Node] = set()
     for node in graph.nodes:

@@ -8,6 +8,7 @@ of 0, and in equal shares to all elements that are largest.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,19 +37,13 @@ def norm(node: fx.Node) -> OpRule | None:
     is_sum = isinstance(order, int | float) and 0 < order < math.inf
     over = reduced_dims(node)
 
-    def local(call: LocalCall) -> Any:
-        assert rule is not None
-        if call.factor not in rule.completed:
-            return node.target(*call.args, **call.kwargs)  # type: ignore[operator]
-        given = named_arguments(node.target, call.args, call.kwargs)
+    def merged(ranks: Any, given: Mapping[str, Any]) -> Tensor:
         dtype = given.get("dtype") or given["self"].dtype
         exact = torch.float32 if dtype.itemsize < 4 else dtype
         own = torch.linalg.vector_norm(given["self"], order, over, bool(given.get("keepdim")), dtype=exact)
-        assert call.ranks is not None
-        return torch.linalg.vector_norm(call.ranks.gather(own), order, [0]).to(dtype)
+        return torch.linalg.vector_norm(ranks.gather(own), order, [0]).to(dtype)
 
-    rule = reduce_dims(node, merges=is_sum, local=local)
-    return rule
+    return _merging(node, merged, is_sum)
 
 
 @register(*overloads(EXTREMES))
@@ -57,16 +52,26 @@ def extreme(node: fx.Node) -> OpRule | None:
     is_largest = node.target is torch.ops.aten.amax.default
     over = reduced_dims(node)
 
+    def merged(ranks: Any, given: Mapping[str, Any]) -> Tensor:
+        return _extreme_of_all(ranks, given["self"], over, bool(given.get("keepdim")), is_largest)
+
+    merges = arguments(node)["self"].is_floating_point()
+    return _merging(node, merged, merges, -math.inf if is_largest else math.inf)
+
+
+def _merging(
+    node: fx.Node, merged: Callable[[Any, Mapping[str, Any]], Tensor], merges: bool, fill: float = 0.0
+) -> OpRule | None:
+    """A reduction that over a split dim is merged(ranks, arguments by name), and else itself on a rank's part."""
+
     def local(call: LocalCall) -> Any:
         assert rule is not None
         if call.factor not in rule.completed:
             return node.target(*call.args, **call.kwargs)  # type: ignore[operator]
-        given = named_arguments(node.target, call.args, call.kwargs)
         assert call.ranks is not None
-        return _extreme_of_all(call.ranks, given["self"], over, bool(given.get("keepdim")), is_largest)
+        return merged(call.ranks, named_arguments(node.target, call.args, call.kwargs))
 
-    merges = arguments(node)["self"].is_floating_point()
-    rule = reduce_dims(node, merges=merges, local=local, fill=-math.inf if is_largest else math.inf)
+    rule = reduce_dims(node, merges=merges, local=local, fill=fill)
     return rule
 
 

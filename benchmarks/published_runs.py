@@ -1,8 +1,9 @@
 """Runs of Llama 3 8B on eight H100s that others published, as this compiler would do them: seconds, and what they take.
 
 Each run is compiled at two depths with whole layers made again, as all of them did (full activation checkpointing),
-and continued to 32 layers. Two constants of machines are fitted, one each, to one row that then has no error: what
-the attention kernels of a system reach. All else is spcompile/machine/hardware.json.
+and continued to 32 layers. Three constants of machines are fitted, one each, to one row that then has no error: what
+the attention kernels of two systems reach, and what ALST's optimizer takes on the host's processors. All else is
+spcompile/machine/hardware.json.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ ALST = (
     Run("+ both", 3_700_000, ULYSSES, 6455, on_host=True),
 )
 ALST_FITTED = "+ Ulysses"
+ALST_OPTIMIZER_FITTED = "baseline"  # the shortest step: what is the same in all of them shows best
 UPIPE = (Run("UPipe, 128k", 131_072, ULYSSES, 131_072 / RANKS / 2280, on_host=True, peak_gib=21.1),)
 TORCHTITAN = (
     Run("torchtitan, 128k, cp 4", 131_072, RING_4, 2 * 131_072 / RANKS / 1071, 2),
@@ -118,13 +120,25 @@ def prepared(run: Run) -> Prepared:
     return found[0]
 
 
-def reached_by_attention(one: Prepared) -> float:
-    """With which a run takes as long as was published: found by halving."""
+def reached_by_attention(one: Prepared, beside: float = 0.0) -> float:
+    """With which a run takes as long as was published: found by halving. beside: seconds that are added to a step."""
     low, high = 0.02, 1.0
     while high - low > 1e-4:
         middle = (low + high) / 2
-        low, high = (middle, high) if one.figures(middle).seconds > one.run.seconds else (low, middle)
+        low, high = (middle, high) if one.figures(middle).seconds + beside > one.run.seconds else (low, middle)
     return (low + high) / 2
+
+
+def reached_beside_optimizer(of_attention: Prepared, of_optimizer: Prepared) -> tuple[float, float]:
+    """(what attention reaches, seconds of an optimizer on the host) with which each run takes as long as published.
+
+    Attention is a small part of the second run, so that a few turns settle both.
+    """
+    seconds = 0.0
+    for _ in range(8):
+        reached = reached_by_attention(of_attention, seconds)
+        seconds = of_optimizer.run.seconds - of_optimizer.figures(reached).seconds
+    return reached, seconds
 
 
 def ring_and_ulysses_percent(cp: int) -> tuple[float, float]:

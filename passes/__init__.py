@@ -21,6 +21,7 @@ from spcompile.passes.placement.parallelize_attention import ParallelizeAttentio
 from spcompile.passes.placement.share_tile_tables import ShareTileTables
 from spcompile.passes.placement.sink_all_gather import SinkAllGather
 from spcompile.passes.placement.sink_all_reduce import SinkAllReduce
+from spcompile.passes.placement.split_all_gather import SplitAllGather
 from spcompile.passes.placement.split_all_reduce import SplitAllReduce
 from spcompile.passes.placement.split_all_to_alls import SplitAllToAlls
 from spcompile.passes.placement.split_projections import SplitProjections
@@ -59,6 +60,7 @@ PIPELINE: tuple[Pass, ...] = (
     SinkAllReduce(),  # while a sum's completion is one node
     SplitAllReduce(),  # makes AllGathers that can move
     SinkAllGather(),  # down, as far as the sequence passes
+    SplitAllGather(),  # what passes no further as it is split may pass as it could be
     HoistShard(),  # up, from where sunk gathers met whole operands
     CancelCollectives(),  # when all have moved
     LowerToLocal("tp"),  # shapes change: one rank

@@ -46,7 +46,7 @@ def explain(
     shard_parameters: explains the model as `parallelize` leaves it, with these axes; () for none; None: drop-in.
     fold_layers: of layers that are equal in the graph a few are compiled, and the plan says so: what is counted, saved
         and sent is that of all, peaks and times are a few percent off at most, graphs are those of few layers. All are
-        compiled in any case where a step takes so much of its budget that memory must be saved.
+        compiled in any case where a step does not fit with all values saved.
     options: those of the backend, but `mesh`.
 
     Raises:

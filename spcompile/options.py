@@ -49,7 +49,7 @@ class Options:
         as "machine.json", which also says how fast links are. Decides what hides behind what, predicted times, memory.
     memory: what a step may take on one rank. "auto": what the accelerator has, less a tenth, where one computes; beyond
         that, values are made again instead of saved, the cheapest first. "speed": as fast as can be. "min": as small as
-        can be. Or a budget: bytes, or text as "72GiB".
+        can be, with the host's memory. Or a budget: bytes, or text as "72GiB".
     host_memory: what the ranks of a node may keep of a step in the memory of their host, all together: bytes, or text
         as "1TiB". "auto": what machines with the accelerator have, less a tenth. 0: nothing. Only what a budget needs
         goes there.

@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from spcompile.options import Options
-    from spcompile.planning.candidates import Candidate, Heads
+    from spcompile.planning.candidates import Candidate
     from spcompile.planning.search import Depths, Evaluator, Result, Task
     from spcompile.report.plan_table import RankedPlans
 
 MOST_TRIED = 1024  # ranks, where none of the meshes that were asked for has enough memory
+MOST_COMPILED = 16  # ways, where one of them fits
 TRIED_FURTHER = 2  # meshes of which more than one way to hold parameters is tried
 
 
@@ -31,7 +32,8 @@ def plan(
 
     Needs no devices. Each candidate is compiled as `parallelize` would, at two small depths: layers that are equal in
     the graph take equally much. Saved and sent bytes are those of a full compile, peaks and seconds differ by a few
-    percent at most.
+    percent at most. Of many ways those are compiled that take least with products at full speed and what attention
+    sends; a note says how many were not.
 
     model: its weights may be real, fake or on `meta`.
     inputs: of one training step, with the whole batch: dp splits it.
@@ -45,8 +47,9 @@ def plan(
     """
     from spcompile.diagnostics import IllegalMesh, OutOfMemory
     from spcompile.machine.mesh import MOST_RANKS
-    from spcompile.planning.candidates import meshes, require_known_axes
-    from spcompile.report.plan_table import ranked_plans
+    from spcompile.planning.candidates import first_round, meshes, require_known_axes
+    from spcompile.planning.least_seconds import least_seconds
+    from spcompile.report.plan_table import itemsize_of, ranked_plans
 
     if not isinstance(world, int) or isinstance(world, bool) or not 1 <= world <= MOST_RANKS:
         raise IllegalMesh(f"world={world!r}", legal=f"1 to {MOST_RANKS} ranks")
@@ -55,24 +58,51 @@ def plan(
     found: dict[str, Any] = {}
     results: list[Result] = []
 
-    def explore(depths: Depths, dp: int) -> None:
-        heads = depths.heads if dp == 1 else found["heads"]
-        if dp == 1:
-            found.update(heads=heads, depths=depths, meshes=meshes(world, axes, heads))
-        shapes = [mesh for mesh in found["meshes"] if dict(mesh).get("dp", 1) == dp]
-        if shapes:
-            results.extend(_explored(depths, shapes, heads, chosen, workers))
+    def read(depths: Depths, _: int) -> None:
+        candidates, itemsize = first_round(meshes(world, axes, depths.heads), depths.heads), itemsize_of(model)
+        least = {one: least_seconds(depths, one, chosen, itemsize) for one in candidates}
+        ordered = sorted(least, key=lambda one: least[one])
+        found.update(depths=depths, least=least, ordered=ordered)
+        of_one = [one for one in ordered[:MOST_COMPILED] if one.size("dp") == 1]
+        results.extend(_explored(depths, of_one, (), chosen, workers))
 
-    with_depths(model, inputs, 1, chosen, explore)
-    for dp in sorted({dict(mesh).get("dp", 1) for mesh in found["meshes"]} - {1}):
-        with_depths(model, inputs, dp, chosen, explore)
-    plans = ranked_plans(model, results, found["depths"], world, chosen)
+    with_depths(model, inputs, 1, chosen, read)
+    others = _compiled_until_one_fits(model, inputs, found["ordered"], results, chosen, workers)
+    least_of_others = {one: found["least"][one] for one in others}
+    plans = ranked_plans(model, results, found["depths"], world, chosen, least_of_others)
     if plans.rows and not plans.rows[0].fits:
-        least = min(plans.rows, key=lambda row: row.figures.total).result.candidate
-        raise OutOfMemory(plans.too_large(), legal=_enough(model, inputs, least, chosen))
+        smallest = min(plans.rows, key=lambda row: row.figures.total).result.candidate
+        raise OutOfMemory(plans.too_large(), legal=_enough(model, inputs, smallest, chosen))
     if not plans.rows:
         raise IllegalMesh(results[0].error, legal="see above")
     return plans
+
+
+def _compiled_until_one_fits(
+    model: nn.Module,
+    inputs: Any,
+    ordered: Sequence[Candidate],
+    results: list[Result],
+    options: Options,
+    workers: int | None,
+) -> Sequence[Candidate]:
+    """Adds to the results those of the first candidates, and of more until one fits; returns those that are left.
+
+    ordered: all, by what they take at least. results: those that are known, which are not compiled again.
+    """
+    for start in range(0, len(ordered), MOST_COMPILED):
+        done = {result.candidate for result in results}
+        near = [one for one in ordered[start : start + MOST_COMPILED] if one not in done]
+
+        def explore(depths: Depths, dp: int, ones: Sequence[Candidate] = near) -> None:
+            wanted = [one for one in ones if one.size("dp") == dp]
+            results.extend(_explored(depths, wanted, results, options, workers))
+
+        for dp in dict.fromkeys(one.size("dp") for one in near):
+            with_depths(model, inputs, dp, options, explore)
+        if any(result.fits for result in results):
+            return ordered[start + MOST_COMPILED :]
+    return ()
 
 
 def _enough(model: nn.Module, inputs: Any, least: Candidate, options: Options) -> str:
@@ -144,13 +174,17 @@ def evaluator_of(depths: Depths, options: Options, workers: int | None, task: Ta
 
 
 def _explored(
-    depths: Depths, shapes: Sequence[Any], heads: Heads, options: Options, workers: int | None
+    depths: Depths, ones: Sequence[Candidate], before: Sequence[Result], options: Options, workers: int | None
 ) -> list[Result]:
-    from spcompile.planning.candidates import first_round, second_round
+    """Results of these, and of other ways to hold parameters on meshes that are among the best with those `before`."""
+    from spcompile.planning.candidates import second_round
 
+    if not ones:
+        return []
     with evaluator_of(depths, options, workers).running() as running:
-        results = running.results(first_round(shapes, heads))
-        return results + running.results(second_round(_best_of_meshes(results)[:TRIED_FURTHER]))
+        results = running.results(ones)
+        best = _best_of_meshes([*before, *results])[:TRIED_FURTHER]
+        return results + running.results(second_round(one for one in best if one in ones))
 
 
 def _best_of_meshes(results: Sequence[Result]) -> list[Candidate]:

@@ -58,8 +58,7 @@ from torch._functorch.predispatch import (
 # torch 2.13: torch/_guards.py. The context that Dynamo holds while a backend runs.
 from torch._guards import TracingContext, detect_fake_mode
 
-# torch 2.13: torch/_inductor/compile_fx.py, custom_graph_pass.py
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+# torch 2.13: torch/_inductor/custom_graph_pass.py
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn, get_hash_for_files
 
 # torch 2.13: torch/_inductor/decomposition.py. What compile_fx hands to AOTAutograd.
@@ -148,6 +147,20 @@ __all__ = [
     "under_function_modes",
     "unset_fake_temporarily",
 ]
+
+
+def compile_fx(*args: Any, **kwargs: Any) -> Any:
+    """Of torch 2.13: torch/_inductor/compile_fx.py. Imported where code is made: `explain` and `plan` make none."""
+    from torch._inductor.compile_fx import compile_fx as run
+
+    return run(*args, **kwargs)
+
+
+def compile_fx_inner(*args: Any, **kwargs: Any) -> Any:
+    """Of torch 2.13: torch/_inductor/compile_fx.py. Imported where code is made, as `compile_fx`."""
+    from torch._inductor.compile_fx import compile_fx_inner as run
+
+    return run(*args, **kwargs)
 
 
 def traced_function() -> str:

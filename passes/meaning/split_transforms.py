@@ -16,10 +16,11 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.graph.aten_ops import overloads
 from spcompile.graph.edit import call, erase_dead
 from spcompile.graph.typed_call import named_arguments
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.sharding.rules.calls import arguments, overloads
+from spcompile.sharding.rules.calls import arguments
 
 aten = torch.ops.aten
 _OVER_DIMS = {  # (the transform of the last dim, that of the others)

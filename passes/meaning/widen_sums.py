@@ -16,9 +16,9 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.graph.aten_ops import overloads
 from spcompile.graph.edit import call, erase_dead
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.sharding.rules.calls import overloads
 from spcompile.sharding.rules.reductions import MEANS, SUMS
 from spcompile.sharding.rules.rule import rule_of
 

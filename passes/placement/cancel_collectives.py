@@ -3,6 +3,8 @@
 S -> I -> S    the same place: nothing
 S -> I -> R    S -> R: the gradient, a sum in parts, is reduce-scattered instead of reduced and then cut
 P -> I -> S    P -> S: a ReduceScatter
+S -> I -> S'   S -> S': an AllToAll, if nobody reads the whole
+x -> S -> y    x -> y, if nobody else reads the middle
 """
 
 from __future__ import annotations
@@ -33,20 +35,19 @@ class CancelCollectives(RewritePass):
     axis: ClassVar[str | None] = "tp"
 
     def rewrites(self, gm: fx.GraphModule, ctx: Context) -> Iterator[fx.Node]:
-        """Join one pair after the other."""
-        for node in list(gm.graph.nodes):
-            if not is_reshard(node, "tp") or not is_reshard(Reshard.of(node).x, "tp"):
-                continue
-            second = Reshard.of(node)
-            first = Reshard.of(second.x)
-            if is_view(first.x, "tp"):
-                continue  # a part of it may be another part than the same state means elsewhere
-            joined = _joined(first.x, first.src, second.src, second.dst, self.name)
-            if joined is not None:
-                node.replace_all_uses_with(joined)
-                gm.graph.erase_node(node)
-                _erase_unread(second.x)
-                yield joined
+        """Join one pair after the other, until no two that stand together are one."""
+        is_joined = True
+        while is_joined:
+            is_joined = False
+            for node in list(gm.graph.nodes):
+                joined = _joined_with_its_operand(node, self.name)
+                if joined is not None:
+                    second = Reshard.of(node).x
+                    node.replace_all_uses_with(joined)
+                    gm.graph.erase_node(node)
+                    _erase_unread(second)
+                    is_joined = True
+                    yield joined
 
 
 def _erase_unread(node: fx.Node) -> None:
@@ -57,12 +58,21 @@ def _erase_unread(node: fx.Node) -> None:
         node = before
 
 
-def _joined(value: fx.Node, src: str, middle: str, dst: str, origin: str) -> fx.Node | None:
-    """What src -> middle -> dst amounts to; None if the pair must stay."""
-    if middle != "I":
+def _joined_with_its_operand(node: fx.Node, origin: str) -> fx.Node | None:
+    """What a change of state and the one in front of it amount to; None if there are no two, or both must stay."""
+    if not is_reshard(node, "tp") or not is_reshard(Reshard.of(node).x, "tp"):
         return None
-    if src == dst:
-        return value
-    if (src.startswith("S") and dst == "R") or (src == "P" and dst.startswith("S")):
-        return reshard_to(value, "tp", src, dst, origin=origin)
-    return None
+    second = Reshard.of(node)
+    first = Reshard.of(second.x)
+    if is_view(first.x, "tp"):
+        return None  # a part of it may be another part than the same state means elsewhere
+    readers = [Reshard.of(user).dst if is_reshard(user) else None for user in second.x.users]
+    kinds = f"{first.src[0]}{first.dst[0]}{second.dst[0]}"
+    if first.src == second.dst and kinds in ("SIS", "SSS"):
+        return first.x
+    is_one = (
+        kinds in ("SIR", "PIS")
+        or (kinds == "SIS" and all(state not in ("I", None) for state in readers))
+        or (kinds in ("PSS", "SSS", "SSI", "SSR") and len(readers) == 1)
+    )
+    return reshard_to(first.x, "tp", first.src, second.dst, origin=origin) if is_one else None

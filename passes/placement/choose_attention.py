@@ -13,7 +13,7 @@ groups at most. Nothing here differs between ranks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -140,33 +140,13 @@ def _best_cost(node: fx.Node, strategy: Strategy, ctx: Context) -> Cost:
 
 def _cost(node: fx.Node, strategy: Strategy, order: str, ctx: Context) -> Cost:
     call = AttentionCall.of(node)
-    sizes = call.sizes.hints()
     heads, kv_heads = _head_counts(call, ctx)
-    problem = Problem(
-        batch=sizes.batch,
-        heads=heads,
-        kv_heads=kv_heads,
-        q_length=sizes.q_rows,
-        k_length=sizes.k_rows,
-        qk_size=sizes.qk_size,
-        v_size=sizes.v_size,
-        itemsize=value_of(call.q).element_size(),
-        mask=call.attention_mask,
-        bias_row=_bytes_of_bias_row(call),
-    )
+    problem = replace(Problem.of(call), heads=heads, kv_heads=kv_heads)
     accelerator = ACCELERATORS[ctx.options.accelerator]
     links = ctx.options.links, accelerator.links
     inner, outer = (link_of(ctx.mesh, "cp", links[0], degree, links[1]) for degree in (strategy.inner, None))
     flops = accelerator.attention_flops(problem.itemsize)
     return cost(problem, strategy, order, inner, outer, flops)
-
-
-def _bytes_of_bias_row(call: AttentionCall) -> int:
-    """Of one query row of one head, over the batch, of a bias whose rows differ."""
-    if not call.bias_has_rows:
-        return 0
-    bias = value_of(call.bias)
-    return hint(bias.shape[0]) * hint(bias.shape[3]) * bias.element_size()
 
 
 def _head_counts(call: AttentionCall, ctx: Context) -> tuple[int, int]:

@@ -33,7 +33,7 @@ class HoistShard(RewritePass):
 
     name: ClassVar[str] = "hoist-shard"
     stage: ClassVar[Stage] = Stage.GLOBAL
-    after: ClassVar[frozenset[str]] = frozenset({"sink-all-gather"})
+    after: ClassVar[frozenset[str]] = frozenset({"sink-all-gather", "split-all-gather"})
     summary: ClassVar[str] = "moves Shards above position lookups, masks and casts"
     axis: ClassVar[str | None] = "tp"
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from spcompile.capture.retrace import OWN
 from spcompile.diagnostics import BatchNotSplit, source_of
+from spcompile.graph.aten_ops import PERMUTES, overloads
 from spcompile.graph.edit import operand
 from spcompile.graph.reshard import Place, is_reshard, parse_place
 from spcompile.passes.placement.annotate_sharding import LOSS_OF_ENTRIES, MLP
@@ -38,8 +39,7 @@ from spcompile.sharding.resharding import (
     state_of,
     target_of,
 )
-from spcompile.sharding.rules.calls import overloads
-from spcompile.sharding.rules.views import PERMUTES
+from spcompile.sharding.rules.rule import tensor_results
 from spcompile.sharding.sharded_or_replicated import sharded_calls, uses_of
 from spcompile.sharding.spaces import leaves
 
@@ -81,10 +81,29 @@ class InsertReshards(AxisPass):
         gathered = _settle(gm.graph, axis, sharded_calls(gm.graph, axis))
         before = len(gm.graph.nodes)
         _insert(gm.graph, axis, gathered, ctx)
+        if axis == "cp":
+            _remark_computed_whole(gm.graph, ctx)
         if axis == "dp":
             _remark_gathered_entries(gm.graph, ctx)
             _refuse_draws_together(gm.graph)
         return len(gm.graph.nodes) - before
+
+
+def _remark_computed_whole(graph: fx.Graph, ctx: Context) -> None:
+    """Say which calls without a rule compute everything of what the caller gave, which no rank had split before."""
+    inputs = graph.find_nodes(op="placeholder")
+    given = {x for x in inputs if not (x.meta.get("state") or x.meta.get("trainable"))}
+    for node in graph.nodes:
+        if node.op != "call_function" or given.isdisjoint(node.all_input_nodes):
+            continue
+        given.add(node)
+        layout, results = layout_of(node), tensor_results(node)
+        if layout is None or layout.call is not None or is_reshard(node) or node.target is operator.getitem:
+            continue
+        is_whole = not any(is_reshard(value, "cp") for value in node.all_input_nodes)
+        if is_whole and any(result.is_floating_point() and result.ndim > 1 for result in results):
+            text = f"{node.target} has no sharding rule; every rank computes all of {tuple(results[0].shape)}"
+            ctx.remarks.add("SPR102", text, node)
 
 
 def _gathers_of_entries(graph: fx.Graph) -> list[fx.Node]:
@@ -229,7 +248,7 @@ def _remark_gather(operand: fx.Node, node: fx.Node, axis: str, could: set[fx.Nod
     gathered = f"its operand {tuple(operand.meta['val'].shape)} is gathered"
     op = user.target
     if axis == "tp":
-        ctx.remarks.add("SPR501", f"{op} needs what tp has split whole; {gathered}", user)
+        ctx.remarks.add("SPR501", f"{op} needs what tp has split whole; {gathered}, or becomes rows first", user)
     elif layout is None or layout.call is None:
         ctx.remarks.add("SPR102", f"{op} has no sharding rule; {gathered}", user)
     elif isinstance(op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in op.tags:
@@ -272,14 +291,14 @@ def _complete_sums(node: fx.Node, axis: str) -> None:
         hand_over(node, axis, "P", origin="insert-reshards")
 
 
-def _attention_with_running_sum(x_BSD: Tensor, w_DD: Tensor) -> Tensor:
+def _attention_with_running_maximum(x_BSD: Tensor, w_DD: Tensor) -> Tensor:
     h_B1SD = (x_BSD @ w_DD).unsqueeze(1)
     y_B1SD = torch.nn.functional.scaled_dot_product_attention(h_B1SD, h_B1SD, h_B1SD)
-    return (y_B1SD * y_B1SD.cumsum(2)).sum()
+    return (y_B1SD * y_B1SD.logcumsumexp(2)).sum()
 
 
 def _inputs() -> tuple[Tensor, ...]:
     return tuple(torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 7, 4), (4, 4)))
 
 
-EXAMPLE = {"dp": LOSS_OF_ENTRIES, "cp": Example(_attention_with_running_sum, _inputs), "tp": MLP}
+EXAMPLE = {"dp": LOSS_OF_ENTRIES, "cp": Example(_attention_with_running_maximum, _inputs), "tp": MLP}

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch.fx as fx
 
 from spcompile.graph.edit import is_getitem, result_number
-from spcompile.graph.reshard import Reshard, is_reshard, parse_place
+from spcompile.graph.reshard import Place, Reshard, is_reshard, parse_place
 from spcompile.passes.placement.annotate_sharding import MLP
 from spcompile.passes_api import Context, RewritePass, Stage
 from spcompile.sharding.global_view import is_view
@@ -59,15 +59,21 @@ def _sink(gathers: Iterable[fx.Node], origin: str) -> Iterator[fx.Node]:
 
 def passes_below(user: fx.Node, gather: fx.Node) -> Choice | None:
     """The choice under which `user` runs on the parts that `gather` joins; None if it cannot, or runs split already."""
+    change = Reshard.of(gather)
+    place = parse_place(change.src)
+    return None if place is None or is_view(change.x, "tp") else passes_at(user, gather, place)
+
+
+def passes_at(user: fx.Node, value: fx.Node, place: Place) -> Choice | None:
+    """The choice under which `user`, which reads `value` whole, runs on the parts at `place` of it."""
     layout = layout_of(user)
-    place = parse_place(Reshard.of(gather).src)
-    if user.op != "call_function" or is_reshard(user) or is_getitem(user) or is_view(Reshard.of(gather).x, "tp"):
+    if user.op != "call_function" or is_reshard(user) or is_getitem(user):
         return None
-    if layout is None or layout.call is None or place is None or layout.call.rule.paired:
+    if layout is None or layout.call is None or layout.call.rule.paired:
         return None
     if "tp" in layout.choice or "tp" in layout.partial:
         return None
-    choice = choice_as_operand(user, gather, layout.call, place)
+    choice = choice_as_operand(user, value, layout.call, place)
     return None if choice is None or choice.factor in layout.call.rule.completed - layout.call.rule.filled else choice
 
 

@@ -16,13 +16,14 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.graph.aten_ops import tensor_operands
+from spcompile.graph.linear import is_zero, linear_groups
 from spcompile.graph.reshard import Reshard, is_reshard
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.sharding.global_view import is_view
 from spcompile.sharding.layout import layout_of, show
 from spcompile.sharding.resharding import families_of_sequences, reshard_to, reshards_of, state_of
-from spcompile.sharding.rules.linear import is_zero, linear_groups
-from spcompile.sharding.rules.rule import tensor_operands, tensor_results
+from spcompile.sharding.rules.rule import tensor_results
 from spcompile.sharding.sharded_or_replicated import estimated_bytes, trained_values
 from spcompile.sharding.spaces import Space
 

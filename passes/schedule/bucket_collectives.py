@@ -28,6 +28,7 @@ from spcompile.graph.typed_call import value_of
 from spcompile.machine import sequence
 from spcompile.machine.accelerators import ACCELERATORS
 from spcompile.machine.links import link_of
+from spcompile.memory.joint import ancestors
 from spcompile.passes_api import Context, Example, Pass, Stage
 
 spx = torch.ops.spx
@@ -124,10 +125,8 @@ def _fuse(bucket: list[fx.Node]) -> None:
     place = bucket[0] if is_gather else bucket[-1]
     if is_gather:  # its readers stand between the members: what the others read comes to the first
         above = set(itertools.takewhile(lambda node: node is not place, place.graph.nodes))
-        for node in (node for member in bucket[1:] for node in reversed(_chain(member)[1:])):
-            if node not in above:
-                place.prepend(node)
-                above.add(node)
+        for node in sorted(ancestors(bucket[1:]).difference(above, bucket), key=at.__getitem__):
+            place.prepend(node)
     calls = [call_arguments(kind, node.args, node.kwargs)[1] for node in bucket]
     function: Callable[..., Any] = {
         spx.all_reduce.default: _reduced,

@@ -24,6 +24,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from spcompile.graph.edit import call
+from spcompile.graph.storage import root_of
 from spcompile.memory.row_tiles import (
     TILES,
     WidePart,
@@ -31,10 +32,11 @@ from spcompile.memory.row_tiles import (
     product_rows,
     renames_rows,
     rows_and_width,
+    sums_in_float32,
     turned,
 )
 from spcompile.passes_api import Context, Example, Pass, Stage
-from spcompile.schedule.list_schedule import side_effects
+from spcompile.schedule.node_roles import side_effects
 
 aten = torch.ops.aten
 
@@ -59,9 +61,21 @@ class TileRows(Pass):
         if tiles < 2:
             return 0
         parts = _put_together(graph, tiles)
+        read = {value for part in parts for node in part.calls for value in node.all_input_nodes}
         for part in parts:
             _Tiles(part, tiles).write()
+        _erase_unread_views(read)
         return len(parts)
+
+
+def _erase_unread_views(values: Iterable[fx.Node]) -> None:
+    """Transposes that only parts have read: each of them would keep its value until the end."""
+    pending = sorted((value for value in values if not value._erased), reverse=True)
+    while pending:
+        value = pending.pop()
+        if not value._erased and not value.users and root_of(value) is not value:
+            pending += value.all_input_nodes
+            value.graph.erase_node(value)
 
 
 def _is_tiled(part: WidePart, tiles: int) -> bool:
@@ -178,6 +192,7 @@ class _Tiles:
         self.before = max(part.calls).next
         step = -(-part.rows // tiles)
         self.bounds = [(start, min(start + step, part.rows)) for start in range(0, part.rows, step)]
+        self.written: list[fx.Node] = []
         self.flat: dict[fx.Node, fx.Node] = {}  # value of rows -> the same as a matrix
 
     def write(self) -> None:
@@ -189,7 +204,7 @@ class _Tiles:
             tile: dict[fx.Node, fx.Node] = {}
             for node in sorted((*part.inner, *part.narrow, *part.sums)):
                 if node in part.sums:
-                    self._add(totals, node, self._summed(node, tile, bounds))
+                    totals[node] = self._with(totals.get(node), node, tile, bounds)
                     continue
                 tile[node] = self._row_by_row(node, tile, bounds)
                 if node in pieces:
@@ -198,13 +213,14 @@ class _Tiles:
         results |= {node: self._total(node, total) for node, total in totals.items()}
         for node, result in results.items():
             node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in part.calls)
-        for node in sorted(part.calls, reverse=True):
+        for node in (*sorted(part.calls, reverse=True), *reversed(self.written)):
             if not node.users:
                 self.graph.erase_node(node)
 
     def _call(self, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = call(self.graph, target, args, kwargs, like=like, before=self.before)
         node.meta.setdefault("spx_origin", "tile-rows")
+        self.written.append(node)
         return node
 
     def _row_by_row(self, node: fx.Node, tile: Mapping[fx.Node, fx.Node], bounds: tuple[int, int]) -> fx.Node:
@@ -239,22 +255,30 @@ class _Tiles:
             self.flat[value] = self._call(value, aten.reshape.default, value, shape)
         return self.flat[value]
 
-    def _summed(self, node: fx.Node, tile: Mapping[fx.Node, fx.Node], bounds: tuple[int, int]) -> fx.Node:
-        if node.target is aten.sum.dim_IntList:
-            return self._call(node, node.target, self._operand(node.all_input_nodes[0], tile, bounds), [0])
-        left, right = turned(node.args[0]), node.args[1]
-        assert left is not None
-        assert isinstance(right, fx.Node)
-        left = self._call(node, aten.t.default, self._operand(left, tile, bounds))
-        return self._call(node, node.target, left, self._operand(right, tile, bounds))
+    def _with(
+        self, total: fx.Node | None, node: fx.Node, tile: Mapping[fx.Node, fx.Node], bounds: tuple[int, int]
+    ) -> fx.Node:
+        """A sum over rows with those of one tile more.
 
-    def _add(self, totals: dict[fx.Node, fx.Node], node: fx.Node, more: fx.Node) -> None:
-        if node in totals:
-            totals[node] = self._call(node, aten.add.Tensor, totals[node], more)
-        elif more.meta["val"].dtype in (torch.float16, torch.bfloat16):
-            totals[node] = self._call(node, aten._to_copy.default, more, dtype=torch.float32)
+        A product adds to what is there as it is computed: of separate sums a compiler would make few kernels, for which
+        the products of many tiles stand side by side.
+        """
+        if node.target is aten.sum.dim_IntList:
+            more = self._call(node, node.target, self._operand(node.all_input_nodes[0], tile, bounds), [0])
         else:
-            totals[node] = more
+            left, right = turned(node.args[0]), node.args[1]
+            assert left is not None
+            assert isinstance(right, fx.Node)
+            left = self._call(node, aten.t.default, self._operand(left, tile, bounds))
+            right = self._operand(right, tile, bounds)
+            if total is not None and total.meta["val"].dtype == node.meta["val"].dtype:
+                return self._call(node, aten.addmm.default, total, left, right)
+            more = self._call(node, node.target, left, right)
+        if total is not None:
+            return self._call(node, aten.add.Tensor, total, more)
+        if sums_in_float32(node):
+            return self._call(node, aten._to_copy.default, more, dtype=torch.float32)
+        return more
 
     def _joined(self, node: fx.Node, rows: Iterable[fx.Node]) -> fx.Node:
         return self._as_before(node, self._call(node, aten.cat.default, list(rows)))

@@ -73,9 +73,9 @@ class _Sizes:
         return cls(rows * H, rows * V, B * G * T * (H + V), rows, tile, results, dtype.itemsize, wide)
 
     @property
-    def casts(self) -> bool:
-        """Whether sums are wider than operands."""
-        return self.wide != self.narrow
+    def casts(self) -> int:
+        """1 where sums are wider than operands, else 0: a factor, which sympy does not take a bool for."""
+        return int(self.wide != self.narrow)
 
     @property
     def messages(self) -> sympy.Expr:

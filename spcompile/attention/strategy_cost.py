@@ -23,10 +23,13 @@ import functools
 from dataclasses import dataclass
 
 from spcompile.attention.ring.ring import Ring, backward_bytes, forward_bytes, message_numbers
+from spcompile.attention.scores.attention_call import AttentionCall
 from spcompile.attention.scores.mask import AttentionMask
 from spcompile.attention.scores.runs import Run, natural_runs
 from spcompile.attention.strategy import Strategy
 from spcompile.attention.ulysses.head_shares import HeadSplit
+from spcompile.graph.sizes import hint
+from spcompile.graph.typed_call import value_of
 from spcompile.machine.byte_sizes import bytes_text
 from spcompile.machine.durations import ms_text
 from spcompile.machine.links import Link
@@ -54,6 +57,31 @@ class Problem:
     itemsize: int
     mask: AttentionMask
     bias_row: int = 0
+
+    @classmethod
+    def of(cls, call: AttentionCall) -> Problem:
+        """That of a call on one device. Sizes that are symbols are taken as traced."""
+        sizes = call.sizes.hints()
+        return cls(
+            batch=sizes.batch,
+            heads=sizes.heads,
+            kv_heads=sizes.kv_heads,
+            q_length=sizes.q_rows,
+            k_length=sizes.k_rows,
+            qk_size=sizes.qk_size,
+            v_size=sizes.v_size,
+            itemsize=value_of(call.q).element_size(),
+            mask=call.attention_mask,
+            bias_row=_bytes_of_bias_row(call),
+        )
+
+
+def _bytes_of_bias_row(call: AttentionCall) -> int:
+    """Of one query row of one head, over the batch, of a bias whose rows differ."""
+    if not call.bias_has_rows:
+        return 0
+    bias = value_of(call.bias)
+    return hint(bias.shape[0]) * hint(bias.shape[3]) * bias.element_size()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 
+from spcompile.capture import user_warnings  # noqa: F401  (tells Dynamo what to trace)
 from spcompile.torch_private import detect_is_causal_mask
+
+_TOLD = ("capture_scalar_outputs", "capture_dynamic_output_shape_ops", "allow_rnn")
 
 
 class _WithLibraryMethods(set[Callable[..., Any]]):
@@ -53,18 +56,21 @@ def ignore_library_logging() -> None:
 
 @contextlib.contextmanager
 def as_in_one_graph() -> Iterator[None]:
-    """What Dynamo does by itself only under fullgraph=True: numbers and sizes that depend on data become symbols.
+    """What Dynamo does only if it is told, so that a plain model is one graph.
 
-    Without it `.item()`, `nonzero` and `x[mask]` end the graph. Around every call, so it must be cheap: `config.patch`
-    makes a context variable each time, which Python keeps.
+    Numbers and sizes that depend on data become symbols, as under fullgraph=True: without it `.item()`, `nonzero` and
+    `x[mask]` end the graph. Recurrent layers are calls of it.
+    Around every call, so it must be cheap: `config.patch` makes a context variable each time, which Python keeps.
     """
     config = torch._dynamo.config
-    before = config.capture_scalar_outputs, config.capture_dynamic_output_shape_ops
-    config.capture_scalar_outputs = config.capture_dynamic_output_shape_ops = True
+    before = {name: getattr(config, name) for name in _TOLD}
+    for name in _TOLD:
+        setattr(config, name, True)
     try:
         yield
     finally:
-        config.capture_scalar_outputs, config.capture_dynamic_output_shape_ops = before
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 def added_by_libraries() -> list[Callable[..., Any]]:

@@ -2,6 +2,8 @@
 
 roll, pad            over several dims: over one after the other
 adaptive_avg_pool    to one place: the mean over all of them
+view_as_complex      of a copy, which has no meaning behind capture: the two parts put together, wherever they lie
+as_strided           indices into the elements (`strided_views.py`)
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor
 
+from spcompile.capture.strided_views import indexed_view
 from spcompile.graph.sizes import same
 from spcompile.graph.splice import splice
 from spcompile.graph.typed_call import named_arguments
@@ -22,6 +25,7 @@ from spcompile.graph.typed_call import named_arguments
 aten = torch.ops.aten
 Form = Callable[..., Tensor]
 Found = tuple[Form, list[Any]] | None
+_REGROUPINGS = (aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.unflatten.int)
 
 
 def write_in_plain_forms(gm: fx.GraphModule) -> None:
@@ -75,6 +79,17 @@ def _glu(node: fx.Node) -> Found:
     return partial(_gated, dim), [x]
 
 
+def _parts_of_copy(node: fx.Node) -> Found:
+    value = node.args[0]
+    while isinstance(value, fx.Node) and value.target in _REGROUPINGS:
+        value = value.args[0]
+    return (_together, [node.args[0]]) if isinstance(value, fx.Node) and value.target is aten.clone.default else None
+
+
+def _together(x: Tensor) -> Tensor:
+    return torch.complex(x.select(-1, 0), x.select(-1, 1))
+
+
 def _arguments(node: fx.Node) -> dict[str, Any]:
     return named_arguments(node.target, node.args, node.kwargs)
 
@@ -121,4 +136,6 @@ _FORMS: dict[Any, Callable[[fx.Node], Found]] = {
     aten.adaptive_avg_pool2d.default: _pool,
     aten.conv1d.default: _conv1d,
     aten.glu.default: _glu,
+    aten.view_as_complex.default: _parts_of_copy,
+    aten.as_strided.default: indexed_view,
 }

@@ -54,7 +54,7 @@ def _write_out(
         own[node] = child.node_copy(node, own.__getitem__)
     child.output([own[node] for node in results])
     with fake_mode, torch.no_grad(), fx.traceback.preserve_node_meta():
-        examples = [_like(node.meta["example_value"]) for node in operands]
+        examples = [fake_like(node.meta["example_value"]) for node in operands]
         traced = make_fx(fx.Interpreter(fx.GraphModule(gm, child)).run)(*examples)
     values = dict(zip(traced.graph.find_nodes(op="placeholder"), (copies[node] for node in operands), strict=True))
     for node in traced.graph.nodes:
@@ -68,7 +68,7 @@ def _write_out(
     copies.update(zip(results, (values[node] for node in output.args[0]), strict=True))
 
 
-def _like(x: Any) -> Any:
+def fake_like(x: Any) -> Any:
     """Another fake of the same shape: Dynamo's are of a mode of their own."""
     if not isinstance(x, torch.Tensor):
         return x

@@ -32,13 +32,14 @@ from spcompile.command.arguments import (
 from spcompile.command.calibrate_command import calibrate
 from spcompile.command.compare_command import compare
 from spcompile.command.diff_command import diff
-from spcompile.command.flags import Json, Options, Settings, Sizes
+from spcompile.command.flags import Attention, Dtype, InOneProcess, Json, Length, OnMesh, Options, Settings, Sizes
 from spcompile.command.interrupts import STATUS
 from spcompile.command.plan_command import plan
 from spcompile.command.timeline_command import timeline
 from spcompile.diagnostics import IllegalMesh, IllegalOption, SpcompileError
 from spcompile.machine.mesh import MOST_RANKS
 from spcompile.plain_text import one_line, some_lines
+from spcompile.program.collection import rare_collection
 
 if TYPE_CHECKING:
     from spcompile.passes_api import Pass
@@ -67,13 +68,13 @@ def train(
     mesh: Sizes = None,
     text: Path | None = None,
     steps: int = 60,
-    seq: str = "1024",
+    seq: Length = "1024",
     batch: int = 1,
     lr: float = 1e-3,
     seed: int = 0,
-    attention: str = "auto",
+    attention: Attention = "auto",
     compiler: str = "inductor",
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
     dump: Path | None = None,
     settings: Settings = None,
     option: Options = None,
@@ -89,13 +90,10 @@ def train(
         nproc: Number of processes; without --mesh they form one cp axis. Default 2.
         text: A file whose bytes are the tokens. Default: Python's language reference.
         steps: Training steps of each run.
-        seq: Tokens in a row: 4096, 128k.
         batch: Rows in a batch.
         lr: AdamW's learning rate.
         seed: Of weights and batches.
-        attention: The backend's option: auto, ring, ulysses, hybrid, or factors as ulysses=4,ring=2.
         compiler: The backend's option: inductor or eager.
-        dtype: float32, float64, bfloat16, float16, or short, as bf16.
         dump: A folder for the graph after every pass.
     """
     sizes = parse_mesh(mesh) if mesh else {"cp": 2 if nproc is None else nproc}
@@ -162,14 +160,7 @@ def explain(
     model: str,
     /,
     *,
-    mesh: Sizes = None,
-    seq: str = "4096",
-    batch: int = 1,
-    dtype: str = "bfloat16",
-    attention: str | None = None,
-    outputs: str | None = None,
-    settings: Settings = None,
-    option: Options = None,
+    step: OnMesh = OnMesh(),
     html: Path | None = None,
     graph: str | None = None,
     all_layers: bool = False,
@@ -181,33 +172,22 @@ def explain(
 
     Args:
         model: The model, see above.
-        seq: Tokens in a row: 4096, 128k.
-        batch: Rows in a batch.
-        dtype: Of weights and activations: bfloat16, float32, float16, float64, or short, as bf16.
-        attention: The backend's option: auto, ring, ulysses, hybrid, or factors as ulysses=4,ring=2.
-        outputs: The backend's option: full, sharded or loss.
         html: Also write the plan as an HTML page, with the graph after every pass.
         graph: Print the graph after this pass instead ("forward", "backward": the final ones).
         all_layers: Compile all layers, also those that are equal.
     """
-    sizes = parse_mesh(mesh or ["cp=2"])
-    tokens, dtype = parse_tokens("--seq", seq), parse_dtype(dtype)
-    require_between("--batch", batch, 1, MOST_TOKENS)
-    require_model(model)
+    asked = step.asked(model, ["shard_parameters"])
     require_place_for_file("--html", html)
-    given = parse_settings(settings or [])
-    asked = {"attention": parse_attention(attention), "outputs": outputs} | parse_options(option or [])
-    options = backend_options(asked, sizes, also=["shard_parameters"])
 
     import spcompile
     from spcompile.command.compile_progress import compile_progress
     from spcompile.command.model_spec import built_with_inputs
 
-    _require_graph(graph, options.get("plugins", ""))
+    _require_graph(graph, asked.options.get("plugins", ""))
     with compile_progress():
-        built, inputs = built_with_inputs(model, tokens, batch, dtype, "meta", given)
+        built, inputs = built_with_inputs(model, asked.tokens, asked.batch, asked.dtype, "meta", asked.settings)
         whole = all_layers or html is not None or graph is not None
-        plan = spcompile.explain(built, inputs, mesh=sizes, fold_layers=not whole, **options)
+        plan = spcompile.explain(built, inputs, mesh=asked.sizes, fold_layers=not whole, **asked.options)
     if html is not None:
         plan.save(str(html))
     if graph is not None:
@@ -224,14 +204,7 @@ def verify(
     model: str,
     /,
     *,
-    mesh: Sizes = None,
-    seq: str = "64",
-    batch: int = 1,
-    dtype: str = "float64",
-    attention: str | None = None,
-    outputs: str | None = None,
-    settings: Settings = None,
-    option: Options = None,
+    step: InOneProcess = InOneProcess(),
     json: Json = False,
 ) -> int:
     """Run all ranks in this process and compare loss, outputs and gradients with the plain model's.
@@ -240,25 +213,14 @@ def verify(
 
     Args:
         model: The model, see above.
-        seq: Tokens in a row: 4096, 128k.
-        batch: Rows in a batch.
-        dtype: Of weights and activations: bfloat16, float32, float16, float64, or short, as bf16.
-        attention: The backend's option: auto, ring, ulysses, hybrid, or factors as ulysses=4,ring=2.
-        outputs: The backend's option: full, sharded or loss.
     """
-    sizes = parse_mesh(mesh or ["cp=2"])
-    tokens, dtype = parse_tokens("--seq", seq), parse_dtype(dtype)
-    require_between("--batch", batch, 1, MOST_TOKENS)
-    require_model(model)
-    given = parse_settings(settings or [])
-    asked = {"attention": parse_attention(attention), "outputs": outputs} | parse_options(option or [])
-    options = backend_options(asked, sizes, also=["tolerance"])
+    asked = step.asked(model, ["tolerance"])
 
     import spcompile
     from spcompile.command.model_spec import built_with_inputs
 
-    built, inputs = built_with_inputs(model, tokens, batch, dtype, "cpu", given)
-    report = spcompile.verify(built, inputs, mesh=sizes, **options)
+    built, inputs = built_with_inputs(model, asked.tokens, asked.batch, asked.dtype, "cpu", asked.settings)
+    report = spcompile.verify(built, inputs, mesh=asked.sizes, **asked.options)
     print(json_text.dumps(report.to_dict()) if json else str(report))
     return 0 if report.ok else 1
 
@@ -359,7 +321,8 @@ def main() -> None:
     """The console script. A user's error and Ctrl-C are told without a traceback; the status is then 2, or 130."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is ever downloaded
     try:
-        status = app(sys.argv[1:], result_action="return_value", exit_on_error=False, print_error=False)
+        with rare_collection():  # importing torch makes a million objects that stay
+            status = app(sys.argv[1:], result_action="return_value", exit_on_error=False, print_error=False)
         sys.stdout.flush()
     except SpcompileError as error:
         _say(_as_line(error))

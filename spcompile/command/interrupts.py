@@ -13,6 +13,7 @@ from multiprocessing import resource_tracker
 from types import FrameType
 
 STATUS = 128 + signal.SIGINT
+_AGAIN = 0.02  # seconds, after which a signal that came too early is sent once more
 
 
 @contextlib.contextmanager
@@ -54,6 +55,18 @@ def end_silently() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    if _is_starting_a_process(frame):
+        threading.Timer(_AGAIN, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # while processes are ended
     logging.disable(logging.WARNING)  # the launcher tells of every process that it ends
     raise KeyboardInterrupt
+
+
+def _is_starting_a_process(frame: FrameType | None) -> bool:
+    """Whether a process is half started: what it still reads would end in the middle, and it would say so."""
+    while frame is not None:
+        if frame.f_code is multiprocessing.Process.start.__code__:
+            return True
+        frame = frame.f_back
+    return False

@@ -1,1 +1,1 @@
-"""Switched on in accelerate, the Trainer of transformers, Lightning and Fabric."""
+"""Switched on in accelerate, the Trainer of transformers, Lightning, Fabric, torchtitan."""

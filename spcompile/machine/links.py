@@ -22,18 +22,15 @@ RANKS_PER_NODE = 8
 class Link:
     """bytes_per_second: what one rank sends, one way. seconds_per_message: until the first byte arrives.
 
+    reaches_memory: whether the GPUs read and write each other's memory, with no network between them.
     measured: collective -> bytes that a rank sends -> seconds, where they were measured.
     """
 
     name: str
     bytes_per_second: float
     seconds_per_message: float
+    reaches_memory: bool = False
     measured: Mapping[str, TimeCurve] = field(default_factory=dict, hash=False)
-
-    @property
-    def reaches_memory(self) -> bool:
-        """Whether the GPUs read and write each other's memory, with no network between them."""
-        return self.name.startswith("nvlink")
 
     def seconds(self, sent: float, messages: int = 1, collective: str = "message") -> float:
         """Time for `sent` bytes of one rank in `messages` that wait for one another."""
@@ -43,7 +40,9 @@ class Link:
 
 
 LINKS = {
-    name: Link(name, row["reached"] * row["bytes_per_second_one_way"], row["seconds_per_message"])
+    name: Link(
+        name, row["reached"] * row["bytes_per_second_one_way"], row["seconds_per_message"], row["reaches_memory"]
+    )
     for name, row in HARDWARE["links"].items()
 }
 

@@ -79,7 +79,7 @@ def load_measured(file: str) -> None:
     message = found.collectives["message"]
     rate = message.best_rate
     latency = max(0.0, message.seconds(message.points[0][0]) - message.points[0][0] / rate)
-    LINKS[link] = Link(link, rate, latency, found.collectives)
+    LINKS[link] = Link(link, rate, latency, measured=found.collectives)
     fastest = {size: curve.best_rate for size, curve in found.products.items()}
     ACCELERATORS[file] = Accelerator(
         name=found.name,

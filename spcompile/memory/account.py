@@ -22,6 +22,7 @@ from spcompile.graph.storage import outputs_of, root_of, saved_pairs, saved_valu
 from spcompile.machine.accelerators import Accelerator
 from spcompile.machine.optimizers import Optimizer
 from spcompile.memory.fusion import fused_away
+from spcompile.memory.head_stages import HeadStages
 from spcompile.memory.inside_calls import bytes_inside
 from spcompile.memory.liveness import Lives
 from spcompile.memory.plan_search import Tiles
@@ -32,7 +33,8 @@ from spcompile.memory.planner import MemoryPlan
 class Action:
     """What was done to save memory, for all layers alike at once. bytes: no longer saved on the rank.
 
-    kind: "recompute", "offload": to the memory of the host, or "tile": bytes are those of one layer, no longer alive.
+    kind: "recompute", "offload": to the memory of the host, "tile" or "stage": bytes are those of one layer, no longer
+    alive.
 
     seconds: that it costs a step. source: the user's line whose results are not saved.
     """
@@ -257,7 +259,7 @@ def actions_of(plan: MemoryPlan) -> tuple[Action, ...]:
         before = rows.get((kind, op, source), Action(kind, 0, 0, 0.0, op, source))
         total = before.bytes + size, before.seconds + seconds
         rows[kind, op, source] = Action(kind, before.count + 1, *total, op, source)
-    return (*sorted(rows.values(), key=lambda row: -row.bytes), *_tiled(plan.tiles))
+    return (*sorted(rows.values(), key=lambda row: -row.bytes), *_tiled(plan.tiles), *_staged(plan.stages))
 
 
 def _tiled(tiles: Tiles | None) -> list[Action]:
@@ -266,3 +268,9 @@ def _tiled(tiles: Tiles | None) -> list[Action]:
     first = tiles.parts[0]
     op = getattr(first.target, "__name__", str(first.target))
     return [Action("tile", len(tiles.parts), tiles.bytes, tiles.seconds, op, source_of(first))]
+
+
+def _staged(stages: HeadStages | None) -> list[Action]:
+    if stages is None:
+        return []
+    return [Action("stage", len(stages.products), stages.bytes, stages.seconds, stages.op, stages.source)]

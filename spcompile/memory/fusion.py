@@ -1,8 +1,9 @@
 """Which values a compiler that fuses never writes to memory.
 
-Inductor computes elementwise calls and reductions behind one another in one kernel. A value that only such calls read
-is made inside of it, once in each kernel that reads it. What a kernel reads must be there until it runs: at the calls
-behind whose results are written.
+Inductor computes elementwise calls and reductions behind one another in one kernel. An elementwise value that only such
+calls read is made inside of it, once in each kernel that reads it; what a reduction gives is written. What a kernel
+reads must be there until it runs: at the calls behind whose results are written. A kernel does not read any number of
+values, so that a long chain of sums is several kernels.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from spcompile.graph.storage import root_of
 
 aten = torch.ops.aten
 _REDUCTIONS = {aten.sum, aten.mean, aten.amax, aten.amin, aten.var, aten.var_mean}
+MOST_READ = 8  # by a value that is not written (torch 2.13: _inductor/config.py, realize_acc_reads_threshold)
 
 
 def fused_away(
@@ -26,20 +28,29 @@ def fused_away(
     kept: storages that must be, as those that are saved or returned. root: finds the storage of a value.
     """
     readers: dict[fx.Node, list[fx.Node]] = {}
-    made: list[fx.Node] = []
-    for node in nodes:
-        if root(node) is not node:
-            continue
-        if _is_fusible(node):
-            made.append(node)
+    made = [node for node in nodes if root(node) is node]
+    for node in made:
         for value in node.all_input_nodes:
             readers.setdefault(root(value), []).append(node)
-    return {node for node in made if node not in kept and readers.get(node) and all(map(_is_fusible, readers[node]))}
+    reads: dict[fx.Node, set[fx.Node]] = {}  # of what is not written: the storages that it is made from
+    for node in made:
+        if is_made_inside(node) and node not in kept and readers.get(node) and all(map(is_fusible, readers[node])):
+            roots = (root(value) for value in node.all_input_nodes)
+            found = {source for own in roots for source in reads.get(own, (own,))}
+            if len(found) <= MOST_READ:
+                reads[node] = found
+    return set(reads)
 
 
-def _is_fusible(node: fx.Node) -> bool:
+def is_fusible(node: fx.Node) -> bool:
+    """Whether a call is part of the kernels of what it reads and what reads it."""
     packet = getattr(node.target, "overloadpacket", None)
     return packet in _REDUCTIONS or torch.Tag.pointwise in getattr(node.target, "tags", ()) or packet is aten._to_copy
+
+
+def is_made_inside(node: fx.Node) -> bool:
+    """Whether kernels that read the value of a call may make it themselves."""
+    return is_fusible(node) and getattr(node.target, "overloadpacket", None) not in _REDUCTIONS
 
 
 def kernel_ends(

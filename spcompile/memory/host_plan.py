@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.fx as fx
 
+from spcompile.collectives import COLLECTIVES
 from spcompile.graph.sizes import hint, numel_hint
 from spcompile.graph.storage import born_at
 from spcompile.memory.joint import Joint
@@ -19,6 +22,7 @@ from spcompile.memory.liveness import Away, orders_of
 from spcompile.schedule.host_windows import windows_back, windows_out
 from spcompile.schedule.op_cost import CostModel
 
+Uses = tuple[dict[fx.Node, int], dict[fx.Node, int]]
 _LEAST = 0.01  # of the largest value: what is smaller is not worth a copy of its own
 
 
@@ -64,8 +68,9 @@ class Clock:
         again = set(self.backward)
         alone = {root: own[0] for root, own in views.items() if len(own) == 1 and root.op == "call_function"}
         alone = {root: node for root, node in alone.items() if born_at(root) not in again}
-        read, _ = self._uses(self.backward, alone)
-        found = {root: alone[root] for root in read if root not in stays and _is_whole(alone[root], size[root])}
+        read, _ = self._uses[1]
+        alone = {root: node for root, node in alone.items() if root in read and root not in stays}
+        found = {root: node for root, node in alone.items() if _is_whole(node, size[root])}
         least = _LEAST * max((size[root] for root in found), default=0)
         return [found[root] for root in self.joint.forward if root in found and size[root] >= least]
 
@@ -74,11 +79,11 @@ class Clock:
         stored, cost = self.joint.storage, self.cost
         roots = [stored[node] for node in values]
         takes = {root: cost.host_copy(self.joint.bytes_of[root]) for root in roots}
-        made, last = self._uses(self.forward, set(roots))
-        out = windows_out(self._seconds(self.forward), [(made[root], last[root], takes[root]) for root in roots])
-        first, _ = self._uses(self.backward, set(roots))
-        wanted = sorted(first, key=first.__getitem__)
-        back = windows_back(self._seconds(self.backward), [(first[root], takes[root]) for root in wanted])
+        made, last = self._uses[0]
+        out = windows_out(self._seconds[0], [(made[root], last[root], takes[root]) for root in roots])
+        first, _ = self._uses[1]
+        wanted = [root for root in first if root in takes]
+        back = windows_back(self._seconds[1], [(first[root], takes[root]) for root in wanted])
         return Away(
             values=tuple(values),
             leave={root: window.end for root, window in zip(roots, out, strict=True)},
@@ -87,19 +92,29 @@ class Clock:
             seconds=sum(window.late for window in (*out, *back)),
         )
 
-    def _seconds(self, order: Sequence[fx.Node]) -> list[float]:
-        return [self.cost.work(node).compute for node in order]
+    @cached_property
+    def _seconds(self) -> tuple[list[float], list[float]]:
+        forward, backward = (list(map(self._seconds_of, at)) for at in (self.forward, self.backward))
+        return forward, backward
 
-    def _uses(
-        self, order: Sequence[fx.Node], roots: Collection[fx.Node]
-    ) -> tuple[dict[fx.Node, int], dict[fx.Node, int]]:
+    def _seconds_of(self, node: fx.Node) -> float:
+        """A collective that becomes a start and a wait runs beside other calls; a ring waits inside its own."""
+        target: Any = node.target
+        collective, work = COLLECTIVES.get(target), self.cost.work(node)
+        return work.compute if collective is not None and collective.lowered is not None else work.seconds
+
+    @cached_property
+    def _uses(self) -> tuple[Uses, Uses]:
+        forward, backward = map(self._uses_in, (self.forward, self.backward))
+        return forward, backward
+
+    def _uses_in(self, order: Sequence[fx.Node]) -> Uses:
         """Of each storage the places of the first and of the last call that makes, reads or views it."""
         stored = self.joint.storage
         first: dict[fx.Node, int] = {}
         last: dict[fx.Node, int] = {}
         for at, node in enumerate(order):
             for value in (node, *node.all_input_nodes):
-                if (root := stored[value]) in roots:
-                    first.setdefault(root, at)
-                    last[root] = at
+                first.setdefault(stored[value], at)
+                last[stored[value]] = at
         return first, last

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch.fx as fx
 
+from spcompile.collectives import COLLECTIVES
 from spcompile.graph.sizes import hint
-from spcompile.graph.storage import outputs_of, root_of, storage_bytes
+from spcompile.graph.storage import outputs_of, root_of
 from spcompile.machine.accelerators import Accelerator
 from spcompile.memory.inside_calls import bytes_inside
+from spcompile.memory.numbered import NumberedCalls
+from spcompile.memory.row_tiles import WidePartFinder
 
 
 @dataclass(frozen=True)
 class Joint:
     """A joint graph, taken apart.
 
-    forward: the calls that need no gradient of an output, in order. backward: all other calls.
+    forward: the calls that need no gradient of an output, in order. backward: all other calls, in the order in which
+    they will run.
     returned: the outputs of the forward. gradients: the outputs of the backward.
     parameters: the inputs that get a gradient. accelerator: what computes. fuses: the compiler behind fuses
     elementwise calls. tiles: of rows, over which wide parts run.
@@ -35,8 +39,18 @@ class Joint:
     tiles: int = 1
 
     @classmethod
-    def of(cls, graph: fx.Graph, forward_outputs: int, accelerator: Accelerator, fuses: bool = False) -> Joint:
-        """forward_outputs: how many of the graph's outputs are the forward's; the others are gradients of inputs."""
+    def of(
+        cls,
+        graph: fx.Graph,
+        forward_outputs: int,
+        accelerator: Accelerator,
+        fuses: bool = False,
+        sends_early: bool = True,
+    ) -> Joint:
+        """forward_outputs: how many of the graph's outputs are the forward's; the others are gradients of inputs.
+
+        sends_early: gradients travel once they are there, though they become larger where they are gathered.
+        """
         outputs = outputs_of(graph)
         inputs = tuple(graph.find_nodes(op="placeholder"))
         returned = _nodes(outputs[:forward_outputs])
@@ -46,11 +60,12 @@ class Joint:
         for node in calls:
             if any(value in later for value in node.all_input_nodes):
                 later.add(node)
+        backward = tuple(node for node in calls if node in later)
         pairs = zip(primals, outputs[forward_outputs:], strict=False)
         return cls(
             inputs=inputs,
             forward=tuple(node for node in calls if node not in later),
-            backward=tuple(node for node in calls if node in later),
+            backward=_sent_early(backward) if sends_early else backward,
             returned=returned,
             gradients=_nodes(outputs[forward_outputs:]),
             parameters=frozenset(primal for primal, gradient in pairs if isinstance(gradient, fx.Node)),
@@ -61,17 +76,28 @@ class Joint:
     @cached_property
     def storage(self) -> dict[fx.Node, fx.Node]:
         """Of each value the node that made its storage."""
-        return {node: root_of(node) for node in (*self.inputs, *self.forward, *self.backward)}
+        numbered = self.numbered
+        return {node: numbered.nodes[root] for node, root in zip(numbered.nodes, numbered.root, strict=True)}
 
     @cached_property
     def bytes_of(self) -> dict[fx.Node, int]:
         """What each node allocates."""
-        return {node: storage_bytes(node) for node in self.storage}
+        return dict(zip(self.numbered.nodes, self.numbered.size, strict=True))
 
     @cached_property
-    def scratch(self) -> dict[fx.Node, int]:
-        """What each node takes besides while it runs."""
-        return {node: int(bytes_inside(node, self.accelerator, hint)) for node in self.storage}
+    def numbered(self) -> NumberedCalls:
+        """All nodes, to walk in many orders."""
+        return NumberedCalls((*self.inputs, *self.forward, *self.backward))
+
+    @cached_property
+    def scratch(self) -> list[int]:
+        """What each node takes besides while it runs, by number."""
+        return [int(bytes_inside(node, self.accelerator, hint)) for node in self.numbered.nodes]
+
+    @cached_property
+    def wide_parts(self) -> WidePartFinder:
+        """What could run over tiles of rows."""
+        return WidePartFinder()
 
     @cached_property
     def is_forward(self) -> frozenset[fx.Node]:
@@ -85,10 +111,33 @@ class Joint:
         found.update((value, None) for value in self.gradients if value in self.is_forward)
         return tuple(found)
 
+    def over_tiles(self, tiles: int) -> Joint:
+        """The same, where wide parts run over tiles of rows; what does not depend on them is not found again."""
+        other = replace(self, tiles=tiles)
+        found = {"numbered": self.numbered, "scratch": self.scratch, "wide_parts": self.wide_parts}
+        other.__dict__.update(found)
+        return other
+
     @property
     def input_bytes(self) -> int:
         """Of all inputs of the forward: parameters, buffers and the batch."""
         return sum(self.bytes_of[node] for node in self.inputs if "tangents" not in str(node.target))
+
+
+def _sent_early(calls: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    """The order with collectives that nothing is computed with right behind what they read.
+
+    Autograd has them where it has the gradients of inputs, at the end; `overlap-collectives` starts them at once.
+    """
+    leaves: set[fx.Node] = set()
+    for node in reversed(calls):
+        if node.target in COLLECTIVES or root_of(node) is not node:
+            leaves.update([node] if all(user.op == "output" or user in leaves for user in node.users) else [])
+    place: dict[fx.Node, int] = {}
+    for at, node in enumerate(calls):
+        read = [place[value] for value in node.all_input_nodes if value in place]
+        place[node] = max(read, default=-1) if node in leaves else at
+    return tuple(sorted(calls, key=place.__getitem__))
 
 
 def _nodes(values: Iterable[object]) -> tuple[fx.Node, ...]:

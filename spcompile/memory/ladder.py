@@ -8,7 +8,7 @@ rung, `HOST`, all trades are made, and all that is still saved and can go waits 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch.fx as fx
@@ -18,7 +18,7 @@ from spcompile.graph.storage import root_of
 from spcompile.machine.optimizers import Optimizer
 from spcompile.memory.host_plan import Clock
 from spcompile.memory.joint import Joint
-from spcompile.memory.liveness import Away, levels_of
+from spcompile.memory.liveness import Away, levels_of, most_by_part
 from spcompile.memory.planner import all_trades, state_bytes
 from spcompile.memory.stream_blocks import Blocks
 from spcompile.memory.trades import Trade, made_again, saved_after
@@ -67,13 +67,11 @@ class Ladder:
         return Rung(tuple(kept), tuple(made_again(self.joint, set(kept))), tuple(trades), away)
 
     def peaks(self, number: int) -> tuple[int, int, int]:
-        """The most that is alive on a rung, inputs aside: in the forward, and in either half of the backward.
-
-        In a backward the bytes of what is saved fall, those of gradients grow: the most is near one of its ends.
-        """
+        """The most that is alive on a rung, inputs aside: in the forward, and in both ends of the backward."""
         rung = self.rung(number)
-        levels = {phase: found for phase, (_, found) in levels_of(self.joint, rung.saved, rung.away).items()}
-        return halves(levels)
+        return most_by_part(
+            {phase: found for phase, (_, found) in levels_of(self.joint, rung.saved, rung.away).items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -87,14 +85,6 @@ class Rung:
     again: tuple[fx.Node, ...]
     trades: tuple[Trade, ...]
     away: Away | None = None
-
-
-def halves(levels: Mapping[str, Sequence[int]]) -> tuple[int, int, int]:
-    """The largest of the levels of a forward, and of either half of those of a backward."""
-    backward = levels.get("backward", ())
-    middle = len(backward) // 2
-    forward = levels.get("forward", levels.get("inference", ()))
-    return max(forward, default=0), max(backward[:middle], default=0), max(backward[middle:], default=0)
 
 
 def _kind_of_trade(trade: Trade) -> Kind:

@@ -8,16 +8,18 @@ reader, as the partitioner orders it (torch 2.13: torch/_functorch/partitioners.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import torch
 import torch.fx as fx
 
 from spcompile.graph.storage import born_at
-from spcompile.memory.fusion import fused_away, kernel_ends
-from spcompile.memory.joint import Joint, ancestors
-from spcompile.memory.row_tiles import find_wide_parts
+from spcompile.memory.fusion import MOST_READ, kernel_ends
+from spcompile.memory.joint import Joint
+from spcompile.memory.row_tiles import WidePart, sums_in_float32
 
 _NOTHING: Mapping[fx.Node, int] = MappingProxyType({})
 
@@ -101,33 +103,17 @@ class Lives:
         return [storage for storage, start in self.born.items() if start <= call <= self.dies[storage]]
 
 
-def backward_order(joint: Joint, saved: Collection[fx.Node]) -> list[fx.Node]:
-    """The calls of the backward and, each before its first reader, those of the forward that it makes again."""
-    order: list[fx.Node] = []
-    done: set[fx.Node] = set(saved) | set(joint.inputs)
-    for node in joint.backward:
-        stack = [node]
-        while stack:
-            top = stack[-1]
-            missing = [value for value in top.all_input_nodes if value not in done]
-            stack.extend(reversed(missing))
-            if not missing:
-                stack.pop()
-                if top not in done:
-                    done.add(top)
-                    order.append(top)
-    return order
-
-
 def peak_of(joint: Joint, saved: Collection[fx.Node], away: Away | None = None) -> Peak:
     """Of a step that saves these values of the forward: inputs are not counted, gradients are.
 
     away: which of them are in the host's memory from forward to backward, and when they are copied.
     """
-    return max(
-        (_largest(phase, order, levels) for phase, (order, levels) in levels_of(joint, saved, away).items()),
-        key=lambda peak: peak.bytes,
-    )
+    return highest(levels_of(joint, saved, away))
+
+
+def highest(levels: Mapping[str, tuple[Sequence[fx.Node], Sequence[int]]]) -> Peak:
+    """The peak of what `levels_of` gives."""
+    return max((_largest(phase, *found) for phase, found in levels.items()), key=lambda peak: peak.bytes)
 
 
 def levels_of(
@@ -147,10 +133,26 @@ def levels_of(
     }
 
 
+def most_by_part(levels: Mapping[str, Sequence[int]]) -> tuple[int, int, int]:
+    """The largest of the levels of a forward, and of the first and the last two thirds of those of a backward.
+
+    In a backward the bytes of what is saved fall, those of gradients grow: the most is near one of its ends. So each of
+    the three grows by the same with each layer. Of two layers each part has one whole: halves would cut the last layer
+    in two where the calls of the model's head stand before it.
+    """
+    backward = levels.get("backward", ())
+    third = len(backward) // 3
+    forward = levels.get("forward", levels.get("inference", ()))
+    return max(forward, default=0), max(backward[: len(backward) - third], default=0), max(backward[third:], default=0)
+
+
 def orders_of(joint: Joint, saved: Collection[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The calls of forward and backward in their order."""
-    needed = ancestors((*saved, *joint.returned))
-    return [node for node in joint.forward if node in needed], backward_order(joint, saved)
+    """The calls of the forward; those of the backward and, each before its first reader, those that it makes again."""
+    calls = joint.numbered
+    own, of = list(map(calls.number.__getitem__, saved)), calls.number.__getitem__
+    forward = calls.with_all_read(map(of, joint.forward), [*own, *map(of, joint.returned)])
+    backward = calls.with_made_again(map(of, joint.backward), [*own, *map(of, joint.inputs)])
+    return [calls.nodes[at] for at in forward], [calls.nodes[at] for at in backward]
 
 
 def _levels(
@@ -161,22 +163,72 @@ def _levels(
     leave: Mapping[fx.Node, int] = _NOTHING,
     come_back: Mapping[fx.Node, int] = _NOTHING,
 ) -> list[int]:
-    storage = joint.storage.__getitem__
-    inside = fused_away(order, {*kept, *leave}, storage) if joint.fuses else ()
-    lives = Lives.of(order, before, kept, storage, inside, leave, come_back)
-    size = joint.bytes_of.__getitem__
+    calls, of = joint.numbered, joint.numbered.number.__getitem__
+    sizes, scratch = calls.size, joint.scratch
     if joint.tiles > 1:
-        in_tiles = _only_in_tiles(order, joint, {*kept, *leave})
-        sizes = {root: size(root) // joint.tiles if root in in_tiles else size(root) for root in lives.born}
-        size = sizes.__getitem__
-    return lives.bytes(size, [joint.scratch[node] for node in order])
+        sizes, scratch, whole = list(sizes), list(scratch), {*kept, *leave}
+        parts = joint.wide_parts.find(order, lambda node: joint.storage[node] in whole)
+        for root in _only_in_tiles(parts, joint):
+            sizes[of(root)] //= joint.tiles
+        for call, more in _beside_tiles(parts, order, joint).items():
+            scratch[of(call)] += more
+    return calls.levels(
+        [of(node) for node in order],
+        [of(root) for root in before],
+        [of(root) for root in kept],
+        {of(root): at for root, at in leave.items()},
+        {of(root): at for root, at in come_back.items()},
+        sizes,
+        scratch,
+        joint.fuses,
+    )
 
 
-def _only_in_tiles(order: Sequence[fx.Node], joint: Joint, kept: Collection[fx.Node]) -> set[fx.Node]:
+def _only_in_tiles(parts: Iterable[WidePart], joint: Joint) -> set[fx.Node]:
     """The storages that never stand whole where wide parts run over tiles."""
-    parts = find_wide_parts(order, lambda node: joint.storage[node] in kept)
     whole = {joint.storage[node] for part in parts for node in part.whole}
     return {joint.storage[node] for part in parts for node in part.tiled_away} - whole
+
+
+def _beside_tiles(parts: Sequence[WidePart], order: Sequence[fx.Node], joint: Joint) -> dict[fx.Node, int]:
+    """What is alive during calls of parts because all of a part runs for one tile after the other.
+
+    Rows of narrow results are there from the first tile on, and beside all of them once more where they are put
+    together; sums over rows are there from the first tile on, and each beside itself where a tile adds to it; what a
+    part reads stays until its last tile.
+    """
+    place = {node: at for at, node in enumerate(order)}
+    last = {joint.storage[value]: at for at, node in enumerate(order) for value in node.all_input_nodes}
+    found: dict[fx.Node, int] = defaultdict(int)
+    for part in parts:
+        calls = sorted((place[node], node) for node in part.calls)
+        end, own = calls[-1][0], {joint.storage[node] for node in part.calls}
+        read = {joint.storage[value] for _, node in calls for value in node.all_input_nodes} - own
+        gone = [(last[root], joint.bytes_of[root]) for root in read if last[root] < end and root.op == "call_function"]
+        made = [(place[node], joint.bytes_of[joint.storage[node]]) for node in part.narrow]
+        sums = {place[node]: _bytes_of_sum(node, joint) for node in part.sums}
+        for at, node in calls:
+            found[node] += sum(size for start, size in made if at < start) * (joint.tiles - 1) // joint.tiles
+            found[node] += sum(size for stop, size in gone if stop < at)
+            found[node] += sum(total if at < start else total - size for start, (size, total, _) in sums.items())
+            found[node] += sums[at][2] if at in sums else 0
+        if made:
+            found[calls[-1][1]] += max(size for _, size in made)
+    return found
+
+
+def _bytes_of_sum(node: fx.Node, joint: Joint) -> tuple[int, int, int]:
+    """Of a sum over rows that runs over tiles: (its bytes, those of what is summed up, those beside where a tile adds).
+
+    A product adds to a sum as it is computed. Others are added by elementwise calls, of which a compiler that fuses
+    makes one kernel for as many tiles as it may read.
+    """
+    size = joint.bytes_of[joint.storage[node]]
+    total = size * 4 // node.meta["val"].element_size() if sums_in_float32(node) else size
+    if total == size and node.target is torch.ops.aten.mm.default:
+        return size, total, total
+    tiles = min(joint.tiles, MOST_READ) if joint.fuses else 1
+    return size, total, total + (tiles - 1 if total == size else tiles) * size
 
 
 def _largest(phase: str, order: Sequence[fx.Node], levels: Sequence[int]) -> Peak:

@@ -1,14 +1,14 @@
-"""How many trades to make, and how much to keep in the memory of the host: what costs least of all that fits.
+"""How many trades to make, how much to keep in the memory of the host, over how many tiles wide parts run: together.
 
-Trades are made in their order, the cheapest first, so that a plan is two numbers: of trades, and of values that go to
-the host. Every peak that is looked at costs a walk over the graph; how many are is bounded.
+Trades are made in their order, the cheapest first, so that a plan is three numbers: of trades, of values that go to
+the host, and of tiles. Every peak that is looked at costs a walk over the graph; how many are is bounded.
 """
 
 from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch.fx as fx
@@ -16,30 +16,16 @@ import torch.fx as fx
 from spcompile.memory.host_plan import Clock
 from spcompile.memory.joint import Joint
 from spcompile.memory.liveness import Away, Peak, orders_of, peak_of
-from spcompile.memory.row_tiles import WidePart, find_wide_parts, rows_and_width
+from spcompile.memory.row_tiles import WidePart, rows_and_width
 from spcompile.memory.stream_blocks import Blocks
 from spcompile.memory.trades import Trade, saved_after
 from spcompile.schedule.op_cost import CostModel, bytes_of
 
 _LOOKS = 12  # numbers of trades that are tried where the least peak is searched
 _LAST_LOOKS = 6  # and of the last ones, each of which gives up half of the inputs of blocks
-_TILES = 8  # into which rows are cut
+_TILES = (8, 32)  # into how many rows are cut; the second only where nothing else fits
 _HOST_LOOKS = 6  # numbers of trades beside which the host is asked
-_HOST_TRIES = 2  # of these, how many are looked at closely
-
-
-@dataclass(frozen=True)
-class PlanChoice:
-    """A number of trades, and what the host keeps beside. seconds: that both cost a step."""
-
-    count: int
-    away: Away | None
-    peak: Peak
-    seconds: float
-
-    @property
-    def host_bytes(self) -> int:
-        return self.away.bytes if self.away is not None else 0
+_HOST_TRIES = 2  # of these, how many are looked at closely, where one of them fits
 
 
 @dataclass(frozen=True)
@@ -56,6 +42,22 @@ class Tiles:
     seconds: float
 
 
+@dataclass(frozen=True)
+class PlanChoice:
+    """A number of trades, what the host keeps beside, and tiles. seconds: that all of them cost a step."""
+
+    count: int
+    away: Away | None
+    peak: Peak
+    seconds: float
+    saved: tuple[fx.Node, ...]
+    tiles: Tiles | None = None
+
+    @property
+    def host_bytes(self) -> int:
+        return self.away.bytes if self.away is not None else 0
+
+
 class PlanSearch:
     """How many of the trades to make, and how much to keep in the memory of the host."""
 
@@ -67,6 +69,7 @@ class PlanSearch:
         gives_inputs = (any(joint.storage[node] in inputs for node in trade.given_up) for trade in trades)
         self.before_inputs = next((at for at, gives in enumerate(gives_inputs) if gives), len(trades))
         self._peaks: dict[int, Peak] = {}
+        self.clocks: dict[int, Clock] = {}
 
     def saved_after(self, count: int) -> list[fx.Node]:
         """What is saved after so many trades."""
@@ -78,27 +81,59 @@ class PlanSearch:
             self._peaks[count] = peak_of(self.joint, self.saved_after(count))
         return self._peaks[count]
 
+    def clock(self, count: int) -> Clock:
+        """Of the copies to the host after so many trades. Tiles change nothing in it."""
+        if count not in self.clocks:
+            self.clocks[count] = Clock.of(self.joint, self.saved_after(count), self.cost)
+        return self.clocks[count]
+
     def plain(self, count: int) -> PlanChoice:
         """So many trades and nothing in the memory of the host."""
-        return PlanChoice(count, None, self.peak(count), self._seconds(count))
+        return PlanChoice(count, None, self.peak(count), self._seconds(count), tuple(self.saved_after(count)))
 
-    def over_tiles(self, limit: int, host: int) -> tuple[PlanChoice, Tiles] | None:
-        """`cheapest` where wide parts run over tiles; None where there are none."""
-        joint = replace(self.joint, tiles=_TILES)
-        search = PlanSearch(joint, self.saved, self.trades, self.blocks, self.cost)
-        chosen = search.cheapest(limit, host)
-        saved = search.saved_after(chosen.count)
-        kept = {joint.storage[node] for node in (*saved, *joint.returned)}
+    def least_of_all(self, host: int) -> PlanChoice:
+        """What has the least peak, with as much in the host's memory as fits into `host` bytes."""
+        plain = self.plain(self.least())
+        away = [self._all_that_can_go(look, host) for look in self._host_looks(self.before_inputs) if host]
+        return min(plain, *away, key=lambda choice: (choice.peak.bytes, choice.seconds)) if away else plain
+
+    def _host_looks(self, last: int) -> list[int]:
+        return sorted({round(at * last / _HOST_LOOKS) for at in range(_HOST_LOOKS + 1)})
+
+    def _all_that_can_go(self, count: int, host: int) -> PlanChoice:
+        saved, clock = self.saved_after(count), self.clock(count)
+        values = clock.can_go()
+        sizes = [self.joint.bytes_of[self.joint.storage[node]] for node in values]
+        away = clock.away(values[: bisect.bisect_right(list(itertools.accumulate(sizes)), host)])
+        if not away.values:
+            return self.plain(count)
+        peak, seconds = peak_of(self.joint, saved, away), self._seconds(count) + away.seconds
+        return PlanChoice(count, away, peak, seconds, tuple(saved))
+
+    def over_tiles(self, tiles: int) -> PlanSearch | None:
+        """The same where wide parts run over tiles; None where no part can, whatever is made again."""
+        search = PlanSearch(self.joint.over_tiles(tiles), self.saved, self.trades, self.blocks, self.cost)
+        search.clocks = self.clocks
+        return search if search.with_tiles(search.plain(self.before_inputs)).tiles is not None else None
+
+    def with_tiles(self, chosen: PlanChoice) -> PlanChoice:
+        """A choice with the tiles that it runs over, and what they cost."""
+        joint = self.joint
+        if joint.tiles < 2:
+            return chosen
+        kept = {joint.storage[node] for node in (*chosen.saved, *joint.returned)}
         parts = [
             part
-            for order in orders_of(joint, saved)
-            for part in find_wide_parts(order, lambda node: joint.storage[node] in kept)
+            for order in orders_of(joint, chosen.saved)
+            for part in joint.wide_parts.find(order, lambda node: joint.storage[node] in kept)
         ]
         if not parts:
-            return None
+            return chosen
         wide = max(sum(joint.bytes_of[node] for node in part.tiled_away) for part in parts)
         seconds = sum(self._seconds_of_tiles(part) for part in parts)
-        return chosen, Tiles(_TILES, tuple(part.inner[0] for part in parts), wide - wide // _TILES, seconds)
+        first_calls = tuple(part.inner[0] for part in parts)
+        tiles = Tiles(joint.tiles, first_calls, wide - wide // joint.tiles, seconds)
+        return replace(chosen, tiles=tiles, seconds=chosen.seconds + seconds)
 
     def _seconds_of_tiles(self, part: WidePart) -> float:
         """More kernels, each of which reads its weights, or adds to a sum."""
@@ -107,7 +142,7 @@ class PlanSearch:
         again = [node for node in again if (shape := rows_and_width(node)) is None or shape[0] != part.rows]
         moved = sum(bytes_of(node) for node in (*again, *part.sums, *part.sums))
         kernels = len(part.calls) * accelerator.seconds_per_kernel
-        return self._seconds_of_copies(part) + (_TILES - 1) * (kernels + moved / accelerator.bytes_per_second)
+        return self._seconds_of_copies(part) + (self.joint.tiles - 1) * (kernels + moved / accelerator.bytes_per_second)
 
     def _seconds_of_copies(self, part: WidePart) -> float:
         """What is made again twice: for the gradient, and for a result of the forward that comes long before it."""
@@ -121,17 +156,20 @@ class PlanSearch:
 
         Where nothing is, what needs least of the host; where the host does not help, what has the least peak.
         """
+        return self.with_tiles(self._cheapest(limit, host))
+
+    def _cheapest(self, limit: int, host: int) -> PlanChoice:
         count = self.first_below(limit)
         plain = self.plain(count)
         if not host:
             return plain
         best = plain if plain.peak.bytes <= limit else None
         beyond: list[PlanChoice] = []
-        last = min(count, self.before_inputs) if best is not None else self.before_inputs
-        looks = sorted({round(at * last / _HOST_LOOKS) for at in range(_HOST_LOOKS + 1)})
+        looks = self._host_looks(min(count, self.before_inputs) if best is not None else self.before_inputs)
+        looks += [count] if best is None and count not in looks else []
         offers = [offer for look in looks if (offer := self._with_host(look, limit)) is not None]
-        for offer in sorted(offers, key=lambda offer: offer.seconds)[:_HOST_TRIES]:
-            if best is not None and offer.seconds >= best.seconds:
+        for number, offer in enumerate(sorted(offers, key=lambda offer: offer.seconds)):
+            if best is not None and (number >= _HOST_TRIES or offer.seconds >= best.seconds):
                 break
             found = self._just_enough(offer, limit)
             if found.peak.bytes > limit:
@@ -140,32 +178,30 @@ class PlanSearch:
                 beyond.append(found)
             elif best is None or found.seconds < best.seconds:
                 best = found
-        return best or min(beyond, key=lambda choice: choice.host_bytes, default=plain)
+        return best or min(beyond, key=lambda choice: choice.host_bytes, default=None) or self.least_of_all(host)
 
     def _with_host(self, count: int, limit: int) -> PlanChoice | None:
         """So many trades, and by bytes alone enough in the host's memory; None where that needs none or is too much."""
         wanted = self.peak(count).bytes - limit
-        saved = self.saved_after(count)
-        clock = Clock.of(self.joint, saved, self.cost)
+        saved, clock = self.saved_after(count), self.clock(count)
         values = clock.can_go()
         sizes = [self.joint.bytes_of[self.joint.storage[node]] for node in values]
         if wanted <= 0 or sum(sizes) < wanted:
             return None
         enough = bisect.bisect_left(list(itertools.accumulate(sizes)), wanted) + 1
         away = clock.away(values[:enough])
-        return PlanChoice(count, away, self.peak(count), self._seconds(count) + away.seconds)
+        return PlanChoice(count, away, self.peak(count), self._seconds(count) + away.seconds, tuple(saved))
 
     def _just_enough(self, offer: PlanChoice, limit: int) -> PlanChoice:
         """As many trades as the offer makes, and the fewest values in the host's memory with which it fits."""
         assert offer.away is not None
-        saved = self.saved_after(offer.count)
-        clock = Clock.of(self.joint, saved, self.cost)
+        saved, clock = offer.saved, self.clock(offer.count)
         values = clock.can_go()
 
         def of(number: int) -> PlanChoice:
             away = clock.away(values[:number])
             peak = peak_of(self.joint, saved, away)
-            return PlanChoice(offer.count, away, peak, self._seconds(offer.count) + away.seconds)
+            return PlanChoice(offer.count, away, peak, self._seconds(offer.count) + away.seconds, offer.saved)
 
         low, high = len(offer.away.values), len(values)
         found = of(high)
@@ -200,3 +236,29 @@ class PlanSearch:
         looks = {round(at * last / _LOOKS) for at in range(_LOOKS + 1)}
         looks |= set(range(max(0, last - _LAST_LOOKS), last))
         return min(sorted(looks), key=lambda count: self.peak(count).bytes)
+
+
+def best_of_all(plain: PlanSearch, limit: int | None, host: int) -> PlanChoice:
+    """What costs least of all that stays within a limit, by all levers at once; where nothing does, what misses least.
+
+    limit: of the peak; None: the least that there is. host: bytes of the host's memory that may be taken.
+    """
+    few, many = _TILES
+    searches = [plain, *([tiled] if (tiled := plain.over_tiles(few)) is not None else [])]
+    if limit is None:
+        searches += [tiled] if len(searches) > 1 and (tiled := plain.over_tiles(many)) is not None else []
+        limit = min(search.least_of_all(host).peak.bytes for search in searches)
+        return min((search.cheapest(limit, host) for search in searches), key=_preference(limit, host))
+    best = min((search.cheapest(limit, host) for search in searches), key=_preference(limit, host))
+    if best.peak.bytes > limit and len(searches) > 1 and (tiled := plain.over_tiles(many)) is not None:
+        best = min(best, tiled.cheapest(limit, host), key=_preference(limit, host))
+    return best
+
+
+def _preference(limit: int, host: int) -> Callable[[PlanChoice], tuple[float, ...]]:
+    """What fits goes first, then what costs least; of what does not fit, what takes least."""
+
+    def rank(choice: PlanChoice) -> tuple[float, ...]:
+        return max(0, choice.peak.bytes - limit), max(0, choice.host_bytes - host), choice.seconds
+
+    return rank

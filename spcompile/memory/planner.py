@@ -1,7 +1,8 @@
 """Chooses what is saved and where: nothing changes where a step fits; else the cheapest plan that makes it fit.
 
-A plan makes so many trades, the cheapest first, and keeps so many of what is still saved in the memory of the host. A
-number of trades that leaves more to the host costs less to make again, and may cost more to wait for.
+A plan makes so many trades, the cheapest first, keeps so many of what is still saved in the memory of the host, runs
+wide parts over tiles or not, and heads in stages or not. A number of trades that leaves more to the host costs less to
+make again, and may cost more to wait for.
 
 The bytes of a step are those of its inputs (parameters, buffers, the batch), of the states of an optimizer, and the
 peak of its values, gradients among them. Seconds come from `spcompile.schedule.op_cost`, never from a clock: all ranks
@@ -19,9 +20,10 @@ from spcompile.graph.sizes import numel_hint
 from spcompile.machine.accelerators import ACCELERATORS
 from spcompile.machine.links import RANKS_PER_NODE
 from spcompile.machine.optimizers import OPTIMIZERS, Optimizer
+from spcompile.memory.head_stages import HeadStages
 from spcompile.memory.joint import Joint
-from spcompile.memory.liveness import Away, Peak, peak_of
-from spcompile.memory.plan_search import PlanChoice, PlanSearch, Tiles
+from spcompile.memory.liveness import Away, Peak, highest, levels_of, most_by_part
+from spcompile.memory.plan_search import PlanSearch, Tiles, best_of_all
 from spcompile.memory.stream_blocks import Blocks, find_blocks
 from spcompile.memory.trades import Savings, Trade, made_again
 from spcompile.options import Options, bytes_of_option, host_bytes_of_option
@@ -69,8 +71,9 @@ class MemoryPlan:
     """What was chosen. trades: empty where nothing is made again. again: calls of the forward that the backward runs.
 
     away: what waits in the memory of the host, of which a rank may take `host_limit` bytes, and `ranks` share it.
-    tiles: over which wide parts run.
-    state_bytes: of inputs and of the optimizer. as_it_was: `total` without trades. limit: of `total`.
+    tiles: over which wide parts run. stages: in which heads run.
+    state_bytes: of inputs and of the optimizer. as_it_was: `total` without trades, and its most in the forward and in
+    both ends of the backward. limit: of `total`.
     """
 
     saved: tuple[fx.Node, ...]
@@ -80,11 +83,13 @@ class MemoryPlan:
     peak: Peak
     state_bytes: int
     as_it_was: int
+    ends_as_it_was: tuple[int, int, int]
     limit: int | None
     away: Away | None = None
     host_limit: int = 0
     ranks: int = 1
     tiles: Tiles | None = None
+    stages: HeadStages | None = None
 
     @property
     def total(self) -> int:
@@ -93,9 +98,14 @@ class MemoryPlan:
 
     @property
     def seconds(self) -> float:
-        """That the trades cost a step, tiles, and waiting for the host."""
-        others = sum(lever.seconds for lever in (self.away, self.tiles) if lever is not None)
+        """That the trades cost a step, tiles, stages, and waiting for the host."""
+        others = sum(lever.seconds for lever in (self.away, self.tiles, self.stages) if lever is not None)
         return sum(trade.seconds for trade in self.trades) + others
+
+    @property
+    def changes_anything(self) -> bool:
+        """Whether any lever is used."""
+        return bool(self.trades) or any(lever is not None for lever in (self.away, self.tiles, self.stages))
 
     @property
     def host_bytes(self) -> int:
@@ -116,44 +126,43 @@ class MemoryPlan:
 def plan_memory(joint: Joint, saved: Collection[fx.Node], cost: CostModel, wish: Wish) -> MemoryPlan:
     """saved: what the partitioner would save."""
     state = state_bytes(joint, wish.optimizer)
-    peak = peak_of(joint, saved)
+    levels = levels_of(joint, saved)
+    peak, ends = highest(levels), most_by_part({phase: found for phase, (_, found) in levels.items()})
     as_it_was = state + peak.bytes
     if not wish.least and (wish.bytes is None or as_it_was <= ROOM * wish.bytes):
-        return MemoryPlan(tuple(saved), (), (), None, peak, state, as_it_was, wish.bytes)
+        return MemoryPlan(tuple(saved), (), (), None, peak, state, as_it_was, ends, wish.bytes)
     cost = cost.of_one_graph()
     blocks, trades = all_trades(joint, saved, cost)
     search = PlanSearch(joint, tuple(saved), trades, blocks, cost)
-    tiles = None
-    if wish.least or wish.bytes is None:
-        chosen = search.plain(search.least())
-    else:
-        limit = int(ROOM * wish.bytes) - state
-        chosen = search.cheapest(limit, wish.host)
-        tiled = search.over_tiles(limit, wish.host)
-        if tiled is not None and _preference(tiled[0], tiled[1], limit, wish) < _preference(chosen, None, limit, wish):
-            chosen, tiles = tiled
-    kept = search.saved_after(chosen.count)
+    limit = int(ROOM * wish.bytes) - state if wish.bytes is not None else None
+    chosen = best_of_all(search, limit, wish.host)
+    kept = chosen.saved
     again = made_again(joint, set(kept))
     return MemoryPlan(
-        tuple(kept),
+        kept,
         tuple(again),
         tuple(trades[: chosen.count]),
         blocks,
         chosen.peak,
         state,
         as_it_was,
+        ends,
         wish.bytes,
         chosen.away,
         wish.host,
         wish.ranks,
-        tiles,
+        chosen.tiles,
     )
 
 
-def _preference(choice: PlanChoice, tiles: Tiles | None, limit: int, wish: Wish) -> tuple[float, ...]:
-    """What fits goes first, then what costs least; of what does not fit, what takes least."""
-    misses = max(0, choice.peak.bytes - limit), max(0, choice.host_bytes - wish.host)
-    return *misses, choice.seconds + (tiles.seconds if tiles is not None else 0.0)
+def cheaper_plan(whole: MemoryPlan, staged: MemoryPlan, least: bool) -> MemoryPlan:
+    """Of two plans that which fits, then that which costs less; with `least` that which takes less comes first."""
+
+    def rank(plan: MemoryPlan) -> tuple[float, ...]:
+        beyond = max(0, plan.total - int(ROOM * plan.limit)) if plan.limit is not None else 0
+        return plan.total if least else beyond, max(0, plan.host_bytes - plan.host_limit), plan.seconds
+
+    return min(whole, staged, key=rank)
 
 
 def state_bytes(joint: Joint, optimizer: Optimizer) -> int:

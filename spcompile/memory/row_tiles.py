@@ -8,7 +8,7 @@ no wide value stands whole. Rows are what all leading dims hold together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,26 +72,80 @@ class WidePart:
 
 def find_wide_parts(order: Sequence[fx.Node], kept: Callable[[fx.Node], bool]) -> list[WidePart]:
     """Of the calls of a graph, in their order. kept: says of a value whether it must stand whole, as what is saved."""
-    calls = set(order)
-    readers = {node: [user for user in node.users if user in calls] for node in order}
-    leaves = {node for node in order if kept(node) or any(user.op == "output" for user in node.users)}
-    found: list[WidePart] = []
-    seen: set[fx.Node] = set()
-    taken: set[fx.Node] = set()
-    for node in order:
-        if node not in seen and _widens(node):
-            part = _part(node, order, calls, readers, leaves)
-            seen.update(part.inner)
-            if _is_worth_it(part) and not taken & set(part.calls):
-                taken.update(part.calls)
-                found.append(part)
-    return found
+    return WidePartFinder().find(order, kept)
+
+
+class WidePartFinder:
+    """Finds wide parts in orders of the calls of one graph, which does not change in between."""
+
+    def __init__(self) -> None:
+        self._made_rows: dict[fx.Node, tuple[int, int] | None] = {}
+        self._widening: dict[fx.Node, bool] = {}
+
+    def find(self, order: Sequence[fx.Node], kept: Callable[[fx.Node], bool]) -> list[WidePart]:
+        """`find_wide_parts`."""
+        place = {node: at for at, node in enumerate(order)}
+        found: list[WidePart] = []
+        seen: set[fx.Node] = set()
+        taken: set[fx.Node] = set()
+        for node in order:
+            if node.target in _PRODUCTS and node not in seen and self._widens(node):
+                part = self._part(node, place, kept)
+                seen.update(part.inner)
+                if _is_worth_it(part) and taken.isdisjoint(part.calls):
+                    taken.update(part.calls)
+                    found.append(part)
+        return found
+
+    def _widens(self, node: fx.Node) -> bool:
+        if node not in self._widening:
+            self._widening[node] = _widens_rows(node)
+        return self._widening[node]
+
+    def _rows_made(self, node: fx.Node) -> tuple[int, int] | None:
+        """Of a call each row of whose value follows from the same rows of operands."""
+        if node not in self._made_rows:
+            shape = rows_and_width(node)
+            self._made_rows[node] = shape if shape is not None and _makes_rows(node, shape) else None
+        return self._made_rows[node]
+
+    def _part(self, start: fx.Node, place: Mapping[fx.Node, int], kept: Callable[[fx.Node], bool]) -> WidePart:
+        shape = rows_and_width(start)
+        assert shape is not None
+        inner, pending = {start}, [start]
+        while pending:
+            node = pending.pop()
+            for other in (*node.users, *node.all_input_nodes):
+                if other not in inner and other in place and self._rows_made(other) == shape:
+                    inner.add(other)
+                    pending.append(other)
+        narrow: dict[fx.Node, None] = {}
+        sums: dict[fx.Node, None] = {}
+        turns: dict[fx.Node, None] = {}
+        whole = {node for node in inner if kept(node) or any(user.op == "output" for user in node.users)}
+        for node in inner:
+            for reader in node.users:
+                if reader in inner or reader not in place:
+                    continue
+                last = [user for user in reader.users if user in place]
+                if _narrows_rows(reader, inner, shape[0]):
+                    narrow[reader] = None
+                elif _sums_rows(reader, shape[0]):
+                    sums[reader] = None
+                elif turned(reader) is not None and all(_sums_rows(user, shape[0]) for user in last):
+                    sums.update(dict.fromkeys(last))
+                    turns[reader] = None
+                else:
+                    whole.add(node)
+        inside, *others = (tuple(sorted(nodes, key=place.__getitem__)) for nodes in (inner, narrow, sums, turns))
+        return WidePart(*shape, inside, frozenset(whole), *others)
 
 
 def _is_worth_it(part: WidePart) -> bool:
     """Whether most of its values need not stand whole, and are wider than what products read and give beside them."""
+    inner = set(part.inner)
     products = [product_rows(node) for node in part.inner if node.target in _PRODUCTS]
-    beside = [shape for node in (*products, *part.narrow) if node not in part.inner and (shape := rows_and_width(node))]
+    beside = [shape for node in (*products, *part.narrow) if node not in inner and (shape := rows_and_width(node))]
     return len(part.tiled_away) > len(part.whole) and all(width < part.width for _, width in beside)
 
 
@@ -127,50 +181,18 @@ def renames_rows(node: fx.Node) -> bool:
     return node.target in _RENAMES and rows_and_width(node.args[0]) == rows_and_width(node)
 
 
-def _widens(node: fx.Node) -> bool:
+def sums_in_float32(node: fx.Node) -> bool:
+    """Whether a sum over tiles is taken in a wider type than its value has."""
+    return node.meta["val"].dtype in (torch.float16, torch.bfloat16)
+
+
+def _widens_rows(node: fx.Node) -> bool:
+    """Whether this is a product of rows with a matrix that makes them wider."""
     shape = rows_and_width(node)
     if shape is None or node.target not in _PRODUCTS or turned(product_rows(node)) is not None:
         return False
     given = rows_and_width(product_rows(node))
     return given is not None and given[0] == shape[0] > 1 and given[1] < shape[1]
-
-
-def _part(
-    start: fx.Node,
-    order: Sequence[fx.Node],
-    calls: Collection[fx.Node],
-    readers: dict[fx.Node, list[fx.Node]],
-    leaves: Collection[fx.Node],
-) -> WidePart:
-    shape = rows_and_width(start)
-    assert shape is not None
-    inner, pending = {start}, [start]
-    while pending:
-        node = pending.pop()
-        for other in (*readers[node], *node.all_input_nodes):
-            if other in calls and other not in inner and rows_and_width(other) == shape and _makes_rows(other, shape):
-                inner.add(other)
-                pending.append(other)
-    narrow: dict[fx.Node, None] = {}
-    sums: dict[fx.Node, None] = {}
-    turns: dict[fx.Node, None] = {}
-    whole = set(leaves) & inner
-    for node in inner:
-        for reader in readers[node]:
-            if reader in inner:
-                continue
-            if _narrows_rows(reader, inner, shape[0]):
-                narrow[reader] = None
-            elif _sums_rows(reader, shape[0]):
-                sums[reader] = None
-            elif turned(reader) is not None and all(_sums_rows(last, shape[0]) for last in readers[reader]):
-                sums.update(dict.fromkeys(readers[reader]))
-                turns[reader] = None
-            else:
-                whole.add(node)
-    place = {node: at for at, node in enumerate(order)}
-    inside, *others = (tuple(sorted(nodes, key=place.__getitem__)) for nodes in (inner, narrow, sums, turns))
-    return WidePart(*shape, inside, frozenset(whole), *others)
 
 
 def _makes_rows(node: fx.Node, shape: tuple[int, int]) -> bool:

@@ -16,7 +16,7 @@ class Figures:
     seconds, compute, communication, exposed: as in `spcompile.schedule.timeline`. again: seconds of `compute` that make
     values again. parameters, gradients, states: bytes of parameters, their gradients and states of the optimizer.
     saved: bytes of activations that are kept for the backward. peaks: of what is alive besides parameters and states,
-    in the forward and in either half of the backward. products, attention, attention_full: flops of the forward of the
+    in the forward and in both ends of the backward. products, attention, attention_full: flops of the forward of the
     whole model on one device: of products, of attention as masked and without its mask. sent: by kind of collective.
     host: bytes in the memory of the host.
     """

@@ -27,7 +27,7 @@ from spcompile.passes_api import Pass
 from spcompile.planning.candidates import Candidate, Heads
 from spcompile.planning.equal_blocks import find_equal_blocks, shortened
 from spcompile.planning.figures import Figures, between, extrapolated
-from spcompile.planning.short_step import Short, ShortStep, forward_flops, short_step, split_of_parameters
+from spcompile.planning.short_step import Short, ShortStep, forward_flops, problems_of, short_step, split_of_parameters
 from spcompile.program.build import build_captured
 from spcompile.program.progress import begins, shown_by
 
@@ -108,7 +108,7 @@ def _short(
     if not calls:
         raise IllegalModel("no attention was found in it, so no length to split", legal="a transformer")
     heads = Heads(tuple(sorted({c.heads for c in calls})), min(c.q_rows for c in calls), max(c.batch for c in calls))
-    return Short(captured, list(inputs), tuple(own), blocks, forward_flops(graph)), heads
+    return Short(captured, list(inputs), tuple(own), blocks, forward_flops(graph), problems_of(graph)), heads
 
 
 def evaluate(depths: Depths, candidate: Candidate, options: Options, pipeline: Sequence[Pass]) -> Result:

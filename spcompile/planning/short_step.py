@@ -10,11 +10,13 @@ import torch
 import torch.fx as fx
 
 from spcompile.attention.scores.attention_call import AttentionCall
+from spcompile.attention.strategy_cost import Problem
 from spcompile.graph.edit import copy_module
 from spcompile.machine.mesh import MeshShape
 from spcompile.memory.account import bytes_alive, host_bytes, saved_bytes
 from spcompile.memory.joint import Joint
-from spcompile.memory.ladder import Kind, Ladder, halves
+from spcompile.memory.ladder import Kind, Ladder
+from spcompile.memory.liveness import most_by_part
 from spcompile.memory.send_to_host import send_to_host
 from spcompile.options import Options
 from spcompile.parameters.planned_parts import captured_over_planned_parts
@@ -30,6 +32,7 @@ from spcompile.schedule.communication import communication
 from spcompile.schedule.op_cost import CostModel, attention_flops, cost_model, is_attention, matmul_flops
 from spcompile.schedule.op_cost import visible as part_that_a_mask_leaves
 from spcompile.schedule.timeline import predict
+from spcompile.sharding.rules.attention import merges_keys
 from spcompile.torch_private import min_cut_rematerialization_partition
 
 
@@ -38,6 +41,7 @@ class Short:
     """A captured graph of few layers.
 
     own: of each input whether it is a parameter. flops: of its forward, `(products, attention, attention unmasked)`.
+    attentions: whose keys have to travel.
     """
 
     captured: fx.GraphModule
@@ -45,6 +49,7 @@ class Short:
     own: tuple[bool, ...]
     blocks: int
     flops: tuple[float, float, float]
+    attentions: tuple[Problem, ...] = ()
 
 
 @dataclass
@@ -115,7 +120,9 @@ class ShortStep:
             gradients=sum(n * size for n, size in trained),
             states=sum(optimizer.bytes(n, size) for n, size in trained),
             saved=float(saved_bytes(final)),
-            peaks=halves({phase: bytes_alive(phase, final, self.cost.accelerator, self.cost.fuses) for phase in final}),
+            peaks=most_by_part(
+                {phase: bytes_alive(phase, final, self.cost.accelerator, self.cost.fuses) for phase in final}
+            ),
             products=products,
             attention=attention,
             attention_full=attention_full,
@@ -162,6 +169,12 @@ def split_of_parameters(
     program = build_captured(copy_module(short.captured), short.inputs, mesh, replace(options, passes={}), passes)
     names = [node.name for node in short.captured.graph.find_nodes(op="placeholder")]
     return dict(zip(names, split_over_tp(program.gm.graph, mesh.size("tp")), strict=True))
+
+
+def problems_of(graph: fx.Graph) -> tuple[Problem, ...]:
+    """Of a graph before anything in it is about several ranks: attentions that a ring or all-to-alls spread over cp."""
+    calls = [AttentionCall.of(node) for node in AttentionCall.all_in(graph)]
+    return tuple(Problem.of(call) for call in calls if not (merges_keys(call) or call.bias_has_rows))
 
 
 def forward_flops(graph: fx.Graph) -> tuple[float, float, float]:

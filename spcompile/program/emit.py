@@ -26,6 +26,7 @@ from spcompile.program.pipeline import run_passes
 from spcompile.program.program_cache import sources
 from spcompile.program.ranges import interpreter, labels_of
 from spcompile.program.replayed_draws import partitioned
+from spcompile.program.zero_terms import drop_zero_terms
 from spcompile.schedule.keep_order import KEEP_THE_ORDER
 from spcompile.schedule.op_cost import cost_model
 from spcompile.torch_private import (
@@ -86,12 +87,13 @@ class Emission:
 
 
 def prepare_joint(graph: fx.Graph, regather: bool = True) -> None:
-    """On the joint graph: drop identities, whose work was to create a gradient, and say what must not be saved.
+    """On the joint graph: drop what was there to create a gradient, and say what must not be saved.
 
     Seeds are saved: drawn again, they would be others. A constant of a checkpointed region is made again also where
     another region has an equal one, of which the partitioner makes one and then would save it.
     """
     erase_identities(graph)
+    drop_zero_terms(graph)
     recompute.tag_recomputed(graph, regather)
     for node in graph.nodes:
         if node.target in _SEEDS:

@@ -24,6 +24,12 @@ def remark_memory(plan: MemoryPlan, remarks: Remarks) -> None:
         found = f"{len(plan.tiles.parts)} wide row-wise parts run over {plan.tiles.count} tiles of rows"
         less = f"{bytes_text(plan.tiles.bytes)} of the largest never stand whole, for {1e3 * plan.tiles.seconds:.3g} ms"
         remarks.add("SPR606", f"{found}: {less} a step", strict_error=False)
+    if plan.stages is not None:
+        found = f"heads run in {plan.stages.count} stages behind {len(plan.stages.products)} products"
+        less = (
+            f"{bytes_text(plan.stages.bytes)} of the largest never stand whole, for {1e3 * plan.stages.seconds:.3g} ms"
+        )
+        remarks.add("SPR607", f"{found}: {less} a step", strict_error=False)
     if plan.away is not None:
         copies = f"{1e3 * plan.away.seconds:.3g} ms of their copies are not hidden by compute"
         remarks.add("SPR604", f"{_host_bytes(plan)}, {len(plan.away.values)} values; {copies}", strict_error=False)

@@ -1,22 +1,25 @@
 """Where the joint graph is cut into forward and backward: by torch's partitioner, under a plan of memory.
 
 The partitioner runs first. Where what it saves does not fit, the plan tags every value of the forward: saved, or made
-again. The partitioner obeys tags, and runs once more.
+again. The partitioner obeys tags, and runs once more. Where heads can run in stages, that joint graph is planned as
+well, and the better plan is taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from spcompile.graph.edit import copy_module
 from spcompile.graph.storage import saved_values
+from spcompile.memory.head_stages import sends_groups, stage_heads
 from spcompile.memory.joint import Joint
-from spcompile.memory.planner import MemoryPlan, Wish, plan_memory
+from spcompile.memory.planner import MemoryPlan, Wish, cheaper_plan, plan_memory
 from spcompile.memory.row_tiles import TILES
 from spcompile.memory.send_to_host import send_to_host
 from spcompile.program.program_cache import sources
@@ -42,11 +45,16 @@ class Partitioner(CustomPartitionerFn):
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Graphs:
         """The forward and the backward graph."""
-        forward, backward = partitioned(self.base, gm, joint_inputs, kwargs)
-        saved = saved_by(gm, forward, backward)
-        begins("planning memory")
-        joint = Joint.of(gm.graph, kwargs["num_fwd_outputs"], self.cost.accelerator, self.cost.fuses)
-        plan = plan_memory(joint, saved, self.cost, self.wish)
+        spare = copy_module(gm) if self.wish.is_bounded and sends_groups(gm.graph) else None
+        forward, backward, plan = self._cut_and_planned(gm, joint_inputs, kwargs)
+        is_wanted = self.wish.least or plan.changes_anything or not plan.fits
+        if spare is not None and is_wanted and (stages := stage_heads(spare.graph)):
+            begins("planning memory with heads in stages")
+            stages = replace(stages, seconds=max(0.0, self._seconds_of(spare.graph) - self._seconds_of(gm.graph)))
+            other, behind, staged = self._cut_and_planned(spare, joint_inputs, kwargs)
+            staged = replace(staged, stages=stages, as_it_was=plan.as_it_was, ends_as_it_was=plan.ends_as_it_was)
+            if cheaper_plan(plan, staged, self.wish.least) is staged:
+                gm, forward, backward, plan = spare, other, behind, staged
         self.planned(plan)
         if plan.trades:
             forward, backward = cut_as_planned(self.base, gm, joint_inputs, plan.saved, plan.again, kwargs)
@@ -56,6 +64,22 @@ class Partitioner(CustomPartitionerFn):
             for part in (forward, backward):
                 part.graph.output_node().meta[TILES] = plan.tiles.count
         return forward, backward
+
+    def _cut_and_planned(
+        self, gm: fx.GraphModule, joint_inputs: Any, kwargs: Mapping[str, Any]
+    ) -> tuple[fx.GraphModule, fx.GraphModule, MemoryPlan]:
+        """What the partitioner alone makes of a joint graph, and the plan for it."""
+        forward, backward = partitioned(self.base, gm, joint_inputs, kwargs)
+        saved = saved_by(gm, forward, backward)
+        begins("planning memory")
+        early = not self.wish.least
+        joint = Joint.of(gm.graph, kwargs["num_fwd_outputs"], self.cost.accelerator, self.cost.fuses, early)
+        return forward, backward, plan_memory(joint, saved, self.cost, self.wish)
+
+    def _seconds_of(self, graph: fx.Graph) -> float:
+        """Of all calls of a joint graph, one after the other."""
+        cost = self.cost.of_one_graph()
+        return sum(cost.work(node).seconds for node in graph.nodes if node.op == "call_function")
 
     def __deepcopy__(self, memo: Any) -> Partitioner:
         """Itself: Inductor copies its settings, and this one holds the program."""

@@ -37,7 +37,7 @@ Inputs = Mapping[str, Any] | Sequence[Any]
 
 
 class _LeaveModel(BaseException):
-    """Leaves the model at its first compiled call. Not an Exception: the model's own handlers must not catch it."""
+    """Leaves Dynamo when all graphs are known. Not an Exception: the model's own handlers must not catch it."""
 
 
 @dataclass
@@ -105,7 +105,9 @@ def through_dynamo(
             raise  # not a failure: Dynamo traces once more, with a number that it took for a symbol
         except Exception as error:
             failures.append(error)
-        return counted(run or _stop)
+        if run is None:
+            raise _LeaveModel  # before Dynamo writes the guards of a program that nobody calls
+        return counted(run)
 
     args = () if isinstance(example_inputs, Mapping) else tuple(example_inputs)
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
@@ -136,10 +138,6 @@ def _without_values(model: nn.Module, example_inputs: Inputs) -> bool:
 
 def _entry(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return self(*args, **kwargs)
-
-
-def _stop(*_: Any) -> Any:
-    raise _LeaveModel
 
 
 def compile_for(

@@ -11,6 +11,14 @@ from spcompile.machine.durations import ms_text
 from spcompile.memory.account import Memory
 from spcompile.schedule.timeline import Prediction
 
+# What was done with values by kind of action.
+_INSTEAD = {
+    "recompute": "are made again instead of saved",
+    "offload": "wait in the memory of the host",
+    "tile": "never stand whole",
+    "stage": "of heads are not there all at once",
+}
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -67,10 +75,10 @@ class Answers:
         verdict = "fits" if memory.fits else "does not fit"
         text = f"{verdict}: {takes} of {bytes_text(memory.budget_bytes)} on each rank, {states}"
         again = sum(row.seconds for row in memory.actions)
-        if memory.actions:
-            saved = bytes_text(sum(row.bytes for row in memory.actions))
-            text += f"; {saved} are made again instead of saved, for {ms_text(again)} ms"
-        return text
+        for kind, what in _INSTEAD.items():
+            if found := sum(row.bytes for row in memory.actions if row.kind == kind):
+                text += f"; {bytes_text(found)} {what}"
+        return f"{text}, for {ms_text(again)} ms" if memory.actions else text
 
     def to_dict(self, memory: Memory, predicted: Prediction) -> dict[str, Any]:
         """JSON-able."""

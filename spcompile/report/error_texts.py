@@ -134,26 +134,26 @@ ERROR_TEXTS: dict[str, CodeText] = {
     ),
     "SP302": CodeText(
         "A part of the graph cannot be written as a pure graph of ATen operations; often a "
-        "`torch.autograd.Function` whose gradient means something only for whole tensors.",
+        "`torch.autograd.Function` whose backward is not linear in gradients, so that it is no derivative of anything.",
         """
-        class Reversed(torch.autograd.Function):
+        class Clipped(torch.autograd.Function):
             @staticmethod
             def forward(ctx, x):
                 return x * 2
 
             @staticmethod
             def backward(ctx, gradient):
-                return gradient.flip(1)
+                return gradient.clamp(-1, 1)
 
 
         class Odd(Block):
             def forward(self, x):
-                return Reversed.apply(super().forward(x))
+                return Clipped.apply(super().forward(x))
 
 
         spcompile.explain(Odd(), (x,), {"cp": 2})
         """,
-        "Write the function in operations whose gradient autograd knows.",
+        "Write the function in operations whose gradient autograd knows. Gradients are clipped behind the backward.",
     ),
     "SP303": CodeText(
         "A `score_mod` or `mask_mod` of FlexAttention computes what is no mask, bias, softcap or scale that a shard "

@@ -11,7 +11,7 @@ import torch.fx as fx
 from spcompile.capture.retrace import capture
 from spcompile.machine.accelerators import ACCELERATORS
 from spcompile.machine.mesh import MeshShape
-from spcompile.memory.planner import ROOM
+from spcompile.memory.planner import ROOM, MemoryPlan
 from spcompile.options import Options
 from spcompile.parameters.planned_parts import captured_over_planned_parts
 from spcompile.parameters.sharded_modules import Parts
@@ -21,9 +21,9 @@ from spcompile.planning.search import MORE
 from spcompile.program.progress import begins
 from spcompile.program.trace import Traced, compile_captured
 from spcompile.report.folded_plan import folded_plan
-from spcompile.report.plan import Plan
+from spcompile.report.line_of_depths import Line
+from spcompile.report.plan import Folded, Plan
 
-SURE = 0.9  # of the budget: continued peaks are off by a few percent, and a plan that saves memory is for all layers
 _LEAST = 2  # layers: the first and the last may save what others do not
 
 
@@ -41,8 +41,8 @@ def plan_of_few_layers(
     split: how each input is split, () where it is whole. plan_of: a plan of a compiled graph, with the places of the
         inputs that it still has.
 
-    None where all layers must be compiled: too few are equal, lengths are symbols, or a step takes so much of its
-    budget that memory must be saved.
+    None where all layers must be compiled: too few are equal, lengths are symbols, or a step does not fit with all
+    values saved.
     """
     if options.memory == "min" or any(isinstance(size, torch.SymInt) for x in inputs for size in _sizes_of_input(x)):
         return None
@@ -52,19 +52,32 @@ def plan_of_few_layers(
     least = max(_LEAST, found.least) if found is not None else 0
     if found is None or found.count <= least + MORE:
         return None
-    plans = []
+    compiled, kept_inputs = [], []
     for keep in (least, least + MORE):
         short, kept = shortened(captured, inputs, found, keep)
         parts = [split[place] for place in kept]
         over_parts: tuple[fx.GraphModule, list[Any]] = (short, [inputs[place] for place in kept])
         if any(parts):
             over_parts = captured_over_planned_parts(*over_parts, parts)
-        plans.append(plan_of(compile_captured(*over_parts, mesh, options, pipeline), kept))
-    plan = folded_plan(plans[0], plans[1], (least, least + MORE), found.count)
-    if plan is None:
+        is_read = keep > least  # the report shows texts of the second alone
+        compiled.append(compile_captured(*over_parts, mesh, options, pipeline, keep_texts=is_read))
+        kept_inputs.append(kept)
+    folded = Folded(found.count, (least, least + MORE))
+    if not _saves_nothing([traced.sharded.memory for traced in compiled], folded.line):
         return None
-    budget = plan.memory.budget_bytes
-    return plan if budget is None or plan.memory.total_bytes <= SURE * ROOM * budget else None
+    plans = [plan_of(traced, kept) for traced, kept in zip(compiled, kept_inputs, strict=True)]
+    return folded_plan(plans[0], plans[1], folded)
+
+
+def _saves_nothing(plans: Sequence[MemoryPlan | None], line: Line) -> bool:
+    """Whether at all layers everything is saved, as `plan_memory` decides it: by what is alive in the joint graphs."""
+    few, more = plans
+    if few is None or more is None or more.limit is None:
+        return True
+    if few.trades or more.trades:
+        return False
+    ends = [line.at(a, b) for a, b in zip(few.ends_as_it_was, more.ends_as_it_was, strict=True)]
+    return bool(line.at(few.state_bytes, more.state_bytes) + max(ends) <= ROOM * more.limit)
 
 
 def _sizes_of_input(value: Any) -> Sequence[Any]:

@@ -26,15 +26,15 @@ from spcompile.schedule.timeline import Prediction
 SCHEDULE = Stage.SCHEDULE.value
 
 
-def folded_plan(few: Plan, more: Plan, blocks: tuple[int, int], count: int) -> Plan | None:
-    """Of a model with `count` equal layers, from plans with `blocks[0]` and `blocks[1]` of them.
+def folded_plan(few: Plan, more: Plan, folded: Folded) -> Plan | None:
+    """Of a model with all equal layers, from plans with the two numbers of them that were compiled.
 
     None where the two do not say the same of their layers, or already make values again to fit.
     """
     if few.memory.actions or more.memory.actions or few.parts or more.parts:
         return None
     try:
-        return _continued(few, more, Folded(count, blocks))
+        return _continued(few, more, folded)
     except NotAlike:
         return None
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from spcompile.attention.scores.mask import EXCLUDES
+from spcompile.graph.aten_ops import overloads
 from spcompile.program.pipeline import Snapshot
 from spcompile.report.trial import Observer, Outcome, Trial
 from spcompile.report.verify_report import difference, largest
-from spcompile.sharding.rules.calls import overloads
 from spcompile.sharding.rules.normalization import LAYER_NORMS, SOFTMAXES
 
 DRAWS = 4

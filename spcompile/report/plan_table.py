@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from spcompile.machine.mesh import MeshShape
 from spcompile.memory.planner import Wish
 from spcompile.options import Options
 from spcompile.plain_text import one_line
+from spcompile.planning.candidates import Candidate
 from spcompile.planning.ranking import Ranked, candidate_name, chosen, ranked, what_it_would_take, why
 from spcompile.planning.search import Depths, Result
 
@@ -211,13 +213,19 @@ def _refused_name(result: Result) -> str:
 
 
 def ranked_plans(
-    model: nn.Module, results: Sequence[Result], depths: Depths, world: int, options: Options
+    model: nn.Module,
+    results: Sequence[Result],
+    depths: Depths,
+    world: int,
+    options: Options,
+    others: Mapping[Candidate, float] = MappingProxyType({}),
 ) -> RankedPlans:
-    """From the results of all candidates. depths: of the model on one rank of dp."""
+    """From the results of all candidates. depths: of the model with the whole batch. others: what those that were
+    not compiled take at least, in seconds.
+    """
     heads = depths.heads
-    sizes = [p.element_size() for p in model.parameters() if p.is_floating_point()]
     accelerator = ACCELERATORS[options.accelerator]
-    rows = ranked(results, world, heads.tokens * heads.entries, accelerator, min(sizes, default=4))
+    rows = ranked(results, world, heads.tokens * heads.entries, accelerator, itemsize_of(model))
     return RankedPlans(
         type(model).__name__,
         world,
@@ -227,8 +235,23 @@ def ranked_plans(
         Wish.of(options, world).bytes,
         rows,
         [result for result in results if result.figures is None],
-        [str(accelerator), *_links(rows, options), *_notes(depths)],
+        [str(accelerator), *_links(rows, options), *_notes(depths), *_not_compiled(others)],
     )
+
+
+def itemsize_of(model: nn.Module) -> int:
+    """Bytes of an element of the model's products."""
+    return min((p.element_size() for p in model.parameters() if p.is_floating_point()), default=4)
+
+
+def _not_compiled(others: Mapping[Candidate, float]) -> list[str]:
+    if not others:
+        return []
+    best = min(others, key=lambda one: others[one])
+    return [
+        f"{len(others)} more ways were not compiled: with products at full speed and what attention sends they take at "
+        f"least {others[best]:.4g} s ({best.name})"
+    ]
 
 
 def _links(rows: Sequence[Ranked], options: Options) -> list[str]:

@@ -78,7 +78,7 @@ REMARK_TEXTS: dict[str, CodeText] = {
         """
         class Sums(Block):
             def forward(self, x):
-                return super().forward(x).cumsum(1)
+                return super().forward(x).logcumsumexp(1)
 
 
         plan = spcompile.explain(Sums(), (x,), {"cp": 2})
@@ -262,7 +262,8 @@ REMARK_TEXTS: dict[str, CodeText] = {
         runs=False,
     ),
     "SPR501": CodeText(
-        "`tp` splits hidden features or heads, and the operation reads all of them at once.",
+        "`tp` splits hidden features or heads, and the operation reads all of them at once. Where enough runs on rows "
+        "of the sequence, an all-to-all makes rows of them; else they are gathered.",
         """
         class Sorted(Block):
             def forward(self, x):
@@ -353,6 +354,13 @@ REMARK_TEXTS: dict[str, CodeText] = {
         "SPR606 32 wide row-wise parts run over 4 tiles of rows: 2.6 GiB of the largest never stand whole, "
         "for 1.1 ms a "
         "step",
+        "Nothing to do. The budget `memory=` decides.",
+        runs=False,
+    ),
+    "SPR607": CodeText(
+        "Ulysses sends groups of heads in messages of their own. In stages each group is projected when its "
+        "attention is about to run, and its gradients go back alone, so that not all heads stand at once.",
+        "SPR607 heads run in 4 stages behind 64 products: 768 MiB of the largest never stand whole, for 1.1 ms a step",
         "Nothing to do. The budget `memory=` decides.",
         runs=False,
     ),

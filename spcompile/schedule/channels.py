@@ -14,7 +14,7 @@ import torch.fx as fx
 from spcompile.attention.ring.ring_call import ring_of
 from spcompile.collectives.pipelined_matmuls import PIPELINED
 from spcompile.machine.mesh import Channel
-from spcompile.schedule.list_schedule import renames
+from spcompile.schedule.node_roles import renames
 from spcompile.schedule.timeline import is_wait
 
 _c10d = torch.ops._c10d_functional

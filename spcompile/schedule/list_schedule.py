@@ -2,127 +2,34 @@
 
 Compute keeps the order that autograd gave, with these exceptions. A collective starts as soon as its operand is there.
 What only moves or waits (views, copies, waits, and what is cheap to make from inputs) stands right before its first
-reader. Compute that no later collective depends on, such as products that give gradients of weights, steps back for
-compute that one depends on, and runs while that is on its way (as Zheng et al. 2022, Alpa, section 6, and Inductor's
-overlap scheduling). Of compute that collectives depend on, what the first of them needs goes first: q is projected,
-rotated and sent before k is projected. A gather of inputs starts so long before its use that the table says it
-arrives. Gradients travel when their axis has nothing better to do, and are waited for at the end. All that these
-exceptions keep alive is held under a number of bytes. Every node is looked at a bounded number of times.
+reader; a sum of what others make does not, which would keep that alive. Compute that no later collective depends on,
+such as products that give gradients of weights, steps back for compute that one depends on, and runs while that is on
+its way (as Zheng et al. 2022, Alpa, section 6, and Inductor's overlap scheduling). Of compute that collectives depend
+on, what the first of them needs goes first: q is projected, rotated and sent before k is projected. A gather of inputs
+starts so long before its use that the table says it arrives. Gradients travel when their axis has nothing better to do,
+and are waited for at the end; where nothing may be kept alive, those that become larger travel then. While a message is
+on its way, compute that stands further behind may run, such as of a layer that is made again. All this keeps alive a
+bounded number of bytes; each node is looked at a few times at most.
 """
 
 from __future__ import annotations
 
 import bisect
+import heapq
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 
-import torch
 import torch.fx as fx
 
-from spcompile.graph.edit import is_getitem
 from spcompile.graph.storage import root_of
-from spcompile.schedule.op_cost import CostModel, bytes_of
+from spcompile.schedule.node_roles import Roles, grows
+from spcompile.schedule.op_cost import CostModel, bytes_of, readers_of
 from spcompile.schedule.timeline import is_wait, starts, transfer
 
-aten = torch.ops.aten
-_MOVES = {
-    aten._unsafe_view,
-    aten.cat,
-    aten.clone,
-    aten.constant_pad_nd,
-    aten.flip,
-    aten.index_select,
-    aten.repeat,
-    aten.slice,
-    aten.stack,
-}
-_REPEATED_DRAW = torch.ops.higher_order.run_and_save_rng_state  # draws what the backward draws once more
 _WINDOW = 16  # how many nodes that could run are looked at
 Turn = tuple[int, int]  # the place of the first collective that a node leads to, or its own; its own
 PLACE = "spx_place"  # in meta: where autograd put a node, so that a second run finds the same order
-
-
-class Roles:
-    """What every node is to the scheduler.
-
-    inputs: values that must be there first, and what must have run before for its side effects.
-    lazy: runs right before its first reader. final: collectives whose result only leaves the graph. early: those of
-    inputs, or of what is cheap to make from them. leads: on the way to a collective that compute waits for, with the
-    place of the first one. first_use: the place of the first reader that is not lazy.
-    """
-
-    def __init__(self, nodes: list[fx.Node], place: dict[fx.Node, int], heavy: Callable[[fx.Node], bool]) -> None:
-        effects = side_effects(nodes)
-        self.inputs = {n: list(dict.fromkeys([*n.all_input_nodes, *effects.get(n, ())])) for n in nodes}
-        self.readers: defaultdict[fx.Node, list[fx.Node]] = defaultdict(list)
-        self.lazy: set[fx.Node] = set()
-        self.early: set[fx.Node] = set()
-        light: set[fx.Node] = set()
-        for node in nodes:
-            for value in self.inputs[node]:
-                self.readers[value].append(node)
-            from_inputs = all(value in light for value in self.inputs[node])
-            if starts(node):
-                self.early.update([node] if from_inputs else [])
-            elif node.op != "call_function" or (from_inputs and node not in effects and not heavy(node)):
-                light.add(node)
-            if (
-                node.op != "call_function"
-                or is_wait(node)
-                or (node not in effects and (node in light or renames(node)))
-            ):
-                self.lazy.add(node)
-        self.first_use: dict[fx.Node, float] = {}
-        self.leads: dict[fx.Node, int] = {}
-        for node in reversed(nodes):
-            readers = [r for r in self.readers[node] if r.op != "output"]
-            uses = [self.first_use[r] if r in self.lazy else place[r] for r in readers]
-            self.first_use[node] = min(uses, default=math.inf)
-            served = [self.leads[r] for r in readers if r in self.leads]
-            served += [place[r] for r in readers if starts(r) and not self.is_final(r) and r not in self.early]
-            if served:
-                self.leads[node] = min(served)
-
-    def is_final(self, start: fx.Node) -> bool:
-        """Whether nothing in the graph computes with the result of a collective."""
-        return self.first_use[start] == math.inf
-
-
-def renames(node: fx.Node) -> bool:
-    """Whether a call only gives elements another place or name, or is a size."""
-    if is_getitem(node) or not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
-        return True
-    return root_of(node) is not node or getattr(node.target, "overloadpacket", None) in _MOVES
-
-
-def side_effects(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """Nodes with side effects -> what must stand before them: the one before, and readers of what they write.
-
-    And readers of what was written -> the node that wrote it.
-    """
-    found: dict[fx.Node, list[fx.Node]] = {}
-    last: fx.Node | None = None
-    readers: defaultdict[fx.Node, list[fx.Node]] = defaultdict(list)
-    written: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        roots = {root_of(value) for value in node.all_input_nodes}
-        if _has_effect(node):
-            found[node] = [*([last] if last is not None else []), *(r for root in roots for r in readers[root])]
-            last = node
-            writes = node.is_impure() and getattr(getattr(node.target, "_schema", None), "is_mutable", True)
-            written.update(dict.fromkeys(roots if writes else (), node))
-        elif any(root in written for root in roots) and node.op == "call_function":
-            found[node] = [written[root] for root in roots if root in written]
-        for root in roots:
-            readers[root].append(node)
-    return found
-
-
-def _has_effect(node: fx.Node) -> bool:
-    if node.op != "call_function" or starts(node) or is_wait(node):
-        return False
-    return node.target is _REPEATED_DRAW or node.is_impure()
 
 
 class ListScheduler:
@@ -155,6 +62,8 @@ class ListScheduler:
         self.gradients: deque[fx.Node] = deque()  # final collectives that could start
         self.unwaited: deque[fx.Node] = deque()  # final collectives that have, and keep something alive
         self.gathers = self._gathers(ahead)
+        self.leading = deque(n for n in self.nodes if self._keeps_its_turn(n))
+        self.early_values: list[tuple[int, int]] = []  # (place, bytes) of what ran before its turn, by place
         self.last_start = max((self.place[n] for n in self.nodes if self._is_critical(n)), default=-1)
 
     def run(self) -> list[fx.Node]:
@@ -184,6 +93,36 @@ class ListScheduler:
     def _is_critical(self, node: fx.Node) -> bool:
         return starts(node) and not self.roles.is_final(node) and node not in self.roles.early
 
+    def _keeps_its_turn(self, node: fx.Node) -> bool:
+        if node in self.roles.lazy:
+            return False
+        return self._is_critical(node) if starts(node) else node in self.roles.leads
+
+    def _next_in_turn(self) -> fx.Node | None:
+        """Of what collectives depend on, and of those themselves, the first that has not run."""
+        while self.leading and self.leading[0] in self.done:
+            self.leading.popleft()
+        while self.early_values and (not self.leading or self.early_values[0][0] < self.place[self.leading[0]]):
+            self.bytes -= heapq.heappop(self.early_values)[1]
+        return self.leading[0] if self.leading else None
+
+    def _kept_alive(self, node: fx.Node) -> int:
+        """Bytes that a node adds if it runs before its turn: its result's, less those of what it reads last."""
+        first = self._next_in_turn()
+        if first is None or self.place[node] <= self.place[first]:
+            return 0
+        read = {root_of(value) for value in node.all_input_nodes}
+        gone = [root for root in read if root.op == "call_function" and self._is_read_last_by(node, root)]
+        added = bytes_of(node) if root_of(node) is node else 0
+        return max(0, added - sum(map(bytes_of, gone)))
+
+    def _is_read_last_by(self, node: fx.Node, root: fx.Node) -> bool:
+        return all(reader is node or reader in self.done for reader in readers_of(root))
+
+    def _is_too_early(self, node: fx.Node) -> bool:
+        kept = self._kept_alive(node)
+        return kept > 0 and self.bytes + kept > self.budget
+
     def _gathers(self, ahead: float) -> dict[str, deque[tuple[float, fx.Node]]]:
         """Axis -> (computed seconds at which to start, early collective), in the order of their uses.
 
@@ -212,8 +151,9 @@ class ListScheduler:
             self.when[node] = max(when, self.when.get(node, 0.0))
             self._tell_readers(node)
         elif starts(node) and self.roles.is_final(node):
-            self.gradients.append(node)
-            self.bytes += self._in_flight(node)
+            if self.budget or not grows(node):  # else at the end
+                self.gradients.append(node)
+                self.bytes += self._in_flight(node)
         elif starts(node) and node in self.roles.early:
             pass  # in self.gathers
         elif starts(node) and when <= self.now:
@@ -255,7 +195,10 @@ class ListScheduler:
     def _choose(self) -> fx.Node | None:
         leading, other = (self._first_free(self.ready[critical]) for critical in (True, False))
         if leading is None and other is None:
-            rows = [row for critical in (True, False) for row in self.ready[critical][:_WINDOW]]
+            rows = [row for critical in (True, False) for row in self._at_hand(self.ready[critical])]
+            first = self._next_in_turn()
+            if first is not None and not self.missing[first]:
+                rows.append((self.turn[first], first))
             return min(rows, key=lambda row: (self.when[row[1]], row[0]))[1] if rows else None
         if leading is None or other is None:
             return leading or other
@@ -263,7 +206,10 @@ class ListScheduler:
         return leading if steps_back or self.place[leading] < self.place[other] else other
 
     def _first_free(self, rows: list[tuple[Turn, fx.Node]]) -> fx.Node | None:
-        return next((node for _, node in rows[:_WINDOW] if self.when[node] <= self.now), None)
+        return next((node for _, node in self._at_hand(rows) if self.when[node] <= self.now), None)
+
+    def _at_hand(self, rows: list[tuple[Turn, fx.Node]]) -> Iterator[tuple[Turn, fx.Node]]:
+        return (row for row in rows[:_WINDOW] if not self._is_too_early(row[1]))
 
     def _run(self, node: fx.Node) -> None:
         critical = starts(node) or node in self.roles.leads
@@ -271,6 +217,9 @@ class ListScheduler:
         del rows[bisect.bisect_left(rows, self.turn[node], key=lambda row: row[0])]
         if not critical:
             self._hold(node, -1)
+        elif kept := self._kept_alive(node):
+            heapq.heappush(self.early_values, (self.place[node], kept))
+            self.bytes += kept
         if starts(node):
             self._start(node)
         else:
@@ -336,7 +285,8 @@ class ListScheduler:
         use = self.roles.first_use[start]
         reader = self.at_place[use]
         if reader in self.roles.leads or starts(reader):
-            return not self.ready[True] or self.turn[reader] < self.ready[True][0][0]
+            first, rows = self._next_in_turn(), self.ready[True]
+            return first is None or use <= self.place[first] or bool(rows and self.turn[reader] < rows[0][0])
         return use < min((self.place[rows[0][1]] for rows in self.ready.values() if rows), default=math.inf)
 
     def _start_gradients(self) -> None:

@@ -46,6 +46,7 @@ from spcompile.schedule.communication import sent_by
 _BEFORE_AUTOGRAD = (torch.ops.aten.linear.default, torch.ops.aten.matmul.default)
 _SAMPLES = 64  # query rows at which a mask is looked at
 _TILE = 128  # rows and columns of the tiles in which products are computed
+_MOST_FUSED_PARTS = 8  # of a cat, for Inductor to write it as one kernel (torch 2.13: _inductor/config.py)
 
 
 @dataclass(frozen=True)
@@ -295,6 +296,8 @@ def _tensors(node: fx.Node) -> list[torch.Tensor]:
 def _fuses(node: fx.Node) -> bool:
     """Whether Inductor writes the kernel: an op of ATen that is no product, among others of its kind."""
     target = node.target
+    if target is torch.ops.aten.cat.default and len(node.all_input_nodes) > _MOST_FUSED_PARTS:
+        return False
     is_aten = isinstance(target, torch._ops.OpOverload) and target.namespace in ("aten", "prims")
     return is_aten and getattr(target, "overloadpacket", None) not in flop_registry
 

@@ -21,6 +21,7 @@ from spcompile.capture.frames import name_of
 from spcompile.capture.retrace import OWN
 from spcompile.check.states import needs_gradient, trainable_names
 from spcompile.diagnostics import BatchNotSplit, source_of
+from spcompile.graph.aten_ops import overloads, tensor_operands
 from spcompile.graph.edit import is_getitem, shape_of
 from spcompile.graph.sizes import divides, hint, same, same_shape
 from spcompile.sharding.group_ends import CASTS
@@ -34,8 +35,7 @@ from spcompile.sharding.propagate import (
     shards_results,
     space_at,
 )
-from spcompile.sharding.rules.calls import overloads
-from spcompile.sharding.rules.rule import tensor_operands, tensor_results
+from spcompile.sharding.rules.rule import tensor_results
 from spcompile.sharding.sequences import UNREAD_ATTENTION
 
 _FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")

@@ -17,12 +17,13 @@ import networkx as nx
 import torch.fx as fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from spcompile.graph.aten_ops import tensor_operands
 from spcompile.graph.edit import is_getitem, operand
 from spcompile.graph.reshard import Place
 from spcompile.graph.sizes import hint
 from spcompile.sharding.index_spaces import IndexSpaces, OpSpaces
 from spcompile.sharding.propagate import Choice, Placements, is_prefix, leaves_sums, place_of, propagate
-from spcompile.sharding.rules.rule import Dims, OpRule, tensor_operands
+from spcompile.sharding.rules.rule import Dims, OpRule
 from spcompile.sharding.sharded_or_replicated import WIRE, estimated_bytes, trained_values
 from spcompile.sharding.spaces import Space, leaves
 

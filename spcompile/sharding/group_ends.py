@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 import torch.fx as fx
 
+from spcompile.graph.aten_ops import PERMUTES, RESHAPES, overloads
 from spcompile.graph.edit import argument, is_getitem, is_tensor, operand, result_number, shape_of
 from spcompile.graph.sizes import same
-from spcompile.sharding.rules.calls import arguments, overloads
+from spcompile.sharding.rules.calls import arguments
 from spcompile.sharding.rules.reductions import reduced_dims
-from spcompile.sharding.rules.views import PERMUTES, RESHAPES
 
 aten = torch.ops.aten
 CASTS = overloads("_to_copy to.dtype to.device to.dtype_layout contiguous clone detach alias lift_fresh_copy")

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.fx as fx
 
+from spcompile.graph.aten_ops import tensor_operands
 from spcompile.graph.edit import is_getitem, operand, result_number
 from spcompile.graph.sizes import same
 from spcompile.sharding.rules import OpRule, rule_of
-from spcompile.sharding.rules.rule import tensor_operands, tensor_results
+from spcompile.sharding.rules.rule import tensor_results
 from spcompile.sharding.spaces import Space, leaves, unify
 
 Dims = list[list[Space]]  # of one tensor: the product of spaces of every dim
@@ -55,7 +56,8 @@ def find_index_spaces(
     apart: of an axis whose ranks have parts of their own from the start: where an op has another rule for that.
     moving: of an axis whose ranks send each other what an op moves: the same.
     zigzag: of an axis whose ranks have elements that do not stand together: factors that are ordered are replicated.
-    convolving: of one whose ranks send each other only what windows have in common that are multiplied by weights.
+    convolving: of one whose ranks send each other only what windows have in common that are multiplied by weights, and
+        what running sums of their rows come to.
     rules: of calls that have another rule than else.
     """
     spaces = IndexSpaces()
@@ -71,7 +73,8 @@ def find_index_spaces(
         if apart and rule is not None and rule.apart is not None:
             first = next((spaces.values[n][0] for n in tensor_operands(node)), [])
             rule = rule.apart([[space.size for space in leaves(dim)] for dim in first])
-        if rule is not None and rule.moving is not None and (moving or (convolving and convolves(rule))):
+        of_rows = rule is not None and rule.moving is not None and bool(convolves(rule) or rule.moving.summed_up)
+        if rule is not None and rule.moving is not None and (moving or (convolving and of_rows)):
             rule = rule.moving
         if convolving and rule is not None and rule.moving is not None:
             rule = replace(rule, prefix_of={})  # what is much shorter has a layout of its own

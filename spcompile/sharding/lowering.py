@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spcompile.capture.retrace import OWN
 from spcompile.check.states import OWN_PART
+from spcompile.graph.aten_ops import tensor_operands
 from spcompile.graph.edit import operand
 from spcompile.graph.reshard import Place, Reshard, is_reshard, parse_place
 from spcompile.graph.sizes import Size, same
@@ -24,11 +25,12 @@ from spcompile.machine.sequence import pad
 from spcompile.sharding.global_view import is_view, part_of_view
 from spcompile.sharding.layout import NodeLayout, has_picked_rows, layout_of
 from spcompile.sharding.propagate import Choice, is_prefix, place_of, space_at
-from spcompile.sharding.rules.rule import LocalCall, tensor_operands, tensor_results
+from spcompile.sharding.rules.rule import LocalCall, tensor_results
 from spcompile.sharding.spaces import Space, leaves
 from spcompile.sharding.split_attention import attention, merged_attention
 from spcompile.sharding.split_dims import SplitDims
 from spcompile.sharding.split_neighbours import run_mirrored, run_moved, run_windowed
+from spcompile.sharding.split_sums import run_summed_up
 
 aten, spx = torch.ops.aten, torch.ops.spx
 
@@ -121,6 +123,8 @@ class Lower(fx.Interpreter):
         if is_prefix(call, choice):
             return args[0]
         args, kwargs = self.mask_reduced(n, layout, choice, args, kwargs)
+        if choice.factor in call.rule.summed_up:
+            return run_summed_up(split, n, choice, args, kwargs)
         if call.rule.local is None:
             return self.call_function(n.target, args, dict(kwargs))
         shapes = tuple(

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 
 import torch.fx as fx
 
+from spcompile.graph.aten_ops import tensor_operands
 from spcompile.graph.sizes import hint
 from spcompile.sharding.exchanges import entries_of_inputs
 from spcompile.sharding.index_spaces import IndexSpaces, OpSpaces
 from spcompile.sharding.propagate import Choice, place_of, propagate
-from spcompile.sharding.rules.rule import tensor_operands
 from spcompile.sharding.sequences import sequence_families
 from spcompile.sharding.sharded_or_replicated import estimated_bytes, trained_values
 from spcompile.sharding.spaces import Space
@@ -82,7 +82,10 @@ def _made_of_state(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _mixed_spaces(spaces: IndexSpaces, trained: set[fx.Node]) -> set[Space]:
-    """The spaces that calls on the path of a gradient need whole, or sum over with large results."""
+    """The spaces that calls on the path of a gradient need whole, or sum over with large results, or in products.
+
+    A product of keys with values, summed over the rows of both, is how linear attention mixes them.
+    """
     return {
         space.find() for node, call in spaces.calls.items() if node in trained for space in _mixed(node, call, trained)
     }
@@ -94,6 +97,9 @@ def _mixed(node: fx.Node, call: OpSpaces, trained: set[fx.Node]) -> Iterator[Spa
     in_results = {factor for dims in call.rule.results for dim in dims for factor in dim}
     for x, dims in read:
         for factor in (factor for dim in dims for factor in dim):
-            is_summed = factor in call.rule.reductions and 2 * estimated_bytes(node) > estimated_bytes(x)
-            if factor in call.rule.replicated or is_summed or (factor in call.rule.moved and factor not in in_results):
+            of_products = sum(any(factor in dim for dim in others) for _, others in read) > 1
+            is_large = 2 * estimated_bytes(node) > estimated_bytes(x)
+            is_summed = factor in call.rule.reductions and (is_large or of_products)
+            is_mixed = factor in call.rule.replicated.union(call.rule.summed_up)
+            if is_mixed or is_summed or (factor in call.rule.moved and factor not in in_results):
                 yield from call.leaves_of(factor)

@@ -16,11 +16,12 @@ from typing import Any
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.graph.aten_ops import overloads
 from spcompile.graph.edit import shape_of
 from spcompile.graph.sizes import quotient, same, same_shape
 from spcompile.sharding.row_order import Fact, Facts, Ranks, RowPlaces, Seen, SortedRows
 from spcompile.sharding.rules import OpRule, shuffled
-from spcompile.sharding.rules.calls import arguments, overloads
+from spcompile.sharding.rules.calls import arguments
 from spcompile.sharding.rules.indexing import is_range
 
 Result = tuple[Fact | None, OpRule]

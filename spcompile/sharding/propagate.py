@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 
 import torch.fx as fx
 
+from spcompile.graph.aten_ops import tensor_operands
 from spcompile.graph.edit import is_getitem, operand, result_number
 from spcompile.graph.reshard import Place
 from spcompile.sharding.index_spaces import IndexSpaces, OpSpaces
-from spcompile.sharding.rules.rule import tensor_operands
 from spcompile.sharding.spaces import Space, leaves
 
 

@@ -3,7 +3,7 @@
 Every call that may run sharded is a node of a flow network; on the source's side it runs sharded. Cut edges cost
     a gather   where a sharded call's value is needed whole               (bytes over the wire, weight WIRE)
     a copy     where a call runs replicated: every rank repeats its work  (bytes of the results, weight 1)
-    a move     where a call runs sharded that puts elements elsewhere     (bytes of the results, weight WIRE)
+    a move     where a call runs sharded that sends elements elsewhere    (bytes that it sends, weight WIRE)
     a slice    where a replicated call's value is taken in parts          (free forward; a gather backward)
 Calls on the path of a gradient always run sharded if they may: repeating them is never cheaper. So the cut decides
 over masks, positions and labels only, and stays small. On other axes every choice stands: on `tp` it was made for
@@ -18,12 +18,13 @@ import networkx as nx
 import torch
 import torch.fx as fx
 
+from spcompile.graph.aten_ops import tensor_operands
 from spcompile.graph.edit import is_getitem, operand
 from spcompile.graph.reshard import Place
-from spcompile.graph.sizes import numel_hint
+from spcompile.graph.sizes import hint, numel_hint
 from spcompile.sharding.layout import NodeLayout, layout_of
 from spcompile.sharding.propagate import Choice, place_of
-from spcompile.sharding.rules.rule import tensor_operands, tensor_results
+from spcompile.sharding.rules.rule import tensor_results
 
 WIRE = 4.0  # one byte over a link against one byte of memory traffic
 
@@ -83,8 +84,8 @@ def sharded_calls(graph: fx.Graph, axis: str) -> set[fx.Node]:
     for node in candidates:
         capacity = {} if node in forced else {"capacity": estimated_bytes(node) + 1.0}
         network.add_edge("sharded", node, **capacity)
-        if _moves_elements(node):
-            network.add_edge(node, ("moved", node), capacity=WIRE * estimated_bytes(node))
+        if sent := _bytes_moved(node):
+            network.add_edge(node, ("moved", node), capacity=WIRE * sent)
             network.add_edge(("moved", node), "replicated")
     for node in graph.nodes:
         for use in uses_of(node, axis):
@@ -97,12 +98,15 @@ def _must(layout: NodeLayout | None) -> bool:
     return layout is not None and (layout.forced or (layout.call is not None and bool(layout.call.rule.paired)))
 
 
-def _moves_elements(node: fx.Node) -> bool:
+def _bytes_moved(node: fx.Node) -> float:
+    """What ranks send each other where a call runs sharded: all that it gives, or of running sums the last ones."""
     layout = layout_of(node)
     if layout is None or layout.call is None:
-        return False
-    rule = layout.call.rule
-    return bool(rule.moves) or any(c.factor in {*rule.windows, *rule.mirrored} for c in layout.choice.values())
+        return 0.0
+    rule, chosen = layout.call.rule, {choice.factor for choice in layout.choice.values()}
+    for factor in chosen & rule.summed_up:
+        return estimated_bytes(node) / hint(rule.sizes[factor])
+    return estimated_bytes(node) if rule.moves or chosen & {*rule.windows, *rule.mirrored} else 0.0
 
 
 def _chosen(node: fx.Node, axis: str) -> Choice | None:

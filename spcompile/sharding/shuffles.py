@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.fx as fx
 
+from spcompile.graph.aten_ops import overloads, tensor_operands
 from spcompile.graph.edit import is_getitem, operand, result_number, shape_of
 from spcompile.graph.sizes import same
 from spcompile.sharding.group_ends import CASTS, SORTS, GroupEnds, ends_of, is_grouped, numbers_of
@@ -32,9 +33,9 @@ from spcompile.sharding.placed_rows import DIVISIONS, READERS, part_of_places
 from spcompile.sharding.propagate import Placements
 from spcompile.sharding.row_order import Ends, Fact, Facts, Ranks, RowCount, RowPlaces, Seen, SortedRows
 from spcompile.sharding.rules import OpRule, rule_of, shuffled
-from spcompile.sharding.rules.calls import arguments, overloads
+from spcompile.sharding.rules.calls import arguments
 from spcompile.sharding.rules.creation import CONSTANT, CONSTANT_WITH_MODEL, LIKE
-from spcompile.sharding.rules.rule import tensor_operands, tensor_results
+from spcompile.sharding.rules.rule import tensor_results
 
 _CONSTANTS = frozenset(overloads(CONSTANT + CONSTANT_WITH_MODEL + LIKE))
 _MOVES = frozenset(

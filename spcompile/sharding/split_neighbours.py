@@ -11,12 +11,13 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.graph.aten_ops import tensor_operands
 from spcompile.graph.sizes import same
 from spcompile.graph.typed_call import named_arguments
 from spcompile.machine.sequence import chunks_per_rank, local_length
 from spcompile.sharding.layout import layout_of
 from spcompile.sharding.propagate import Choice, place_of, space_at
-from spcompile.sharding.rules.rule import LocalCall, Move, tensor_operands, tensor_results
+from spcompile.sharding.rules.rule import LocalCall, Move, Size, tensor_results
 from spcompile.sharding.spaces import Space, leaves
 from spcompile.sharding.split_dims import SplitDims
 
@@ -81,10 +82,18 @@ def run_windowed(
     chunks = read.chunk(chunks_per_rank(split.order), source.dim)
     calls = [LocalCall((chunk, *others), kwargs, (), choice.factor, count, split.degree) for chunk in chunks]
     parts = [window.local(call) for call in calls]
-    result = torch.cat(parts, target.dim) if len(parts) > 1 else parts[0]
+    majors = [leaf.find().size for leaf in leaves(layout.dims[0][target.dim])[: target.part]]
+    result = _side_by_side(parts, target.dim, math.prod(majors))
     if not example.is_floating_point() or not split.padded(wanted[0]):
         return result
     return split.on_split_dim(result, [leaves(dim) for dim in layout.dims[0]], target, True, split.mask_benignly)
+
+
+def _side_by_side(parts: Sequence[Tensor], dim: int, majors: Size) -> Tensor:
+    """Chunks of a dim put together; the dim holds `majors` elements of other dims, each with chunks of its own."""
+    if len(parts) < 2 or same(majors, 1):
+        return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]
+    return torch.cat([part.unflatten(dim, (majors, -1)) for part in parts], dim + 1).flatten(dim, dim + 1)
 
 
 def run_mirrored(split: SplitDims, n: fx.Node, choice: Choice, x: Tensor) -> Tensor:

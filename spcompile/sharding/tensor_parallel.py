@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 
 import torch.fx as fx
 
+from spcompile.graph.aten_ops import tensor_operands
 from spcompile.graph.edit import is_getitem, operand
 from spcompile.graph.sizes import hint, numel_hint
 from spcompile.sharding.index_spaces import IndexSpaces, OpSpaces
 from spcompile.sharding.mixed_rows import all_sequences
 from spcompile.sharding.propagate import Choice, Placements, leaves_sums, place_of, propagate
-from spcompile.sharding.rules.rule import tensor_operands, tensor_results
+from spcompile.sharding.rules.rule import tensor_results
 from spcompile.sharding.sharded_or_replicated import estimated_bytes
 from spcompile.sharding.spaces import Space, leaves
 
@@ -132,7 +133,7 @@ class _SeedSearch:
         fitting: list[tuple[float, int, _Candidate, Placements]] = []
         for candidate in candidates:
             space = candidate.space.find()
-            if space in tried or hint(space.size) < self.degree:
+            if space in tried or hint(space.size) < self.degree or space.family() in self.sequences:
                 continue
             tried.add(space)
             region = propagate(self.spaces, {candidate.node: candidate.choice})
@@ -192,21 +193,29 @@ class _SeedSearch:
         return self.spaces.calls[node].rule.operands[tensor_operands(node).index(operand)]
 
     def _weights(self) -> set[fx.Node]:
-        """Floating values that are made of inputs without a sequence only."""
+        """Floating values that are made of inputs without a sequence only, and of the model's own state.
+
+        State that is as long as the sequence of the user's inputs is made of positions, and is a weight.
+        """
         found: set[fx.Node] = set()
+        given = [n for n in self.graph.find_nodes(op="placeholder") if not n.meta.get("state")]
+        has_positions = any(self._is_of_rows(node) for node in given if tensor_results(node))
         for node in self.graph.nodes:
             results = tensor_results(node)
             if node.op == "output" or not results or not results[0].is_floating_point():
                 continue
             if node.op == "placeholder":
-                spaces = leaves(space for dim in self.spaces.values[node][0] for space in dim)
-                is_weight = not any(space.family() in self.sequences for space in spaces)
+                is_weight = (has_positions and bool(node.meta.get("state"))) or not self._is_of_rows(node)
             else:
                 read = tensor_operands(node)
                 is_weight = bool(read) and all(x in found for x in read)
             if is_weight:
                 found.add(node)
         return found
+
+    def _is_of_rows(self, node: fx.Node) -> bool:
+        spaces = leaves(space for dim in self.spaces.values[node][0] for space in dim)
+        return any(space.family() in self.sequences for space in spaces)
 
     def _from_user(self) -> set[fx.Node]:
         """Values that depend on integers which are no part of the model's own state."""

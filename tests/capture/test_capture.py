@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from spcompile.capture.retrace import capture
-from spcompile.diagnostics import CaptureFailed, source_of
+from spcompile.diagnostics import source_of
 from spcompile.graph.printer import op_name
 from spcompile.report.example_runs import with_dynamo_graph
 
@@ -203,54 +203,6 @@ def test_code_without_lines_is_captured() -> None:
     exec("def model(h):\n    return h.sin()", space)
     gm = captured(space["model"], x(3))
     assert all(n.meta.get("stack_trace") or n.meta.get("spx_origin") for n in gm.graph.nodes if n.op == "call_function")
-
-
-class Doubled(torch.autograd.Function):
-    """Its gradient is twice the derivative, so that one that was derived anew is wrong."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return -(2 * x.cos() * -grad)
-
-
-class Transposed(torch.autograd.Function):
-    """Its gradient mixes positions."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.flip(0)
-
-
-def test_custom_function_keeps_its_own_gradient() -> None:
-    def model(x: Tensor) -> Tensor:
-        return Doubled.apply(x * 3).square()
-
-    def compiled_by(gm: fx.GraphModule, examples: list[Any]) -> Any:
-        return capture(gm, examples).forward
-
-    x = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    (expected,) = torch.autograd.grad(model(x).sum(), x)
-    (found,) = torch.autograd.grad(torch.compile(model, backend=compiled_by, fullgraph=True)(x).sum(), x)
-    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
-
-
-def test_custom_function_whose_gradient_is_no_factor_is_refused() -> None:
-    def compiled_by(gm: fx.GraphModule, examples: list[Any]) -> Any:
-        with pytest.raises(CaptureFailed, match=r"torch\.autograd\.Function"):
-            capture(gm, examples)
-        return gm.forward
-
-    torch.compile(lambda x: Transposed.apply(x), backend=compiled_by)(torch.randn(5, requires_grad=True))
 
 
 @pytest.mark.thinned(2)

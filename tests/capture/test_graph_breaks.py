@@ -107,7 +107,7 @@ def test_without_values_there_is_no_way_past_a_branch() -> None:
 
 @dataclass(frozen=True)
 class Scaled(Pass):
-    """Multiplies every mean by 1.03, which 5e-2 would call equal."""
+    """Multiplies every mean by 1.045, which 5e-2 would call equal."""
 
     name: ClassVar[str] = "scaled"
     stage: ClassVar[Stage] = Stage.GLOBAL
@@ -116,16 +116,16 @@ class Scaled(Pass):
         means = [n for n in gm.graph.nodes if n.target is torch.ops.aten.mean.default]
         for mean in means:
             with gm.graph.inserting_after(mean):
-                wrong = gm.graph.call_function(torch.ops.aten.mul.Tensor, (mean, 1.03))
+                wrong = gm.graph.call_function(torch.ops.aten.mul.Tensor, (mean, 1.045))
             wrong.meta = dict(mean.meta)
             mean.replace_all_uses_with(wrong, delete_user_cb=lambda user, wrong=wrong: user is not wrong)
         return len(means)
 
 
-@pytest.mark.parametrize("factor", [1, 1.03])
+@pytest.mark.parametrize("factor", [1, 1.045])
 @pytest.mark.thinned(10)
 def test_half_precision(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What rounding makes of the whole model and of each graph is measured, not more."""
+    """What rounding makes of the whole model and of each graph is measured, not more: of this loss about 2%, twice."""
     model, x = bm.BranchesOnValues().bfloat16(), dm.states().bfloat16()
     if factor != 1:
         at = next(i for i, p in enumerate(PIPELINE) if p.name == "recognize-loss") + 1

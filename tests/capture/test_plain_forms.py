@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -40,6 +41,12 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[Tensor], Any, list[Any]]] = {
     ),
     "glu": (lambda x: F.glu(x, 1), [made(2, 6, 5)], aten.chunk.default, [(2, 1)]),
     "glu behind a transpose": (lambda x: F.glu(x.transpose(1, 2), 1), [made(2, 5, 6)], aten.chunk.default, [(2, 2)]),
+    "pairs of a copy": (
+        lambda x: torch.view_as_complex(x.unflatten(-1, (2, -1)).transpose(1, 2).contiguous()).abs(),
+        [made(3, 8)],
+        aten.complex.default,
+        [ANY],
+    ),
 }
 
 
@@ -58,6 +65,7 @@ def test_numbers_and_calls(name: str) -> None:
         (lambda x: torch.roll(x, 1, 0), aten.roll.default),
         (lambda x: torch.roll(x, 1), aten.roll.default),
         (lambda x: F.adaptive_avg_pool1d(x, 2), aten.adaptive_avg_pool1d.default),
+        (lambda x: torch.view_as_complex(x.unflatten(-1, (-1, 2))).abs(), aten.view_as_complex.default),
         (lambda x: F.pad(x, (1, 1, 1, 1), "reflect"), aten.pad.default),
         (lambda x: F.conv1d(x, x[:, :, :2]), aten.conv1d.default),
     ],

@@ -179,3 +179,12 @@ def test_passes_lists_the_pipeline(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert call(monkeypatch, "passes", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == [p.name for p in passes.PIPELINE]
+
+
+def test_flags_that_commands_share_keep_the_defaults_of_each() -> None:
+    """Also where some of the shared flags are given."""
+    defaults = {"explain": ("4096", "bfloat16"), "verify": ("64", "float64")}
+    for command, (seq, dtype) in defaults.items():
+        _, words, _ = cli.app.parse_args([command, "models:llama-tiny", "--batch", "2"], exit_on_error=False)
+        step = words.arguments["step"]
+        assert (step.seq, step.dtype, step.batch) == (seq, dtype, 2)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from spcompile.command import cli
+from spcompile.command import cli, flags
 from spcompile.command.arguments import parse_options, parse_settings
 from spcompile.diagnostics import IllegalModel, IllegalOption
 
@@ -198,7 +198,7 @@ def test_ctrl_c_in_this_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     def interrupted(*words: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "parse_mesh", interrupted)
+    monkeypatch.setattr(flags, "parse_mesh", interrupted)
     assert call(monkeypatch, "explain", "models:llama-tiny") == 130
     assert capsys.readouterr().err == "interrupted\n"
 

@@ -26,6 +26,7 @@ def test_model(worker_pool: Callable[[int], WorkerPool], ranks: int, name: str, 
 
 
 @pytest.mark.slow
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", MODELS)
 def test_inductor(worker_pool: Callable[[int], WorkerPool], name: str) -> None:
     assert_same(worker_pool(2), replace(MODELS[name], options={"compiler": "inductor"}))

@@ -47,8 +47,14 @@ def test_model(worker_pool: PoolOf, name: str) -> None:
 
 @pytest.mark.thinned(4)
 def test_an_op_that_mixes_positions_runs_over_another_dim_with_a_remark(worker_pool: PoolOf) -> None:
-    outcomes = assert_same(worker_pool(2), Case(pm.RunningSum, pm.einsum))
+    outcomes = assert_same(worker_pool(2), Case(pm.RunningProduct, pm.einsum))
     assert "SPR108" in outcomes[0].remarks
+
+
+@pytest.mark.thinned(4)
+def test_a_running_sum_stays_split(worker_pool: PoolOf) -> None:
+    outcomes = assert_same(worker_pool(2), Case(pm.RunningSum, pm.einsum))
+    assert "SPR108" not in outcomes[0].remarks
 
 
 LABELS = {

@@ -68,4 +68,4 @@ def blocks_run() -> int:
 @pytest.mark.slow
 @pytest.mark.thinned(3)
 def test_blocks(worker_pool: PoolOf) -> None:
-    assert worker_pool(2).run(blocks_run) == [6, 6]
+    assert worker_pool(2).run(blocks_run) == [7, 7]

@@ -5,6 +5,7 @@ B batch, S sequence, D width, F width inside the MLP.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from spcompile.graph.storage import root_of
 from spcompile.machine.byte_sizes import bytes_text, parse_bytes
 from spcompile.machine.optimizers import OPTIMIZERS
 from spcompile.memory.fusion import fused_away
-from spcompile.memory.liveness import Lives, peak_of
+from spcompile.memory.liveness import Lives, levels_of, peak_of
 from spcompile.memory.planner import Wish, plan_memory
 from spcompile.memory.stream_blocks import find_blocks
 from spcompile.memory.trades import Savings, made_again
@@ -182,3 +183,16 @@ def test_what_is_no_budget(memory: Any) -> None:
     with pytest.raises(IllegalOption, match="memory=") as refused:
         Options.parse({"memory": memory})
     assert "'auto', 'speed', 'min'" in str(refused.value)
+
+
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("fuses", [False, True])
+def test_levels_in_numbers_are_those_of_the_lives_of_storages(fuses: bool) -> None:
+    joint, saved = stack(3)
+    joint = replace(joint, fuses=fuses)
+    storage = joint.storage
+    kept = {storage[node] for node in (*saved, *joint.returned)}
+    order, found = levels_of(joint, saved)["forward"]
+    inside = fused_away(order, kept) if fuses else ()
+    lives = Lives.of(order, (), kept, root_of, inside)
+    assert found == lives.bytes(joint.bytes_of.__getitem__, [0] * len(order))

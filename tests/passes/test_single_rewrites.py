@@ -26,9 +26,13 @@ B, S, D, WIDE = 2, 7, 4, 6
 
 
 def block(x_BSD: Tensor, table_TD: Tensor, norm_D: Tensor, up_DF: Tensor, down_FD: Tensor) -> Tensor:
-    """Attention, position lookups, a norm, dropout, residuals, and an MLP that tp splits."""
+    """Attention, a norm of its heads, position lookups, a norm, dropout, residuals, and an MLP that tp splits."""
     h_B1SD = x_BSD.unsqueeze(1)
     x_BSD = x_BSD + F.scaled_dot_product_attention(h_B1SD, h_B1SD, h_B1SD, is_causal=True).squeeze(1)
+    h_BNSH = F.layer_norm(x_BSD, (D,)).unflatten(-1, (2, -1)).transpose(1, 2)
+    x_BSD = x_BSD + F.layer_norm(
+        F.scaled_dot_product_attention(h_BNSH, h_BNSH, h_BNSH).transpose(1, 2).flatten(2), (D,)
+    )
     y_BSD = F.dropout(F.gelu(F.layer_norm(x_BSD, (D,), norm_D) @ up_DF) @ down_FD, 0.2)
     places_SD = F.embedding(torch.arange(S), table_TD).tanh()
     return F.layer_norm(x_BSD + places_SD + y_BSD, (D,)) @ norm_D
@@ -67,4 +71,5 @@ def test_right_behind_every_single_rewrite(name: str) -> None:
 
 
 def test_the_derivation_is_made_of_single_rewrites() -> None:
-    assert [p.name for p in DERIVATION] == ["split-all-reduce", "sink-all-gather", "hoist-shard", "cancel-collectives"]
+    gathers = ["split-all-reduce", "sink-all-gather", "split-all-gather"]
+    assert [p.name for p in DERIVATION] == [*gathers, "hoist-shard", "cancel-collectives"]

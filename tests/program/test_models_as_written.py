@@ -5,6 +5,7 @@ B batch, S sequence, T keys of another sequence, D width, N heads, H head width.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -129,6 +130,19 @@ def valid(length: int) -> Tensor:
     return (torch.arange(length) < torch.tensor([[length], [length - 3]])).double()
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer in front of the attention, and a warning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent, self.attention = nn.GRU(WIDTH, WIDTH, batch_first=True), Attention()
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        h, _ = self.recurrent(x_BSD)
+        warnings.warn("half of it is done", stacklevel=1)
+        return self.attention(h).square().mean()
+
+
 CASES: dict[str, tuple[Any, list[Tensor]]] = {
     "writes to dropout": (WritesToDropout, [tokens(9)]),
     "writes to dropout, eval": (lambda: WritesToDropout().eval(), [tokens(9)]),
@@ -137,11 +151,13 @@ CASES: dict[str, tuple[Any, list[Tensor]]] = {
     "mask of each head": (MaskOfEachHead, [tokens(9), tokens(7), valid(7)]),
     "mixed by numbers": (MixedByNumbers, [tokens(9)]),
     "width one": (lambda: WidthOne().eval(), [tokens(9)]),
+    "recurrent": (Recurrent, [tokens(9)]),
     "two sequences": (TwoSequences, [tokens(9), tokens(14), valid(9), valid(14)]),
 }
 MESHES = ({"cp": 2}, {"tp": 2}, {"tp": 2, "cp": 2})
 
 
+@pytest.mark.filterwarnings("ignore:half of it is done")
 @pytest.mark.thinned(3, covers=["mesh"])
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("case", CASES)
@@ -156,6 +172,13 @@ def test_convolutions_of_width_one_stay_split() -> None:
     plan = explain(WidthOne().eval(), [tokens(16).float()], {"cp": 2})
     assert 2 * plan.memory.saved_activation_bytes == plan.memory.saved_activation_bytes_one_device
     assert not [remark for remark in plan.remarks if remark.code in ("SPR102", "SPR103")]
+
+
+@pytest.mark.thinned(3)
+def test_a_recurrent_layer_is_computed_whole_with_a_remark() -> None:
+    plan = explain(Recurrent(), [tokens(8).float()], {"cp": 2})
+    (remark,) = (remark for remark in plan.remarks if remark.code == "SPR102")
+    assert "aten.gru.input has no sharding rule" in remark.text
 
 
 class Result(dict[str, Tensor]):

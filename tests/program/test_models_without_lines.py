@@ -32,7 +32,7 @@ class Model(nn.Module):
         keep = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril() & (ids != 0)[:, None, None, :]
         weights = (q @ k.mT / 8**0.5).masked_fill(~keep, float("-inf")).softmax(-1)
         x = x + (weights @ v).transpose(1, 2).flatten(2)
-        x = x + x.cumsum(1)
+        x = x + x.logcumsumexp(1)
         return F.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
 """
 CELL = "<ipython-input-3-0a1b2c>"
@@ -64,4 +64,4 @@ def test_a_cell_of_a_notebook_has_lines() -> None:
     (remark,) = (remark for remark in plan.remarks if remark.code == "SPR108")
     assert remark.where is not None
     assert remark.where.file == CELL
-    assert remark.where.text == "x = x + x.cumsum(1)"
+    assert remark.where.text == "x = x + x.logcumsumexp(1)"

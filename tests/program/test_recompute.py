@@ -63,6 +63,19 @@ def running_sums(x_BSD: Tensor, kernel: Tensor) -> Tensor:
     return x_BSD.sigmoid().flatten(1).logcumsumexp(-1).view_as(x_BSD)
 
 
+def weights_of_places(y_BSD: Tensor, kernel: Tensor) -> Tensor:
+    """A softmax along the sequence that no other dim can stand in for: all ranks compute all of it."""
+    p_BF = (0.5 * y_BSD.sigmoid().flatten(1)).softmax(-1)
+    return (p_BF.square() * p_BF.exp()).view_as(y_BSD)
+
+
+def parts_of_places(y_BSD: Tensor, kernel: Tensor) -> Tensor:
+    """Rows in an order that is computed, as an expert's, cut into parts that products read: views of a copy."""
+    order_F = torch.arange(y_BSD[0].numel()) * 7 % y_BSD[0].numel()
+    parts = y_BSD.sigmoid().flatten(1)[:, order_F].view_as(y_BSD).split([LENGTH - 3, 3], 1)
+    return F.pad(torch.cat([part @ kernel[:, 0] for part in parts], 1), (0, WIDTH - 3))
+
+
 def graphs_of(model: nn.Module, degree: int, length: int = LENGTH, **options: Any) -> Emission:
     """The final graphs of one rank."""
     found: list[Emission] = []
@@ -103,6 +116,19 @@ def test_a_gathered_activation_is_gathered_again(mix: Mix, whole: int, again: bo
     assert forward == backward > 0
     assert saved_numels(with_it).count(LENGTH * WIDTH) <= whole
     assert max(saved_numels(with_it), default=0) <= LENGTH * WIDTH
+
+
+def test_what_is_made_of_a_gathered_activation_is_made_again() -> None:
+    """A softmax, a square and an exponential: every rank has them whole, and saves what the last product gives only."""
+    emission = graphs_of(Mixed(HEADS, weights_of_places), 4, attention="ring")
+    assert saved_numels(emission).count(LENGTH * WIDTH) == 1
+    assert count(emission, "backward", c10d.all_gather_into_tensor.default) == 2  # the other one: of the result
+
+
+def test_parts_of_a_gathered_activation_are_cut_out_again() -> None:
+    """Of whole size is only what the last product gives."""
+    emission = graphs_of(Mixed(HEADS, parts_of_places), 4, attention="ring")
+    assert saved_numels(emission).count(LENGTH * WIDTH) == 1
 
 
 @pytest.mark.thinned(10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from explained import VOCAB, WIDTH, Model, plan_of
 from torch import Tensor, nn
 
 import spcompile
+from spcompile.memory.account import Action
 
 
 def test_flops_tokens_and_shares_by_hand() -> None:
@@ -52,6 +54,24 @@ def test_where_it_does_not_fit_what_was_tried_is_told_and_holds() -> None:
     )
     assert then.memory.fits
     assert str(plan).count("does not fit") == 1
+
+
+DONE = {
+    (): "with the states of adamw",
+    ("recompute",): "; 2.00 KiB are made again instead of saved, for 1.5 ms",
+    ("offload",): "; 2.00 KiB wait in the memory of the host, for 1.5 ms",
+    ("stage",): "; 2.00 KiB of heads are not there all at once, for 1.5 ms",
+    ("tile", "recompute"): "; 2.00 KiB are made again instead of saved; 2.00 KiB never stand whole, for 3 ms",
+}
+
+
+@pytest.mark.parametrize("kinds", DONE)
+def test_what_was_done_with_values_is_said_by_kind(kinds: tuple[str, ...]) -> None:
+    plan = plan_of(2)
+    actions = tuple(Action(kind, 1, 2048, 0.0015, "mm", None) for kind in kinds)
+    memory = replace(plan.memory, actions=actions, budget_bytes=2**30)
+    line = str(replace(plan, memory=memory)).splitlines()[1]
+    assert line.endswith(DONE[kinds])
 
 
 class Blocks(nn.Module):

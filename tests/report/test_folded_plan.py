@@ -25,7 +25,7 @@ def sent(plan: Plan) -> Counter[tuple[Any, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(
     ("mesh", "shard"), [({"cp": 2}, None), ({"tp": 2}, None), ({"tp": 2, "cp": 2}, ("cp", "tp"))], ids=str
 )
@@ -53,6 +53,21 @@ def test_what_is_exact_and_what_is_close(mesh: dict[str, int], shard: tuple[str,
     for name in ("total_bytes", "peak_bytes"):
         assert float(getattr(few.memory, name)) == pytest.approx(float(getattr(full.memory, name)), rel=0.06)
     assert few.predicted.total("seconds") == pytest.approx(full.predicted.total("seconds"), rel=0.06)
+
+
+@pytest.mark.slow
+@pytest.mark.thinned(2)
+def test_layers_are_folded_where_all_is_saved_and_only_there() -> None:
+    model, ids_BS = models.build("llama-tiny", layers=LAYERS), torch.zeros(1, 256, dtype=torch.int64)
+    batch = {"ids_BS": ids_BS, "labels_BS": ids_BS}
+    free = spcompile.explain(model, batch, {"cp": 2}, fold_layers=True, memory="speed")
+    for share, is_folded in ((1.04, True), (0.9, False)):
+        limit = int(share * int(free.memory.total_bytes))
+        plan = spcompile.explain(model, batch, {"cp": 2}, fold_layers=True, memory=str(limit))
+        assert (plan.folded is not None) == is_folded
+        assert bool(plan.memory.actions) != is_folded
+        if is_folded:
+            assert plan.memory.total_bytes == free.memory.total_bytes
 
 
 def test_a_line_through_two_depths() -> None:

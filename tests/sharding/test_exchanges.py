@@ -120,6 +120,26 @@ def test_small_sums_are_summed() -> None:
     assert not nodes_of(program, "spx.all_to_all")
 
 
+class Products(nn.Module):
+    """Keys times values, summed over all rows of both; no attention."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.query(x_BSD).exp() @ (self.key(x_BSD).exp().mT @ x_BSD)
+
+
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("degree", [2, 3])
+def test_sums_of_products_make_a_sequence(degree: int) -> None:
+    """They are small beside what they are made of, as a loss is, and yet mix rows."""
+    report = spcompile.verify(Products(4).double(), (made(2, 41, 4),), mesh={"cp": degree})
+    assert report.ok, str(report)
+    assert {remark.code for remark in report.remarks} == {"SPR109"}
+
+
 class Mixer(nn.Module):
     """Tokens and channels in turn; no attention."""
 

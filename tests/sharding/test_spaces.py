@@ -106,9 +106,9 @@ def test_a_matmul_with_itself_makes_both_rows_one_space() -> None:
 
 
 def test_results_of_an_op_without_a_rule_are_new_spaces() -> None:
-    graph = captured(lambda h: torch.linalg.inv(h) + 1, torch.eye(4)).graph
+    graph = captured(lambda h: torch.special.bessel_j0(h) + 1, torch.eye(4)).graph
     spaces = find_index_spaces(graph)
     (h,) = (n for n in graph.nodes if n.op == "placeholder")
-    inverse = h.next
-    assert inverse not in spaces.calls
-    assert spaces.dims(inverse)[0] != spaces.dims(h)[0]
+    result = h.next
+    assert result not in spaces.calls
+    assert spaces.dims(result)[0] != spaces.dims(h)[0]

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 import hf_families
+import mixing_models
 import pytest
 import torch
 from tp_decisions import decide
@@ -48,10 +49,12 @@ DIFFERENCES = [
     (r"(mlp|mixer|shared_\w+)\.down_proj", "whole", "rowwise", "this MLP too"),
     (r"layernorm\.mlp\.fc1", "whole", "colwise", "this MLP too"),
     (r"layernorm\.mlp\.fc2", "whole", "rowwise", "this MLP too"),
-    (r"mixer\.in_proj", "whole", r"colwise\+whole", "the part of it that feeds no scan"),
+    (r"mixer\.in_proj", "whole", r"colwise(\+whole)?", "the heads of a scan are split, or what feeds none of it"),
+    (r"mixer\.out_proj", "whole", "rowwise", "the heads of a scan are split"),
     (r"linear_attn\.in_proj_qkv", "colwise", r"colwise\+whole", "the part of it that feeds no scan"),
-    (r"(mixer|linear_attn)\.conv1d", "whole", r"part(\+whole)?", "channels of a convolution are computed apart"),
-    (r"linear_attn\.(in_proj_\w+|out_proj)", "colwise", "whole", "scans over the sequence have no rule"),
+    (r"(mixer|linear_attn|_sconv)\.conv1d", "whole", r"part(\+whole)?", "channels of a convolution are computed apart"),
+    (r"linear_attn\.(in_proj_\w+|out_proj)", "colwise", "whole", "the heads of this scan are not split"),
+    (r"linear_attn\.out_proj", "colwise", "rowwise", "the heads of a scan are split too"),
     (r"hyper_connection\w*\.input_mix_weight_down", "rowwise", "colwise", "we split the space between down and up"),
     (r"hyper_connection\w*\.input_mix_weight_up", "whole", "rowwise", "we split the space between down and up"),
     (r"compressor\.\w+", "whole", "|unused", "not read at this length"),
@@ -145,3 +148,12 @@ def test_exact(model_type: str, degree: int) -> None:
                 parameter.normal_(std=0.2)
     report = spcompile.verify(model, hf_families.inputs(9), mesh={"tp": degree}, tolerance=2e-5)
     assert report.ok, str(report)
+
+
+@pytest.mark.thinned(3)
+def test_weights_of_positions_are_split_by_what_stands_between_them() -> None:
+    """An MLP over tokens: its hidden dim, never the tokens that its weights are as long as."""
+    model, inputs = mixing_models.KINDS["tokens and channels"]()
+    found = decide(model, inputs)
+    assert found.of("tokens.0.weight") == "colwise"
+    assert found.of("tokens.2.weight") == "rowwise"

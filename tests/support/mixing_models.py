@@ -187,6 +187,87 @@ class Heads(nn.Module):
         return x_BSD + self.taken(seen.reshape(B, S, -1) * F.silu(gate_BSF))
 
 
+class MeansSoFar(nn.Module):
+    """Each token sees the mean of those up to it (Zhang et al. 2018)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(width), mlp(width)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        counts_S = torch.arange(1, x_BSD.shape[1] + 1, dtype=x_BSD.dtype)
+        return x_BSD + self.mlp(self.norm(x_BSD).cumsum(1) / counts_S[:, None])
+
+
+class Mixer(nn.Module):
+    """An MLP over tokens, then one over channels (Tolstikhin et al. 2021)."""
+
+    def __init__(self, width: int, length: int) -> None:
+        super().__init__()
+        self.norms, self.channels = nn.ModuleList(nn.LayerNorm(width) for _ in range(2)), mlp(width)
+        self.tokens = nn.Sequential(nn.Linear(length, 2 * length), nn.GELU(), nn.Linear(2 * length, length))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_BSD = x_BSD + self.tokens(self.norms[0](x_BSD).mT).mT
+        return x_BSD + self.channels(self.norms[1](x_BSD))
+
+
+class LinearAttention(nn.Module):
+    """Each token sees running sums of keys times values, beside running sums of keys (Katharopoulos et al. 2020)."""
+
+    def __init__(self, width: int, heads: int = 2) -> None:
+        super().__init__()
+        self.heads, self.norm, self.taken = heads, nn.LayerNorm(width), nn.Linear(width, width)
+        self.given = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        h_BSD = self.norm(x_BSD)
+        q, k, v = (projection(h_BSD).unflatten(-1, (self.heads, -1)) for projection in self.given)
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+        states = torch.einsum("bshd,bshe->bshde", k, v).cumsum(1)
+        total = torch.einsum("bshd,bshd->bsh", q, k.cumsum(1))
+        seen = torch.einsum("bshd,bshde->bshe", q, states) / total[..., None]
+        return x_BSD + self.taken(seen.flatten(2))
+
+
+class InTurns(nn.Module):
+    """An MLP of which every second number gates the one before it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.given, self.taken = nn.Linear(width, 6 * width), nn.Linear(3 * width, width)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        h_BSF = self.given(self.norm(x_BSD))
+        return x_BSD + self.taken(h_BSF[..., ::2].clamp(max=2) * h_BSF[..., 1::2].sigmoid())
+
+
+class Features(nn.Module):
+    """Attention by positive features of queries and keys, whose sums over all keys are small (Choromanski et al. 2020).
+    N: heads, H: width of a head, F: features.
+    """
+
+    def __init__(self, width: int, heads: int = 2, features: int = 6) -> None:
+        super().__init__()
+        self.heads, self.norm, self.taken = heads, nn.LayerNorm(width), nn.Linear(width, width)
+        self.given = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.register_buffer("drawn_FH", torch.randn(features, width // heads))
+
+    def positive(self, x_BNSH: Tensor, over: tuple[int, ...]) -> Tensor:
+        y_BNSF = torch.einsum("bnsh,fh->bnsf", x_BNSH, self.drawn_FH)
+        largest = y_BNSF.amax(over, keepdim=True).detach()
+        return torch.exp(y_BNSF - x_BNSH.square().sum(-1, keepdim=True) / 2 - largest) + 1e-4
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        h_BSD = self.norm(x_BSD)
+        q, k, v = (projection(h_BSD).unflatten(-1, (self.heads, -1)).transpose(1, 2) for projection in self.given)
+        q, k = self.positive(q, (-1,)), self.positive(k, (-1, -2))
+        total = torch.einsum("bnsf,bnf->bns", q, k.sum(-2))
+        seen = torch.einsum("bnsf,bnfh->bnsh", q, torch.einsum("bnsf,bnsh->bnfh", k, v)) / total[..., None]
+        return x_BSD + self.taken(seen.transpose(1, 2).flatten(2))
+
+
 class Spectrum(nn.Module):
     """Fourier transforms along width and sequence in the place of attention (Lee-Thorp et al. 2022)."""
 
@@ -212,6 +293,58 @@ class Attends(nn.Module):
         return x_BSD + self.taken(attend(*(projection(h_BSD) for projection in self.given)))
 
 
+class NormOfHeads(nn.Module):
+    """Attention of which all heads have one norm, in front of the projection back (Wang et al. 2022)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norms, self.taken = nn.ModuleList(nn.LayerNorm(width) for _ in range(2)), nn.Linear(width, width)
+        self.given = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        h_BSD = self.norms[0](x_BSD)
+        return x_BSD + self.taken(self.norms[1](attend(*(projection(h_BSD) for projection in self.given))))
+
+
+class ChannelsFirst(nn.Module):
+    """Channels in front of places, projected in groups by convolutions of width 1, with norms on the way there and back
+    (Iandola et al. 2020).
+    """
+
+    def __init__(self, width: int, groups: int = 2) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.given = nn.ModuleList(nn.Conv1d(width, width, 1, groups=groups) for _ in range(3))
+        self.taken = nn.Conv1d(width, width, 1)
+        self.up, self.down = (
+            nn.Conv1d(width, 4 * width, 1, groups=groups),
+            nn.Conv1d(4 * width, width, 1, groups=groups),
+        )
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_BDS = x_BSD.transpose(1, 2)
+        seen_BSD = attend(*(projection(x_BDS).transpose(1, 2) for projection in self.given))
+        x_BDS = self.norms[0]((x_BDS + self.taken(seen_BSD.transpose(1, 2))).transpose(1, 2)).transpose(1, 2)
+        return self.norms[1]((x_BDS + self.down(F.gelu(self.up(x_BDS)))).transpose(1, 2))
+
+
+class Averages(nn.Module):
+    """An exponential average of all rows before, for each channel, by Fourier transforms (Ma et al. 2023)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.rate = nn.LayerNorm(width), nn.Parameter(torch.randn(width))
+        self.taken = nn.Linear(width, width)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        h_BSD, length = self.norm(x_BSD), x_BSD.shape[1]
+        rate_D = self.rate.sigmoid()
+        kernel_SD = rate_D * (1 - rate_D) ** torch.arange(length)[:, None]
+        spectrum = torch.fft.rfft(h_BSD, n=2 * length, dim=1) * torch.fft.rfft(kernel_SD, n=2 * length, dim=0)
+        seen_BSD = torch.fft.irfft(spectrum, n=2 * length, dim=1)[:, :length]
+        return x_BSD + self.taken(F.silu(seen_BSD) * h_BSD)
+
+
 class Slots(nn.Module):
     """Experts whose slots are means of all tokens, and tokens means of all slots (Puigcerver et al. 2023). E: experts,
     C: slots of each.
@@ -230,6 +363,28 @@ class Slots(nn.Module):
         made_BECD = torch.einsum("becf,efd->becd", inner_BECF, self.down)
         shares_BSK = scores_BSEC.flatten(2).softmax(-1)
         return x_BSD + shares_BSK @ made_BECD.flatten(1, 2)
+
+
+class Capacity(nn.Module):
+    """Experts with so many places each, given out by running sums (Fedus et al. 2021). E: experts, C: places."""
+
+    def __init__(self, width: int, experts: int = 4, places: int = 8) -> None:
+        super().__init__()
+        self.places, self.norm, self.router = places, nn.LayerNorm(width), nn.Linear(width, experts)
+        self.up = nn.Parameter(torch.randn(experts, width, 3 * width) / 4)
+        self.down = nn.Parameter(torch.randn(experts, 3 * width, width) / 4)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        h_BSD = self.norm(x_BSD)
+        share_BS, expert_BS = self.router(h_BSD).softmax(-1).max(-1)
+        chosen_BSE = F.one_hot(expert_BS, self.up.shape[0])
+        place_BSE = (chosen_BSE.cumsum(1) - 1) * chosen_BSE
+        kept_BSE = chosen_BSE * (place_BSE < self.places)
+        at_BSEC = kept_BSE[..., None] * F.one_hot(place_BSE.clamp(max=self.places - 1), self.places)
+        given_BSEC = at_BSEC.to(x_BSD.dtype)
+        inner_BECF = F.gelu(torch.einsum("becd,edf->becf", torch.einsum("bsec,bsd->becd", given_BSEC, h_BSD), self.up))
+        made_BECD = torch.einsum("becf,efd->becd", inner_BECF, self.down)
+        return x_BSD + torch.einsum("bsec,becd->bsd", given_BSEC * share_BS[..., None, None], made_BECD)
 
 
 class Words(nn.Module):
@@ -255,8 +410,17 @@ KINDS: dict[str, Callable[[], Built]] = {
     "response norm": image,
     "two streams": lambda: text_and_image(TwoStreams),
     "streams, one projection": lambda: text_and_image(OneProjection),
+    "gates in turns": lambda: words(Attends(8), InTurns(8)),
     "spectrum": lambda: words(Spectrum(8)),
     "state space": lambda: words(StateSpace(8, 16)),
+    "means so far": lambda: words(MeansSoFar(8), length=24),
+    "tokens and channels": lambda: words(Mixer(8, 24), length=24),
+    "linear attention": lambda: words(LinearAttention(8), length=24),
+    "features": lambda: words(Features(8), length=24),
+    "capacity": lambda: words(Attends(8), Capacity(8), length=24),
+    "norm of all heads": lambda: words(NormOfHeads(8), NormOfHeads(8), length=24),
+    "channels first": lambda: words(ChannelsFirst(8), ChannelsFirst(8), length=24),
+    "averages": lambda: words(Attends(8), Averages(8), Averages(8), length=24),
     "slots": lambda: words(Attends(8), Slots(8), length=24),
     "heads of a scan": lambda: words(Heads(8, 16, 4), length=24),
 }

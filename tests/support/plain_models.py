@@ -158,7 +158,7 @@ def first_token(number: int, *, length: int = 32) -> dict[str, Any]:
 
 
 class RunningSum(nn.Module):
-    """A branch that adds the running mean over the sequence, which no shard can compute alone; unequal head counts."""
+    """A branch that adds the running mean over the sequence; unequal head counts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,9 +172,19 @@ class RunningSum(nn.Module):
         for layer in self.layers:
             x = x + layer(x)
             x = x + self.plain(x)
-        count = torch.arange(1, words.shape[1] + 1)
-        x = x + x.cumsum(1) / count[:, None]
+        x = x + self.running(x)
         return F.cross_entropy(self.head(x).flatten(0, 1), answers.flatten())
+
+    def running(self, x_BSD: Tensor) -> Tensor:
+        count = torch.arange(1, x_BSD.shape[1] + 1)
+        return x_BSD.cumsum(1) / count[:, None]
+
+
+class RunningProduct(RunningSum):
+    """The same with a running product, which no shard can compute alone."""
+
+    def running(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD.tanh().add(1.5).cumprod(1).tanh()
 
 
 class Reduced(nn.Module):

@@ -20,11 +20,14 @@ class Spec:
     high: float
     dtype: torch.dtype = torch.float64
     gradient: bool = True  # False where the op has no derivative for this operand
+    definite: bool = False  # square matrices, symmetric and positive definite
 
     def make(self, generator: torch.Generator) -> torch.Tensor:
         if self.dtype in (torch.int64, torch.uint8):
             return torch.randint(int(self.low), int(self.high), self.shape, generator=generator, dtype=self.dtype)
         x = self.low + (self.high - self.low) * torch.rand(self.shape, generator=generator, dtype=torch.float64)
+        if self.definite:
+            return x @ x.mT + torch.eye(x.shape[-1], dtype=x.dtype)
         if self.dtype.is_complex:
             return torch.polar(x, 3 * x)
         return x > (self.low + self.high) / 2 if self.dtype == torch.bool else x.to(self.dtype)
@@ -33,6 +36,11 @@ class Spec:
 def x(*shape: int) -> Spec:
     """Floats of both signs."""
     return Spec(shape, -0.9, 0.9)
+
+
+def definite(*shape: int) -> Spec:
+    """Symmetric matrices, positive definite."""
+    return Spec(shape, -0.9, 0.9, definite=True)
 
 
 def pos(*shape: int) -> Spec:

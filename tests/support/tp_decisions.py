@@ -19,6 +19,7 @@ from typing import Any
 import torch.fx as fx
 from torch import nn
 
+from spcompile.graph.aten_ops import tensor_operands
 from spcompile.machine.mesh import MeshShape
 from spcompile.options import Options
 from spcompile.passes import PIPELINE
@@ -26,7 +27,6 @@ from spcompile.program.build import LocalProgram, build
 from spcompile.program.trace import through_dynamo
 from spcompile.sharding.layout import layout_of
 from spcompile.sharding.propagate import place_of
-from spcompile.sharding.rules.rule import tensor_operands
 
 BEHIND = "annotate-tensor-parallel"
 

@@ -68,6 +68,6 @@ def _per_key(split: HeadSplit) -> int:
 
 
 def _equal_parts(x: Tensor, dim: int, count: int) -> list[Tensor]:
-    """Views of equal parts."""
+    """Views of equal parts, whose gradients are put together at once."""
     size = x.shape[dim] // count
-    return [x.narrow(dim, i * size, size) for i in range(count)]
+    return list(x.split(size, dim))

@@ -95,10 +95,10 @@ class _AllToAlls:
         values = {"q": q, "k": k, "v": v}
         found: dict[str, dict[int | None, Tensor]] = {name: {} for name in values}
         sent = {name: self._by_rank(name, values) for name in dict.fromkeys(p.name for m in messages for p in m)}
+        in_groups = dict.fromkeys(piece.name for m in messages for piece in m if piece.group is not None)
+        cut = {name: self._cut(name, sent[name], 3) for name in in_groups}
         for message in messages:
-            parts = [
-                x if group is None else self._cut(name, x, 3)[group] for name, group in message for x in (sent[name],)
-            ]
+            parts = [sent[name] if group is None else cut[name][group] for name, group in message]
             has_queries = any(piece.name == "q" for piece in message)
             again = self.split.repeats_keys and not has_queries
             received = self.heads(parts, q_length if has_queries else k_length, again)
@@ -174,8 +174,5 @@ class _AllToAlls:
 
 
 def _pieces(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Views of the last dim, one after the other."""
-    if len(sizes) == 1:
-        return [x]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [x.narrow(-1, start, size) for start, size in zip(starts, sizes, strict=True)]
+    """Views of the last dim, one after the other, whose gradients are put together at once."""
+    return [x] if len(sizes) == 1 else list(x.split(list(sizes), -1))

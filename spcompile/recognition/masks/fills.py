@@ -183,6 +183,7 @@ def _terms(
     indices: Indices,
     applied: Mapping[BiasTerm, Applied],
 ) -> _Terms:
+    parts = [part for part in parts if not _is_zero(part, readings[part])]
     put: dict[float, list[BiasTerm]] = {}
     in_bias: dict[fx.Node, list[BiasTerm]] = {}
     masks: list[_Mask] = []
@@ -202,7 +203,7 @@ def _terms(
         else:
             unknown.append(part)
     for holding in in_bias.values():
-        covered = tuple(holding[0].covered)
+        covered = tuple(part for part in holding[0].covered if not _is_zero(part, readings.get(part)))
         if any(parts.count(part) > 1 for part in covered):
             raise NotKnown(holding[0].node, "a bias is added inside of a mask and outside")
         masks.append(_Mask(tuple(holding), holding[0].fill, is_put=False, covered=covered))
@@ -306,9 +307,14 @@ def _every_row_has_a_key(terms: _Terms, q: fx.Node, k: fx.Node) -> bool:
     return _has_keys(terms.condition([part for part in terms.order if part not in terms.biases]), q, k)
 
 
+def _is_zero(part: BiasTerm, reading: Reading | None) -> bool:
+    """Whether it adds 0 throughout, as the zeros do that a mask of numbers is put into."""
+    return part.role is Role.ADD and reading is not None and not reading.fills
+
+
 def _excludes_nothing(part: BiasTerm, reading: Reading | None, reader: Reader, indices: Indices) -> bool:
     if reading is not None:
-        return not reading.fills
+        return False
     if is_finite(part.node):
         return True
     try:

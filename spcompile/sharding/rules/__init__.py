@@ -5,6 +5,7 @@ Importing the package registers all of them.
 
 from __future__ import annotations
 
+from spcompile.graph.aten_ops import tensor_operands
 from spcompile.sharding.rules import (
     attention,
     collectives,
@@ -17,6 +18,7 @@ from spcompile.sharding.rules import (
     linear_losses,
     losses,
     matmul,
+    matrices,
     merged,
     mixing,
     normalization,
@@ -35,7 +37,6 @@ from spcompile.sharding.rules.rule import (
     register,
     registered_ops,
     rule_of,
-    tensor_operands,
     tensor_results,
 )
 
@@ -56,6 +57,7 @@ __all__ = [
     "linear_losses",
     "losses",
     "matmul",
+    "matrices",
     "merged",
     "mixing",
     "normalization",

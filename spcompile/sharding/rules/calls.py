@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.fx as fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from spcompile.graph.sizes import same
 from spcompile.graph.typed_call import named_arguments
 from spcompile.sharding.rules.rule import Size
-
-
-def overloads(names: str) -> list[Any]:
-    """The ATen ops of a table of names: `"exp add.Tensor"` is aten.exp.default and aten.add.Tensor."""
-    found = []
-    for name in names.split():
-        packet, _, overload = name.partition(".")
-        found.append(getattr(getattr(torch.ops.aten, packet), overload or "default"))
-    return found
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

@@ -17,9 +17,10 @@ import torch
 import torch.fx as fx
 import torch.nn.functional as F
 
+from spcompile.graph.aten_ops import overloads
 from spcompile.graph.sizes import same
 from spcompile.graph.typed_call import named_arguments
-from spcompile.sharding.rules.calls import arguments, overloads
+from spcompile.sharding.rules.calls import arguments
 from spcompile.sharding.rules.factors import Factor, factors, make_rule
 from spcompile.sharding.rules.rule import LocalCall, OpRule, register, tensor_results
 

@@ -8,7 +8,8 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from spcompile.sharding.rules.calls import arguments, overloads
+from spcompile.graph.aten_ops import overloads
+from spcompile.sharding.rules.calls import arguments
 from spcompile.sharding.rules.elementwise import overwritten
 from spcompile.sharding.rules.factors import factors, make_rule
 from spcompile.sharding.rules.rule import LocalCall, OpRule, register, tensor_results

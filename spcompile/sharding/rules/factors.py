@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from spcompile.graph.aten_ops import tensor_operands
 from spcompile.graph.sizes import same
-from spcompile.sharding.rules.rule import Dims, LocalCall, Move, OpRule, Size, Window, tensor_operands, tensor_results
+from spcompile.sharding.rules.rule import Dims, LocalCall, Move, OpRule, Size, Window, tensor_results
 
 
 @dataclass(eq=False)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch.fx as fx
 
+from spcompile.graph.aten_ops import tensor_operands
 from spcompile.sharding.rules.factors import factors, make_rule
-from spcompile.sharding.rules.rule import OpRule, register, tensor_operands, tensor_results
+from spcompile.sharding.rules.rule import OpRule, register, tensor_results
 
 
 @register("aten::_grouped_mm", "transformers::grouped_mm_fallback")

@@ -12,9 +12,10 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.graph.aten_ops import overloads
 from spcompile.graph.sizes import same
 from spcompile.graph.typed_call import named_arguments
-from spcompile.sharding.rules.calls import arguments, overloads
+from spcompile.sharding.rules.calls import arguments
 from spcompile.sharding.rules.factors import Dim, Factor, broadcast_factors, factors, make_rule
 from spcompile.sharding.rules.rule import LocalCall, OpRule, register, tensor_results
 
@@ -229,15 +230,6 @@ def one_hot(node: fx.Node) -> OpRule:
     *places, classes = factors(tensor_results(node)[0].shape)
     classes.replicated = True
     return make_rule(node, {"self": places}, [[*places, classes]])
-
-
-@register(*overloads("tril triu"))
-def triangle(node: fx.Node) -> OpRule:
-    """`a [b] [c] -> a [b] [c]`."""
-    dims = factors(arguments(node)["self"].shape)
-    for factor in dims[-2:]:
-        factor.replicated = True
-    return make_rule(node, {"self": dims}, [dims])
 
 
 @register(*overloads("bucketize.Tensor isin.Tensor_Tensor"))

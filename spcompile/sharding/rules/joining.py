@@ -19,9 +19,10 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from spcompile.graph.aten_ops import overloads
 from spcompile.graph.sizes import Size, hint, quotient, same
-from spcompile.sharding.rules.calls import arguments, at_least, overloads
-from spcompile.sharding.rules.factors import Factor, factors, make_rule
+from spcompile.sharding.rules.calls import arguments, at_least
+from spcompile.sharding.rules.factors import Dim, Factor, factors, make_rule
 from spcompile.sharding.rules.moving import with_moves
 from spcompile.sharding.rules.rule import LocalCall, OpRule, register, tensor_results
 
@@ -141,7 +142,7 @@ def _slice(node: fx.Node, dim: int, start: Size, step: Size) -> OpRule:
     prefix = {result[dim]: operand[dim]} if same(start, 0) and same(step, 1) else None
     rule = make_rule(node, {"self": operand}, [result], prefix_of=prefix)
     if not same(step, 1):
-        return _every(node, rule, dim, start, step)
+        return _one_of_each_group(node, _every(node, rule, dim, start, step), dim, start, step)
     rule = _cut_between_blocks(node, rule, dim, [start])
     is_most = prefix is not None and 4 * hint(length) >= 3 * hint(whole)  # what the others have is little padding
     moves = with_moves(node, rule, dim, [(0, 0, start, 0, length)])
@@ -162,6 +163,32 @@ def _every(node: fx.Node, rule: OpRule, dim: int, start: Size, step: Size) -> Op
 
     windows = {result[dim]: (operand[dim], step, -start, 1, local)}
     return replace(rule, moving=make_rule(node, {"self": operand}, [result], windows=windows))
+
+
+def _one_of_each_group(node: fx.Node, rule: OpRule, dim: int, start: Size, step: Size) -> OpRule:
+    """`a (b [c]) -> a b` of slices that take one of every `step` elements, as gates and values that take turns.
+
+    Where ranks send each other rows, or have parts of their own from the start, what `rule` says is kept.
+    """
+    dims: list[Dim] = [*factors(arguments(node)["self"].shape)]
+    whole, length = arguments(node)["self"].shape[dim], tensor_results(node)[0].shape[dim]
+    if not all(isinstance(size, int) for size in (whole, length, start, step)):
+        return rule
+    if whole != length * step or start >= step:
+        return rule
+    groups = Factor(length)
+    result = [*dims]
+    dims[dim], result[dim] = (groups, Factor(step, replicated=True)), groups
+
+    def local(call: LocalCall) -> Any:
+        x = call.args[0]
+        return aten.slice.Tensor(x, dim, start, x.shape[dim], step)
+
+    return replace(
+        make_rule(node, {"self": dims}, [result], local=local),
+        moving=rule.moving,
+        apart=lambda _: replace(rule, moving=None),
+    )
 
 
 @register(*overloads("select.int unbind.int"))

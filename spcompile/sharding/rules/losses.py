@@ -13,8 +13,9 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.graph.aten_ops import overloads
 from spcompile.graph.typed_call import named_arguments
-from spcompile.sharding.rules.calls import arguments, overloads
+from spcompile.sharding.rules.calls import arguments
 from spcompile.sharding.rules.factors import broadcast_factors, factors, make_rule
 from spcompile.sharding.rules.reductions import global_count, partial_mean
 from spcompile.sharding.rules.rule import LocalCall, OpRule, register

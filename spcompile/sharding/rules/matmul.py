@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 import torch.fx as fx
 
+from spcompile.graph.aten_ops import overloads
 from spcompile.graph.einsum import letters_of
 from spcompile.graph.sizes import same
-from spcompile.sharding.rules.calls import arguments, overloads
+from spcompile.sharding.rules.calls import arguments
 from spcompile.sharding.rules.factors import Dim, Factor, broadcast_factors, factors, make_rule
 from spcompile.sharding.rules.rule import OpRule, register, tensor_results
 
@@ -24,10 +25,12 @@ def linear(node: fx.Node) -> OpRule:
     *rows, contracted = factors(args["input"].shape)
     columns = factors(args["weight"].shape[:-1])
     contracted.replicated = args["bias"] is not None
+    contracts = [contracted] if contracted.replicated else []
     operands = {"input": [*rows, contracted], "weight": [*columns, contracted]}
     if args["bias"] is not None:
         operands["bias"] = columns if args["bias"].ndim else []
-    return make_rule(node, operands, [[*rows, *columns]], sums=[contracted], fills={"input": 0.0, "weight": 0.0})
+    fills = {"input": 0.0, "weight": 0.0}
+    return make_rule(node, operands, [[*rows, *columns]], sums=[contracted], contracts=contracts, fills=fills)
 
 
 @register(*overloads("matmul mm bmm mv dot vdot inner"))
@@ -64,9 +67,10 @@ def matmul_with_bias(node: fx.Node) -> OpRule | None:
         return None
     contracted = Factor(args[x].shape[-1], replicated=True)
     if node.target is aten.addmv.default:
-        return make_rule(node, {"self": bias, x: [*out, contracted], y: [contracted]}, [out])
+        return make_rule(node, {"self": bias, x: [*out, contracted], y: [contracted]}, [out], contracts=[contracted])
     *batch, row, column = out
-    return make_rule(node, {"self": bias, x: [*batch, row, contracted], y: [*batch, contracted, column]}, [out])
+    operands = {"self": bias, x: [*batch, row, contracted], y: [*batch, contracted, column]}
+    return make_rule(node, operands, [out], contracts=[contracted])
 
 
 @register(*overloads("outer ger"))

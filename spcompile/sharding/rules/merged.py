@@ -15,8 +15,9 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.graph.aten_ops import overloads
 from spcompile.graph.typed_call import named_arguments
-from spcompile.sharding.rules.calls import arguments, overloads
+from spcompile.sharding.rules.calls import arguments
 from spcompile.sharding.rules.reductions import reduce_dims, reduced_dims
 from spcompile.sharding.rules.rule import LocalCall, OpRule, register
 

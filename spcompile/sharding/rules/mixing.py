@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from spcompile.graph.aten_ops import overloads
 from spcompile.graph.sizes import same
-from spcompile.sharding.rules.calls import arguments, overloads
+from spcompile.sharding.rules.calls import arguments
 from spcompile.sharding.rules.factors import Factor, Layout, factors, make_rule
 from spcompile.sharding.rules.rule import LocalCall, OpRule, register, tensor_results
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch.fx as fx
 
+from spcompile.graph.aten_ops import tensor_operands
 from spcompile.graph.sizes import Size, hint, same
 from spcompile.sharding.rules.factors import Factor, factors, make_rule
-from spcompile.sharding.rules.rule import Move, OpRule, tensor_operands, tensor_results
+from spcompile.sharding.rules.rule import Move, OpRule, tensor_results
 
 SHORT = 64  # a dim is short beside one that is more than so many times longer
 

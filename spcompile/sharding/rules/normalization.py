@@ -7,9 +7,10 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from spcompile.graph.aten_ops import overloads
 from spcompile.graph.sizes import same
 from spcompile.graph.typed_call import named_arguments
-from spcompile.sharding.rules.calls import arguments, overloads
+from spcompile.sharding.rules.calls import arguments
 from spcompile.sharding.rules.factors import Dim, Factor, Layout, broadcast_factors, factors, make_rule
 from spcompile.sharding.rules.rule import LocalCall, OpRule, register, tensor_results
 

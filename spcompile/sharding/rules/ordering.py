@@ -7,14 +7,15 @@ from dataclasses import replace
 import torch
 import torch.fx as fx
 
-from spcompile.sharding.rules.calls import arguments, overloads
+from spcompile.graph.aten_ops import overloads
+from spcompile.sharding.rules.calls import arguments
 from spcompile.sharding.rules.factors import Factor, factors, make_rule
 from spcompile.sharding.rules.mixing import mixed
 from spcompile.sharding.rules.moving import with_moves
 from spcompile.sharding.rules.rule import OpRule, register
 
 ALONG_ONE_DIM = """
-    argsort argsort.stable cummax cummin cumprod cumsum logcumsumexp sort sort.stable
+    argsort argsort.stable cummax cummin cumprod logcumsumexp sort sort.stable
 """
 
 
@@ -22,6 +23,14 @@ ALONG_ONE_DIM = """
 def scan(node: fx.Node) -> OpRule:
     """`a [b] -> a [b]`."""
     return mixed(node, [arguments(node)["dim"]])
+
+
+@register(torch.ops.aten.cumsum.default)
+def running_sum(node: fx.Node) -> OpRule:
+    """`a [b] -> a [b]`; where ranks send each other sums of their parts, each has the running sums of its own part."""
+    rule = mixed(node, [arguments(node)["dim"]])
+    along = rule.replicated
+    return replace(rule, moving=replace(rule, replicated=frozenset(), filled=along, summed_up=along))
 
 
 @register(torch.ops.aten.flip.default)

@@ -9,9 +9,10 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from spcompile.graph.aten_ops import overloads
 from spcompile.graph.sizes import same
 from spcompile.graph.typed_call import named_arguments
-from spcompile.sharding.rules.calls import arguments, overloads
+from spcompile.sharding.rules.calls import arguments
 from spcompile.sharding.rules.factors import Dim, Factor, factors, make_rule
 from spcompile.sharding.rules.rule import Dims, LocalCall, OpRule, Size, register, tensor_results
 

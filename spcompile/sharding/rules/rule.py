@@ -116,6 +116,7 @@ class OpRule:
     windows: of the factors of the result of which each element is made of some neighbours: what of. Both dims are laid
         out by themselves, and ranks send each other what windows have in common.
     mirrored: the factors whose elements the op puts in reverse order, where ranks send each other those.
+    summed_up: those along which it gives running sums, where ranks send each other the sums of their parts.
     unread: operands of which the op reads only the shape, dtype or device (zeros_like, type_as): they may be sharded in
         any way, whatever their dims say.
     apart: the rule where every rank has parts of its own from the start, as over dp, and cannot have the whole. It is
@@ -140,6 +141,7 @@ class OpRule:
     moved: tuple[str, ...] = ()
     windows: Mapping[str, Window] = field(default_factory=dict)
     mirrored: frozenset[str] = frozenset()
+    summed_up: frozenset[str] = frozenset()
     local: Callable[[LocalCall], Any] | None = None
     unread: frozenset[int] = frozenset()
     apart: Callable[[Sequence[Sequence[Size]]], OpRule] | None = None
@@ -154,6 +156,7 @@ class OpRule:
         notes += [f"{factor}: complete" for factor in sorted(self.completed)]
         notes += [f"{factor}: moved" for factor in sorted(self.moved)]
         notes += [f"{factor}: mirrored" for factor in sorted(self.mirrored)]
+        notes += [f"{factor}: summed up" for factor in sorted(self.summed_up)]
         notes += [f"{factor}: of {window.of}" for factor, window in sorted(self.windows.items())]
         return f"{left} -> {right}".lstrip() + (f" | {', '.join(notes)}" if notes else "")
 
@@ -207,6 +210,8 @@ def _outside(rule: Rule, node: fx.Node) -> OpRule | None:
         return None
     if not isinstance(made, OpRule):
         raise IllegalPlugin(f"{name} gives a {type(made).__name__}", where=source_of(node), legal="an OpRule, or None")
+    from spcompile.graph.aten_ops import tensor_operands
+
     wanted = [t.meta["val"].ndim for t in tensor_operands(node)], [t.ndim for t in tensor_results(node)]
     found = [len(dims) for dims in made.operands], [len(dims) for dims in made.results]
     if found != wanted:
@@ -244,22 +249,6 @@ def registered_ops() -> list[Any]:
 def registered_rules() -> Mapping[Any, Rule]:
     """Every op that has a rule, with the function that makes it."""
     return dict(_REGISTRY)
-
-
-def tensor_operands(node: fx.Node) -> list[fx.Node]:
-    """The tensor operands of a call in argument order, lists flattened, SymInts and numbers left out."""
-    import torch
-    import torch.fx as fx
-
-    found: list[fx.Node] = []
-
-    def visit(arg: fx.Node) -> fx.Node:
-        if isinstance(arg.meta.get("val"), torch.Tensor):
-            found.append(arg)
-        return arg
-
-    fx.node.map_arg((node.args, node.kwargs), visit)
-    return found
 
 
 def tensor_results(node: fx.Node) -> list[Tensor]:

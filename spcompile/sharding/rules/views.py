@@ -8,23 +8,12 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from spcompile.graph.aten_ops import EXPANDS, PERMUTES, RESHAPES, overloads
 from spcompile.graph.sizes import same
 from spcompile.graph.typed_call import named_arguments
-from spcompile.sharding.rules.calls import arguments, known_multiple, overloads
+from spcompile.sharding.rules.calls import arguments, known_multiple
 from spcompile.sharding.rules.factors import Dim, Factor, factors, make_rule
 from spcompile.sharding.rules.rule import LocalCall, OpRule, Size, register, tensor_results
-
-RESHAPES = """
-    _reshape_alias _unsafe_view flatten.using_ints ravel reshape reshape_as squeeze squeeze.dim squeeze.dims
-    unflatten.int unsqueeze view view_as
-"""
-PERMUTES = """
-    adjoint mT moveaxis.int moveaxis.intlist movedim.int movedim.intlist numpy_T permute swapaxes swapdims t
-    transpose.int
-"""
-EXPANDS = """
-    broadcast_to expand expand_as
-"""
 
 
 def split_dims(shape: list[Size], new_shape: list[Size]) -> tuple[list[Dim], list[Dim]]:
@@ -175,7 +164,14 @@ def complex_view(node: fx.Node) -> OpRule:
         dims = factors(x.shape)
         return make_rule(node, {"self": dims}, [[*dims, parts]])
     dims = factors(result.shape)
-    return make_rule(node, {"self": [*dims, parts]}, [dims])
+    return make_rule(node, {"self": [*dims, parts]}, [dims], local=_view_as_complex)
+
+
+def _view_as_complex(call: LocalCall) -> Any:
+    """A gather may leave the two parts of a number apart, where the op needs them side by side."""
+    x = call.args[0]
+    is_paired = x.stride(-1) == 1 and all(stride % 2 == 0 for stride in x.stride()[:-1])
+    return torch.view_as_complex(x if is_paired else x.contiguous())
 
 
 @register(torch.ops.aten.unfold.default)

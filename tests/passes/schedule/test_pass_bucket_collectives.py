@@ -67,8 +67,11 @@ def count(gm: fx.GraphModule, op: str) -> int:
     return len(gm.graph.find_nodes(op="call_function", target=getattr(c10d, op).default))
 
 
-def test_a_bucket_whose_members_another_one_has_moved_up() -> None:
-    """A parameter split over both axes: the gather over cp goes in front of the bucket over dp that reads it."""
+def fused_over_both_axes(sizes: Sequence[int], fuse: BucketCollectives) -> tuple[fx.GraphModule, int]:
+    """Three parameters, gathered over dp, over cp, and over cp and then dp; fused, with the same results on all ranks.
+
+    Returns the graph, and how many collectives were replaced.
+    """
 
     def gather(x: Tensor, axis: str, to: str) -> Tensor:
         return torch.ops.spx.all_gather(x, 0, 2 * x.shape[0], axis, 2, "contiguous", to)
@@ -78,15 +81,28 @@ def test_a_bucket_whose_members_another_one_has_moved_up() -> None:
         second = first * gather(primals_2, "cp", "I").sum()
         return second * gather(gather(primals_3, "cp", "I"), "dp", "R").sum()
 
-    given = [torch.randn(size, dtype=torch.float64) for size in (3, 4, 5)]
+    given = [torch.randn(size, dtype=torch.float64) for size in sizes]
     gm = make_fx(forward, tracing_mode="fake")(*given)
     shape = MeshShape.of({"dp": 2, "cp": 2})
     wanted = Simulator(shape).run(gm, [given] * 4)
-    assert BucketCollectives().run(gm, Context(shape, Options(), Remarks())) == 4
+    replaced = fuse.run(gm, Context(shape, Options(), Remarks()))
     gm.graph.lint()
     gm.recompile()
-    assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.spx.all_gather.default)) == 2
     torch.testing.assert_close(Simulator(shape).run(gm, [given] * 4), wanted)
+    return gm, replaced
+
+
+def test_a_bucket_whose_members_another_one_has_moved_up() -> None:
+    """A parameter split over both axes: the gather over cp goes in front of the bucket over dp that reads it."""
+    gm, replaced = fused_over_both_axes((3, 4, 5), BucketCollectives())
+    assert replaced == 4
+    assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.spx.all_gather.default)) == 2
+
+
+@pytest.mark.parametrize("limit", [40, 70, 100, 140, 180])
+def test_a_message_of_several_parameters_goes_up_with_all_that_is_in_it(limit: int) -> None:
+    """A bucket over cp that is full early is read by one over dp, whose first member stands in front of both."""
+    fused_over_both_axes((3, 8, 2), BucketCollectives(bucket_mib=limit / 2**20))
 
 
 @pytest.mark.thinned(10)

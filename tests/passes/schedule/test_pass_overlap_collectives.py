@@ -154,13 +154,13 @@ def test_the_budget_of_memory_is_held() -> None:
     assert [seconds for _, seconds in gathers_of(graphs, "forward")] == [0.0] * 6
 
 
-def run_on(function: Any, *inputs: Tensor, mesh: Mapping[str, int]) -> fx.GraphModule:
+def run_on(function: Any, *inputs: Tensor, mesh: Mapping[str, int], memory_mib: float = 1024.0) -> fx.GraphModule:
     """The pass on what a function over one rank's tensors traces to."""
     gm = make_fx(function, tracing_mode="fake")(*inputs)
     for node in events(gm):
         node.meta["spx_origin"] = "test"
     shape = MeshShape.of(mesh)
-    OverlapCollectives().run(gm, Context(shape, Options(), Remarks()))
+    OverlapCollectives(memory_mib).run(gm, Context(shape, Options(), Remarks()))
     verify_graph(gm, Stage.SCHEDULE, shape)
     return gm
 
@@ -189,6 +189,22 @@ def test_writes_and_random_numbers_stay_in_order() -> None:
     for ours, theirs in zip([*found, *inputs], [*expected, *again], strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("memory_mib", "early"), [(1024.0, True), (0.0, False)], ids=["room", "none"])
+def test_what_a_later_collective_needs_runs_early_only_where_there_is_room(memory_mib: float, early: bool) -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        first = c10d.wait_tensor(c10d.all_reduce(x @ x, "sum", "cp"))
+        second = c10d.wait_tensor(c10d.all_reduce(first @ first, "sum", "cp"))
+        made_again = torch.addmm(y, y, y)
+        third = c10d.wait_tensor(c10d.all_reduce(second @ made_again, "sum", "cp"))
+        return third @ third
+
+    x = torch.randn(64, 64)
+    names = [str(n.target) for n in events(run_on(function, x, x, mesh={"cp": 2}, memory_mib=memory_mib))]
+    place = names.index("aten.addmm.default")
+    assert names[:place].count("_c10d_functional.all_reduce.default") == (1 if early else 2)
+    assert len(names) == 11
 
 
 def test_gradients_are_waited_for_at_the_end() -> None:

@@ -59,6 +59,13 @@ def window_then_added(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tenso
     return (scores + lowest_unless(causal(q, k) & ~last_keys(lengths), q.dtype)).softmax(-1) @ v
 
 
+def replaced_then_added_to_zeros(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """The second number stands in the place of zeros, which are no bias."""
+    scores = torch.where(causal(q, k), q @ k.mT, F64)
+    zeros = torch.zeros((), dtype=q.dtype)
+    return (scores + torch.where(causal(q, k) & last_keys(lengths), zeros, F64)).softmax(-1) @ v
+
+
 def added_twice(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
     scores = q @ k.mT + lowest_unless(causal(q, k), q.dtype)
     return (scores + lowest_unless(last_keys(lengths), q.dtype)).softmax(-1) @ v
@@ -119,6 +126,7 @@ READ: dict[Callable[..., Tensor], list[str]] = {
     under_a_cap_in_a_window: [f"causal window=4 documents fill={F32}"],
     under_a_cap_in_groups: [f"causal documents fill={F32}"],
     replaced_then_added: ["causal key_padding", f"causal documents rounded_by={F64}"],
+    replaced_then_added_to_zeros: ["causal key_padding", f"causal documents rounded_by={F64}"],
     window_then_added: [
         "causal window=3 key_padding",
         f"causal window=3 documents rounded_by={F64}",

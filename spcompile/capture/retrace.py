@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from spcompile.capture.autocast import ENTER, EXIT, Regions, autocast_off, cast, make_explicit, without_cache
 from spcompile.capture.bool_writes import write_out_bool_writes
-from spcompile.capture.custom_functions import APPLY, Transposes, transposes_of, with_own_gradient
+from spcompile.capture.custom_functions import APPLY, OwnGradients, own_gradients_of, with_own_gradient
 from spcompile.capture.flex_attention import without_block_sizes, written_out
 from spcompile.capture.module_buffer import KEY, ModuleBuffer, may_be_read
 from spcompile.capture.module_moves import is_list_of_numbers, set_to_itself
@@ -43,10 +43,10 @@ class _KeepOrigin(fx.Interpreter):
     Opens checkpointed regions and custom autograd functions, writes FlexAttention out, and switches autocast.
     """
 
-    def __init__(self, gm: fx.GraphModule, counter: list[int], transposes: Transposes) -> None:
+    def __init__(self, gm: fx.GraphModule, counter: list[int], own_gradients: OwnGradients) -> None:
         super().__init__(gm)
         self._regions = counter
-        self._transposes = transposes
+        self._own_gradients = own_gradients
         self._autocast = Regions()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -64,8 +64,8 @@ class _KeepOrigin(fx.Interpreter):
             return self._checkpointed(args)
         if target is APPLY:
             forward, backward, *operands = args
-            outputs, saved = _KeepOrigin(forward, self._regions, self._transposes).run(*operands)
-            return with_own_gradient(operands, outputs, saved, self._transposes[backward])
+            outputs, saved = _KeepOrigin(forward, self._regions, self._own_gradients).run(*operands)
+            return with_own_gradient(operands, outputs, saved, self._own_gradients[backward])
         if target is torch.ops.higher_order.flex_attention:
             q, k, v, *rest = args
             q, k, v = cast(q), cast(k), cast(v)  # as autocast does, and then leaves the inside of the call alone
@@ -88,7 +88,7 @@ class _KeepOrigin(fx.Interpreter):
         for node in child.graph.nodes:
             node.meta["recompute"] = torch.utils.checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
             node.meta["ac_graph_id"] = self._regions[0]
-        return _KeepOrigin(child, self._regions, self._transposes).run(*operands)
+        return _KeepOrigin(child, self._regions, self._own_gradients).run(*operands)
 
 
 def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
@@ -114,7 +114,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     def run(*args: Any) -> Any:
         with FunctionalTensorMode(pre_dispatch=True, export=True, _allow_token_discovery=True):
             wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a for a in args]
-            interpreter = _KeepOrigin(without_block_sizes(gm), [0], transposes)
+            interpreter = _KeepOrigin(without_block_sizes(gm), [0], own_gradients)
             try:
                 outputs = interpreter.run(*wrapped)
             except torch._subclasses.fake_tensor.DataDependentOutputException as error:
@@ -130,7 +130,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
 
     fake_mode, fakes = fake_inputs(inputs)
     gm = without_vmaps(gm, fake_mode)
-    transposes = transposes_of(gm, fake_mode)
+    own_gradients = own_gradients_of(gm, fake_mode)
     with fake_mode, without_cache(), fx.traceback.preserve_node_meta():
         captured = make_fx(run, pre_dispatch=True)(*fakes)
     _name_placeholders(captured, gm, inputs)

@@ -138,10 +138,12 @@ def _collective_state(node: fx.Node, collective: Collective, found: Mapping[fx.N
 
 
 def _is_constant(node: fx.Node) -> bool:
-    """Whether a value is made of numbers in the graph alone: in the shape of a part it is one, its sum a term."""
+    """Whether a value is made of numbers and sizes alone: in the shape of a part it is one, its sum a term."""
     pending, seen = [node], set[fx.Node]()
     while pending:
         each = pending.pop()
+        if isinstance(each.meta.get("val"), torch.SymInt):
+            continue
         if each.op != "call_function":
             return False
         if each not in seen and each.target not in _SHAPE_ONLY:

@@ -79,6 +79,25 @@ def linear_in(graph: fx.Graph, given: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
+def affine_in(graph: fx.Graph, given: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes that are the sum of something linear in `given` and of something that does not depend on it."""
+    moving = set(given)
+    found = {*graph.find_nodes(op="placeholder"), *moving}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        read = moving.intersection(node.all_input_nodes)
+        if not read:
+            found.add(node)
+            continue
+        moving.add(node)
+        inside = {place for place, x in enumerate(tensor_operands(node)) if x in moving}
+        groups = [frozenset({0})] if is_getitem(node) or node.target in _TOGETHER else []  # x + 1 among them
+        if read <= found and any(inside <= group for group in (*groups, *_groups_of_gradients(node))):
+            found.add(node)
+    return found
+
+
 def _groups_of_gradients(node: fx.Node) -> list[frozenset[int]]:
     """`linear_groups`, and calls through which sums of ranks do not pass."""
     value = node.meta.get("val")

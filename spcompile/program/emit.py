@@ -12,6 +12,7 @@ import torch
 import torch.fx as fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from spcompile.capture.added_gradient import erase_added_gradients
 from spcompile.capture.autocast import autocast_off
 from spcompile.collectives import erase_identities
 from spcompile.graph.edit import copy_module, is_getitem
@@ -93,6 +94,7 @@ def prepare_joint(graph: fx.Graph, regather: bool = True) -> None:
     another region has an equal one, of which the partitioner makes one and then would save it.
     """
     erase_identities(graph)
+    erase_added_gradients(graph)
     drop_zero_terms(graph)
     recompute.tag_recomputed(graph, regather)
     for node in graph.nodes:

@@ -47,15 +47,29 @@ class Clipped(torch.autograd.Function):
 
 
 class Adds(torch.autograd.Function):
-    """Gives its second input a gradient whatever comes."""
+    """Gives its inputs gradients whatever comes, and to the last nothing else, in one dim more than it has."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, other: Tensor) -> Tensor:
-        return x * 1
+    def forward(ctx: Any, x: Tensor, other: Tensor, last: Tensor) -> Tensor:
+        ctx.save_for_backward(other)
+        return x * other
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Gradients:
-        return grad, torch.ones(3)
+        (other,) = ctx.saved_tensors
+        return 2 * grad + other, (grad + 1).cumsum(0) * other, torch.full((2, *other.shape), 5.0)
+
+
+class AddsToTwo(torch.autograd.Function):
+    """Of two results, either of which may be read alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * 1, x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, other: Tensor) -> Tensor:
+        return grad + other + 1
 
 
 def labels() -> Tensor:
@@ -69,6 +83,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] 
     "chunks": (lambda x, w: InChunks.apply(x.sin(), w).cos(), ((2, 4, 4), (4, 5))),
     "loss": (lambda x: OwnLoss.apply(x.sin(), labels()) * 2, ((2, 4, 4),)),
     "positions": (lambda x: Transposed.apply(x * 3).square(), ((5, 2),)),
+    "adds": (lambda x, y, z: Adds.apply(x.sin(), y.exp(), z * 3).cos(), ((5, 2), (5, 2), (5, 2))),
     "inside of a checkpoint": (
         lambda x, w: torch.utils.checkpoint.checkpoint(lambda y: OwnNorm.apply(y, w).sin(), x, use_reentrant=False),
         ((2, 3, 4), (4,)),
@@ -97,7 +112,9 @@ def test_a_function_keeps_its_own_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "function", [lambda x, y: Clipped.apply(x) + y.sum(), lambda x, y: Adds.apply(x, y)], ids=["clips", "adds"]
+    "function",
+    [lambda x, y: Clipped.apply(x) + y.sum(), lambda x, y: AddsToTwo.apply(x)[0] + y.sum()],
+    ids=["clips", "adds to two"],
 )
 def test_a_gradient_that_is_not_linear_is_refused(function: Callable[..., Tensor]) -> None:
     def compiled_by(gm: Any, examples: list[Any]) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch import Tensor
 
+import spcompile.capture.added_gradient  # noqa: F401  (defines spx::add_gradient)
 from spcompile.graph.aten_ops import overloads
 from spcompile.sharding.rules.calls import arguments
 from spcompile.sharding.rules.factors import broadcast_factors, factors, make_rule
@@ -84,6 +86,13 @@ def converted(node: fx.Node) -> OpRule | None:
     args = arguments(node)
     out = factors(args["self"].shape)
     return make_rule(node, {"self": out, "other": factors(args["other"].shape)}, [out], unread=("other",))
+
+
+@register(torch.ops.spx.add_gradient.default)
+def with_more_gradient(node: fx.Node) -> OpRule | None:
+    """`a b, a b -> a b`; padding gets no gradient, which nothing else would keep from parameters."""
+    rule = pointwise(node)
+    return rule and replace(rule, filled=frozenset(rule.sizes), fills={0: 0.0})
 
 
 @register(torch.ops.aten.view.dtype)

@@ -62,7 +62,10 @@ def classification(node: fx.Node) -> OpRule | None:
     def local(call: LocalCall) -> Any:
         if call.factor in rule.completed:
             return vocabulary_parallel(call)
-        return node.target(*call.args, **call.kwargs)  # type: ignore[operator]
+        rows, *others = call.args
+        # An all-to-all leaves other strides behind; nll_loss2d refuses them: "grad_input must be contiguous".
+        rows = rows if is_entropy else rows.contiguous()
+        return node.target(rows, *others, **call.kwargs)  # type: ignore[operator]
 
     fills = {"target": float(args["ignore_index"])}
     rule = make_rule(node, operands, [out], sums=sums, completes=[classes], ordered=[classes], fills=fills, local=local)

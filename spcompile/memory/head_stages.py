@@ -25,6 +25,7 @@ from spcompile.diagnostics import SourceLine, source_of
 from spcompile.graph.aten_ops import packet_of
 from spcompile.graph.edit import is_getitem, is_tensor, operand, shape_of
 from spcompile.graph.storage import storage_bytes
+from spcompile.memory.joint import ancestors
 from spcompile.memory.parts_of_dims import Cut, PartsOfValues, is_whole_product
 
 aten = torch.ops.aten
@@ -101,8 +102,8 @@ def stage_heads(graph: fx.Graph) -> HeadStages | None:
     names, first = tuple(node.name for node in products), products[0]
     found = HeadStages(count, names, size - size // count, getattr(first.target, "__name__", ""), source_of(first))
     _put_together_what_is_read_whole(parts)
-    graph.eliminate_dead_code()
     _in_order_of_use(graph, late, early)
+    graph.eliminate_dead_code()
     return found
 
 
@@ -221,7 +222,7 @@ def _is_read(node: fx.Node) -> bool:
 
 
 def _in_order_of_use(graph: fx.Graph, late: set[fx.Node], early: set[fx.Node]) -> None:
-    """Late calls right before what reads them first, early ones right behind the last of what they read."""
+    """Late calls right before their first readers, early ones right behind the last of what they read; dead ones."""
     order: list[fx.Node] = []
     done: set[fx.Node] = set()
 
@@ -239,8 +240,10 @@ def _in_order_of_use(graph: fx.Graph, late: set[fx.Node], early: set[fx.Node]) -
                     stack += [user for user in top.users if user in early and done.issuperset(user.all_input_nodes)]
 
     output = graph.output_node()
-    for node in list(graph.nodes):
-        if node is not output and node not in late and node not in early:
+    alive = ancestors([output])
+    calls = [node for node in graph.nodes if node in alive or node.is_impure()]
+    for node in [*(node for node in calls if node not in late and node not in early), *calls, *graph.nodes]:
+        if node is not output:
             place(node)
     for node in order:
         output.prepend(node)

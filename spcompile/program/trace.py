@@ -34,6 +34,7 @@ from spcompile.torch_private import RestartAnalysis
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any] | None]
 Inputs = Mapping[str, Any] | Sequence[Any]
+_NO_LIMIT = 1 << 20  # of programs of one function
 
 
 class _LeaveModel(BaseException):
@@ -113,8 +114,11 @@ def through_dynamo(
     kwargs = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
     entry = types.FunctionType(_entry.__code__.replace(), globals())
     result = None
-    # Sizes seen in an earlier call of this function must not make those of this call symbols.
-    settings = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+    # Sizes seen in an earlier call must not make those of this call symbols. Of a model that breaks, what earlier calls
+    # have compiled of its functions counts: behind a limit they would run as plain code.
+    settings = torch._dynamo.config.patch(
+        automatic_dynamic_shapes=False, recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT
+    )
     with rare_collection(), model_call(), as_in_one_graph(), settings, contextlib.suppress(_LeaveModel):
         try:
             result = torch.compile(entry, backend=once)(model, args, kwargs)

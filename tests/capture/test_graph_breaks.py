@@ -161,3 +161,11 @@ def test_what_a_broken_model_writes_is_compared() -> None:
     names = {row.name for row in report.rows if row.kind == "new value" and row.graph == "parts"}
     assert names == {"calls", "last"}
     assert model.calls == 0
+
+
+@pytest.mark.thinned(9)
+def test_no_limit_of_programs_makes_parts_of_a_model_plain_code() -> None:
+    with default_dtype(torch.float64), torch._dynamo.config.patch(recompile_limit=1):
+        report = spcompile.verify(bm.BrokenInside(), rows(), mesh={"cp": 2}, on_graph_break="gather")
+    parts = {row.name.partition(":")[0] for row in report.rows if row.name.startswith("part ")}
+    assert len(parts) == 4

@@ -1,6 +1,7 @@
 """Llama 3 8B on eight H100s, by plan: what fits, what is made again for it, what that costs; beside published runs.
 
-    python benchmarks/long_context.py [--tokens 32768 1048576] [--ranks 8] [--memory auto] [--json]
+    python benchmarks/long_context.py [--tokens 32768 1048576] [--ranks 8] [--memory auto]
+                                      [--host-memory auto] [--json]
 
 Nothing runs: spcompile.explain compiles on `meta` weights, bfloat16, batch 1, parameters sharded over cp (ZeRO-3),
 AdamW in float32. Bytes are those of the plan; seconds are predictions of its tables, without the optimizer's step. MFU
@@ -32,10 +33,11 @@ PUBLISHED = {
 }
 
 
-def row_of(tokens: int, ranks: int, memory: str) -> dict[str, Any]:
+def row_of(tokens: int, ranks: int, memory: str, host_memory: str) -> dict[str, Any]:
     built = build_model(MODEL, seq=tokens, device="meta", dtype="bfloat16", settings={})
     inputs = built.example_inputs(1, tokens, "meta")
-    options = {"outputs": "loss", "memory": memory, "optimizer": "adamw-float32", "accelerator": ACCELERATOR}
+    options = {"outputs": "loss", "memory": memory, "host_memory": host_memory}
+    options |= {"optimizer": "adamw-float32", "accelerator": ACCELERATOR}
     plan = spcompile.explain(built.model, inputs, {"cp": ranks}, shard_parameters="cp", **options)
     found = plan.to_dict()["memory"]
     seconds = plan.predicted.total("seconds")
@@ -70,9 +72,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[32_768, 131_072, 1_048_576, 4_194_304])
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--memory", default="auto")
+    parser.add_argument("--host-memory", default="auto", help="of a node of eight ranks; 0B: nothing waits there")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    rows = [row_of(tokens, given.ranks, given.memory) for tokens in given.tokens]
+    rows = [row_of(tokens, given.ranks, given.memory, given.host_memory) for tokens in given.tokens]
     if given.json:
         print(json.dumps(rows, indent=1))
         return

@@ -118,7 +118,7 @@ def test_overrides_reach_the_config_and_unknown_names_are_errors() -> None:
         build("no-such-model")
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("config", [gpt.GPTConfig.gpt2(), llama.LlamaConfig.llama3_8b(), bert.BertConfig.bert_base()])
 def test_full_sizes_build_on_the_meta_device(config: Any) -> None:
     module = {gpt.GPTConfig: gpt, llama.LlamaConfig: llama, bert.BertConfig: bert}[type(config)]

@@ -20,7 +20,7 @@ def test_errors_are_relative_to_what_was_measured() -> None:
     assert Part(part.rows, 0.02, 0.02 + 1e-9).holds
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize(("way", "tolerance"), [("SP", 0.005), ("SP + selective", 0.005), ("full", 0.01)])
 def test_bytes_of_a_layer_of_22b(way: str, tolerance: float) -> None:
     found = 100 * saved_by_a_layer(KORTHIKANTI["22B"], way) / saved_by_a_layer(KORTHIKANTI["22B"], "none")
@@ -47,7 +47,7 @@ def test_tables_4_and_5() -> None:
     assert part.worst <= 0.05
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(26)
 def test_without_dropout_no_masks_are_kept() -> None:
     """Of scores 3 numbers of 2 bytes and a mask of 1 are 5 with dropout, and 2 without: softmax's result alone."""
     small = Trained(layers=2, heads=16, dim=128, micro_batch=2, seq=256)

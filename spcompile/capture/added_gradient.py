@@ -32,20 +32,20 @@ def erase_added_gradients(graph: fx.Graph) -> int:
     return len(nodes)
 
 
-def _kernel(x: Tensor, gradient: Tensor, nothing_else: bool) -> Tensor:
+def _copied(x: Tensor, gradient: Tensor, nothing_else: bool) -> Tensor:
     return x.clone()
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+def _keep_gradient(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
     _, gradient, ctx.nothing_else = inputs
     ctx.save_for_backward(gradient)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+def _with_more(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (gradient,) = ctx.saved_tensors
     return gradient.clone() if ctx.nothing_else else grad + gradient, None, None
 
 
-_LIBRARY.impl("add_gradient", _kernel, "CompositeExplicitAutograd")
+_LIBRARY.impl("add_gradient", _copied, "CompositeExplicitAutograd")
 torch.library.register_fake("spx::add_gradient", lambda x, gradient, nothing_else: torch.empty_like(x), lib=_LIBRARY)
-torch.library.register_autograd("spx::add_gradient", _differentiate, setup_context=_save, lib=_LIBRARY)
+torch.library.register_autograd("spx::add_gradient", _with_more, setup_context=_keep_gradient, lib=_LIBRARY)

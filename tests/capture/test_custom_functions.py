@@ -125,11 +125,11 @@ def test_a_gradient_that_is_not_linear_is_refused(function: Callable[..., Tensor
     torch.compile(function, backend=compiled_by)(torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True))
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}, {"cp": 3}, {"dp": 2}, {"tp": 2, "cp": 2}], ids=str)
 def test_a_model_of_them_runs_on_shards(mesh: dict[str, int]) -> None:
     """What gives the gradient costs the forward nothing: it saves its share, and computes no product more."""
-    model, ids = OwnModel(), torch.randint(0, 29, (2, 24))
+    model, ids = OwnModel(layers=1), torch.randint(0, 29, (4, 47))
     inputs = {"ids_BS": ids, "labels_BS": ids.roll(-1, 1)}
     report = spcompile.verify(model, inputs, mesh)
     assert report.ok, str(report)
@@ -137,11 +137,11 @@ def test_a_model_of_them_runs_on_shards(mesh: dict[str, int]) -> None:
     plan = spcompile.explain(model, inputs, mesh)
     memory, ranks = plan.memory, plan.answers.world
     assert int(memory.saved_activation_bytes) * ranks <= 1.15 * int(memory.saved_activation_bytes_one_device)
-    products = 2 * 7 + 1  # of two blocks and the head
+    products = 7 + 1  # of a block and the head
     assert plan.graphs["forward"].count("aten.mm(") + plan.graphs["forward"].count("aten.addmm(") == products
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(30)
 def test_lengths_may_be_symbols() -> None:
     ids = torch.randint(0, 29, (2, 24))
     torch._dynamo.mark_dynamic(ids, 1)

@@ -37,13 +37,13 @@ def batch(number: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("wrap", [False, True])
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(15)
 def test_so_does_the_backend(worker_pool: Callable[[int], WorkerPool], wrap: bool) -> None:
     for build in (dm.CountsByItem, dm.ValidRowsOnly):
         assert_same(worker_pool(2), Case(partial(build), batch, wrap=wrap))
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 def test_other_backends_get_what_they_got() -> None:
     graphs: list[Any] = []
 

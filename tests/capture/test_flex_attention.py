@@ -50,7 +50,7 @@ MASKS: dict[str, Mod] = {
 }
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(27)
 @pytest.mark.parametrize("expected", MASKS)
 def test_masks(expected: str) -> None:
     found = rewrite(attend(MASKS[expected]), qkv(4, 2))

@@ -49,7 +49,7 @@ def test_the_error_says_why_where_and_what_else(
 
 @pytest.mark.parametrize(("build", "inputs", "line"), MODELS, ids=NAMES)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}, {"cp": 2, "tp": 2}], ids=str)
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 def test_parts_are_the_plain_model(
     build: Callable[[], nn.Module], inputs: Callable[[], Inputs], line: str, mesh: dict[str, int]
 ) -> None:
@@ -97,7 +97,7 @@ def test_strict() -> None:
         spcompile.explain(bm.BranchesOnValues(), rows(), mesh={"cp": 2}, on_graph_break="gather", strict=True)
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(7)
 def test_without_values_there_is_no_way_past_a_branch() -> None:
     with torch.device("meta"):
         model, x = bm.BranchesOnValues(), torch.ones(2, 9, 24)
@@ -123,7 +123,7 @@ class Scaled(Pass):
 
 
 @pytest.mark.parametrize("factor", [1, 1.045])
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 def test_half_precision(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """What rounding makes of the whole model and of each graph is measured, not more: of this loss about 2%, twice."""
     model, x = bm.BranchesOnValues().bfloat16(), dm.states().bfloat16()
@@ -152,7 +152,7 @@ class KeepsCount(bm.BranchesOnValues):
         return found
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(14)
 def test_what_a_broken_model_writes_is_compared() -> None:
     with default_dtype(torch.float64):
         model = KeepsCount()

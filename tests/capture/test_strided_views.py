@@ -55,7 +55,7 @@ class Windows(nn.Module):
         return windows.cos().mean((2, 3))
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("axis", ["cp", "tp"])
 def test_ranks(axis: str) -> None:
     torch.manual_seed(0)

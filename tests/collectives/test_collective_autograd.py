@@ -50,7 +50,7 @@ def example(val: Any) -> Any:
     return val.node.hint if isinstance(val, torch.SymInt) else val
 
 
-@pytest.mark.thinned(7)
+@pytest.mark.thinned(14)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_backward_graph(name: str, dynamic: bool) -> None:

@@ -40,7 +40,7 @@ def pairing(state: str, values: list[torch.Tensor], gradients: list[torch.Tensor
     return terms[0] if state == "I" else torch.stack(terms).sum()
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize(("collective", "call", "degree"), CASES)
 def test_the_dual_is_the_adjoint(collective: Collective, call: Call, degree: int) -> None:
     src, dst = collective.signature(call.arguments)
@@ -62,7 +62,7 @@ def test_the_dual_has_the_transposed_states(collective: Collective, call: Call, 
     assert COLLECTIVES[dual.op].signature(dual.arguments) == (GRADIENT[dst], GRADIENT[src])
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize(("collective", "call", "degree"), CASES)
 def test_the_fake_has_the_shape_of_the_spec(collective: Collective, call: Call, degree: int) -> None:
     parts = [torch.randn(call.shape) for _ in range(degree)]
@@ -75,7 +75,7 @@ def test_the_fake_has_the_shape_of_the_spec(collective: Collective, call: Call, 
         assert all(result.data_ptr() != x.data_ptr() for x in parts)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(("collective", "call", "degree"), CASES)
 def test_the_spec_is_pure(collective: Collective, call: Call, degree: int) -> None:
     parts = [torch.randn(call.shape) for _ in range(degree)]

@@ -75,7 +75,7 @@ def test_settings_are_literals_or_text() -> None:
         arguments.parse_settings(["layers"])
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("spec", ["models:llama-tiny", "models:gpt-tiny", "models:bert-tiny", "hf:llama", "hf:bert"])
 def test_a_built_model_runs_on_its_example_inputs(spec: str) -> None:
     built = model_spec.build_model(spec, seq=16, dtype="float64")

@@ -27,7 +27,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return int(exit_.value.code or 0)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("command", ["train", "explain", "verify"])
 @pytest.mark.parametrize(
     "words",

@@ -103,7 +103,7 @@ def run(form: str, axis: str) -> tuple[dict[str, float], tuple[Any, Any]]:
     return {n: error(want[n].detach(), have[n].detach(), 1e-3) for n in want}, (dict(counted.ran), dict(found))
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(20)
 @pytest.mark.parametrize(
     ("axis", "form"),
     [*(("cp", form) for form in ("context", "decorator", "part", "off inside", "around")), ("tp", "context")],

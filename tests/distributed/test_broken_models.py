@@ -35,7 +35,7 @@ def on_axis(case: Case, axis: str, **options: Any) -> Outcome:
 
 @pytest.mark.parametrize("axis", ["cp", "tp"])
 @pytest.mark.parametrize("build", [bm.BranchesOnValues, bm.BranchesInLoop, bm.BrokenInside])
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 def test_two_ranks(worker_pool: PoolOf, build: Any, axis: str) -> None:
     outcomes = worker_pool(2).run(on_axis, Case(partial(build), batch), axis)
     for outcome in outcomes:
@@ -111,7 +111,7 @@ def sharded_parameters() -> list[float]:
         return found
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(23)
 @pytest.mark.parametrize("run", [loss_only, sharded_parameters])
 def test_other_ways_to_use_them(worker_pool: PoolOf, run: Callable[[], list[float]]) -> None:
     for found in worker_pool(2).run(run):

@@ -17,7 +17,7 @@ def batch(number: int) -> dict[str, Any]:
     return {"x_BSD": mx.states(number=number)}
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 @pytest.mark.parametrize(
     "build", [mx.grouped_mixture, partial(mx.Mixture, mx.added_to_tokens), partial(mx.Mixture, mx.picked_and_written)]

@@ -39,7 +39,7 @@ def groups_asked_for(ranks: list[int], case: Case) -> tuple[list[str], list[list
     return list(asked), members, max(found.errors.values())
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(13)
 @pytest.mark.parametrize("ranks", [[0, 1, 2, 3], [1, 2]], ids=["all ranks", "two of four"])
 def test_each_channel_has_a_group_of_the_ranks_of_its_axis(worker_pool: PoolOf, ranks: list[int]) -> None:
     case = Case(pm.Scored, partial(pm.sequence_first, length=17), options={"attention": "ring"})

@@ -25,7 +25,7 @@ def tolerance_of(model: str, kind: str) -> float:
     return FLOAT32_INSIDE if model in LOSS_IN_FLOAT32 and kind != "no labels" else EXACT
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize(
     ("model", "kind", "attention"),
     [
@@ -53,7 +53,7 @@ def test_two_layers_on_four_ranks(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(4), case)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(17)
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
 def test_gradient_checkpointing(worker_pool: PoolOf, model: str) -> None:
     arguments = partial(inputs, model=model, kind="plain")

@@ -16,7 +16,7 @@ MODELS = {
 }
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])

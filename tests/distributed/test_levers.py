@@ -60,7 +60,7 @@ def one_step(axis: str, attention: str, groups: int = 0) -> Outcome:
 @pytest.mark.parametrize(
     ("axis", "attention", "groups"), [("cp", "ring", 0), ("cp", "ulysses", 0), ("cp", "ulysses", 2), ("tp", "auto", 0)]
 )
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(30)
 def test_a_step_under_all_levers(
     worker_pool: Callable[[int], WorkerPool], axis: str, attention: str, groups: int
 ) -> None:

@@ -59,7 +59,7 @@ def on_axis(axis: str) -> tuple[Outcome, int, int]:
     return outcome, largest_allocation(plain), largest_allocation(model)
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(15)
 @pytest.mark.parametrize("axis", ["cp", "tp"])
 def test_two_ranks(worker_pool: PoolOf, axis: str) -> None:
     found = worker_pool(2).run(on_axis, axis)

@@ -56,7 +56,7 @@ def whole(x: Tensor | None) -> Tensor:
 
 @pytest.mark.parametrize("shard", [False, True])
 @pytest.mark.parametrize("axis", ["cp", "tp"])
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(30)
 def test_two_ranks(worker_pool: Callable[[int], WorkerPool], axis: str, shard: bool) -> None:
     for saved, planned, error in worker_pool(2).run(least, axis, shard):
         assert saved == planned

@@ -26,7 +26,7 @@ def tokens(number: int = 0) -> dict[str, Tensor]:
     return {"ids_BS": ids_BS, "labels_BS": ids_BS}
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("axis", ["cp", "tp"])
 def test_compile(worker_pool: PoolOf, axis: str) -> None:
     assert_same(worker_pool(2), Case(GPT, tokens, options={"mesh": {axis: 2}}))

@@ -56,7 +56,7 @@ def alive_after(axis: str, how: str, after: str, backend: str = "spcompile") -> 
 
 @pytest.mark.parametrize("axis", ["cp", "tp", "dp"])
 @pytest.mark.parametrize(("how", "after"), [("compile", "step"), ("compile", "error"), ("parallelize", "step")])
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 def test_no_model_outlives_its_user(worker_pool: PoolOf, axis: str, how: str, after: str) -> None:
     for alive, parts in worker_pool(2).run(alive_after, axis, how, after):
         assert alive == 0, f"of {parts}"
@@ -68,7 +68,7 @@ def test_as_with_a_backend_of_torch(worker_pool: PoolOf) -> None:
     assert {alive for alive, _ in worker_pool(2).run(alive_after, "cp", "compile", "step", "aot_eager")} == {0}
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(7)
 def test_on_one_device() -> None:
     model = pm.ByHand()
     parts = [weakref.ref(x) for x in (*model.parameters(), *model.buffers(), *model.modules())]

@@ -210,7 +210,7 @@ def check_filled(pool: WorkerPool, case: OnMeta, loss: float = EXACT) -> list[di
     return [sizes for _, sizes in outcomes]
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @MODELS_ON_MESHES
 def test_a_model_on_meta_is_made_as_the_plain_model_is(worker_pool: PoolOf, model: str, mesh: str) -> None:
     degrees, axis = MESHES[mesh]

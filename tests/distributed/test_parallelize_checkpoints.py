@@ -86,7 +86,7 @@ def save_and_load(build: Callable[[], nn.Module], folder: str) -> dict[str, floa
         }
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("model", ["gpt-tiny", "llama-tiny"])
 def test_saved_on_one_mesh_and_loaded_elsewhere(worker_pool: PoolOf, model: str, tmp_path: Path) -> None:
     for errors in worker_pool(2).run(save_and_load, partial(models.build, model, layers=1), str(tmp_path / "saved")):
@@ -102,7 +102,7 @@ def from_safetensors(build: Callable[[], nn.Module], file: str) -> dict[str, flo
         return {name: error(want[name], whole(x)) for name, x in loaded.state_dict().items()}
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("model", ["gpt-tiny", "llama-tiny"])
 def test_parts_are_read_from_safetensors(worker_pool: PoolOf, model: str, tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
@@ -155,7 +155,7 @@ def damaged_dcp(build: Callable[[], nn.Module], folder: str) -> str:
     return refusal(lambda: parallelized(empty, {"tp": 2}, None, checkpoint=folder))
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 def test_damaged_data_of_dcp(worker_pool: PoolOf, tmp_path: Path) -> None:
     dcp.save(models.build("gpt-tiny").state_dict(), checkpoint_id=tmp_path / "saved", no_dist=True)
     (data,) = (tmp_path / "saved").glob("*.distcp")

@@ -94,7 +94,7 @@ def awkward(sizes: dict[str, int], axis: str | None, options: dict[str, Any]) ->
         return {"loss": error(want.detach(), have.detach()), **gradients(plain, sharded)}
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("balance", ["zigzag", "contiguous"])
 @pytest.mark.parametrize(
     ("sizes", "axis"), [({"tp": 2, "cp": 2}, "cp"), ({"tp": 2}, None), ({"cp": 2}, "cp"), ({"cp": 2, "tp": 2}, None)]

@@ -271,7 +271,7 @@ def other_seeds() -> str:
         (other_seeds, ["SP201", "random state", "seed 0", "seed 1"]),
     ],
 )
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(20)
 def test_what_plain_code_may_not_do(worker_pool: PoolOf, mistake: Callable[[], str], words: list[str]) -> None:
     text = same_text(worker_pool(2).run(mistake, timeout=SECONDS))
     assert all(word in text for word in words), text

@@ -22,7 +22,7 @@ MODELS = {
 }
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 @pytest.mark.parametrize(
     "case", [Case(pm.Scored, pm.sequence_first), Case(pm.Translator, pm.translated)], ids=["scores", "cross"]
@@ -32,26 +32,26 @@ def test_scores_and_cross_attention(worker_pool: PoolOf, case: Case, attention: 
     assert not {"SPR101", "SPR201", "SPR202"} & set(outcomes[0].remarks)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(6)
 def test_attention_that_cannot_be_read_is_split_by_rows(worker_pool: PoolOf) -> None:
     outcomes = assert_same(worker_pool(2), Case(pm.TalkingHeads, pm.sequence_first))
     assert "SPR202" in outcomes[0].remarks
     assert "SPR101" not in outcomes[0].remarks
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(25)
 @pytest.mark.parametrize("name", MODELS)
 def test_model(worker_pool: PoolOf, name: str) -> None:
     assert_same(worker_pool(2), MODELS[name])
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(9)
 def test_an_op_that_mixes_positions_runs_over_another_dim_with_a_remark(worker_pool: PoolOf) -> None:
     outcomes = assert_same(worker_pool(2), Case(pm.RunningProduct, pm.einsum))
     assert "SPR108" in outcomes[0].remarks
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 def test_a_running_sum_stays_split(worker_pool: PoolOf) -> None:
     outcomes = assert_same(worker_pool(2), Case(pm.RunningSum, pm.einsum))
     assert "SPR108" not in outcomes[0].remarks
@@ -64,7 +64,7 @@ LABELS = {
 }
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(20)
 @pytest.mark.parametrize("labels", LABELS)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_labels(worker_pool: PoolOf, reduction: str, labels: str) -> None:

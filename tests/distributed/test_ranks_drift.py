@@ -134,7 +134,7 @@ def other_python() -> str:
         backend._agreement.cache_clear()
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize(
     ("mistake", "arguments", "words"),
     [

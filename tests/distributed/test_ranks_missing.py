@@ -81,7 +81,7 @@ def killed_inside_a_backward() -> tuple[str, float]:
     return refusal(last.backward), time.monotonic() - start
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize(
     ("happens", "where", "words"),
     [
@@ -120,7 +120,7 @@ def gone_while_compared_later(happens: str) -> tuple[str, float]:
 @pytest.mark.parametrize(
     ("happens", "ranks"), [("killed", 3), ("asleep", 2), pytest.param("killed", 4, marks=pytest.mark.slow)]
 )
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 def test_a_missing_rank_is_named_where_ranks_compare_later(happens: str, ranks: int) -> None:
     found = [answer for answer in run_ranks(gone_while_compared_later, ranks, happens) if answer is not None]
     assert len(found) == ranks - (happens == "killed"), found
@@ -156,7 +156,7 @@ def one_batch_more(then: str) -> tuple[str, float]:
     return "has no more batches", 0.0
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(26)
 @pytest.mark.parametrize("then", ["ends", "barrier"])
 def test_a_rank_with_one_batch_more(then: str) -> None:
     answer = run_ranks(one_batch_more, 2, then)[0]

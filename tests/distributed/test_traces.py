@@ -58,7 +58,7 @@ def step(is_traced: bool, is_profiled: bool) -> tuple[dict[str, str], list[str],
         own.setLevel(level)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 def test_artifacts_of_every_rank(worker_pool: PoolOf) -> None:
     first, second = (found for found, _, _ in worker_pool(2).run(step, True, False))
     assert first.keys() == second.keys()
@@ -81,7 +81,7 @@ def test_artifacts_of_every_rank(worker_pool: PoolOf) -> None:
     assert not different
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(11)
 def test_ranges_name_the_op_and_its_layer(worker_pool: PoolOf) -> None:
     for artifacts, names, _ in worker_pool(2).run(step, False, True):
         assert not artifacts
@@ -92,7 +92,7 @@ def test_ranges_name_the_op_and_its_layer(worker_pool: PoolOf) -> None:
         assert any(name.startswith("spcompile::wait for all_reduce") for name in names)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 def test_progress_is_told_on_rank_0_only_and_decisions_on_all(worker_pool: PoolOf) -> None:
     messages = [found for _, _, found in worker_pool(2).run(step, False, False)]
     assert ["compiling: lower" in found for found in messages] == [True, False]

@@ -79,7 +79,7 @@ def padded(number: int) -> dict[str, Tensor]:
     return batch
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(8)
 def test_a_forward_that_writes_to_a_parameter(worker_pool: PoolOf) -> None:
     assert_same(worker_pool(2), Case(Shrinking, padded))
 
@@ -193,7 +193,7 @@ def sharded_outputs(length: int) -> dict[str, float]:
     return errors
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("length", [32, 33])
 def test_sharded_outputs(worker_pool: PoolOf, length: int) -> None:
     for errors in worker_pool(2).run(sharded_outputs, length):

@@ -62,7 +62,7 @@ def saved_and_loaded(kind: str, axis: str) -> dict[str, bool]:
     return found
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize(("kind", "axis"), [("llama", "cp"), ("gpt2", "tp"), ("bert", "cp")])
 def test_saved_whole(worker_pool: PoolOf, kind: str, axis: str) -> None:
     for found in worker_pool(2).run(saved_and_loaded, kind, axis):

@@ -68,7 +68,7 @@ def compare(mesh: dict[str, int]) -> dict[str, float]:
         return worst(want, loop(accelerator, model, 2))
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(14)
 @pytest.mark.parametrize("axis", ["cp", "tp"])
 def test_two_ranks(worker_pool: PoolOf, axis: str) -> None:
     for errors in worker_pool(2).run(compare, {axis: 2}):

@@ -76,7 +76,7 @@ def compare(kind: str, mesh: dict[str, int]) -> dict[str, float]:
 CASES = [(kind, axis) for kind in ("beams", "sampled", "values") for axis in ("cp", "tp", "dp")]
 
 
-@pytest.mark.thinned(9)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize(("kind", "axis"), [case for case in CASES if case != ("sampled", "dp")])
 def test_as_in_one_process(worker_pool: PoolOf, kind: str, axis: str) -> None:
     mesh = {axis: 2} | ({"cp": 1} if axis == "dp" else {})

@@ -71,7 +71,7 @@ PLACES = [
 ]
 
 
-@pytest.mark.thinned(7)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize(("first", "then"), PLACES, ids=str)
 def test_resumes(worker_pool: PoolOf, first: Place, then: Place) -> None:
     for rank, errors in enumerate(worker_pool(2).run(resumed, "llama", first, then)):

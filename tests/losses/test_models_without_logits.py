@@ -98,7 +98,7 @@ def agrees(model: nn.Module, inputs: Any, mesh: Mapping[str, int], **options: An
     return report
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_and_gradients_on_all_ranks(name: str, mesh: dict[str, int]) -> None:
@@ -114,14 +114,14 @@ def test_one_entry_on_each_rank_of_dp() -> None:
     agrees(made(Decoder), given, {"dp": 2})
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 def test_a_model_that_returns_logits_builds_them_and_says_so() -> None:
     report = agrees(made(AlsoLogits), batch(13), {"cp": 2}, tolerance=1e-6)
     (remark,) = [remark for remark in report.remarks if remark.code == "SPR208"]
     assert f"[{B}, 13, {C}] are built" in remark.text
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(29)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}], ids=str)
 def test_a_model_that_returns_logits_does_without_them_where_the_caller_does(mesh: dict[str, int]) -> None:
     report = agrees(made(AlsoLogits), batch(13), mesh, outputs="loss", tolerance=1e-6)
@@ -134,7 +134,7 @@ def calls(graphs: Mapping[str, fx.GraphModule]) -> list[fx.Node]:
     return [node for gm in graphs.values() for kind in kinds for node in kind.all_in(gm.graph)]
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("name", ["plain", "tied", "softcap", "regularized"])
 def test_no_value_is_as_large_as_a_ranks_logits(name: str, mesh: dict[str, int]) -> None:
@@ -160,7 +160,7 @@ def tensors(value: Any) -> list[Tensor]:
     return [x for x in torch.utils._pytree.tree_leaves(value) if isinstance(x, Tensor)]
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2, "cp": 2}], ids=str)
 def test_lengths_may_be_symbols(mesh: dict[str, int]) -> None:
     given = batch(13)
@@ -169,7 +169,7 @@ def test_lengths_may_be_symbols(mesh: dict[str, int]) -> None:
     agrees(made(Decoder), given, mesh)
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(12)
 def test_explain_shows_what_is_saved() -> None:
     model = made(lambda: Decoder(softcap=3.0))
     inputs = batch(64)

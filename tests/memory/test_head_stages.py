@@ -122,7 +122,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("groups", [2, 4])
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2, "cp": 2}], ids="-".join)
 @pytest.mark.usefixtures("staged")
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 def test_numbers_stay_what_they_are(kind: str, groups: int, mesh: dict[str, int]) -> None:
     torch.manual_seed(0)
     model = Layers(**KINDS[kind]).double()
@@ -133,7 +133,7 @@ def test_numbers_stay_what_they_are(kind: str, groups: int, mesh: dict[str, int]
 
 
 @pytest.mark.usefixtures("staged")
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(29)
 def test_the_transient_falls_with_the_number_of_groups() -> None:
     plans = [spcompile.explain(Layers().double(), inputs(2048), {"cp": 2}, **options(groups)) for groups in (1, 2, 4)]
     forward, backward = ([plan.memory.phases[at].transient for plan in plans] for at in (0, 1))
@@ -146,14 +146,14 @@ def test_the_transient_falls_with_the_number_of_groups() -> None:
 @pytest.mark.usefixtures("staged")
 @pytest.mark.parametrize("groups", [2, 4])
 @pytest.mark.parametrize("memory", ["min", "speed"])
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(30)
 def test_a_plan_with_stages_counts_what_the_final_graphs_hold(groups: int, memory: str) -> None:
     plan, peaks = planned_and_peaks(2048, **options(groups, memory=memory))
     assert (plan.stages is not None) == (memory == "min")
     assert abs(plan.peak.bytes / max(peaks.values()) - 1) <= WORST
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(24)
 def test_stages_are_chosen_where_they_take_less(request: pytest.FixtureRequest) -> None:
     chosen, _ = planned_and_peaks(2048, **options(4))
     request.getfixturevalue("whole")
@@ -163,7 +163,7 @@ def test_stages_are_chosen_where_they_take_less(request: pytest.FixtureRequest) 
     assert chosen.total < without.total
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(30)
 def test_a_budget_that_only_stages_meet_is_met(request: pytest.FixtureRequest) -> None:
     least, _ = planned_and_peaks(2048, **options(4))
     budget = int(least.total / 0.97)
@@ -174,7 +174,7 @@ def test_a_budget_that_only_stages_meet_is_met(request: pytest.FixtureRequest) -
     assert not planned_and_peaks(2048, **options(4, memory=budget))[0].fits
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(8)
 def test_a_step_that_fits_is_left_alone() -> None:
     plan, _ = planned_and_peaks(2048, **options(4, memory="1GiB"))
     assert plan.stages is None
@@ -190,7 +190,7 @@ def test_what_is_done_is_said() -> None:
 
 
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(9)
 def test_without_groups_there_are_no_stages(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partition, "stage_heads", lambda graph: pytest.fail("looked for stages"))
     plan, _ = planned_and_peaks(101, **options(1, attention=attention))

@@ -77,7 +77,7 @@ def test_nothing_goes_to_the_host_where_all_fits_or_there_is_none() -> None:
     assert plan_memory(joint, saved, COST, Wish(least=True)).away is None
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(6)
 def test_as_little_as_can_be_is_found_over_all_levers_and_whatever_is_more_has_a_plan() -> None:
     joint, saved = stack(8, length=1024)
     _, trades = all_trades(joint, saved, COST)
@@ -173,7 +173,7 @@ def test_one_process_saves_and_computes_what_is_planned(compiler: str) -> None:
     assert saved_activation_bytes(model, lambda: compiled(x_BSD)) == kept + x_BSD.nbytes
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(30)
 def test_too_small_a_host_is_an_error_with_a_code() -> None:
     model, x = deep(), inputs()
     one: dict[str, Any] = {"compiler": "eager"}

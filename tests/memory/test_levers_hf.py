@@ -76,7 +76,7 @@ def tokens_of(name: str) -> dict[str, Any]:
 )
 @pytest.mark.parametrize("lever", LEVERS)
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 def test_numbers_of_families_stay_what_they_are(
     name: str,
     lever: str,

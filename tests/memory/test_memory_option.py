@@ -36,7 +36,7 @@ def memory_of(model: nn.Module, mesh: Mapping[str, int], *, length: int = S, **o
     ids=lambda value: "-".join(value) if isinstance(value, dict) else value,
 )
 @pytest.mark.parametrize("kind", ["plain", "dropout", "checkpointed"])
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 def test_numbers_stay_what_they_are(mesh: dict[str, int], attention: str, kind: str) -> None:
     torch.manual_seed(0)
     model = Decoder(p=0.2 if kind == "dropout" else 0.0, again=kind == "checkpointed").double()
@@ -69,7 +69,7 @@ def test_a_budget_is_kept_and_the_plan_says_how() -> None:
     assert all({"kind", "bytes", "seconds", "source"} <= set(row) for row in found["actions"])
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 def test_what_does_not_fit_is_said_by_explain_and_refused_by_the_backend() -> None:
     model, x_BSD = Decoder(), torch.randn(1, S, D)
     plan = spcompile.explain(model, (x_BSD,), {"cp": 2}, memory=1000)

@@ -13,7 +13,7 @@ SIZES = {"layers": 2, "dim": 64, "heads": 4}
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "-".join(mesh))
 @pytest.mark.parametrize("model", ["llama", "gpt", "bert"])
-@pytest.mark.thinned(9)
+@pytest.mark.thinned(30)
 def test_one_rank_takes_what_is_planned(model: str, mesh: dict[str, int], one_thread: None) -> None:
     for row in rows_of(f"models:{model}", mesh, 2048, "eager", SIZES):
         assert row["saved"] == row["saved_planned"], row

@@ -69,7 +69,7 @@ def only_over(tiles: int) -> Search:
 @pytest.mark.parametrize("p", [0.0, 0.2], ids=["plain", "dropout"])
 @pytest.mark.parametrize("length", [101, 401])
 @pytest.mark.parametrize("tiles", [0, 8, 32])
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 def test_a_plan_counts_what_the_final_graphs_hold(
     tiles: int, length: int, p: float, mesh: dict[str, int], attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

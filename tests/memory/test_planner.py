@@ -96,7 +96,7 @@ def test_trades_go_from_cheap_bytes_to_dear_ones_and_keep_the_inputs_of_blocks()
     assert made_again(joint, savings.saved) == savings.again
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(10)
 def test_a_deep_model_keeps_only_every_so_manyth_input_of_a_block() -> None:
     joint, saved = stack(32, length=1024)  # where activations outweigh gradients
     plan = plan_memory(joint, saved, COST, Wish(least=True))

@@ -76,7 +76,7 @@ def numbers(run: ExampleRun, step: Step, side: str, mesh: dict[str, int]) -> lis
     return [on_one_device(gm, run.inputs)]
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @PASSES
 @DEGREES
 def test_numbers(p: Pass, degree: int) -> None:
@@ -94,7 +94,7 @@ def test_numbers(p: Pass, degree: int) -> None:
                 assert_equal(rank, expected)
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(14)
 @pytest.mark.parametrize("degree", [2, 3])
 @pytest.mark.parametrize("last", ["insert-tensor-reshards", "split-all-reduce", "sink-all-gather", "hoist-shard"])
 @pytest.mark.parametrize("of", ["sink-all-gather", "hoist-shard", "split-projections"])

@@ -61,7 +61,7 @@ def check(name: str, limit: int) -> int:
     return made
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(14)
 @pytest.mark.parametrize("name", [p.name for p in DERIVATION])
 def test_right_behind_every_single_rewrite(name: str) -> None:
     limit = 0

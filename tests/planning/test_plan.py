@@ -79,7 +79,7 @@ def test_figures_of_few_layers_continued_are_those_of_all_layers(
     compare(plans, len(plans.rows) - 1, build, batch)
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(30)
 def test_the_choice_is_the_fastest_that_fits() -> None:
     loose = planned(2, axes=("cp",), memory="speed")
     least = min(row.figures.total for row in loose.rows)
@@ -94,7 +94,7 @@ def test_the_choice_is_the_fastest_that_fits() -> None:
     assert explained(tight, tight.choice).memory.total_bytes <= 0.8 * least
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(22)
 def test_json_has_what_it_says() -> None:
     plans = planned(2, axes=("cp",))
     found = json.loads(json.dumps(plans.to_dict()))

@@ -31,7 +31,7 @@ def test_places_count_and_layouts_do_not() -> None:
     assert checksum(x[1:, 3:]) == checksum(x[1:, 3:].clone())
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_checksum_is_a_known_number(threads: int) -> None:
     """On every machine, for any number of threads."""

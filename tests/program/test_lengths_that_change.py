@@ -17,7 +17,7 @@ from spcompile.program.trace import compile_for
 from spcompile.program.whole_batch import over_whole_batch
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("mesh", [{"tp": 2}, {"cp": 2}], ids=str)
 def test_a_length_of_two_after_others(mesh: dict[str, int]) -> None:
     """There torch asks whether a part has one row, which ties the symbol to 2 in the middle of a trace."""

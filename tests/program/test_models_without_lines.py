@@ -45,7 +45,7 @@ def model_of(file: str) -> nn.Module:
     return names["Model"]()
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}, {"tp": 2, "cp": 2}, {"dp": 2}], ids=str)
 @pytest.mark.parametrize("file", ["<string>", CELL])
 def test_every_stage_takes_nodes_without_lines(file: str, mesh: dict[str, int]) -> None:

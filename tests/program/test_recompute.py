@@ -131,7 +131,7 @@ def test_parts_of_a_gathered_activation_are_cut_out_again() -> None:
     assert saved_numels(emission).count(LENGTH * WIDTH) == 1
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(29)
 @pytest.mark.parametrize("length", [LENGTH, LENGTH - 3])
 @pytest.mark.parametrize(("kv_heads", "all_to_alls"), [(4, (2, 2, 1)), (2, (3, 3, 2)), (1, (3, 3, 2))])
 def test_ulysses_saves_its_result_and_its_keys_once(
@@ -147,7 +147,7 @@ def test_ulysses_saves_its_result_and_its_keys_once(
     assert sum(saved_numels(emission)) <= sum(saved_numels(ring)) + padding
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("way", ["together", "apart", "first apart"])
 @pytest.mark.parametrize("kv_heads", [4, 1])
 def test_heads_in_groups_save_no_more(kv_heads: int, way: str) -> None:
@@ -180,7 +180,7 @@ def saved_shapes(compiler: str) -> list[tuple[int, ...]]:
     return [tuple(x.shape) for x in saved]
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_no_gathered_keys_are_among_the_saved_tensors(worker_pool: Callable[[int], WorkerPool], compiler: str) -> None:
     for shapes in worker_pool(2).run(saved_shapes, compiler):

@@ -47,14 +47,14 @@ def given() -> tuple[nn.Module, dict[str, Tensor]]:
     return TwoLayers().double(), {"x_BSD": torch.randn(2, 8, WIDTH, dtype=torch.float64)}
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}])
 def test_loss_and_gradients_are_those_of_one_device(mesh: dict[str, int]) -> None:
     report = spcompile.verify(*given(), mesh=mesh, tolerance=1e-10)
     assert report.ok, str(report)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(5)
 def test_of_a_region_its_input_is_kept_and_the_state_of_each_draw() -> None:
     """Also where what it computes changes layout on the way: the mask is cut, products are summed over tp."""
     plan = spcompile.explain(*given(), {"tp": 2})

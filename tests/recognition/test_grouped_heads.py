@@ -77,7 +77,7 @@ def qkv() -> tuple[Tensor, ...]:
     return tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize("name", FORMS)
 def test_groups(name: str) -> None:
     model, mask = FORMS[name]

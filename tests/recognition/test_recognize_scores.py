@@ -138,7 +138,7 @@ def added_with_sinks(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor
     return torch.cat([scores, column(torch.arange(4.0).to(q.dtype), scores)], -1).softmax(-1)[..., :-1] @ v
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("model", [filled, filled_behind_a_cap_and_a_bias, filled_twice, added, added_with_sinks])
 def test_rows_without_keys_and_a_finite_fill(model: Callable[..., Any]) -> None:
     """Such rows are uniform over all keys; added to scores, the fill leaves these their gradient."""

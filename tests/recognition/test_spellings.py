@@ -157,7 +157,7 @@ def share(plan: object) -> float:
     return float(memory.saved_activation_bytes / memory.saved_activation_bytes_one_device)
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("attend", READ, ids=lambda f: f.__name__)
 def test_one_attention_with_the_mask_that_was_meant(attend: Attend) -> None:
     model, given = Model(attend), inputs(attend)
@@ -170,7 +170,7 @@ def test_one_attention_with_the_mask_that_was_meant(attend: Attend) -> None:
         assert "documents" not in str(plan)
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(29)
 @pytest.mark.parametrize("attend", READ, ids=lambda f: f.__name__)
 def test_and_over_tp(attend: Attend) -> None:
     report = verify(Model(attend), inputs(attend), mesh={"tp": 2})

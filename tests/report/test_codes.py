@@ -38,7 +38,7 @@ def errors_behind(error: BaseException | None) -> list[str]:
     return found
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("code", [code for code, text in TEXTS.items() if text.runs])
 def test_an_example_shows_its_code(code: str) -> None:
     names: dict[str, Any] = {}

@@ -27,7 +27,7 @@ def figures(plan: Plan) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(8)
 def test_weights_may_be_real_or_on_meta_and_stay_untouched() -> None:
     model = Model()
     ids = torch.zeros(1, 64, dtype=torch.int64)

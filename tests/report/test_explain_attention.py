@@ -40,7 +40,7 @@ class Scored(nn.Module):
         return F.dropout(joined.softmax(-1)[..., :-1], 0.1) @ v
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize(("inner", "outer"), [(2, 2), (2, 4), (4, 2)])
 def test_bytes_of_a_hybrid(inner: int, outer: int) -> None:
     """As Ulysses among the inner ranks; a ring of their joined rows, of a part of the heads, between the others."""

@@ -69,7 +69,7 @@ def test_one_rank_sends_nothing_and_saves_what_one_device_saves() -> None:
     assert "not sharded" in str(plan)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(9)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 def test_saved_activations_are_divided_by_the_mesh(attention: str) -> None:
     memory = plan_of(4, 256, attention=attention).memory
@@ -153,7 +153,7 @@ def test_figures_of_a_dynamic_length_are_expressions_of_it() -> None:
     assert isinstance(json.loads(json.dumps(plan.to_dict()))["memory"]["saved_activation_bytes"], str)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 def test_weight_memory_of_drop_in_tp_is_remarked() -> None:
     with torch.device("meta"):
         model = Model(layers=1)

@@ -22,7 +22,7 @@ def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 @pytest.mark.parametrize("degree", [2, 3])
 @pytest.mark.parametrize("name", MODELS)
@@ -34,7 +34,7 @@ def test_every_gradient(name: str, degree: int, attention: str) -> None:
     assert {row.graph for row in report.rows} == {"local", "final"}
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(29)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"cp": 2, "tp": 2}, {"dp": 2, "cp": 2}], ids=str)
 def test_rows_that_are_short_and_read_twice(mesh: dict[str, int]) -> None:
     torch.manual_seed(0)
@@ -42,7 +42,7 @@ def test_rows_that_are_short_and_read_twice(mesh: dict[str, int]) -> None:
     assert report.ok, report
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(24)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_rank_saves_its_part(name: str) -> None:
     build, inputs = MODELS[name]

@@ -57,7 +57,7 @@ def test_the_page_holds_every_graph(plan: Plan, tmp_path: Path) -> None:
     assert max(count for _, _, count in by_name["capture"]["folds"]) >= 5
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 def test_figures_of_the_page_are_those_of_the_plan(plan: Plan, tmp_path: Path) -> None:
     text = saved(plan, tmp_path).read_text()
     data = data_of(text)

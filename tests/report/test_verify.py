@@ -52,7 +52,7 @@ def batch(length: int = 10, entries: int = 2) -> dict[str, Tensor]:
     return {"ids_BS": torch.randint(11, (entries, length)), "labels_BS": labels}
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(18)
 @pytest.mark.parametrize("degree", [1, 2, 3])
 @pytest.mark.parametrize("outputs", ["full", "loss", "sharded"])
 def test_every_tensor_of_a_right_program_agrees(degree: int, outputs: str) -> None:
@@ -193,7 +193,7 @@ def double(node: fx.Node) -> None:
     node.replace_all_uses_with(twice, delete_user_cb=lambda user: user is not twice)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 def test_a_wrong_value_is_traced_to_pass_and_line(monkeypatch: pytest.MonkeyPatch) -> None:
     broken_pipeline(monkeypatch, "recognize-loss", Sabotage(spx.attention.default, scale_mask))
     report = verify(Block(), batch(), mesh={"cp": 2})
@@ -237,7 +237,7 @@ def test_an_operand_that_is_overwritten_in_flight_is_found(monkeypatch: pytest.M
     assert report.culprit.pass_name == "sabotage"
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 def test_a_lowering_that_is_wrong_is_found_across_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The LOCAL graph has other shapes than the GLOBAL one: values are put together before they are compared."""
     from spcompile.sharding.lowering import Lower

@@ -69,7 +69,7 @@ def test_an_encoder_with_a_causal_mask_and_no_hint_is_one_graph(in_buffer: bool)
     assert {remark.code for remark in plan.remarks} <= {"SPR203"}
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(14)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}, {"dp": 2}], ids=str)
 def test_a_model_written_by_hand_is_split_as_any_other(mesh: dict[str, int]) -> None:
     torch.manual_seed(0)

@@ -55,7 +55,7 @@ def inputs(entries: int, answers: int) -> tuple[list[Tensor], Tensor]:
     return [torch.randint(0, pm.VOCAB, (entries, 9)) for _ in range(answers)], torch.randn(entries, dtype=torch.float64)
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("entries", [1, 2], ids=["one entry a rank", "two entries a rank"])
 @pytest.mark.parametrize("name", PAIRS)
 def test_pairs(name: str, entries: int) -> None:
@@ -64,7 +64,7 @@ def test_pairs(name: str, entries: int) -> None:
     assert not report.remarks
 
 
-@pytest.mark.thinned(7)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("entries", [1, 2], ids=["one entry a rank", "two entries a rank"])
 def test_blocks_of_blocks(entries: int) -> None:
     model = Preferences(lambda x, n: (x[:n], *x[n:].chunk(2))).double()
@@ -89,7 +89,7 @@ class Joined(Preferences):
         return self.cut(self.head(x).sum(-1), len(ids)).square().exp().mean() * reference.mean()
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize("name", JOINS)
 def test_joins(name: str) -> None:
     (ids,), reference = inputs(4, 1)

@@ -64,7 +64,7 @@ def verify(loss: Callable[..., Tensor], entries: int) -> Any:
     return spcompile.verify(Scored(loss), {"x_BSD": x_BSD, "y_BS": y_BS}, mesh={"dp": 2})
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("entries", [1, 2])
 @pytest.mark.parametrize("name", COUNTED)
 def test_what_counts_entries_counts_those_of_all_ranks(name: str, entries: int) -> None:
@@ -85,7 +85,7 @@ COUNTED_ANYWHERE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("name", COUNTED_ANYWHERE)
 @pytest.mark.parametrize("entries", [1, 3])
 def test_counts_anywhere(name: str, entries: int) -> None:
@@ -102,7 +102,7 @@ DECIDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(25)
 @pytest.mark.parametrize("name", DECIDED)
 @pytest.mark.parametrize("entries", [1, 3])
 def test_a_program_is_the_one_for_all_entries(name: str, entries: int) -> None:
@@ -134,14 +134,14 @@ def test_groups_of_entries(name: str, entries: int) -> None:
     assert report.ok, str(report)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("entries", [2, 4])
 def test_a_part_of_the_batch_on_every_rank(entries: int) -> None:
     report = verify(lambda z, y: z.mean((1, 2)).view(2, -1).mean(1).square().sum(), entries)
     assert report.ok, str(report)
 
 
-@pytest.mark.thinned(7)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("name", RIGHT)
 def test_what_counts_all_entries_is_right(name: str) -> None:
     report = verify(RIGHT[name], 2)

@@ -83,7 +83,7 @@ def check(mixing: Callable[..., Any], degree: int, attention: str) -> LocalProgr
     return check_pipeline(mixing, (made(2, 7, 8), made(8, 8)), {"cp": degree}, attention=attention)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize(("degree", "attention"), [(2, "ring"), (3, "ring"), (2, "ulysses"), (4, "ulysses")])
 @pytest.mark.parametrize("mixing", MIXING)
 def test_values_and_gradients(mixing: Callable[..., Any], degree: int, attention: str) -> None:

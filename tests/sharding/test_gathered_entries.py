@@ -58,7 +58,7 @@ def test_strict() -> None:
         verified(dm.ValidRowsOnly, *valid(), strict=True)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("mesh", [{"dp": 2}, {"cp": 2}], ids=str)
 def test_pictures_in_text(mesh: dict[str, int]) -> None:
     """With one entry a rank, and more patches than the text has places for."""
@@ -109,7 +109,7 @@ class MeanOfStates(pm.SelfAttention):
         return super().forward(x).square().mean()
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("batch", [2, 4])
 def test_embeddings_with_a_gradient(batch: int) -> None:
     report = verified(MeanOfStates, dm.states(batch=batch).requires_grad_())

@@ -92,7 +92,7 @@ def program_of(
     return found[0], found[1]
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("shard_cp", [True, False])
 @pytest.mark.parametrize("balance", ["zigzag", "contiguous"])
 @pytest.mark.parametrize(

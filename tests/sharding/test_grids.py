@@ -90,7 +90,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], int, int]] = {
 RINGS = {"flattened": 2, "flattened, uneven": 2, "fewer keys": 1, "fewer keys, uneven": 1, "axial": 1}
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("degree", [2, 3, 4])
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 @pytest.mark.parametrize("name", CASES)

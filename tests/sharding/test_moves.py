@@ -126,7 +126,7 @@ MORE_SAID = {
 }
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("degree", [2, 3, 4])
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 @pytest.mark.parametrize("name", CASES)
@@ -138,7 +138,7 @@ def test_nobody_gathers(name: str, attention: str, degree: int) -> None:
     assert moved
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(12)
 @pytest.mark.parametrize("name", CASES)
 def test_contiguous_rings(name: str) -> None:
     function, inputs = CASES[name]

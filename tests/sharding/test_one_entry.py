@@ -86,7 +86,7 @@ def scaled(y_BSD: Tensor, w_DD: Tensor, scale_1: Tensor, bias_1D: Tensor) -> Ten
     return (y_BSD * scale_1 + bias_1D).square().sum()
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(19)
 @pytest.mark.parametrize("end", [mean, mean_of_entries, squared_sum_of_tokens, flattened, with_class_token, shifted])
 @pytest.mark.parametrize("mesh", [{"dp": 2}, {"cp": 2, "dp": 3}])
 def test_sums_over_entries_are_sums_over_ranks(end: Callable[..., Tensor], mesh: dict[str, int]) -> None:
@@ -114,7 +114,7 @@ def over_a_count(y_BSD: Tensor, w_DD: Tensor, count_1: Tensor) -> Tensor:
     return y_BSD.square().sum() / count_1.to(y_BSD.dtype).clamp(min=1)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("mesh", [{"dp": 2}, {"dp": 2, "cp": 2}], ids=str)
 def test_a_count_that_a_total_is_divided_by_is_shared(mesh: dict[str, int]) -> None:
     report = verify(over_a_count, mesh, count_1=torch.tensor([7]))
@@ -258,7 +258,7 @@ def mean_of_heads(y_BSD: Tensor, w_DD: Tensor) -> Tensor:
     return z_SND.mean(1).square().sum()
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("end", [by_tokens, by_heads, mean_of_heads])
 def test_dims_that_hold_the_batch_behind_something_else(end: Callable[..., Tensor]) -> None:
     report = verify(end)
@@ -276,7 +276,7 @@ def test_dims_that_hold_the_batch_in_other_places() -> None:
     assert "SPR107" in {remark.code for remark in report.remarks}
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(25)
 @pytest.mark.parametrize("model", ["gpt-tiny", "llama-tiny", "bert-tiny"])
 def test_models_with_other_numbers_of_valid_tokens(model: str) -> None:
     ids_BS = torch.randint(0, 64, (2, 13), generator=torch.Generator().manual_seed(0))

@@ -40,7 +40,7 @@ def beside_a_blank(x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w_EDD: Te
     return x_ND.index_add(0, token_P, ones_PD + x_ND[token_P] @ w_EDD[0])
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"cp": 3}, {"dp": 2}, {"dp": 2, "cp": 2}, {"tp": 2, "cp": 2}], ids=str)
 @pytest.mark.parametrize("body", [mx.picked_and_written, mx.picked_and_added])
 def test_each_rank_picks_its_own_rows(body: mx.Body, mesh: dict[str, int]) -> None:
@@ -49,7 +49,7 @@ def test_each_rank_picks_its_own_rows(body: mx.Body, mesh: dict[str, int]) -> No
         assert not GATHERS & {remark.code for remark in report.remarks}, str(report)
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.thinned(28)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"cp": 3}], ids=str)
 @pytest.mark.parametrize("body", [numbered, last_row_first, share_of_rows, mean_of_rows, beside_a_blank])
 def test_rows_picked_among_those_of_all_ranks(body: mx.Body, mesh: dict[str, int]) -> None:

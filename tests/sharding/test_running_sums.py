@@ -50,7 +50,7 @@ def places_in_experts(x_BSD: Tensor, w_DD: Tensor) -> Tensor:
     return (h_ND * (scores_NE * has_place_NE).sum(-1, keepdim=True)).view_as(x_BSD)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(17)
 @pytest.mark.parametrize(("degree", "attention"), [(2, "ring"), (3, "ring"), (2, "ulysses"), (4, "ulysses")])
 @pytest.mark.parametrize("sums", [means_so_far, of_all_entries, from_the_end, places_in_experts])
 def test_only_totals_are_sent(sums: Callable[..., Any], degree: int, attention: str) -> None:

@@ -21,7 +21,7 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("degree", [2, 3])
 @pytest.mark.parametrize("axis", ["cp", "tp"])
 @pytest.mark.parametrize("kind", KINDS)

@@ -82,7 +82,7 @@ def with_a_loss_of_balance(x_ND: Tensor, expert_NK: Tensor, weight_NK: Tensor, w
     return mx.grouped(x_ND, expert_NK, weight_NK, w_EDD) * (counts_E / expert_NK.numel()).square().sum()
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"cp": 3}, {"dp": 2}], ids=str)
 @pytest.mark.parametrize(
     "body",
@@ -93,7 +93,7 @@ def test_each_rank_has_groups_of_its_own(body: mx.Body, mesh: dict[str, int]) ->
     assert not GATHERS & {remark.code for remark in report.remarks}, str(report)
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(23)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"cp": 3}, {"dp": 2}], ids=str)
 @pytest.mark.parametrize("body", [of_other_numbers, in_descending_order, of_even_groups])
 def test_groups_of_all_rows(body: mx.Body, mesh: dict[str, int]) -> None:

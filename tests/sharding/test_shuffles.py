@@ -84,7 +84,7 @@ SEEN = [
 ]
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize(
     ("mesh", "attention"),
     [({"cp": 2}, "ring"), ({"cp": 2}, "ulysses"), ({"cp": 3}, "auto"), ({"dp": 2}, "auto")],  # 3 ranks have padding
@@ -96,7 +96,7 @@ def test_each_rank_sorts_its_own_rows(body: mx.Body, mesh: dict[str, int], atten
     assert not GATHERS & {remark.code for remark in report.remarks}, str(report)
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"dp": 2}, {"cp": 3}], ids=str)
 @pytest.mark.parametrize("body", SEEN)
 def test_where_the_order_is_seen_all_rows_are_sorted(body: mx.Body, mesh: dict[str, int]) -> None:
@@ -104,14 +104,14 @@ def test_where_the_order_is_seen_all_rows_are_sorted(body: mx.Body, mesh: dict[s
     assert GATHERS & {remark.code for remark in report.remarks}, str(report)
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("mesh", [{"tp": 2, "cp": 2}, {"dp": 2, "cp": 2}, {"tp": 2}], ids=str)
 @pytest.mark.parametrize("body", UNSEEN)
 def test_on_more_axes(body: mx.Body, mesh: dict[str, int]) -> None:
     verify(body, mesh, batch=4)
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("body", [*UNSEEN, mx.picked_and_added])
 def test_a_length_that_is_a_symbol(body: mx.Body) -> None:
     x_BSD = mx.states()

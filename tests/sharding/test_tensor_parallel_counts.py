@@ -67,7 +67,7 @@ def rows(plan: Plan, origin: str = "activation") -> Counter[tuple[str, str]]:
     return found
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @MODELS
 @REGATHER
 @pytest.mark.parametrize("degree", [2, 4])

@@ -68,7 +68,7 @@ ATTENTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_split_by_query_rows(name: str) -> None:
     model, x = Written(ATTENTIONS[name]), torch.randn(2, S, N * H, dtype=torch.float64)
@@ -101,7 +101,7 @@ class _Block(nn.Module):
         return x + self.written.out(self.written.attend(q, k, v).flatten(2))
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("entries", [1, 2], ids=["one entry a rank", "two entries a rank"])
 def test_each_rank_of_dp_has_its_entries(entries: int) -> None:
     report = verify(
@@ -115,7 +115,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q.exp()[..., None, :] @ states)[..., 0, :]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("entries", [1, 2], ids=["one entry a rank", "two entries a rank"])
 def test_entries_of_a_model_without_softmax(entries: int) -> None:
     x = torch.randn(2 * entries, S, N * H, dtype=torch.float64)

@@ -83,7 +83,7 @@ CASES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("length", [12, 9])
 @pytest.mark.parametrize("degree", [2, 3, 4])
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
@@ -105,7 +105,7 @@ def blocks(x_BSD: Tensor, q_DD: Tensor, out_DD: Tensor, w_DDK: Tensor, up_DF: Te
     return x_BSD + f_BSF @ down_FD
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("mesh", [{"tp": 2}, {"tp": 2, "cp": 2}, {"tp": 3}])
 def test_between_the_blocks_of_tp(mesh: dict[str, int]) -> None:
     """The stream is split along the sequence there; hidden channels are split as their products are.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-MOST = 10  # after so many seeds in a row every case has run
+MOST = 30  # after so many seeds in a row every case has run
 
 
 def commits() -> int:

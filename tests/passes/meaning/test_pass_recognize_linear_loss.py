@@ -187,7 +187,7 @@ def test_steps_keep_the_order_and_the_dtypes_of_the_model() -> None:
     assert LinearCrossEntropyCall.of(node).steps == "div 30.0, tanh, mul 30.0, to float32"
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(9)
 @pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="this torch has none")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_torchs_own_op_in_chunks(reduction: str) -> None:

@@ -158,7 +158,7 @@ PROGRAMS["patches, documents"] = (
 )
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("degree", [2, 4])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_programs(name: str, degree: int) -> None:
@@ -193,7 +193,7 @@ def unit(h: Tensor) -> Tensor:
     return h / h.norm(dim=-1, keepdim=True)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("attention", ["ring", "ulysses"])
 def test_padding_is_never_a_division_by_zero(attention: str) -> None:
     """NaN in rows that nobody reads would still reach the gradients of w, as NaN times 0."""

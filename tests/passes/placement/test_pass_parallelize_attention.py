@@ -61,7 +61,7 @@ def test_ulysses_of_two_lengths_sends_queries_and_keys_apart() -> None:
     assert len(nodes_of(program, "spx.all_to_all")) == 3  # queries; keys with values; the result
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(8)
 @pytest.mark.parametrize(("queries", "keys"), [(7, 5), (17, 19), (19, 17), (16, 15)])
 @pytest.mark.parametrize("strategy", ["ulysses", {"ulysses": 2, "ring": 2}], ids=str)
 def test_two_lengths_with_equally_many_rows_a_rank(strategy: object, queries: int, keys: int) -> None:

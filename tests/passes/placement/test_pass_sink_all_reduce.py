@@ -69,7 +69,7 @@ def sent(model: nn.Module, inputs: dict[str, Tensor], **options: object) -> floa
     return sum(float(row.bytes) for row in plan.collectives if row.origin != "parameter gradient")
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(29)
 @pytest.mark.parametrize(
     ("end", "passed"),
     [

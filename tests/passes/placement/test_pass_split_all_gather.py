@@ -66,7 +66,7 @@ def test_nothing_is_sent_twice_for_no_work(end: type[nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("mesh", [{"tp": 2}, {"tp": 3}, {"tp": 2, "cp": 2}], ids=str)
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(29)
 def test_a_transform_along_the_sequence_runs_on_features(mesh: Mapping[str, int]) -> None:
     torch.manual_seed(0)
     model, (ids_BS,) = words(Attends(8), Averages(8), length=11)

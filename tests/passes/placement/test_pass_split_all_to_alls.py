@@ -94,7 +94,7 @@ def test_messages_as_text() -> None:
     assert str(first_apart(by_keys, 2, keys_apart=True)) == "q1 | k1 | v1 | q2 | kv2"
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(27)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("n", "g", "degree"), [(4, 2, 2), (8, 4, 2), (6, 2, 3), (5, 5, 3), (8, 2, 4), (3, 1, 2)])
 def test_numbers(n: int, g: int, degree: int, way: str) -> None:
@@ -102,7 +102,7 @@ def test_numbers(n: int, g: int, degree: int, way: str) -> None:
         check("causal", n, g, length, {"cp": degree}, "ulysses", groups, way)
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(21)
 @pytest.mark.parametrize("name", DATA)
 def test_what_belongs_to_heads_goes_with_them(name: str) -> None:
     """Groups of key heads, then groups of the query heads of each of two key heads."""
@@ -132,7 +132,7 @@ def test_a_hybrid_may_be_cut_too(way: str) -> None:
     check("causal", 8, 4, 9, {"cp": 2, "tp": 2}, "ulysses", 2, way)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("way", WAYS)
 def test_keys_of_another_length(way: str) -> None:
     check_pipeline(full, qkv(4, 2, 9, 6), {"cp": 2}, attention="ulysses", passes=options(2, way))

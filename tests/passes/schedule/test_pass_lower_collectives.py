@@ -60,7 +60,7 @@ def assert_same(found: list[Any], expected: list[Any]) -> None:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("in_flight", ["poison", "late"])
 @pytest.mark.parametrize("mode", ["fake", "symbolic"])
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
@@ -82,7 +82,7 @@ def test_meaning(order: str, mode: str, in_flight: Any, length: int) -> None:
     assert format_graph(gm) == before
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(24)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(("order", "length"), [("contiguous", 5), ("zigzag", 8), ("zigzag", 7)])
 def test_forward_and_backward_graphs_of_aot_autograd(order: str, length: int, dynamic: bool) -> None:

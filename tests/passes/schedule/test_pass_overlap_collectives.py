@@ -37,7 +37,7 @@ CASES = {
 }
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(28)
 @pytest.mark.parametrize("case", CASES)
 def test_whole_models_in_both_modes_of_the_simulator(case: str) -> None:
     """A start reads its operand at once or at its wait, its buffer is NaN until then: loss and gradients stay."""
@@ -130,7 +130,7 @@ def gathers_of(graphs: Graphs, phase: str) -> list[tuple[fx.Node, float]]:
     return [(n, s) for n, s in seconds_between(graphs[phase], cost) if "all_gather" in str(n.target)]
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_parameters_are_gathered_ahead_of_their_use_but_not_at_the_top(phase: str) -> None:
     layers, width = 6, 512

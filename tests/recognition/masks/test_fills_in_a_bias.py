@@ -117,13 +117,13 @@ OTHERS = [small_number, learned_outside, numbers_that_only_run_time_tells, insid
 OTHERS += [a_mask_of_numbers_beside, a_fill_in_a_fill, of_each_head]
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("model", OTHERS, ids=lambda f: f.__name__)
 def test_what_is_no_such_case_is_exact_too(model: Callable[..., Any]) -> None:
     rewrite(model, (*given(), LENGTHS))
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"cp": 3}, {"tp": 2}, {"dp": 2}], ids=str)
 def test_every_gradient_on_all_ranks(mesh: dict[str, int]) -> None:
     class Model(nn.Module):

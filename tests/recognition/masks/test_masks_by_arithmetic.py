@@ -114,7 +114,7 @@ MODELS: dict[Callable[..., Tensor], list[str]] = {
 }
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(25)
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("model", MODELS, ids=lambda f: f.__name__)
 def test_every_number(model: Callable[..., Tensor], number: float) -> None:
@@ -140,7 +140,7 @@ SPLIT = [
 ]
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(27)
 @pytest.mark.parametrize(("model", "mesh"), SPLIT)
 def test_every_gradient_on_all_ranks(model: Callable[..., Any], mesh: dict[str, int]) -> None:
     torch.manual_seed(1)
@@ -159,7 +159,7 @@ def of_floats_times_a_triangle(q: Tensor, k: Tensor, v: Tensor, m: Tensor, numbe
     return (q @ k.mT + (1.0 - m[:, None, None, :] * causal(q, k)) * number).softmax(-1) @ v
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("number", [-1e4, -1e30, LOWEST])
 @pytest.mark.parametrize("model", [of_floats, of_floats_times_a_triangle], ids=lambda f: f.__name__)
 def test_numbers_that_only_run_time_tells(model: Callable[..., Tensor], number: float) -> None:

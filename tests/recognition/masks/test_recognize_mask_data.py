@@ -112,7 +112,7 @@ def test_finite_fill_with_documents_has_a_key_in_every_row() -> None:
     assert str(rewrite(model, (*qkv(), DOCUMENTS)).mask) == "causal documents"
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("written_out", [False, True])
 def test_a_mask_of_the_caller(written_out: bool) -> None:
     """It is an input, so no line of the model made it."""
@@ -149,7 +149,7 @@ def test_two_kinds_of_documents_are_paired() -> None:
     assert str(found.mask) == "documents"
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("starts", STARTS)
 def test_packed_positions(starts: str) -> None:
     def model(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ NOT_PACKED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("starts", NOT_PACKED)
 def test_positions_that_need_not_grow_by_one_are_not_indices(starts: str) -> None:
     def model(q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> Tensor:

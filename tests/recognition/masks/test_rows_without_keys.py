@@ -220,7 +220,7 @@ def test_others_stay_written_out(model: Callable[..., Any]) -> None:
 MESHES = [{"cp": 2}, {"cp": 3}, {"tp": 2}, {"dp": 2}, {"tp": 2, "cp": 2}]
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: "x".join(f"{k}{v}" for k, v in m.items()))
 @pytest.mark.parametrize("model", [under_a_cap_in_a_window, window_then_added, rows_of_padding])
 def test_every_gradient_on_all_ranks(model: Callable[..., Any], mesh: dict[str, int]) -> None:

@@ -156,7 +156,7 @@ WRITTEN: dict[str, Callable[[], Tensor]] = {
 }
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", WRITTEN)
 def test_read_elements_are_those_of_the_tensor(name: str) -> None:
     check(WRITTEN[name])
@@ -227,7 +227,7 @@ def random_mask(rng: random.Random, data: Tensor, depth: int) -> Tensor:
     return rng.choice(choices)()
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("seed", range(60))
 def test_random_masks(seed: int) -> None:
     """Each element, and the AttentionMask where one is found, equals the dense mask."""

@@ -45,7 +45,7 @@ def verify(read: Callable[[Tensor, Tensor], Tensor], mesh: dict[str, int]) -> sp
     return spcompile.verify(Reader(read), {"x_BSD": x_BSD, "last_B": torch.tensor([5, 3, 2, 4])}, mesh=mesh)
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(16)
 @pytest.mark.parametrize("mesh", [{"dp": 2}, {"cp": 4}, {"dp": 2, "cp": 2}], ids=str)
 @pytest.mark.parametrize("name", READS)
 def test_reads_in_each_row(name: str, mesh: dict[str, int]) -> None:

@@ -27,7 +27,7 @@ def run_interpreted(marked: str, config: pytest.Config) -> None:
     assert found.returncode == 0, found.stdout + found.stderr
 
 
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 def test_interpreted(pytestconfig: pytest.Config) -> None:
     run_interpreted("not manual", pytestconfig)
 

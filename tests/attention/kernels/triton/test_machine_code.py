@@ -34,7 +34,7 @@ def test_a_loop_is_what_comes_back() -> None:
     assert loop.cycles(card, 4, 0.0)["special"] == 128 / card.special
 
 
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(13)
 @pytest.mark.parametrize("capability", [90, 100])
 def test_loops_of_flex_attention(capability: int) -> None:
     """Tiles with and without a mask; in the backward for dq, and for dk with dv. Each score has its exponential."""

@@ -241,7 +241,7 @@ def inputs_for(S: int) -> list[Tensor]:
 ALWAYS = {"share-tile-tables": {"always": True}}
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("attention", ["ring", "ulysses", {"ulysses": 2, "ring": 2}], ids=str)
 def test_layers_of_one_mask_share_one_table(attention: Any) -> None:
     program = check_pipeline(packed, inputs_for(21), {"cp": 4}, attention=attention, passes=ALWAYS)

@@ -52,7 +52,7 @@ def test_without_a_gpu_nothing_is_tried(gpu: Any, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(25)
 @pytest.mark.parametrize("part", ["path", "ranks", "share"])
 def test_the_parts_that_compile(part: str, tmp_path: Path) -> None:
     file = tmp_path / "lines.json"

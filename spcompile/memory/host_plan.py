@@ -18,7 +18,7 @@ from spcompile.collectives import COLLECTIVES
 from spcompile.graph.sizes import hint, numel_hint
 from spcompile.graph.storage import born_at
 from spcompile.memory.joint import Joint
-from spcompile.memory.liveness import Away, orders_of
+from spcompile.memory.liveness import Away, walk_of
 from spcompile.schedule.host_windows import windows_back, windows_out
 from spcompile.schedule.op_cost import CostModel
 
@@ -52,7 +52,8 @@ class Clock:
     @classmethod
     def of(cls, joint: Joint, saved: Collection[fx.Node], cost: CostModel) -> Clock:
         """cost: of one graph."""
-        return cls(joint, saved, cost, *orders_of(joint, saved))
+        walk = walk_of(joint, saved)
+        return cls(joint, saved, cost, walk.forward.calls, walk.backward.calls)
 
     def can_go(self) -> list[fx.Node]:
         """The saved values that can be copied to the host, in the order in which they are made.

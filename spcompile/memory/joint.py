@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch.fx as fx
 
@@ -100,6 +101,11 @@ class Joint:
         return WidePartFinder()
 
     @cached_property
+    def walks(self) -> dict[frozenset[int], Any]:
+        """By the numbers of what is saved, the calls of a step in their order: see `liveness.walk_of`."""
+        return {}
+
+    @cached_property
     def is_forward(self) -> frozenset[fx.Node]:
         """`forward`, to look up."""
         return frozenset(self.forward)
@@ -114,8 +120,8 @@ class Joint:
     def over_tiles(self, tiles: int) -> Joint:
         """The same, where wide parts run over tiles of rows; what does not depend on them is not found again."""
         other = replace(self, tiles=tiles)
-        found = {"numbered": self.numbered, "scratch": self.scratch, "wide_parts": self.wide_parts}
-        other.__dict__.update(found)
+        for name in ("numbered", "scratch", "wide_parts", "walks"):
+            other.__dict__[name] = getattr(self, name)
         return other
 
     @property

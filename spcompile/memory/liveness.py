@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
@@ -120,16 +120,15 @@ def levels_of(
     joint: Joint, saved: Collection[fx.Node], away: Away | None = None
 ) -> dict[str, tuple[list[fx.Node], list[int]]]:
     """By phase the calls in their order, and the bytes that are alive during each."""
-    storage = joint.storage
-    forward, backward = orders_of(joint, saved)
+    storage, walk = joint.storage, walk_of(joint, saved)
     leave, come_back = (away.leave, away.come_back) if away is not None else (_NOTHING, _NOTHING)
     returned = {storage[node] for node in joint.returned}
     kept = {storage[node] for node in saved} - leave.keys() | returned
     held = [root for root in kept if root.op == "call_function"]
     stay = returned | {storage[node] for node in joint.gradients}
     return {
-        "forward": (forward, _levels(forward, joint, (), kept, leave=leave)),
-        "backward": (backward, _levels(backward, joint, held, stay, come_back=come_back)),
+        "forward": (walk.forward.calls, _levels(walk.forward, joint, (), kept, leave=leave)),
+        "backward": (walk.backward.calls, _levels(walk.backward, joint, held, stay, come_back=come_back)),
     }
 
 
@@ -146,17 +145,44 @@ def most_by_part(levels: Mapping[str, Sequence[int]]) -> tuple[int, int, int]:
     return max(forward, default=0), max(backward[: len(backward) - third], default=0), max(backward[third:], default=0)
 
 
-def orders_of(joint: Joint, saved: Collection[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The calls of the forward; those of the backward and, each before its first reader, those that it makes again."""
-    calls = joint.numbered
-    own, of = list(map(calls.number.__getitem__, saved)), calls.number.__getitem__
-    forward = calls.with_all_read(map(of, joint.forward), [*own, *map(of, joint.returned)])
-    backward = calls.with_made_again(map(of, joint.backward), [*own, *map(of, joint.inputs)])
-    return [calls.nodes[at] for at in forward], [calls.nodes[at] for at in backward]
+@dataclass
+class Order:
+    """Calls of one phase in their order, and by number. What was found of them, for whoever looks again:
+
+    lives: of storages, where none of them goes to the host. parts: that could run over tiles. beside: by the number of
+    tiles, what `_beside_tiles` says.
+    """
+
+    calls: list[fx.Node]
+    numbers: list[int]
+    lives: list[tuple[int, int, int]] | None = None
+    parts: list[WidePart] | None = None
+    beside: dict[int, dict[fx.Node, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A step that saves some values: the calls of the forward; those of the backward and those that it makes again."""
+
+    forward: Order
+    backward: Order
+
+
+def walk_of(joint: Joint, saved: Collection[fx.Node]) -> Walk:
+    """Of a step that saves these values: each call that is made again stands before its first reader."""
+    calls, of = joint.numbered, joint.numbered.number.__getitem__
+    own = frozenset(map(of, saved))
+    if own not in joint.walks:
+        forward = calls.with_all_read(map(of, joint.forward), [*own, *map(of, joint.returned)])
+        backward = calls.with_made_again(map(of, joint.backward), [*own, *map(of, joint.inputs)])
+        orders = (Order([calls.nodes[at] for at in order], order) for order in (forward, backward))
+        joint.walks[own] = Walk(*orders)
+    found: Walk = joint.walks[own]
+    return found
 
 
 def _levels(
-    order: Sequence[fx.Node],
+    order: Order,
     joint: Joint,
     before: Collection[fx.Node],
     kept: Collection[fx.Node],
@@ -164,24 +190,33 @@ def _levels(
     come_back: Mapping[fx.Node, int] = _NOTHING,
 ) -> list[int]:
     calls, of = joint.numbered, joint.numbered.number.__getitem__
+    if not order.calls:
+        return []
     sizes, scratch = calls.size, joint.scratch
     if joint.tiles > 1:
-        sizes, scratch, whole = list(sizes), list(scratch), {*kept, *leave}
-        parts = joint.wide_parts.find(order, lambda node: joint.storage[node] in whole)
-        for root in _only_in_tiles(parts, joint):
+        if order.parts is None:
+            whole = {*kept, *leave}  # what goes to the host stood whole before
+            order.parts = joint.wide_parts.find(order.calls, lambda node: joint.storage[node] in whole)
+        if joint.tiles not in order.beside:
+            order.beside[joint.tiles] = _beside_tiles(order.parts, order.calls, joint)
+        sizes, scratch = list(sizes), list(scratch)
+        for root in _only_in_tiles(order.parts, joint):
             sizes[of(root)] //= joint.tiles
-        for call, more in _beside_tiles(parts, order, joint).items():
+        for call, more in order.beside[joint.tiles].items():
             scratch[of(call)] += more
-    return calls.levels(
-        [of(node) for node in order],
-        [of(root) for root in before],
-        [of(root) for root in kept],
-        {of(root): at for root, at in leave.items()},
-        {of(root): at for root, at in come_back.items()},
-        sizes,
-        scratch,
-        joint.fuses,
-    )
+    lives = order.lives
+    if lives is None or leave or come_back:
+        lives = calls.lives(
+            order.numbers,
+            [of(root) for root in before],
+            [of(root) for root in kept],
+            {of(root): at for root, at in leave.items()},
+            {of(root): at for root, at in come_back.items()},
+            joint.fuses,
+        )
+        if not leave and not come_back:
+            order.lives = lives
+    return calls.levels(order.numbers, lives, sizes, scratch)
 
 
 def _only_in_tiles(parts: Iterable[WidePart], joint: Joint) -> set[fx.Node]:

@@ -15,6 +15,8 @@ import torch.fx as fx
 from spcompile.graph.storage import born_at, root_of, storage_bytes
 from spcompile.memory.fusion import MOST_READ, is_fusible, is_made_inside
 
+Lives = list[tuple[int, int, int]]  # a storage, and the first and the last call, by place, at which it is there
+
 
 class NumberedCalls:
     """nodes: by number. number: of a node. reads, users: of each, numbers. root: the node that made its storage.
@@ -69,24 +71,17 @@ class NumberedCalls:
                     result.append(top)
         return result
 
-    def levels(
+    def lives(
         self,
         order: Sequence[int],
         before: Iterable[int],
         kept: Collection[int],
         leave: Mapping[int, int],
         come_back: Mapping[int, int],
-        sizes: Sequence[int],
-        scratch: Sequence[int],
         fuses: bool,
-    ) -> list[int]:
-        """Bytes that are alive during each call of an order; arguments as of `Lives.of`.
-
-        sizes, scratch: of each node, bytes that it allocates and that it takes besides while it runs.
-        """
+    ) -> Lives:
+        """When storages are there in an order; arguments as of `liveness.Lives.of`."""
         calls, root = len(order), self.root
-        if not calls:
-            return []
         place = [-1] * len(self.nodes)
         for at, node in enumerate(order):
             place[node] = at
@@ -95,12 +90,14 @@ class NumberedCalls:
         born, dies = [-1] * len(self.nodes), [-1] * len(self.nodes)
         for storage in before:
             born[storage] = dies[storage] = 0
-        for at, node in enumerate(order):
-            own, end = root[node], ends[at]
+        read_roots, born_with = self._read_roots, self._born_with
+        for (at, node), end in zip(enumerate(order), ends, strict=True):
+            own = root[node]
             if own == node and not inside[node] and born[node] < 0:
-                born[node] = place[self._born_with[node]] if place[self._born_with[node]] >= 0 else at
-            dies[own] = max(dies[own], end)
-            for storage in self._read_roots[node]:
+                born[node] = place[born_with[node]] if place[born_with[node]] >= 0 else at
+            if dies[own] < end:
+                dies[own] = end
+            for storage in read_roots[node]:
                 if dies[storage] < end:
                     dies[storage] = end
         for storage in kept:
@@ -109,11 +106,17 @@ class NumberedCalls:
             dies[storage] = max(end - 1, dies[storage])
         for storage, start in come_back.items():
             born[storage] = start
-        change = [0] * (calls + 1)
-        for storage, start in enumerate(born):
-            if start >= 0:
-                change[start] += sizes[storage]
-                change[dies[storage] + 1] -= sizes[storage]
+        return [(storage, start, dies[storage]) for storage, start in enumerate(born) if start >= 0]
+
+    def levels(self, order: Sequence[int], lives: Lives, sizes: Sequence[int], scratch: Sequence[int]) -> list[int]:
+        """Bytes that are alive during each call of an order.
+
+        sizes, scratch: of each node, bytes that it allocates and that it takes besides while it runs.
+        """
+        change = [0] * (len(order) + 1)
+        for storage, start, end in lives:
+            change[start] += sizes[storage]
+            change[end + 1] -= sizes[storage]
         held = itertools.accumulate(change[:-1])
         return [bytes_held + scratch[node] for bytes_held, node in zip(held, order, strict=True)]
 
@@ -143,8 +146,13 @@ class NumberedCalls:
     def _kernel_ends(self, order: Sequence[int], place: Sequence[int], inside: bytearray) -> list[int]:
         """For each call of an order, up to which call what it reads must be there."""
         ends = list(range(len(order)))
+        root, users = self.root, self.users
         for at in reversed(range(len(order))):
             node = order[at]
-            if inside[node] or self.root[node] != node:
-                ends[at] = max((ends[place[user]] for user in self.users[node] if place[user] > at), default=at)
+            if inside[node] or root[node] != node:
+                last = at
+                for user in users[node]:
+                    if place[user] > at and ends[place[user]] > last:
+                        last = ends[place[user]]
+                ends[at] = last
         return ends

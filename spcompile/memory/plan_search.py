@@ -10,12 +10,13 @@ import bisect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch.fx as fx
 
 from spcompile.memory.host_plan import Clock
 from spcompile.memory.joint import Joint
-from spcompile.memory.liveness import Away, Peak, orders_of, peak_of
+from spcompile.memory.liveness import Away, Peak, peak_of, walk_of
 from spcompile.memory.row_tiles import WidePart, rows_and_width
 from spcompile.memory.stream_blocks import Blocks
 from spcompile.memory.trades import Trade, saved_after
@@ -121,11 +122,11 @@ class PlanSearch:
         joint = self.joint
         if joint.tiles < 2:
             return chosen
-        kept = {joint.storage[node] for node in (*chosen.saved, *joint.returned)}
+        kept, walk = {joint.storage[node] for node in (*chosen.saved, *joint.returned)}, walk_of(joint, chosen.saved)
         parts = [
             part
-            for order in orders_of(joint, chosen.saved)
-            for part in joint.wide_parts.find(order, lambda node: joint.storage[node] in kept)
+            for order in (walk.forward, walk.backward)
+            for part in joint.wide_parts.find(order.calls, lambda node: joint.storage[node] in kept)
         ]
         if not parts:
             return chosen
@@ -220,15 +221,31 @@ class PlanSearch:
         return sum(trade.seconds for trade in self.trades[:count])
 
     def first_below(self, limit: int) -> int:
-        """The fewest trades whose peak is within the limit; where none is, those with the least peak."""
-        best = self.least()
-        if self.peak(best).bytes > limit:
-            return best
-        low, high = 0, best  # at `high` it fits
-        while low < high:
+        """The fewest trades whose peak is within the limit; where none is, those with the least peak.
+
+        Where a peak falls by what a trade no longer saves, the next look is at the number that is just enough.
+        """
+        if self.peak(0).bytes <= limit:
+            return 0
+        often_least = (self.before_inputs, len(self.trades))
+        high = next((count for count in often_least if self.peak(count).bytes <= limit), None)
+        if high is None and self.peak(high := self.least()).bytes > limit:
+            return high
+        low = last = 0  # at `high` it fits, at `low` it does not
+        by_bytes = True
+        while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if self.peak(middle).bytes <= limit else (middle + 1, high)
-        return low
+            if by_bytes:
+                enough = bisect.bisect_left(self._freed, self._freed[last] + self.peak(last).bytes - limit)
+                middle = min(max(enough, low + 1), high - 1)
+            low, high = (low, middle) if self.peak(middle).bytes <= limit else (middle, high)
+            last, by_bytes = middle, not by_bytes
+        return high
+
+    @cached_property
+    def _freed(self) -> list[int]:
+        """Bytes that so many trades no longer save."""
+        return [0, *itertools.accumulate(trade.bytes for trade in self.trades)]
 
     def least(self) -> int:
         """A number of trades with the least peak: what is made again is alive, too, so that more is not always less."""
@@ -238,12 +255,15 @@ class PlanSearch:
         return min(sorted(looks), key=lambda count: self.peak(count).bytes)
 
 
-def best_of_all(plain: PlanSearch, limit: int | None, host: int) -> PlanChoice:
+def best_of_all(plain: PlanSearch, limit: int | None, host: int, tiles: int | None = None) -> PlanChoice:
     """What costs least of all that stays within a limit, by all levers at once; where nothing does, what misses least.
 
-    limit: of the peak; None: the least that there is. host: bytes of the host's memory that may be taken.
+    limit: of the peak; None: the least that there is. host: bytes of the host's memory that may be taken. tiles: into
+    how many rows are cut, 1 for none, where there is a limit; None: as it is best.
     """
     few, many = _TILES
+    if tiles is not None and limit is not None:
+        return ((plain.over_tiles(tiles) if tiles > 1 else None) or plain).cheapest(limit, host)
     searches = [plain, *([tiled] if (tiled := plain.over_tiles(few)) is not None else [])]
     if limit is None:
         searches += [tiled] if len(searches) > 1 and (tiled := plain.over_tiles(many)) is not None else []

@@ -123,8 +123,10 @@ class MemoryPlan:
         return self.limit is None or self.total <= self.limit
 
 
-def plan_memory(joint: Joint, saved: Collection[fx.Node], cost: CostModel, wish: Wish) -> MemoryPlan:
-    """saved: what the partitioner would save."""
+def plan_memory(
+    joint: Joint, saved: Collection[fx.Node], cost: CostModel, wish: Wish, tiles: int | None = None
+) -> MemoryPlan:
+    """saved: what the partitioner would save. tiles: into how many rows are cut, 1 for none; None: as it is best."""
     state = state_bytes(joint, wish.optimizer)
     levels = levels_of(joint, saved)
     peak, ends = highest(levels), most_by_part({phase: found for phase, (_, found) in levels.items()})
@@ -135,7 +137,7 @@ def plan_memory(joint: Joint, saved: Collection[fx.Node], cost: CostModel, wish:
     blocks, trades = all_trades(joint, saved, cost)
     search = PlanSearch(joint, tuple(saved), trades, blocks, cost)
     limit = int(ROOM * wish.bytes) - state if wish.bytes is not None else None
-    chosen = best_of_all(search, limit, wish.host)
+    chosen = best_of_all(search, limit, wish.host, tiles)
     kept = chosen.saved
     again = made_again(joint, set(kept))
     return MemoryPlan(

@@ -2,7 +2,7 @@
 
 The partitioner runs first. Where what it saves does not fit, the plan tags every value of the forward: saved, or made
 again. The partitioner obeys tags, and runs once more. Where heads can run in stages, that joint graph is planned as
-well, and the better plan is taken.
+well, with rows in as many tiles, and the better plan is taken.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Partitioner(CustomPartitionerFn):
         if spare is not None and is_wanted and (stages := stage_heads(spare.graph)):
             begins("planning memory with heads in stages")
             stages = replace(stages, seconds=max(0.0, self._seconds_of(spare.graph) - self._seconds_of(gm.graph)))
-            other, behind, staged = self._cut_and_planned(spare, joint_inputs, kwargs)
+            tiles = plan.tiles.count if plan.tiles is not None else 1
+            other, behind, staged = self._cut_and_planned(spare, joint_inputs, kwargs, tiles)
             staged = replace(staged, stages=stages, as_it_was=plan.as_it_was, ends_as_it_was=plan.ends_as_it_was)
             if cheaper_plan(plan, staged, self.wish.least) is staged:
                 gm, forward, backward, plan = spare, other, behind, staged
@@ -66,15 +67,15 @@ class Partitioner(CustomPartitionerFn):
         return forward, backward
 
     def _cut_and_planned(
-        self, gm: fx.GraphModule, joint_inputs: Any, kwargs: Mapping[str, Any]
+        self, gm: fx.GraphModule, joint_inputs: Any, kwargs: Mapping[str, Any], tiles: int | None = None
     ) -> tuple[fx.GraphModule, fx.GraphModule, MemoryPlan]:
-        """What the partitioner alone makes of a joint graph, and the plan for it."""
+        """What the partitioner alone makes of a joint graph, and the plan for it. tiles: as of `plan_memory`."""
         forward, backward = partitioned(self.base, gm, joint_inputs, kwargs)
         saved = saved_by(gm, forward, backward)
         begins("planning memory")
         early = not self.wish.least
         joint = Joint.of(gm.graph, kwargs["num_fwd_outputs"], self.cost.accelerator, self.cost.fuses, early)
-        return forward, backward, plan_memory(joint, saved, self.cost, self.wish)
+        return forward, backward, plan_memory(joint, saved, self.cost, self.wish, tiles)
 
     def _seconds_of(self, graph: fx.Graph) -> float:
         """Of all calls of a joint graph, one after the other."""

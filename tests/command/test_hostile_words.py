@@ -204,7 +204,7 @@ def test_ctrl_c_in_this_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("moment", ["starting", "training"])
 def test_ctrl_c_ends_every_process_with_one_line(moment: str) -> None:
     """On a terminal of its own, whose Ctrl-C reaches the command and all that it has started."""

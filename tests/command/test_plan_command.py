@@ -52,7 +52,7 @@ def test_words_for_axes_and_links() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(19)
 def test_a_plan_and_a_sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     small = ("models:llama-tiny", "--world", "2", "--axes", "cp", "--workers", "1", "--json")
     assert call(monkeypatch, *small, "--seq", "64") == 0

@@ -125,7 +125,7 @@ def test_two_processes_train_and_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(20)
 @pytest.mark.parametrize(("attention", "collective"), [("ring", "send"), ("ulysses", "all_to_all")])
 def test_the_backend_trains_as_one_device_does_and_saves_less(attention: str, collective: str) -> None:
     report = train.launch(job(backend="spcompile", options={"attention": attention, "compiler": "eager"}))

@@ -15,7 +15,7 @@ CASE = Case(OwnModel, texts)
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}], ids=str)
 def test_model(worker_pool: Callable[[int], WorkerPool], mesh: Mapping[str, int], compiler: str) -> None:

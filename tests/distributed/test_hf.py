@@ -46,7 +46,7 @@ def test_inputs(worker_pool: PoolOf, model: str, kind: str, attention: str) -> N
     assert_same(worker_pool(2), case, tolerance_of(model, kind))
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.slow
 def test_two_layers_on_four_ranks(worker_pool: PoolOf) -> None:
     case = case_of("llama", "no labels", length=45, layers=2)

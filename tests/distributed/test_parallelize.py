@@ -137,7 +137,7 @@ def test_a_transformers_llama_trains_as_the_plain_one(worker_pool: PoolOf) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(18)
 def test_gathered_by_inductor_too(worker_pool: PoolOf) -> None:
     case = Training(
         partial(models.build, "llama-tiny", layers=1), tokens, *MESHES["cp"], {"compiler": "inductor"}, steps=2

@@ -129,7 +129,7 @@ def use(sizes: dict[str, int], axis: str | None) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(25)
 @pytest.mark.parametrize(("sizes", "axis"), [({"cp": 2}, "cp"), ({"tp": 2}, None)])
 def test_evaluation_other_lengths_and_uncompiled_calls(
     worker_pool: PoolOf, sizes: dict[str, int], axis: str | None

@@ -114,7 +114,7 @@ INDUCTOR = {
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(23)
 @pytest.mark.parametrize("name", INDUCTOR)
 def test_inductor(worker_pool: PoolOf, name: str) -> None:
     """Inductor fuses what RMSNorm of transformers computes in float32 and rounds it in another order."""

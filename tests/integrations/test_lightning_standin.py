@@ -96,7 +96,7 @@ def compare(kind: str, mesh: dict[str, int]) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(10)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"dp": 2, "cp": 2}], ids=str)
 @pytest.mark.parametrize("kind", ["Trainer", "Fabric"])
 def test_as_in_one_process(worker_pool: PoolOf, kind: str, mesh: dict[str, int]) -> None:

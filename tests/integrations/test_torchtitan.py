@@ -103,7 +103,7 @@ def errors_over(mesh: dict[str, int] | None, data: int) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(6)
 @pytest.mark.parametrize(("mesh", "data"), [(None, 1), ({"tp": 2}, 1), ({"cp": 2}, 2)], ids=str)
 def test_as_in_one_process(worker_pool: PoolOf, mesh: dict[str, int] | None, data: int) -> None:
     for errors in worker_pool(2 * data).run(errors_over, mesh, data):

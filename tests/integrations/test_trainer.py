@@ -92,7 +92,7 @@ def test_two_ranks(worker_pool: PoolOf, axis: str, settings: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("settings", [name for name in SETTINGS if name != "each its own tokens"])
 @pytest.mark.parametrize("mesh", [{"dp": 2, "cp": 2}, {"tp": 2, "dp": 2}], ids=str)
 def test_over_dp(worker_pool: PoolOf, mesh: dict[str, int], settings: str) -> None:

@@ -57,7 +57,7 @@ def losses_of(block: str) -> tuple[list[float], list[float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(14)
 @pytest.mark.parametrize(("title", "block"), BLOCKS, ids=[title for title, _ in BLOCKS])
 def test_blocks(worker_pool: PoolOf, title: str, block: str) -> None:
     results = worker_pool(4 if "(2, 2)" in block else 2).run(losses_of, block)

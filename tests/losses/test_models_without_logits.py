@@ -193,7 +193,7 @@ def test_predicted_seconds_count_one_product_more() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(9)
+@pytest.mark.thinned(24)
 @pytest.mark.parametrize("mesh", [{"cp": 3}, {"tp": 2}, {"tp": 2, "cp": 2}], ids=str)
 @pytest.mark.parametrize("name", ["hf:llama", "hf:gemma2", "hf:gpt2"])
 def test_hugging_face_models(name: str, mesh: dict[str, int]) -> None:

@@ -151,7 +151,7 @@ def test_numbers_stay_what_they_are(mesh: dict[str, int], attention: str) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(8)
+@pytest.mark.thinned(22)
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_one_process_saves_and_computes_what_is_planned(compiler: str) -> None:
     model, (x_BSD,) = deep(), inputs()

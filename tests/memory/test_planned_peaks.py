@@ -22,7 +22,7 @@ from spcompile.passes import PIPELINE
 from spcompile.program.trace import compile_for, through_dynamo
 
 WORST = 0.03
-Search = Callable[[PlanSearch, int | None, int], PlanChoice]
+Search = Callable[..., PlanChoice]
 
 
 def planned_and_counted(
@@ -46,7 +46,7 @@ def planned_and_counted(
 def only_over(tiles: int) -> Search:
     """Looks only at plans that run over so many tiles; 0: at all."""
 
-    def search(plain: PlanSearch, limit: int | None, host: int) -> PlanChoice:
+    def search(plain: PlanSearch, limit: int | None, host: int, only: int | None = None) -> PlanChoice:
         tiled = plain.over_tiles(tiles) if tiles else None
         if tiled is None:
             return best_of_all(plain, limit, host)

@@ -20,10 +20,11 @@ from spcompile.graph.storage import root_of
 from spcompile.machine.byte_sizes import bytes_text, parse_bytes
 from spcompile.machine.optimizers import OPTIMIZERS
 from spcompile.memory.fusion import fused_away
-from spcompile.memory.liveness import Lives, levels_of, peak_of
+from spcompile.memory.liveness import Lives, Peak, levels_of, peak_of
+from spcompile.memory.plan_search import PlanSearch
 from spcompile.memory.planner import Wish, plan_memory
 from spcompile.memory.stream_blocks import find_blocks
-from spcompile.memory.trades import Savings, made_again
+from spcompile.memory.trades import Savings, Trade, made_again
 from spcompile.options import Options
 
 
@@ -196,3 +197,35 @@ def test_levels_in_numbers_are_those_of_the_lives_of_storages(fuses: bool) -> No
     inside = fused_away(order, kept) if fuses else ()
     lives = Lives.of(order, (), kept, root_of, inside)
     assert found == lives.bytes(joint.bytes_of.__getitem__, [0] * len(order))
+
+
+class Peaks(PlanSearch):
+    """Of trades whose peaks are given; notes which are looked at."""
+
+    def __init__(self, peaks: list[int], frees: list[int], before_inputs: int) -> None:
+        self.trades = [Trade((), (), (), size, 0.0) for size in frees]
+        self.peaks, self.before_inputs, self.looks = peaks, before_inputs, set[int]()
+
+    def peak(self, count: int) -> Peak:
+        self.looks.add(count)
+        return Peak(self.peaks[count], "backward", None)
+
+
+@pytest.mark.parametrize("before_inputs", [900, 1000])
+@pytest.mark.parametrize("limit", [10, 2_000, 4_321, 9_990, 10_000, 11_000])
+def test_the_fewest_trades_that_fit_are_found_in_few_looks(limit: int, before_inputs: int) -> None:
+    """Of a thousand that each free ten bytes, and a peak that falls by most of them."""
+    peaks = [10_000 - 9 * count + (count % 7 == 3) for count in range(1001)]
+    search = Peaks(peaks, [10] * 1000, before_inputs)
+    found = search.first_below(limit)
+    if limit < min(peaks):
+        assert peaks[found] == min(peaks[count] for count in search.looks)
+        return
+    assert peaks[found] <= limit
+    assert found == 0 or peaks[found - 1] > limit
+    assert len(search.looks) <= 12
+
+
+def test_where_making_all_again_takes_more_the_fewest_that_fit_are_found() -> None:
+    peaks = [100, 90, 80, 70, 60, 95, 96]
+    assert [Peaks(peaks, [10] * 6, 6).first_below(limit) for limit in (85, 60, 50)] == [2, 4, 4]

@@ -26,7 +26,7 @@ LAYERS = 8  # of which the first and the last are no others' equals
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(6)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("name", ["llama-tiny", "gpt-tiny", "bert-tiny"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_is_that_of_all_layers(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def compare(plans: RankedPlans, at: int, build: Callable[..., Any] = small, batc
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize("build", [small, llama])
 @pytest.mark.parametrize(
     ("world", "axes", "batch"), [(2, ("cp",), 1), (2, ("tp",), 1), (4, ("tp", "cp"), 1), (2, ("dp",), 2)]

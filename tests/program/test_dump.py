@@ -133,7 +133,7 @@ def by_hand(x: Tensor, m: Tensor) -> Tensor:
     return (scores.softmax(-1) @ x) * m
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(7)
 @pytest.mark.parametrize("function", [by_hand, torch.mul])
 @pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_one_device_dumps_too(tmp_path: Path, function: Callable[..., Tensor], compiler: str) -> None:

@@ -41,7 +41,7 @@ def library(folder: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(22)
 @pytest.mark.parametrize("first", range(4))
 @pytest.mark.skipif(torch.version.cuda is not None, reason="for builds without CUDA")
 def test_all_that_is_traced_stays_on_the_gpu(first: int, tmp_path: Path) -> None:

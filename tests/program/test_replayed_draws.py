@@ -101,7 +101,7 @@ def slope_off(compiler: str) -> float:
     return float((slope / predicted - 1).detach().abs())
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(9)
 @pytest.mark.slow
 def test_inductor_draws_the_same_in_the_backward(worker_pool: Callable[[int], WorkerPool]) -> None:
     """Its numbers are not those of eager PyTorch."""

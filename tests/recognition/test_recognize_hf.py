@@ -125,7 +125,7 @@ CASES: list[Any] = [
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize(("build", "kind", "attention", "masks"), CASES)
 def test_eager_attention(build: Callable[[], nn.Module], kind: str, attention: str, masks: list[str]) -> None:
     with default_dtype(torch.float32 if kind == "left padding" else torch.float64):

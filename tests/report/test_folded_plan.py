@@ -56,7 +56,7 @@ def test_what_is_exact_and_what_is_close(mesh: dict[str, int], shard: tuple[str,
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(22)
 def test_layers_are_folded_where_all_is_saved_and_only_there() -> None:
     model, ids_BS = models.build("llama-tiny", layers=LAYERS), torch.zeros(1, 256, dtype=torch.int64)
     batch = {"ids_BS": ids_BS, "labels_BS": ids_BS}

@@ -296,7 +296,7 @@ def test_outputs_are_each_ranks_own_entry() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("others", ["padding", "positions of all entries"])
 def test_hugging_face_llama(others: str) -> None:
     transformers = pytest.importorskip("transformers")

@@ -11,23 +11,23 @@ from spcompile.memory.liveness import peak_of
 from spcompile.memory.plan_search import PlanChoice, PlanSearch
 
 TILES = 4
-Search = Callable[[PlanSearch, int | None, int], PlanChoice]
+Search = Callable[..., PlanChoice]
 
 
-def recompute(plain: PlanSearch, limit: int | None, host: int) -> PlanChoice:
+def recompute(plain: PlanSearch, limit: int | None, host: int, only: int | None = None) -> PlanChoice:
     return plain.plain(plain.before_inputs)
 
 
-def offload(plain: PlanSearch, limit: int | None, host: int) -> PlanChoice:
+def offload(plain: PlanSearch, limit: int | None, host: int, only: int | None = None) -> PlanChoice:
     return _with_all_on_the_host(plain, 0)
 
 
-def tile(plain: PlanSearch, limit: int | None, host: int) -> PlanChoice:
+def tile(plain: PlanSearch, limit: int | None, host: int, only: int | None = None) -> PlanChoice:
     search = _tiled(plain)
     return search.with_tiles(search.plain(0))
 
 
-def every(plain: PlanSearch, limit: int | None, host: int) -> PlanChoice:
+def every(plain: PlanSearch, limit: int | None, host: int, only: int | None = None) -> PlanChoice:
     """A third of the trades; all that is still saved and can go waits on the host; and tiles."""
     search = _tiled(plain)
     return search.with_tiles(_with_all_on_the_host(search, plain.before_inputs // 3))

@@ -118,7 +118,7 @@ def test_whole_models_in_both_modes_of_the_simulator(degree: int, length: int) -
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(5)
 def test_lengths_may_be_symbols() -> None:
     """The graph compiled for one length is right for another, padding included."""
     given = tokens(14)

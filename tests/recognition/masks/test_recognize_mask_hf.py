@@ -77,7 +77,7 @@ def transformers_calls() -> list[tuple[str, str, bool]]:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize(("name", "call", "dynamic"), transformers_calls())
 def test_transformers(name: str, call: str, dynamic: bool) -> None:
     transformers = pytest.importorskip("transformers")

@@ -90,7 +90,7 @@ def test_plain_kernels(capability: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(10)
+@pytest.mark.thinned(30)
 @pytest.mark.parametrize(
     ("arch", "element", "size", "variant"),
     [  # float32 compiles for minutes
@@ -120,7 +120,7 @@ def test_rounded_scores(capability: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.thinned(4)
+@pytest.mark.thinned(16)
 @pytest.mark.parametrize("capability", [90, 100])
 @pytest.mark.parametrize("size", [72, 80])
 def test_what_no_descriptor_describes(size: int, capability: int) -> None:

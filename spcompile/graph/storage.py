@@ -24,16 +24,18 @@ _c10d = torch.ops._c10d_functional
 
 def root_of(node: fx.Node) -> fx.Node:
     """The node that made the storage of a value."""
-    while node.op == "call_function" and (base := _base(node)) is not None:
+    while (base := base_of(node)) is not None:
         node = base
     return node
 
 
-def _base(node: fx.Node) -> fx.Node | None:
-    """The operand whose storage the value of this call shares."""
+def base_of(node: fx.Node) -> fx.Node | None:
+    """The operand whose storage the value of this node shares; None where it has one of its own."""
+    if node.op != "call_function":
+        return None
     if node.target is operator.getitem:
         source = node.args[0]
-        return source if isinstance(source, fx.Node) and _base(source) is not None else None
+        return source if isinstance(source, fx.Node) and base_of(source) is not None else None
     if node.target in (torch.ops.aten._unsafe_view.default, _c10d.wait_tensor.default):
         return node.args[0]  # type: ignore[return-value]
     for place in _shared_arguments(node.target):

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch.fx as fx
 
-from spcompile.graph.storage import born_at, root_of, storage_bytes
+from spcompile.graph.storage import base_of, born_at, storage_bytes
 from spcompile.memory.fusion import MOST_READ, is_fusible, is_made_inside
 
 Lives = list[tuple[int, int, int]]  # a storage, and the first and the last call, by place, at which it is there
@@ -29,7 +29,9 @@ class NumberedCalls:
         self.number = number = {node: at for at, node in enumerate(self.nodes)}
         self.reads = [tuple(number[value] for value in node.all_input_nodes) for node in self.nodes]
         self.users = [tuple(number[user] for user in node.users if user in number) for node in self.nodes]
-        self.root = [number[root_of(node)] for node in self.nodes]
+        self.root: list[int] = []
+        for at, base in enumerate(map(base_of, self.nodes)):
+            self.root.append(at if base is None else self.root[number[base]])
         self._born_with = [number[born_at(node)] for node in self.nodes]
         self._is_fusible = [is_fusible(node) for node in self.nodes]
         self._is_made_inside = [is_made_inside(node) for node in self.nodes]
@@ -38,7 +40,7 @@ class NumberedCalls:
     @cached_property
     def size(self) -> list[int]:
         """Of each node, what it allocates."""
-        return [storage_bytes(node) for node in self.nodes]
+        return [storage_bytes(node) if self.root[at] == at else 0 for at, node in enumerate(self.nodes)]
 
     def with_all_read(self, order: Iterable[int], wanted: Iterable[int]) -> list[int]:
         """Of an order the calls that these values are computed from, and they themselves."""

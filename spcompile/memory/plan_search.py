@@ -22,6 +22,7 @@ from spcompile.memory.stream_blocks import Blocks
 from spcompile.memory.trades import Trade, saved_after
 from spcompile.schedule.op_cost import CostModel, bytes_of
 
+CHEAP = 0.01  # of a step: a plan that fits and costs no more is taken as it is
 _LOOKS = 12  # numbers of trades that are tried where the least peak is searched
 _LAST_LOOKS = 6  # and of the last ones, each of which gives up half of the inputs of blocks
 _TILES = (8, 32)  # into how many rows are cut; the second only where nothing else fits
@@ -162,7 +163,7 @@ class PlanSearch:
     def _cheapest(self, limit: int, host: int) -> PlanChoice:
         count = self.first_below(limit)
         plain = self.plain(count)
-        if not host:
+        if not host or (plain.peak.bytes <= limit and self.is_cheap(plain)):
             return plain
         best = plain if plain.peak.bytes <= limit else None
         beyond: list[PlanChoice] = []
@@ -217,6 +218,15 @@ class PlanSearch:
                 low = middle + 1
         return found
 
+    def is_cheap(self, chosen: PlanChoice) -> bool:
+        """Whether a choice costs so little of a step that none could cost much less."""
+        return chosen.seconds <= CHEAP * self.step_seconds
+
+    @cached_property
+    def step_seconds(self) -> float:
+        """Of all calls of a step, where nothing is made again."""
+        return sum(self.cost.work(node).seconds for node in (*self.joint.forward, *self.joint.backward))
+
     def _seconds(self, count: int) -> float:
         return sum(trade.seconds for trade in self.trades[:count])
 
@@ -262,16 +272,19 @@ def best_of_all(plain: PlanSearch, limit: int | None, host: int, tiles: int | No
     how many rows are cut, 1 for none, where there is a limit; None: as it is best.
     """
     few, many = _TILES
-    if tiles is not None and limit is not None:
-        return ((plain.over_tiles(tiles) if tiles > 1 else None) or plain).cheapest(limit, host)
-    searches = [plain, *([tiled] if (tiled := plain.over_tiles(few)) is not None else [])]
     if limit is None:
-        searches += [tiled] if len(searches) > 1 and (tiled := plain.over_tiles(many)) is not None else []
+        searches = [plain, *(tiled for count in _TILES if (tiled := plain.over_tiles(count)) is not None)]
         limit = min(search.least_of_all(host).peak.bytes for search in searches)
         return min((search.cheapest(limit, host) for search in searches), key=_preference(limit, host))
-    best = min((search.cheapest(limit, host) for search in searches), key=_preference(limit, host))
-    if best.peak.bytes > limit and len(searches) > 1 and (tiled := plain.over_tiles(many)) is not None:
-        best = min(best, tiled.cheapest(limit, host), key=_preference(limit, host))
+    if tiles is not None:
+        return ((plain.over_tiles(tiles) if tiles > 1 else None) or plain).cheapest(limit, host)
+    best, prefer = plain.cheapest(limit, host), _preference(limit, host)
+    if best.peak.bytes <= limit and plain.is_cheap(best):
+        return best
+    if (tiled := plain.over_tiles(few)) is not None:
+        best = min(best, tiled.cheapest(limit, host), key=prefer)
+        if best.peak.bytes > limit and (tiled := plain.over_tiles(many)) is not None:
+            best = min(best, tiled.cheapest(limit, host), key=prefer)
     return best
 
 

@@ -71,7 +71,7 @@ class MemoryPlan:
     """What was chosen. trades: empty where nothing is made again. again: calls of the forward that the backward runs.
 
     away: what waits in the memory of the host, of which a rank may take `host_limit` bytes, and `ranks` share it.
-    tiles: over which wide parts run. stages: in which heads run.
+    tiles: over which wide parts run. stages: in which heads run. is_cheap: it costs little of a step, if anything.
     state_bytes: of inputs and of the optimizer. as_it_was: `total` without trades, and its most in the forward and in
     both ends of the backward. limit: of `total`.
     """
@@ -90,6 +90,7 @@ class MemoryPlan:
     ranks: int = 1
     tiles: Tiles | None = None
     stages: HeadStages | None = None
+    is_cheap: bool = True
 
     @property
     def total(self) -> int:
@@ -154,6 +155,7 @@ def plan_memory(
         wish.host,
         wish.ranks,
         chosen.tiles,
+        is_cheap=search.is_cheap(chosen),
     )
 
 

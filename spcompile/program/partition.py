@@ -2,7 +2,7 @@
 
 The partitioner runs first. Where what it saves does not fit, the plan tags every value of the forward: saved, or made
 again. The partitioner obeys tags, and runs once more. Where heads can run in stages, that joint graph is planned as
-well, with rows in as many tiles, and the better plan is taken.
+well, with rows in as many tiles, unless the first plan costs next to nothing; the better plan is taken.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Partitioner(CustomPartitionerFn):
         """The forward and the backward graph."""
         spare = copy_module(gm) if self.wish.is_bounded and sends_groups(gm.graph) else None
         forward, backward, plan = self._cut_and_planned(gm, joint_inputs, kwargs)
-        is_wanted = self.wish.least or plan.changes_anything or not plan.fits
+        is_wanted = self.wish.least or not plan.fits or not plan.is_cheap
         if spare is not None and is_wanted and (stages := stage_heads(spare.graph)):
             begins("planning memory with heads in stages")
             stages = replace(stages, seconds=max(0.0, self._seconds_of(spare.graph) - self._seconds_of(gm.graph)))

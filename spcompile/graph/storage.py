@@ -74,6 +74,8 @@ def _allocated(node: fx.Node) -> Iterable[torch.Tensor]:
     value: Any = node.meta.get("val")
     if node.op == "output" or root_of(node) is not node:
         return []
+    if isinstance(value, torch.Tensor):
+        return [value]
     if isinstance(value, (tuple, list)):
         taken = {user.args[1] for user in node.users if is_getitem(user)}
         value = [part for index, part in enumerate(value) if index not in taken]

@@ -14,7 +14,7 @@ does (arXiv 2602.21196), but for sums over groups. On the joint graph, so that a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from spcompile.collectives.typed_calls import AllToAllCall
 from spcompile.diagnostics import SourceLine, source_of
 from spcompile.graph.aten_ops import packet_of
 from spcompile.graph.edit import is_getitem, is_tensor, operand, shape_of
-from spcompile.graph.storage import storage_bytes
+from spcompile.graph.storage import root_of, storage_bytes
 from spcompile.memory.joint import ancestors
 from spcompile.memory.parts_of_dims import Cut, PartsOfValues, is_whole_product
 
@@ -77,6 +77,49 @@ def sends_groups(graph: fx.Graph) -> bool:
     if any(not isinstance(size, int) for node in graph.nodes if is_tensor(node) for size in shape_of(node)):
         return False
     return any(_pieces_sent(graph))
+
+
+def may_lower(graph: fx.Graph, at: fx.Node | None, saved: Collection[fx.Node]) -> bool:
+    """Whether a value that stages would cut is there during a call of a joint graph: else they change nothing there.
+
+    What is saved is there anyhow. What is made again in the backward is there from its first reader there.
+    """
+    place = {node: number for number, node in enumerate(graph.nodes)}
+    backward = _behind_tangents(graph)
+    if at not in place:
+        return False
+    pieces = list(_pieces_sent(graph))
+    sent = _without_products([piece.node for piece in pieces], lambda node: node.all_input_nodes)
+    messages = {message for piece in pieces for message in _messages_of(piece.node)}
+    came = [node for node in backward if AllToAllCall.is_call(node) and node not in messages]
+    stays = {root_of(node) for node in saved}
+    for node in (*sent, *messages, *_without_products(came, lambda node: list(node.users))):
+        in_phase = [place[user] for user in node.users if (user in backward) == (at in backward)]
+        start = place[node] if (node in backward) == (at in backward) else min(in_phase, default=0)
+        if root_of(node) not in stays and start <= place[at] <= max(in_phase, default=-1):
+            return True
+    return False
+
+
+def _behind_tangents(graph: fx.Graph) -> set[fx.Node]:
+    """The calls of a joint graph that need a gradient of an output."""
+    found = {node for node in graph.find_nodes(op="placeholder") if "tangents" in str(node.target)}
+    for node in graph.nodes:
+        if node.op == "call_function" and not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _without_products(nodes: Iterable[fx.Node], more: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """The nodes and what `more` leads to, up to products of all heads, to inputs and to the output."""
+    found: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found and node.op == "call_function":
+            found.add(node)
+            pending += [] if is_whole_product(node) else more(node)
+    return found
 
 
 def stage_heads(graph: fx.Graph) -> HeadStages | None:

@@ -2,7 +2,8 @@
 
 The partitioner runs first. Where what it saves does not fit, the plan tags every value of the forward: saved, or made
 again. The partitioner obeys tags, and runs once more. Where heads can run in stages, that joint graph is planned as
-well, with rows in as many tiles, unless the first plan costs next to nothing; the better plan is taken.
+well, with rows in as many tiles, unless the first plan costs next to nothing or its peak would stay; the better plan
+is taken.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from spcompile.graph.edit import copy_module
 from spcompile.graph.storage import saved_values
-from spcompile.memory.head_stages import sends_groups, stage_heads
+from spcompile.memory.head_stages import may_lower, sends_groups, stage_heads
 from spcompile.memory.joint import Joint
 from spcompile.memory.planner import MemoryPlan, Wish, cheaper_plan, plan_memory
 from spcompile.memory.row_tiles import TILES
@@ -48,6 +49,7 @@ class Partitioner(CustomPartitionerFn):
         spare = copy_module(gm) if self.wish.is_bounded and sends_groups(gm.graph) else None
         forward, backward, plan = self._cut_and_planned(gm, joint_inputs, kwargs)
         is_wanted = self.wish.least or not plan.fits or not plan.is_cheap
+        is_wanted = is_wanted and spare is not None and may_lower(gm.graph, plan.peak.at, plan.saved)
         if spare is not None and is_wanted and (stages := stage_heads(spare.graph)):
             begins("planning memory with heads in stages")
             stages = replace(stages, seconds=max(0.0, self._seconds_of(spare.graph) - self._seconds_of(gm.graph)))

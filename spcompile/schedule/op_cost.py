@@ -290,7 +290,10 @@ def _itemsize(node: fx.Node) -> int:
 
 
 def _tensors(node: fx.Node) -> list[torch.Tensor]:
-    return [x for x in pytree.tree_leaves(node.meta.get("val")) if isinstance(x, torch.Tensor)]
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
 
 
 def _fuses(node: fx.Node) -> bool:

@@ -38,6 +38,10 @@ from torch._dynamo.exc import RestartAnalysis, TensorifyScalarRestartAnalysis
 # torch 2.13: torch/_dynamo/symbolic_convert.py. What traces a frame, and which floats are to be numbers in it.
 from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
 
+# torch 2.13: torch/_dynamo/variables. What Dynamo makes of a logger, and of a constant.
+from torch._dynamo.variables.constant import ConstantVariable
+from torch._dynamo.variables.misc import LoggingLoggerVariable
+
 # torch 2.13: torch/_dynamo/variables/torch_function.py. Where Dynamo keeps function modes while it compiles a frame.
 from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 
@@ -105,11 +109,13 @@ __all__ = [
     "RESUMED",
     "VMAP_SWITCHES",
     "CompiledCall",
+    "ConstantVariable",
     "CustomGraphPass",
     "CustomPartitionerFn",
     "FunctionalTensor",
     "FunctionalTensorMode",
     "LazyGraphModule",
+    "LoggingLoggerVariable",
     "OrderedSet",
     "RestartAnalysis",
     "TensorifyState",

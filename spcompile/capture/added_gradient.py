@@ -20,7 +20,7 @@ _LIBRARY.define(
 
 def add_gradient(x: Tensor, gradient: Tensor, *, nothing_else: bool) -> Tensor:
     """`x`, to whose gradient `gradient` is added, of its shape. nothing_else: no other part of that gradient counts."""
-    return torch.ops.spx.add_gradient(x, gradient.to(x.dtype), nothing_else)  # type: ignore[no-any-return]
+    return torch.ops.spx.add_gradient(x, gradient.to(x.dtype), nothing_else)
 
 
 def erase_added_gradients(graph: fx.Graph) -> int:

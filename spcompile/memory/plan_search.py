@@ -237,9 +237,9 @@ class PlanSearch:
         """
         if self.peak(0).bytes <= limit:
             return 0
-        often_least = (self.before_inputs, len(self.trades))
-        high = next((count for count in often_least if self.peak(count).bytes <= limit), None)
-        if high is None and self.peak(high := self.least()).bytes > limit:
+        often_enough = [count for count in (self.before_inputs, len(self.trades)) if self.peak(count).bytes <= limit]
+        high = often_enough[0] if often_enough else self.least()
+        if self.peak(high).bytes > limit:
             return high
         low = last = 0  # at `high` it fits, at `low` it does not
         by_bytes = True

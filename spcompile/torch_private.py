@@ -33,14 +33,16 @@ from torch._dynamo.convert_frame import CatchErrorsWrapper
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
 # torch 2.13: torch/_dynamo/exc.py. Asks Dynamo to trace again, as with numbers in place of symbolic floats.
-from torch._dynamo.exc import RestartAnalysis, TensorifyScalarRestartAnalysis
+# And ends a graph.
+from torch._dynamo.exc import RestartAnalysis, TensorifyScalarRestartAnalysis, unimplemented
 
 # torch 2.13: torch/_dynamo/symbolic_convert.py. What traces a frame, and which floats are to be numbers in it.
 from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
 
-# torch 2.13: torch/_dynamo/variables. What Dynamo makes of a logger, and of a constant.
+# torch 2.13: torch/_dynamo/variables. What Dynamo makes of a logger, of a constant, and of a tensor.
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.misc import LoggingLoggerVariable
+from torch._dynamo.variables.tensor import TensorVariable
 
 # torch 2.13: torch/_dynamo/variables/torch_function.py. Where Dynamo keeps function modes while it compiles a frame.
 from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
@@ -118,6 +120,7 @@ __all__ = [
     "LoggingLoggerVariable",
     "OrderedSet",
     "RestartAnalysis",
+    "TensorVariable",
     "TensorifyState",
     "TracingContext",
     "aot_autograd",
@@ -151,6 +154,7 @@ __all__ = [
     "traced_frame",
     "traced_function",
     "under_function_modes",
+    "unimplemented",
     "unset_fake_temporarily",
 ]
 

@@ -53,6 +53,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1, "state_size": 8},
     "neomme": {"head_dim": 16},
+    "pegasus_x": {"block_size": 6, "num_global_tokens": 8},
     "siglip2": {"num_patches": 64},
     "xlnet": {"d_inner": 48, "n_layer": 2},
     "zaya": {"num_experts_per_tok": 1},

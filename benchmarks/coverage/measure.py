@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import spcompile
 
 MESHES: dict[str, dict[str, int]] = {"cp": {"cp": 2}, "tp": {"tp": 2}}
+_GATHERED = {"SPR102", "SPR103"}  # remarks with which the tokens of all ranks may be sorted by their experts
 SPREAD = 0.1  # of what is added to parameters that are constant, whose gradients a zero would hide
 TEXT = 300
 
@@ -71,16 +72,17 @@ def on_mesh(model: nn.Module, batch: Any, mesh: dict[str, int]) -> dict[str, Any
     if not option:
         torch._dynamo.reset()
         memory = spcompile.explain(model, batch, mesh).to_dict()["memory"]
-        both = memory["saved_activation_bytes"], memory["saved_activation_bytes_one_device"]
-        kept, alone = map(_number, both)
-        found["ratio"] = kept / (alone / 2) if alone else None
+        tokens = families.BATCH * families.LENGTH
+        alone = _number(memory["saved_activation_bytes_one_device"], tokens)
+        own = tokens // 2 if "cp" in mesh and not _GATHERED & {*found["remarks"]} else tokens
+        found["ratio"] = _number(memory["saved_activation_bytes"], own) / (alone / 2) if alone else None
     return found
 
 
-def _number(size: int | str) -> float:
-    """A size, where all that depend on data, as the tokens of an expert, are an even share of the tokens."""
+def _number(size: int | str, tokens: int) -> float:
+    """A size, where all that depend on data, as the tokens of an expert, are an even share of so many tokens."""
     said_size = sympy.sympify(size)
-    return float(said_size.subs(dict.fromkeys(said_size.free_symbols, families.BATCH * families.LENGTH // 2)))
+    return float(said_size.subs(dict.fromkeys(said_size.free_symbols, tokens // 2)))
 
 
 def randomise(model: nn.Module) -> None:

@@ -24,6 +24,7 @@ from spcompile.passes_api import AxisPass, Context, Example, OnAxis, Stage
 from spcompile.sharding.batch_entries import inputs_with_batch, require_batch
 from spcompile.sharding.exchanges import alone_in_exchanges, exchange
 from spcompile.sharding.group_ends import count_apart
+from spcompile.sharding.group_totals import fold_totals
 from spcompile.sharding.index_spaces import IndexSpaces, find_index_spaces, prefixes_of_their_own
 from spcompile.sharding.layout import annotate
 from spcompile.sharding.mixed_rows import mixed_row_seeds
@@ -67,7 +68,7 @@ class AnnotateSharding(AxisPass):
         """
         place = {"dp": _place_batch, "cp": _place_sequence, "tp": _place_weights}[self.axis]
         is_split = self.axis != "tp" and ctx.mesh.size(self.axis) > 1
-        rewrites = count_apart(gm.graph) if is_split else 0
+        rewrites = fold_totals(gm.graph) + (count_apart(gm.graph) if is_split else 0)
         shuffles = find_shuffles(gm.graph) if self.axis != "tp" else []
         alone: Mapping[fx.Node, OpRule] = {}
         while True:

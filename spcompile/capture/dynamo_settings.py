@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from spcompile.capture import user_logging, user_warnings  # noqa: F401  (tell Dynamo what to trace)
+from spcompile.capture import lists_of_numbers, user_logging, user_warnings  # noqa: F401  (tell Dynamo what to trace)
 from spcompile.torch_private import detect_is_causal_mask
 
 _TOLD = ("capture_scalar_outputs", "capture_dynamic_output_shape_ops", "allow_rnn")

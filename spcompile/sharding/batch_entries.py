@@ -24,7 +24,7 @@ from spcompile.diagnostics import BatchNotSplit, source_of
 from spcompile.graph.aten_ops import overloads, tensor_operands
 from spcompile.graph.edit import is_getitem, shape_of
 from spcompile.graph.sizes import divides, hint, same, same_shape
-from spcompile.sharding.group_ends import CASTS
+from spcompile.sharding.group_counts import CASTS
 from spcompile.sharding.index_spaces import IndexSpaces
 from spcompile.sharding.propagate import (
     Choice,

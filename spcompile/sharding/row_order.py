@@ -25,6 +25,16 @@ class SortedRows:
 
 
 @dataclass(frozen=True)
+class GroupRows:
+    """Dim `dim` has the sorted rows of group `number`, of `count` groups; all groups, if that is None."""
+
+    sort: fx.Node
+    dim: int
+    number: int | None
+    count: int
+
+
+@dataclass(frozen=True)
 class RowPlaces:
     """Numbers of unsorted rows, read as `pieces`, of which they count those of `span`. Dim `dim` is in sorted order.
 
@@ -57,7 +67,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Ends:
-    """Where the groups of sorted rows end, or how many rows each has."""
+    """Where the groups of sorted rows end, or how many rows each has; also one of these numbers."""
 
     sort: fx.Node
 
@@ -69,7 +79,7 @@ class RowCount:
     sort: fx.Node
 
 
-Fact = SortedRows | RowPlaces | Ranks | Ends | RowCount
+Fact = SortedRows | GroupRows | RowPlaces | Ranks | Ends | RowCount
 Facts = Mapping[fx.Node, Fact]
 
 

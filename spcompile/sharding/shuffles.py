@@ -25,13 +25,14 @@ import torch
 import torch.fx as fx
 
 from spcompile.graph.aten_ops import overloads, tensor_operands
-from spcompile.graph.edit import is_getitem, operand, result_number, shape_of
+from spcompile.graph.edit import argument, is_getitem, operand, result_number, shape_of
 from spcompile.graph.sizes import same
-from spcompile.sharding.group_ends import CASTS, SORTS, GroupEnds, ends_of, is_grouped, numbers_of
+from spcompile.sharding.group_counts import CASTS, SORTS, numbers_of
+from spcompile.sharding.group_ends import SPLITS, GroupEnds, all_ends, is_grouped
 from spcompile.sharding.index_spaces import IndexSpaces
 from spcompile.sharding.placed_rows import DIVISIONS, READERS, part_of_places
 from spcompile.sharding.propagate import Placements
-from spcompile.sharding.row_order import Ends, Fact, Facts, Ranks, RowCount, RowPlaces, Seen, SortedRows
+from spcompile.sharding.row_order import Ends, Fact, Facts, GroupRows, Ranks, RowCount, RowPlaces, Seen, SortedRows
 from spcompile.sharding.rules import OpRule, rule_of, shuffled
 from spcompile.sharding.rules.calls import arguments
 from spcompile.sharding.rules.creation import CONSTANT, CONSTANT_WITH_MODEL, LIKE
@@ -42,6 +43,7 @@ _MOVES = frozenset(
     (*CASTS, *overloads("unsqueeze expand expand_as broadcast_to reshape view repeat squeeze squeeze.dim"))
 )
 _PICKS = frozenset(overloads("where nonzero_numpy"))
+_CATS = frozenset(overloads("cat concat concatenate"))
 _COMPARISONS = (operator.ge, operator.le, operator.gt, operator.lt)
 _INDICES = (torch.int32, torch.int64)
 
@@ -87,10 +89,9 @@ class _RowSearch:
         self.sort_by = {key: sort for key, sort in zip(keys, found, strict=True) if keys.count(key) == 1}
 
     def run(self) -> None:
-        for node in self.graph.nodes:
-            ends = ends_of(node) if is_grouped(node) else None
-            if ends is not None and ends.key in self.sort_by:
-                self.ends.update(dict.fromkeys(ends.calls, ends))
+        for ends in all_ends(self.graph):
+            if ends.key in self.sort_by:
+                self.ends.update(dict.fromkeys((*ends.calls, *ends.numbers), ends))
         for node in self.graph.nodes:
             self.visit(node)
 
@@ -138,9 +139,15 @@ class _RowSearch:
             return self.result(node, sort), None
         if is_grouped(node):
             return _rows_in_groups(node, facts), shuffled.grouped_rows(node)
+        if node.target in SPLITS and any(isinstance(fact, Ends) for fact in facts.values()):
+            return self.split(node, facts)
+        if any(isinstance(fact, Ends) and not tensor_results(x) for x, fact in facts.items()):
+            raise Seen  # something else in the size of a group
         facts = {x: fact for x, fact in facts.items() if not isinstance(fact, RowCount)}
         if not facts:
             raise Seen  # something of as many rows as were picked
+        if any(isinstance(fact, GroupRows) for fact in facts.values()):
+            return _rows_of_groups(node, facts)
         if all(isinstance(fact, SortedRows) for fact in facts.values()) or node.target in _CONSTANTS:
             return row_by_row(node, facts)
         if node.target in READERS:
@@ -163,7 +170,18 @@ class _RowSearch:
         fact = self.facts[producer]
         if isinstance(fact, Ranks) and number == 0:
             raise Seen  # sorted places
-        return fact
+        return replace(fact, number=number) if isinstance(fact, GroupRows) and fact.number is None else fact
+
+    def split(self, node: fx.Node, facts: Facts) -> tuple[Fact, OpRule]:
+        """Rows are split in their groups, if each size is that of one group, in their order."""
+        rows, *sizes = node.all_input_nodes
+        fact, ends = facts.get(rows), self.ends.get(sizes[0])
+        whole = ends is not None and tuple(argument(node, 1, "split_sizes")) == ends.numbers[len(ends.numbers) // 2 :]
+        if not whole or not isinstance(fact, SortedRows) or arguments(node)["dim"] != fact.dim:
+            raise Seen
+        if arguments(fact.sort)["descending"]:
+            raise Seen
+        return GroupRows(fact.sort, fact.dim, None, len(sizes)), shuffled.split_in_groups(node)
 
     def counted(self, node: fx.Node, sort: fx.Node, facts: Facts) -> tuple[Fact | None, OpRule | None]:
         first, *_ = self.ends[node].calls
@@ -193,12 +211,12 @@ def _start(node: fx.Node) -> tuple[Fact | None, OpRule]:
 
 
 def _counted_rows(node: fx.Node, sort: fx.Node, facts: Facts) -> Fact | None:
-    """A size. Of picked rows it is another one on each rank: nothing but assertions about it may read it."""
+    """A size. Of some of the rows it is another one on each rank: nothing but assertions about it may read it."""
     if node.target is torch.ops.aten.sym_size.int:
         fact, dim = facts.get(operand(node, 0)), node.args[1]
-        is_count = isinstance(fact, SortedRows | RowPlaces) and fact.dim == dim and _is_pick(sort)
-        return RowCount(sort) if is_count else None
-    if all(not isinstance(fact, RowCount) for fact in facts.values()) and not _is_pick(sort):
+        some = (GroupRows, SortedRows, RowPlaces) if _is_pick(sort) else (GroupRows,)
+        return RowCount(sort) if isinstance(fact, some) and fact.dim == dim else None
+    if all(not isinstance(fact, RowCount | Ends) for fact in facts.values()) and not _is_pick(sort):
         return None
     if node.target in _COMPARISONS:
         return RowCount(sort)
@@ -224,6 +242,27 @@ def _rows_in_groups(node: fx.Node, facts: Facts) -> SortedRows:
     return fact
 
 
+def _rows_of_groups(node: fx.Node, facts: Facts) -> tuple[Fact, OpRule | None]:
+    """Rows of one group, row by row, or of all groups, put together in their order."""
+    groups = [fact for x in tensor_operands(node) if isinstance(fact := facts.get(x), GroupRows)]
+    if {*facts.values()} - {*groups}:
+        raise Seen
+    first = groups[0]
+    total = shape_of(operand(first.sort, 0))[0]
+    if node.target in _CATS and [fact.number for fact in groups] == [*range(first.count)]:
+        dim = arguments(node).get("dim", 0) % len(shape_of(node))
+        if {fact.dim for fact in groups} != {dim} or len(tensor_operands(node)) != first.count:
+            raise Seen
+        return SortedRows(first.sort, dim), shuffled.groups_together(node, dim, total)
+    if len({fact.number for fact in groups}) != 1:
+        raise Seen
+    of_all = {x: SortedRows(fact.sort, fact.dim) for x, fact in facts.items() if isinstance(fact, GroupRows)}
+    found, rule = row_by_row(node, of_all, some=True)
+    if found is None:
+        raise Seen  # something in the shape of a group
+    return replace(first, dim=found.dim), rule
+
+
 def _moved_places(node: fx.Node, x: fx.Node, fact: Fact) -> tuple[Fact, OpRule | None]:
     """Places keep their numbers where they are moved or cast."""
     if node.target not in _MOVES or node.meta["val"].dtype not in _INDICES or not isinstance(fact, RowPlaces | Ranks):
@@ -239,10 +278,10 @@ def _moved_places(node: fx.Node, x: fx.Node, fact: Fact) -> tuple[Fact, OpRule |
     return fact, rule
 
 
-def row_by_row(node: fx.Node, facts: Facts) -> tuple[SortedRows | None, OpRule | None]:
+def row_by_row(node: fx.Node, facts: Facts, some: bool = False) -> tuple[SortedRows | None, OpRule | None]:
     """Where the result has rows in the order of the operands' rows; None if the call reads only shapes.
 
-    With it the call's rule, if the rows are picked ones: those are not as many as their dim has indices.
+    With it the call's rule, if the rows are `some` of all, as picked ones are: not as many as their dim has indices.
 
     Raises:
         Seen: rows are not treated alike, each by itself.
@@ -254,7 +293,8 @@ def row_by_row(node: fx.Node, facts: Facts) -> tuple[SortedRows | None, OpRule |
     read = [(facts.get(x), x, dims) for number, (x, dims) in operands if number not in rule.unread]
     in_order = [(fact, dims) for fact, _, dims in read if fact is not None]
     sorts = {fact.sort for fact in facts.values()}
-    if not in_order and any(map(_is_pick, sorts)):
+    some = some or any(map(_is_pick, sorts))
+    if not in_order and some:
         raise Seen  # as many rows as were picked, which no operand has
     if not in_order:
         return None, None
@@ -270,7 +310,7 @@ def row_by_row(node: fx.Node, facts: Facts) -> tuple[SortedRows | None, OpRule |
     if len(found) != 1 or len(at := next(iter(found))) != 1 or any(dims[at[0]] != (name,) for dims in rule.results):
         raise Seen  # a sum over rows, or rows beside something else in one dim
     (sort,) = sorts
-    if not _is_pick(sort):
+    if not some:
         return SortedRows(sort, at[0]), None
     total = math.prod(shape_of(operand(sort, 0)))
     return SortedRows(sort, at[0]), shuffled.of_picked_rows(rule, name, total)

@@ -37,9 +37,13 @@ def constant(node: fx.Node) -> OpRule:
     at = len(operands)  # where the size is among the arguments
 
     def local(call: LocalCall) -> Any:
-        return node.target(*call.args[:at], list(call.shapes[0]), *call.args[at + 1 :], **call.kwargs)  # type: ignore[operator]
+        split = [(call.factor,) == dims for dims in rule.results[0]]
+        sizes = zip(call.args[at], call.shapes[0], split, strict=True)  # sizes that data tell are only in the call
+        size = [own if is_split else given for given, own, is_split in sizes]
+        return node.target(*call.args[:at], size, *call.args[at + 1 :], **call.kwargs)  # type: ignore[operator]
 
-    return make_rule(node, operands, [out], local=local, unread=operands)
+    rule = make_rule(node, operands, [out], local=local, unread=operands)
+    return rule
 
 
 @register(torch.ops.aten.scalar_tensor.default)

@@ -139,13 +139,30 @@ def grouped_rows(node: fx.Node) -> OpRule:
     return make_rule(node, operands, [[rows, columns]], sums=[contracted], fills=dict.fromkeys((x, w), 0.0))
 
 
+def split_in_groups(node: fx.Node) -> OpRule:
+    """`a b -> a b, a b`: each rank has the sizes of its own groups. As for picked rows, a size is that of all rows."""
+    dims = factors(_first(node).shape)
+    return make_rule(node, {"self": dims}, [dims for _ in tensor_results(node)])
+
+
+def groups_together(node: fx.Node, dim: int, total: Size) -> OpRule:
+    """`a b, a b -> a b`: all groups of rows, in their order."""
+    dims = factors(tensor_results(node)[0].shape)
+    dims[dim] = Factor(total)
+    return make_rule(node, {"tensors": [dims for _ in arguments(node)["tensors"]]}, [dims])
+
+
 def own_counts(node: fx.Node, over: Sequence[int]) -> OpRule:
     """`a b -> b | a: complete`: counts of a rank's own rows, which nothing but its own groups reads.
 
-    over: the dims that are counted.
+    over: the dims that are counted; all of them where ones are added at the places that numbers say, `[b], a, a -> b`.
     """
     args = arguments(node)
     names = [name for name, value in args.items() if isinstance(value, Tensor)]
+    if len(names) > 1:
+        rows, out = factors(args["index"].shape), factors(tensor_results(node)[0].shape, replicated=True)
+        layouts = {name: out if name == "self" else rows for name in names}
+        return make_rule(node, layouts, [out], completes=rows)
     counted = factors(args[names[0]].shape)
     kept = [factor for d, factor in enumerate(counted) if d not in over]
     results = tensor_results(node)[0].shape

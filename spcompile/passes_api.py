@@ -27,12 +27,17 @@ class Stage(Enum):
 
 @dataclass
 class Context:
-    """What a pass may know: nothing in it differs between ranks."""
+    """What a pass may know: nothing in it differs between ranks.
+
+    order: of the sequence over cp; set by choose-attention.
+    traced: graphs of calls that SCHEDULE passes have traced, by all that they depend on: layers, and phases, are alike.
+    """
 
     mesh: MeshShape
     options: Options
     remarks: Remarks
-    order: str = "contiguous"  # of the sequence over cp; set by choose-attention
+    order: str = "contiguous"
+    traced: dict[Any, fx.Graph] = field(default_factory=dict, repr=False)
 
 
 @dataclass

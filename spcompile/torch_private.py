@@ -102,6 +102,8 @@ if TYPE_CHECKING:
 
 fused_all_gather_matmul = torch.ops.symm_mem.fused_all_gather_matmul
 fused_matmul_reduce_scatter = torch.ops.symm_mem.fused_matmul_reduce_scatter
+# torch 2.13: torch/csrc/autograd/init.cpp. What Dynamo writes for `x.data`.
+read_data: Callable[..., Any] = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
 VMAP_SWITCHES = (_vmap_increment_nesting, _vmap_decrement_nesting, lazy_load_decompositions)
 
 RESUMED = "torch_dynamo_resume_in_"  # the functions that Dynamo makes of what is behind a graph break
@@ -148,6 +150,7 @@ __all__ = [
     "no_python_dispatcher",
     "on_compiled_calls",
     "preserve_node_ordering",
+    "read_data",
     "trace_again",
     "trace_log",
     "trace_structured",

@@ -43,12 +43,15 @@ _COUNTS = {
 }
 SIZES: dict[str, Any] = {name: value for names, value in _COUNTS.items() for name in names}
 _SOUND = {"conv_dim": (16, 16), "conv_stride": (4, 2), "conv_kernel": (8, 4), "num_feat_extract_layers": 2}
+_SCANS = {"mamba_d_state": 8, "mamba_chunk_size": 16}
 NEEDS: dict[str, dict[str, Any]] = {
+    "blt": {"encoder_hash_byte_group_vocab": 64},
     "codegen": {"rotary_dim": 4},
     "deepseek_v2": {"topk_method": "greedy"},
     "dots1": {"moe_intermediate_size": 24},
     "efficientnet": {"hidden_dim": 2560},
     "esmc": {"num_key_value_heads": 4},
+    "falcon_h1": _SCANS | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gptj": {"rotary_dim": 4},
     "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1, "state_size": 8},
@@ -69,7 +72,10 @@ _EXPERTS = {
     "num_experts_per_tok",
     "top_k_experts",
 }
-_PARTS = ("text_config", "vision_config", "audio_config", "encoder", "decoder", "encoder_config", "decoder_config")
+_PARTS = (
+    *("text_config", "vision_config", "audio_config", "encoder", "decoder", "encoder_config", "decoder_config"),
+    *("global_config", "patcher_config"),
+)
 KINDS = {
     "decoder": "CAUSAL_LM",
     "encoder": "MASKED_LM",

@@ -54,7 +54,7 @@ class BucketCollectives(Pass):
         """Fuse; returns the number of collectives that were replaced."""
         count = 0
         for bucket in list(self._buckets(gm.graph, ctx)):
-            _fuse(bucket)
+            _fuse(bucket, ctx.traced)
             count += len(bucket)
         return count
 
@@ -117,7 +117,23 @@ def _chain(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _fuse(bucket: list[fx.Node]) -> None:
+@dataclass(frozen=True)
+class _Fused:
+    """The collectives of a bucket as one function of their operands."""
+
+    kind: Any
+    calls: tuple[tuple[tuple[str, Any], ...], ...]  # the named arguments of each
+
+    def __call__(self, *parts: Tensor) -> list[Tensor]:
+        function: Callable[..., list[Tensor]] = {
+            spx.all_reduce.default: _reduced,
+            spx.reduce_scatter.default: _scattered,
+            spx.all_gather.default: _gathered,
+        }[self.kind]
+        return function([dict(call) for call in self.calls], parts)
+
+
+def _fuse(bucket: list[fx.Node], traced: dict[Any, fx.Graph]) -> None:
     kind: Any = bucket[0].target
     is_gather = kind is spx.all_gather.default
     at = {node: number for number, node in enumerate(bucket[0].graph.nodes)}
@@ -127,14 +143,9 @@ def _fuse(bucket: list[fx.Node]) -> None:
         above = set(itertools.takewhile(lambda node: node is not place, place.graph.nodes))
         for node in sorted(ancestors(bucket[1:]).difference(above, bucket), key=at.__getitem__):
             place.prepend(node)
-    calls = [call_arguments(kind, node.args, node.kwargs)[1] for node in bucket]
-    function: Callable[..., Any] = {
-        spx.all_reduce.default: _reduced,
-        spx.reduce_scatter.default: _scattered,
-        spx.all_gather.default: _gathered,
-    }[kind]
+    calls = tuple(tuple(call_arguments(kind, node.args, node.kwargs)[1].items()) for node in bucket)
     operands = [_operand(node) for node in bucket]
-    results = splice(lambda *parts: function(calls, parts), operands, like=place, pre_dispatch=False)
+    results = splice(_Fused(kind, calls), operands, like=place, pre_dispatch=False, traced=traced)
     for node, result in zip(bucket, results, strict=True):
         node.replace_all_uses_with(result)
         node.graph.erase_node(node)

@@ -42,11 +42,10 @@ class LowerCollectives(Pass):
         """Inline every collective that has a lowered form; returns how many, with the `vary` nodes that were left."""
         rewrites = erase_identities(gm.graph)
         decompositions = inductor_decompositions() if ctx.options.compiler == "inductor" else {}
-        traced: dict[Any, fx.Graph] = {}
         for node in list(gm.graph.nodes):
             collective = COLLECTIVES.get(node.target)
             if collective is not None and collective.lowered is not None:
-                _inline(node, collective, decompositions, traced)
+                _inline(node, collective, decompositions, ctx.traced)
                 rewrites += 1
         return rewrites
 
@@ -64,7 +63,8 @@ def _inline(
     """
     lowered, arguments = _bound_call(node, collective)
     values = [argument.meta["val"] for argument in arguments]
-    key = (node.target, *signature_of([*node.args, *node.kwargs.items()])) if is_static(values) else None
+    called = (node.target, bool(decompositions), *signature_of([*node.args, *node.kwargs.items()]))
+    key = called if is_static(values) else None
     body = traced.get(key)
     if body is None:
         with detect_fake_mode(values) or nullcontext():  # also for tensors that `lowered` makes from nothing

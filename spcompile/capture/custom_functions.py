@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from spcompile.capture.added_gradient import add_gradient
 from spcompile.capture.autocast import autocast_off
+from spcompile.capture.gradient_ops import add_gradient
 from spcompile.capture.vmapped import fake_like
 from spcompile.diagnostics import CaptureFailed
 from spcompile.graph.edit import call

@@ -47,16 +47,16 @@ def _with_known_length(of_dynamo: Callable[..., Any]) -> Callable[..., Any]:
 
 def _least_counts(node: fx.Node) -> int | None:
     """How many counts a value has at least, if it is of a `bincount`, cast or added up."""
-    while _name_of(node) in _AS_LONG:
+    while _call_name(node) in _AS_LONG:
         node = node.args[0]  # type: ignore[assignment]
-    if _name_of(node) != "bincount":
+    if _call_name(node) != "bincount":
         return None
     given = dict(zip(("input", "weights", "minlength"), node.args, strict=False)) | node.kwargs
     counts = given.get("minlength")
     return counts if isinstance(counts, int) and counts > 0 and given.get("weights") is None else None
 
 
-def _name_of(node: fx.Node) -> str | None:
+def _call_name(node: fx.Node) -> str | None:
     if node.op == "call_method":
         return str(node.target)
     return getattr(node.target, "__name__", None) if node.op == "call_function" else None

@@ -24,10 +24,11 @@ from spcompile.capture.flex_attention import without_block_sizes, written_out
 from spcompile.capture.module_buffer import KEY, ModuleBuffer, may_be_read
 from spcompile.capture.module_moves import is_list_of_numbers, set_to_itself
 from spcompile.capture.plain_forms import write_in_plain_forms
+from spcompile.capture.quiet_writes import SEEN, QuietWrites, settle_kept_gradients
 from spcompile.capture.vmapped import without_vmaps
 from spcompile.diagnostics import CaptureFailed, source_of
 from spcompile.graph.sizes import same_shape
-from spcompile.torch_private import FunctionalTensor, FunctionalTensorMode, TracingContext, detect_fake_mode
+from spcompile.torch_private import FunctionalTensor, TracingContext, detect_fake_mode, read_data
 
 aten = torch.ops.aten
 
@@ -75,6 +76,8 @@ class _KeepOrigin(fx.Interpreter):
             return self._autocast.enter(*args)
         if target is EXIT:
             return self._autocast.exit(*args)
+        if target is read_data:
+            return args[0].detach()  # which a trace sees
         if target is torch.nn.functional.dropout:
             return _dropout(*args, **kwargs)
         if target is torch.Tensor and is_list_of_numbers(args):
@@ -112,7 +115,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     """
 
     def run(*args: Any) -> Any:
-        with FunctionalTensorMode(pre_dispatch=True, export=True, _allow_token_discovery=True):
+        with QuietWrites():
             wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a for a in args]
             interpreter = _KeepOrigin(without_block_sizes(gm), [0], own_gradients)
             try:
@@ -139,7 +142,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     write_in_plain_forms(captured)
     normalise(captured)
     _read_before_writing(captured.graph)
-    _keep_gradients_of_written(captured.graph)
+    settle_kept_gradients(captured.graph)
     for node in captured.graph.nodes:
         if node.op == "call_function" and not node.meta.get("stack_trace"):
             node.meta["spx_origin"] = "capture"  # code that was made by exec has no lines
@@ -294,33 +297,6 @@ def _read_before_writing(graph: fx.Graph) -> None:
                 reader.replace_input_with(value, copy)
 
 
-def _keep_gradients_of_written(graph: fx.Graph) -> None:
-    """Give readers of a parameter's new numbers the gradient of the parameter itself.
-
-    A forward can write to a parameter's data only, without a gradient; what reads it then reads the parameter. Here
-    that is (w - w) + new, in which the first w alone has a gradient.
-    """
-    for copy_ in graph.find_nodes(op="call_function", target=aten.copy_.default):
-        parameter, new = copy_.args
-        if not (parameter.meta.get("trainable") and parameter.meta.get("state")):
-            continue
-        readers = [user for user in new.users if user is not copy_]
-        old = next((user for user in parameter.users if user.target is aten.clone.default), parameter)
-        with graph.inserting_after(new):
-            detached = graph.call_function(aten.detach.default, (new,))
-        with graph.inserting_after(detached):
-            constant = graph.call_function(aten.detach.default, (old,))
-        with graph.inserting_after(constant):
-            zero = graph.call_function(aten.sub.Tensor, (old, constant))
-        with graph.inserting_after(zero):
-            value = graph.call_function(aten.add.Tensor, (zero, detached))
-        for node in (detached, constant, zero, value):
-            node.meta = dict(new.meta)
-        for reader in readers:
-            reader.replace_input_with(new, value)
-        copy_.replace_input_with(new, detached)
-
-
 def _is_needed(clone: fx.Node) -> bool:
     """Whether a copy keeps an output from being another value's memory; what dropout gives is nobody else's."""
     source = clone.args[0]
@@ -341,7 +317,7 @@ def _detach_no_grad_regions(graph: fx.Graph) -> None:
         if node.op == "call_function" and node.target is torch._C._set_grad_enabled:
             enabled = bool(node.args[0])
             graph.erase_node(node)
-        elif node.op == "call_function" and not enabled:
+        elif node.op == "call_function" and not enabled and SEEN not in node.meta.get("custom", {}):
             region[node] = None
     for node in region:
         value = node.meta.get("val")

@@ -38,6 +38,7 @@ META: Mapping[str, str] = {
 CUSTOM: Mapping[str, str] = {
     "spx_flex_attention": "a node of a FlexAttention call that was written out",
     "spx_no_change": "x - x.detach(), with which a custom function has its own gradient; dropped behind autograd",
+    "spx_seen_by_autograd": "captured graphs: a node among calls without gradients that has its own all the same",
     "spx_unread_attention": "of a softmax of an attention that stays written out: the dim of its query rows",
     "spx_scores": "the same where it may be no attention",
     "spx_rows_without_keys": "an attention whose documents are the rows without keys, and all others",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class Short:
     """A captured graph of few layers.
 
     own: of each input whether it is a parameter. flops: of its forward, `(products, attention, attention unmasked)`.
-    attentions: whose keys have to travel.
+    attentions: whose keys have to travel. traced: what SCHEDULE passes have traced for any candidate.
     """
 
     captured: fx.GraphModule
@@ -50,6 +50,7 @@ class Short:
     blocks: int
     flops: tuple[float, float, float]
     attentions: tuple[Problem, ...] = ()
+    traced: dict[Any, fx.Graph] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass
@@ -85,7 +86,7 @@ class ShortStep:
             if chosen.away is not None:
                 send_to_host(*cut, {node.name for node in chosen.away.values})
             graphs = dict(zip(("forward", "backward"), cut, strict=True))
-        emission = Emission(replace(self.program, history=History()), bind=lambda graph: None)
+        emission = Emission(replace(self.program, history=History(verifies=False)), bind=lambda graph: None)
         with torch.no_grad():
             for phase, gm in graphs.items():
                 emission.schedule(copy_module(gm), phase)
@@ -147,7 +148,8 @@ def short_step(
     ]
     over_parts = captured_over_planned_parts(short.captured, short.inputs, parts)
     passes = pipeline if mesh.world_size > 1 else [p for p in pipeline if p.axis is None]
-    program = build_captured(*over_parts, mesh, options, passes)
+    program = build_captured(*over_parts, mesh, options, passes, History(verifies=False))
+    program = replace(program, ctx=replace(program.ctx, traced=short.traced))
     traced = trace_step(program)
     base = traced.cut(min_cut_rematerialization_partition)
     cost = cost_model(mesh, options)
@@ -166,7 +168,10 @@ def split_of_parameters(
     if mesh.size("tp") == 1:
         return {}
     passes = pipeline[: [p.name for p in pipeline].index(PLANNED) + 1]
-    program = build_captured(copy_module(short.captured), short.inputs, mesh, replace(options, passes={}), passes)
+    history = History(verifies=False)
+    program = build_captured(
+        copy_module(short.captured), short.inputs, mesh, replace(options, passes={}), passes, history
+    )
     names = [node.name for node in short.captured.graph.find_nodes(op="placeholder")]
     return dict(zip(names, split_over_tp(program.gm.graph, mesh.size("tp")), strict=True))
 

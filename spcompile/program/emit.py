@@ -12,8 +12,8 @@ import torch
 import torch.fx as fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from spcompile.capture.added_gradient import erase_added_gradients
 from spcompile.capture.autocast import autocast_off
+from spcompile.capture.gradient_ops import erase_gradient_ops
 from spcompile.collectives import erase_identities
 from spcompile.graph.edit import copy_module, is_getitem
 from spcompile.memory.planner import MemoryPlan, Wish
@@ -94,7 +94,7 @@ def prepare_joint(graph: fx.Graph, regather: bool = True) -> None:
     another region has an equal one, of which the partitioner makes one and then would save it.
     """
     erase_identities(graph)
-    erase_added_gradients(graph)
+    erase_gradient_ops(graph)
     drop_zero_terms(graph)
     recompute.tag_recomputed(graph, regather)
     for node in graph.nodes:

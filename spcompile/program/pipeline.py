@@ -39,12 +39,14 @@ class History:
 
     keep_texts: writing them takes a tenth of the time of all passes, which nobody pays who will not read them.
     keep_graphs: those before autograd; snapshots between which nothing changed share one copy.
+    verifies: graphs after each pass. A plan leaves it out: what it proposes is verified when it is compiled.
     """
 
     snapshots: list[Snapshot] = field(default_factory=list)
     on_snapshot: Callable[[Snapshot], None] | None = None
     keep_graphs: bool = False
     keep_texts: bool = False
+    verifies: bool = True
     _copied: list[Any] = field(default_factory=list, repr=False)  # what the last copy was made of
 
     def add(self, name: str, stage: Stage, gm: fx.GraphModule, ctx: Context, report: PassReport) -> None:
@@ -133,7 +135,7 @@ def _run_from_outside(p: Pass, gm: fx.GraphModule, ctx: Context) -> int:
 
 
 def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history: History) -> None:
-    """Run passes of one stage in order, verifying the graph after each. The module's code is left as it was.
+    """Run passes of one stage in order, and verify the graph after each. The module's code is left as it was.
 
     Raises:
         InvalidGraph: a pass left a graph that breaks a law; names the pass.
@@ -149,19 +151,24 @@ def run_passes(gm: fx.GraphModule, passes: Iterable[Pass], ctx: Context, history
         report = PassReport(rewrites, count_changes(before, after))
         report.milliseconds = (time.perf_counter() - start) * 1e3
         stage = p.leaves or p.stage
-        try:
-            verify_graph(
-                gm,
-                stage,
-                ctx.mesh,
-                sharded_outputs=ctx.options.outputs == "sharded",
-                input_states=states_of_inputs(gm.graph),
-                trainable=_trainable(gm),
-            )
-        except InvalidGraph as error:
-            raise InvalidGraph(f"after pass {p.name}: {error.found}", where=error.where, legal=error.legal) from error
+        if history.verifies:
+            _verify(gm, stage, ctx, p)
         log.debug("%s: %d rewrites, %.1f ms%s", p.name, rewrites, report.milliseconds, _changes_text(report))
         history.add(p.name, stage, gm, ctx, report)
+
+
+def _verify(gm: fx.GraphModule, stage: Stage, ctx: Context, p: Pass) -> None:
+    try:
+        verify_graph(
+            gm,
+            stage,
+            ctx.mesh,
+            sharded_outputs=ctx.options.outputs == "sharded",
+            input_states=states_of_inputs(gm.graph),
+            trainable=_trainable(gm),
+        )
+    except InvalidGraph as error:
+        raise InvalidGraph(f"after pass {p.name}: {error.found}", where=error.where, legal=error.legal) from error
 
 
 def _changes_text(report: PassReport) -> str:

@@ -63,7 +63,7 @@ def _has_same_numbers(ids: fx.Node) -> bool:
     return ids.target in SORTS_OF_TWO or (ids.target in _SAME_NUMBERS and ids.meta["val"].dtype in _WIDE)
 
 
-def counted(node: fx.Node, groups: int) -> tuple[fx.Node, tuple[int, ...]] | None:
+def counted_rows(node: fx.Node, groups: int) -> tuple[fx.Node, tuple[int, ...]] | None:
     """The numbers whose 0, 1, ..., groups - 1 a call counts, and the dims that it sums over."""
     if node.target is aten.histc.default:
         args = arguments(node)
@@ -78,7 +78,7 @@ def counted(node: fx.Node, groups: int) -> tuple[fx.Node, tuple[int, ...]] | Non
         return (found[0], tuple(over)) if found else None
     if node.target in _ADDED and is_one_of_each(node, groups) and not node.kwargs:
         zeros, _, ids, ones = node.args
-        if isinstance(ids, fx.Node) and _is_all(zeros, 0) and _is_all(ones, 1) and len(shape_of(ids)) == 1:
+        if isinstance(ids, fx.Node) and _is_every(zeros, 0) and _is_every(ones, 1) and len(shape_of(ids)) == 1:
             return ids, (0,)
     return None
 
@@ -100,11 +100,11 @@ def _one_hot(node: fx.Node, groups: int) -> Iterator[fx.Node]:
     if node.target is aten.scatter.value and same(shape_of(node)[-1], groups):
         zeros, dim, index, value = node.args
         is_last = dim in (-1, len(shape_of(node)) - 1)
-        if is_last and value == 1 and _is_all(zeros, 0) and isinstance(index, fx.Node) and _are_distinct(index):
+        if is_last and value == 1 and _is_every(zeros, 0) and isinstance(index, fx.Node) and _are_distinct(index):
             yield index
 
 
-def _is_all(node: Any, number: int) -> bool:
+def _is_every(node: Any, number: int) -> bool:
     """Whether each element of a value is this number."""
     _, at = casts_to(node)
     made = {0: "zeros zeros_like new_zeros", 1: "ones ones_like new_ones"}[number]

@@ -18,7 +18,7 @@ import torch.fx as fx
 
 from spcompile.graph.aten_ops import overloads
 from spcompile.graph.edit import argument, is_getitem, is_tensor, operand, result_number, shape_of
-from spcompile.sharding.group_counts import SORTS_OF_TWO, casts_to, counted, is_one_of_each, numbers_of
+from spcompile.sharding.group_counts import SORTS_OF_TWO, casts_to, counted_rows, is_one_of_each, numbers_of
 from spcompile.sharding.rules.calls import arguments
 
 aten = torch.ops.aten
@@ -50,7 +50,7 @@ def is_grouped(node: fx.Node) -> bool:
 def all_ends(graph: fx.Graph) -> list[GroupEnds]:
     """What grouped products take for the ends of their groups, and splits for their sizes, where they are that."""
     products = [ends_of(node) for node in graph.nodes if is_grouped(node)]
-    splits = [sizes_of(node) for node in graph.nodes if node.target in SPLITS]
+    splits = [ends_of_pieces(node) for node in graph.nodes if node.target in SPLITS]
     return [ends for ends in products + splits if ends is not None]
 
 
@@ -65,7 +65,7 @@ def ends_of(grouped: fx.Node) -> GroupEnds | None:
     return _counts(operand(at, 0), shape_of(offsets)[0], [*calls, at])
 
 
-def sizes_of(split: fx.Node) -> GroupEnds | None:
+def ends_of_pieces(split: fx.Node) -> GroupEnds | None:
     """What a split takes for its sizes, if those are of all groups in order; None if they may be anything else."""
     sizes = argument(split, 1, "split_sizes")
     taken = [operand(size, 0) for size in sizes if isinstance(size, fx.Node) and size.target in _NUMBERS]
@@ -86,7 +86,7 @@ def _is_element(node: fx.Node, number: int) -> bool:
 def _counts(node: fx.Node, groups: int, behind: list[fx.Node]) -> GroupEnds | None:
     """The counts of the rows of all groups, if a value is that. behind: what makes ends of them, the last first."""
     calls, at = casts_to(node)
-    found = counted(at, groups)
+    found = counted_rows(at, groups)
     if found is None:
         return None
     ids, over = found

@@ -33,7 +33,7 @@ def fold_totals(graph: fx.Graph) -> int:
 
     Totals: of each split the symbols of its sizes, and their sum.
     """
-    totals = [(_symbols(ends), math.prod(shape_of(ends.key))) for ends in all_ends(graph) if _is_complete(ends)]
+    totals = [(_symbols_among(ends), math.prod(shape_of(ends.key))) for ends in all_ends(graph) if _is_complete(ends)]
     if not totals:
         return 0
     before = len(graph.nodes)
@@ -48,7 +48,7 @@ def _is_complete(ends: GroupEnds) -> bool:
     return bool(ends.numbers) and are_below(ends.key, len(ends.numbers) // 2)
 
 
-def _symbols(ends: GroupEnds) -> list[Any]:
+def _symbols_among(ends: GroupEnds) -> list[Any]:
     sizes = ends.numbers[len(ends.numbers) // 2 :]
     return [expression(size.meta["val"]) for size in sizes]
 
@@ -60,11 +60,11 @@ def _fold(node: fx.Node, totals: list[tuple[list[Any], Any]]) -> None:
         _put_in(node, known)
     elif isinstance(value, torch.SymBool | torch.SymInt) and not node.all_input_nodes:
         _put_in(node, node.target(*node.args, **node.kwargs))  # type: ignore[operator]
-    elif node.target is aten.sym_size.int and isinstance(size := _size(node), int):
+    elif node.target is aten.sym_size.int and isinstance(size := _whole_size(node), int):
         _put_in(node, size)
     elif node.target is aten._assert_scalar.default and node.args[0] is True:
         node.graph.erase_node(node)
-    elif node.target is aten.slice.Tensor and _is_all(node):
+    elif node.target is aten.slice.Tensor and _takes_all(node):
         replace(node, operand(node, 0))
     elif isinstance(value, torch.Tensor):
         if any(isinstance(size, torch.SymInt) for size in value.shape):
@@ -73,7 +73,7 @@ def _fold(node: fx.Node, totals: list[tuple[list[Any], Any]]) -> None:
             _without_nothing(node)
 
 
-def _size(node: fx.Node) -> Any:
+def _whole_size(node: fx.Node) -> Any:
     dim = node.args[1]
     assert isinstance(dim, int)
     return shape_of(operand(node, 0))[dim]
@@ -103,7 +103,7 @@ def _put_in(node: fx.Node, value: Any) -> None:
     node.graph.erase_node(node)
 
 
-def _is_all(cut: fx.Node) -> bool:
+def _takes_all(cut: fx.Node) -> bool:
     """Whether a slice is as long as what it is cut from."""
     args = arguments(cut)
     size = args["self"].shape[args["dim"]]

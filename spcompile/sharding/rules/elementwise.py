@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-import spcompile.capture.added_gradient  # noqa: F401  (defines spx::add_gradient)
+import spcompile.capture.gradient_ops  # noqa: F401  (defines the ops)
 from spcompile.graph.aten_ops import overloads
 from spcompile.sharding.rules.calls import arguments
 from spcompile.sharding.rules.factors import broadcast_factors, factors, make_rule
@@ -93,6 +93,12 @@ def with_more_gradient(node: fx.Node) -> OpRule | None:
     """`a b, a b -> a b`; padding gets no gradient, which nothing else would keep from parameters."""
     rule = pointwise(node)
     return rule and replace(rule, filled=frozenset(rule.sizes), fills={0: 0.0})
+
+
+@register(torch.ops.spx.keep_gradient.default)
+def with_kept_gradient(node: fx.Node) -> OpRule | None:
+    """`a b, a b -> a b`"""
+    return pointwise(node)
 
 
 @register(torch.ops.aten.view.dtype)

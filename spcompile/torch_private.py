@@ -1,6 +1,7 @@
 """Private names of torch, each with the version it was read from.
 
-Those of process groups are in torch_private_groups.py. No other file imports private names.
+Those of process groups are in torch_private_groups.py, those of torch.func in torch_private_func.py. No other file
+imports private names.
 """
 
 from __future__ import annotations
@@ -54,13 +55,6 @@ from torch._functorch._aot_autograd.schemas import AOTConfig
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-# torch 2.13: torch/_functorch/predispatch.py. What a traced vmap leaves besides its operations.
-from torch._functorch.predispatch import (
-    _vmap_decrement_nesting,
-    _vmap_increment_nesting,
-    lazy_load_decompositions,
-)
-
 # torch 2.13: torch/_guards.py. The context that Dynamo holds while a backend runs.
 from torch._guards import TracingContext, detect_fake_mode
 
@@ -104,14 +98,12 @@ fused_all_gather_matmul = torch.ops.symm_mem.fused_all_gather_matmul
 fused_matmul_reduce_scatter = torch.ops.symm_mem.fused_matmul_reduce_scatter
 # torch 2.13: torch/csrc/autograd/init.cpp. What Dynamo writes for `x.data`.
 read_data: Callable[..., Any] = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]
-VMAP_SWITCHES = (_vmap_increment_nesting, _vmap_decrement_nesting, lazy_load_decompositions)
 
 RESUMED = "torch_dynamo_resume_in_"  # the functions that Dynamo makes of what is behind a graph break
 NODES_ABOVE = 16  # views and conversions between an output and the compiled node that made it are fewer
 
 __all__ = [
     "RESUMED",
-    "VMAP_SWITCHES",
     "CompiledCall",
     "ConstantVariable",
     "CustomGraphPass",

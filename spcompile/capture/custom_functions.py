@@ -23,8 +23,8 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from spcompile.capture.autocast import autocast_off
+from spcompile.capture.func_transforms import fake_like
 from spcompile.capture.gradient_ops import add_gradient
-from spcompile.capture.vmapped import fake_like
 from spcompile.diagnostics import CaptureFailed
 from spcompile.graph.edit import call
 from spcompile.graph.linear import affine_in, linear_in
@@ -66,7 +66,7 @@ def with_own_gradient(
         return tuple(outputs)
     if own is None:
         legal = "a backward that is linear in gradients, or the same computed without torch.autograd.Function"
-        raise CaptureFailed("a torch.autograd.Function whose gradient cannot be sharded", legal=legal)
+        raise CaptureFailed("a torch.autograd.Function or a hook whose gradient cannot be sharded", legal=legal)
     inputs = [x for x in inputs if _takes_gradient(x)]
     saved = [s.detach() if isinstance(s, Tensor) else s for s in saved]
     constants = [None] * len(inputs) if own.constants is None else fx.Interpreter(own.constants).run(*saved)

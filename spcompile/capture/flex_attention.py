@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spcompile.capture.autocast import EXIT
 from spcompile.diagnostics import CaptureFailed, UnknownFlexAttention, source_of
-from spcompile.torch_private import VMAP_SWITCHES
+from spcompile.torch_private_func import VMAP_SWITCHES
 
 MARK = "spx_flex_attention"  # in meta["custom"] of the nodes of a call that was written out
 

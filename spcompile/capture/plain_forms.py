@@ -4,6 +4,7 @@ roll, pad            over several dims: over one after the other
 adaptive_avg_pool    to one place: the mean over all of them
 view_as_complex      of a copy, which has no meaning behind capture: the two parts put together, wherever they lie
 as_strided           indices into the elements (`strided_views.py`)
+embedding            with gradients by frequency: the same rows, whose gradients are divided by counts
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor
 
+from spcompile.capture.gradient_ops import keep_gradient
 from spcompile.capture.strided_views import indexed_view
+from spcompile.diagnostics import CaptureFailed, source_of
 from spcompile.graph.sizes import same
 from spcompile.graph.splice import splice
 from spcompile.graph.typed_call import named_arguments
 
+# Tensors: V rows of a table, D width.
 aten = torch.ops.aten
 Form = Callable[..., Tensor]
 Found = tuple[Form, list[Any]] | None
@@ -77,6 +81,24 @@ def _glu(node: fx.Node) -> Found:
             (other,) = swapped - {dim}
             return partial(_gated_before, other, dim), [x.args[0]]
     return partial(_gated, dim), [x]
+
+
+def _embedding(node: fx.Node) -> Found:
+    """Raises `CaptureFailed` for sparse gradients, which no collective here takes."""
+    args = _arguments(node)
+    if args.get("sparse"):
+        legal = "sparse=False"
+        raise CaptureFailed("an embedding with sparse gradients", where=source_of(node), legal=legal)
+    if not args.get("scale_grad_by_freq"):
+        return None
+    return partial(_by_frequency, args["padding_idx"]), [args["weight"], args["indices"]]
+
+
+def _by_frequency(padding_idx: int, weight_VD: Tensor, indices: Tensor) -> Tensor:
+    rows = aten.embedding.default(weight_VD, indices, padding_idx)
+    flat = indices.reshape(-1)
+    counts_V = weight_VD.new_zeros(weight_VD.shape[0]).scatter_add(0, flat, weight_VD.new_ones(flat.shape))
+    return keep_gradient(rows / counts_V[indices].unsqueeze(-1), rows.detach())
 
 
 def _parts_of_copy(node: fx.Node) -> Found:
@@ -138,4 +160,5 @@ _FORMS: dict[Any, Callable[[fx.Node], Found]] = {
     aten.glu.default: _glu,
     aten.view_as_complex.default: _parts_of_copy,
     aten.as_strided.default: indexed_view,
+    aten.embedding.default: _embedding,
 }

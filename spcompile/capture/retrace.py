@@ -21,11 +21,12 @@ from spcompile.capture.autocast import ENTER, EXIT, Regions, autocast_off, cast,
 from spcompile.capture.bool_writes import write_out_bool_writes
 from spcompile.capture.custom_functions import APPLY, OwnGradients, own_gradients_of, with_own_gradient
 from spcompile.capture.flex_attention import without_block_sizes, written_out
+from spcompile.capture.func_transforms import without_levels
+from spcompile.capture.gradient_hooks import hooks_as_functions
 from spcompile.capture.module_buffer import KEY, ModuleBuffer, may_be_read
 from spcompile.capture.module_moves import is_list_of_numbers, set_to_itself
 from spcompile.capture.plain_forms import write_in_plain_forms
 from spcompile.capture.quiet_writes import SEEN, QuietWrites, settle_kept_gradients
-from spcompile.capture.vmapped import without_vmaps
 from spcompile.diagnostics import CaptureFailed, source_of
 from spcompile.graph.sizes import same_shape
 from spcompile.torch_private import FunctionalTensor, TracingContext, detect_fake_mode, read_data
@@ -132,7 +133,7 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         return outputs
 
     fake_mode, fakes = fake_inputs(inputs)
-    gm = without_vmaps(gm, fake_mode)
+    gm = hooks_as_functions(without_levels(gm, fake_mode))
     own_gradients = own_gradients_of(gm, fake_mode)
     with fake_mode, without_cache(), fx.traceback.preserve_node_meta():
         captured = make_fx(run, pre_dispatch=True)(*fakes)

@@ -24,6 +24,7 @@ from spcompile.options import Options
 from spcompile.passes_api import Pass, Stage
 from spcompile.program.outputs import NotComputedTensor
 from spcompile.program.trace import Backend, Inputs, Traced, compile_for, through_dynamo
+from spcompile.report.gradients import gradients_of
 from spcompile.report.noise import DRAWS, mover, with_conversions
 from spcompile.report.plain_run import Eager, attention_by_its_formula, named_leaves
 from spcompile.report.put_back import put_back
@@ -131,7 +132,7 @@ class BrokenModel:
             roots = [outputs[name] for name in expected.weights]
             gradients: dict[int, Tensor | None] = {}
             if roots and wanted:
-                found = torch.autograd.grad(roots, wanted, list(expected.weights.values()), allow_unused=True)
+                found = gradients_of(roots, wanted, list(expected.weights.values()))
                 gradients = {id(x): gradient for x, gradient in zip(wanted, found, strict=True)}
             written = {id(x): x.detach().clone() for x in kept.changed() if x.layout is torch.strided}
             replaced = {n: x.detach().clone() for n, x in model.named_buffers() if x is not buffers.get(n)}
@@ -190,7 +191,7 @@ class BrokenModel:
         names = {i: f"part {number}: {self._names.get(id(x), f'input {i}')}" for i, x in enumerate(arguments)}
         if roots and wanted:
             inputs, weights = [leaves[i] for i in wanted], list(trial.weights.values())
-            found = torch.autograd.grad(list(roots.values()), inputs, weights, allow_unused=True)
+            found = gradients_of(list(roots.values()), inputs, weights)
             trial.gradients = {i: (names[i], gradient) for i, gradient in zip(wanted, found, strict=True)}
         for i in places_written(traced.program.captured.graph):
             trial.written[i] = (names[i], leaves[i].detach())

@@ -30,8 +30,10 @@ def run_final(trial: Trial, graphs: Mapping[str, fx.GraphModule], in_flight: InF
     torch.set_rng_state(trial.rng)
     with torch.no_grad():
         inputs = [trial.inputs(rank, trial.mesh) for rank in range(trial.mesh.world_size)]
-        found = Simulator(trial.mesh, in_flight).run(forward, [[*constants, *own] for own in inputs])
-        renewed = _returned_by(program.captured.graph, forward.graph, len(constants))
+        tokens = _tokens(forward.graph)
+        found = Simulator(trial.mesh, in_flight).run(forward, [[*tokens, *constants, *own] for own in inputs])
+        found = [values[len(tokens) :] for values in found]
+        renewed = _returned_by(program.captured.graph, forward.graph, len(tokens) + len(constants))
         computed = [i for i, out in enumerate(program.outputs) if out.index is not None]
         if len(found[0]) != len(renewed) + len(computed) + len(saved):
             return OTHER_RESULTS
@@ -55,6 +57,13 @@ def run_final(trial: Trial, graphs: Mapping[str, fx.GraphModule], in_flight: InF
     if len(grads[0]) != len(constants) + len(trial.arguments):
         return OTHER_GRADIENTS
     return Outcome(whole, {i: [own[len(constants) + i] for own in grads] for i in trial.gradients}, written)
+
+
+def _tokens(graph: fx.Graph) -> list[Tensor]:
+    """What autograd puts in front of all inputs, and returns in front of all results, for ops that check."""
+    given = {node for node in graph.nodes if node.op == "placeholder"}
+    calls = [node for node in graph.nodes if str(node.target) == "with_effects"]
+    return [torch.empty(0) for node in calls if node.args[0] in given]
 
 
 def _returned_by(captured: fx.Graph, forward: fx.Graph, constants: int) -> list[int]:

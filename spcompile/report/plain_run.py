@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from spcompile.diagnostics import IllegalOption
 from spcompile.options import Options
 from spcompile.program.trace import Inputs
+from spcompile.report.gradients import gradients_of
 from spcompile.report.put_back import put_back
 
 
@@ -59,7 +60,7 @@ def run_eager(model: nn.Module, example_inputs: Inputs, options: Options) -> Eag
         grads: Sequence[Tensor | None] = [None] * len(wanted)
         if weights and wanted:
             roots = [outputs[name] for name in weights]
-            grads = torch.autograd.grad(roots, wanted, list(weights.values()), allow_unused=True)
+            grads = gradients_of(roots, wanted, list(weights.values()))
         written = {id(x): x.detach().clone() for x in kept.changed() if x.layout is torch.strided}
         replaced = {n: x.detach().clone() for n, x in model.named_buffers() if x is not buffers.get(n)}
         if written:  # outputs may be views of them

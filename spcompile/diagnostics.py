@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch.fx as fx
 
 PACKAGE_FOLDER = os.path.dirname(os.path.abspath(__file__))
+_TORCH_FUNC = re.compile(r"[/\\]torch[/\\](_functorch|func|autograd)[/\\]")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ def is_own_file(file: str) -> bool:
     return file.startswith(folder) and not file.startswith(models)
 
 
+def _is_inside(file: str) -> bool:
+    """Whether a file is ours, or how torch.func does what the user calls."""
+    return is_own_file(file) or _TORCH_FUNC.search(file) is not None
+
+
 def source_of(node: fx.Node) -> SourceLine | None:
     """The innermost user frame of the node's stack trace; None for placeholders, outputs and code that has no lines.
 
@@ -65,7 +71,7 @@ def source_of(node: fx.Node) -> SourceLine | None:
 
 @functools.lru_cache(maxsize=4096)
 def _innermost(trace: str) -> SourceLine | None:
-    frames = [frame for frame in _FRAME.finditer(trace) if not is_own_file(frame["file"])]
+    frames = [frame for frame in _FRAME.finditer(trace) if not _is_inside(frame["file"])]
     if not frames:
         return None
     last = frames[-1]

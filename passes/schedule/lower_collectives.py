@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from spcompile.collectives import COLLECTIVES, Collective, call_arguments, erase_identities
-from spcompile.graph.splice import is_static, signature_of
+from spcompile.graph.splice import example_in, is_static, signature_of
 from spcompile.passes_api import Context, Example, Pass, Stage
 from spcompile.torch_private import detect_fake_mode, inductor_decompositions
 
@@ -65,9 +65,9 @@ def _inline(
     values = [argument.meta["val"] for argument in arguments]
     called = (node.target, bool(decompositions), *signature_of([*node.args, *node.kwargs.items()]))
     key = called if is_static(values) else None
-    body = traced.get(key)
+    body, mode = traced.get(key), detect_fake_mode(values)
     if body is None:
-        with detect_fake_mode(values) or nullcontext():  # also for tensors that `lowered` makes from nothing
+        with mode or nullcontext():  # also for tensors that `lowered` makes from nothing
             body = make_fx(lowered, decomposition_table=dict(decompositions))(*values).graph
         body.eliminate_dead_code()
         if key is not None:
@@ -80,7 +80,7 @@ def _inline(
             elif inner.op != "placeholder":
                 assert inner.op == "call_function", f"lowering {node.name} made a {inner.op} node"
                 copies[inner] = node.graph.node_copy(inner, lambda n: copies[n])
-                copies[inner].meta = {"val": inner.meta["val"], **_kept_meta(node)}
+                copies[inner].meta = {"val": example_in(mode, inner.meta["val"]), **_kept_meta(node)}
     if "sharding" in node.meta:
         result.meta["sharding"] = dict(node.meta["sharding"])
     node.replace_all_uses_with(result)

@@ -98,9 +98,7 @@ def _write_out(
         CaptureFailed: derivatives in forward mode, of which a trace keeps nothing.
     """
     if any(node.target is FORWARD_LEVEL for node in region):
-        lines = [line for line in map(source_of, region) if line is not None]
-        where = next((line for line in lines if not line.file.startswith(torch.__path__[0])), None)
-        legal = "torch.func.grad, vjp or jacrev"
+        where, legal = next(filter(None, map(source_of, region)), None), "torch.func.grad, vjp or jacrev"
         raise CaptureFailed("torch.func.jvp: derivatives in forward mode", where=where, legal=legal)
     inside = set(region)
     operands = list(dict.fromkeys(n for node in region for n in node.all_input_nodes if n not in inside))

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from spcompile.capture.gradient_ops import keep_gradient
+from spcompile.graph.typed_call import named_arguments
 from spcompile.torch_private import FunctionalTensor, FunctionalTensorMode
 
 aten = torch.ops.aten
@@ -139,7 +140,8 @@ def settle_kept_gradients(graph: fx.Graph) -> None:
             if is_float and (is_on_way or node.meta.get("trainable")) and torch.is_grad_enabled():
                 has_gradient.add(node)
             continue
-        old, new = node.args
+        named = named_arguments(node.target, node.args, node.kwargs)
+        old, new = named["old"], named["new"]
         with graph.inserting_before(node):
             constant = graph.call_function(aten.detach.default, (new,))
         constant.meta = dict(node.meta)

@@ -9,6 +9,7 @@ import torch
 import torch.fx as fx
 from torch._subclasses import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 _ORIGIN = (
     "stack_trace",
@@ -45,8 +46,8 @@ def splice(
 
     key = (function, pre_dispatch, signature_of(args)) if traced is not None else None
     body = traced.get(key) if traced is not None else None
+    mode = next(v.fake_mode for v in [*values, like.meta.get("val")] if isinstance(v, FakeTensor))
     if body is None:
-        mode = next(v.fake_mode for v in [*values, like.meta.get("val")] if isinstance(v, FakeTensor))
         with mode, torch.fx.traceback.preserve_node_meta(False):
             body = make_fx(run, pre_dispatch=pre_dispatch)(*values).graph
         if traced is not None and is_static(values):
@@ -59,12 +60,24 @@ def splice(
                 result = fx.node.map_arg(node.args[0], lambda n: inside[n])
             elif node.op == "call_function":
                 copied = graph.node_copy(node, lambda n: inside[n])
-                copied.meta = {"val": node.meta.get("val")}
+                copied.meta = {"val": example_in(mode, node.meta.get("val"))}
                 copied.meta.update({key: like.meta[key] for key in _ORIGIN if key in like.meta})
                 inside[node] = copied
             else:
                 assert node.op == "placeholder", f"{node.op} {node.target} in a spliced function"
     return result
+
+
+def example_in(mode: Any, example: Any) -> Any:
+    """An example value that a trace has left, as one of a fake mode: another graph may have traced what is copied."""
+
+    def moved(x: FakeTensor) -> Any:
+        if x.fake_mode is mode or mode is None:
+            return x
+        with mode:
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+    return pytree.tree_map_only(FakeTensor, moved, example)
 
 
 def signature_of(args: Sequence[Any]) -> tuple[Any, ...]:

@@ -30,7 +30,7 @@ def run_final(trial: Trial, graphs: Mapping[str, fx.GraphModule], in_flight: InF
     torch.set_rng_state(trial.rng)
     with torch.no_grad():
         inputs = [trial.inputs(rank, trial.mesh) for rank in range(trial.mesh.world_size)]
-        tokens = _tokens(forward.graph)
+        tokens = _effect_tokens(forward.graph)
         found = Simulator(trial.mesh, in_flight).run(forward, [[*tokens, *constants, *own] for own in inputs])
         found = [values[len(tokens) :] for values in found]
         renewed = _returned_by(program.captured.graph, forward.graph, len(tokens) + len(constants))
@@ -59,7 +59,7 @@ def run_final(trial: Trial, graphs: Mapping[str, fx.GraphModule], in_flight: InF
     return Outcome(whole, {i: [own[len(constants) + i] for own in grads] for i in trial.gradients}, written)
 
 
-def _tokens(graph: fx.Graph) -> list[Tensor]:
+def _effect_tokens(graph: fx.Graph) -> list[Tensor]:
     """What autograd puts in front of all inputs, and returns in front of all results, for ops that check."""
     given = {node for node in graph.nodes if node.op == "placeholder"}
     calls = [node for node in graph.nodes if str(node.target) == "with_effects"]

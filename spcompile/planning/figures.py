@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Sent = Mapping[tuple[str, str, str, str], tuple[float, float]]  # (op, axis, phase, origin) -> (count, bytes)
@@ -52,9 +52,10 @@ def extrapolated(few: Figures, more: Figures, blocks: tuple[int, int], count: in
     """Of `count` blocks, from programs of `blocks[0]` and `blocks[1]` blocks.
 
     Exact for bytes that grow by the same for each block. Peaks and seconds may differ by what is at the edge of
-    a bucket of gradients.
+    a bucket of gradients. Where more blocks hide more than they send, nothing is exposed, and not less than nothing.
     """
-    return between(few, more, (count - blocks[0]) / (blocks[1] - blocks[0]))
+    found = between(few, more, (count - blocks[0]) / (blocks[1] - blocks[0]))
+    return replace(found, seconds=found.seconds - found.exposed, exposed=0.0) if found.exposed < 0 else found
 
 
 def between(few: Figures, more: Figures, steps: float) -> Figures:

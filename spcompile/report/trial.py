@@ -292,9 +292,11 @@ def trial_of(
     for name, leaf in result.items():
         expected = eager.outputs.get(name)
         if id(leaf) in place and isinstance(expected, Tensor):
-            trial.outputs[place[id(leaf)]] = (name, expected.detach())
-            if name in eager.weights:
-                trial.weights[place[id(leaf)]] = eager.weights[name]
+            number = place[id(leaf)]
+            trial.outputs.setdefault(number, (name, expected.detach()))
+            if name in eager.weights:  # a tensor may be returned under two names
+                earlier = trial.weights.get(number)
+                trial.weights[number] = eager.weights[name] if earlier is None else eager.weights[name] + earlier
     replaced = {place[id(x)]: name for name, x in buffers.items() if id(x) in place and name in eager.replaced}
     trial.replaced = frozenset(i for i in replaced if i not in trial.outputs)
     trial.outputs |= {i: (replaced[i], eager.replaced[replaced[i]]) for i in sorted(trial.replaced)}

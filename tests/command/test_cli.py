@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,6 +180,13 @@ def test_passes_lists_the_pipeline(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert call(monkeypatch, "passes", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == [p.name for p in passes.PIPELINE]
+
+
+def test_the_package_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["spcompile", "--version"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("spcompile", run_name="__main__")
+    assert capsys.readouterr().out.strip() == spcompile.__version__
 
 
 def test_flags_that_commands_share_keep_the_defaults_of_each() -> None:

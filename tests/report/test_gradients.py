@@ -52,3 +52,21 @@ def test_hooks_of_parameters_and_reentrant_checkpoints_are_no_error() -> None:
     model.first.weight.register_hook(lambda gradient: gradient * 2 + 1)
     report = spcompile.verify(model, (torch.randn(2, 8, 8, dtype=torch.float64),), {"cp": 2})
     assert report.ok, report
+
+
+class Twice(nn.Module):
+    """Returns one tensor under two names, and a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.inner(F.scaled_dot_product_attention(x, x, x))
+        return {"first": y, "second": y, "rows": y.flatten(0, 1)}
+
+
+def test_a_tensor_that_is_returned_twice_has_both_gradients() -> None:
+    torch.manual_seed(0)
+    report = spcompile.verify(Twice().double(), (torch.randn(2, 8, 8, dtype=torch.float64),), {"cp": 2})
+    assert report.ok, report

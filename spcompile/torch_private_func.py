@@ -1,4 +1,4 @@
-"""Private names of torch.func, each with the version it was read from."""
+"""Private names of torch.func and of ops of higher order, each with the version it was read from."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch._functorch import predispatch
 # torch 2.13: torch/_functorch/eager_transforms.py. How torch.func asks for gradients.
 from torch._functorch.eager_transforms import _autograd_grad as autograd_grad_of_level
 from torch._functorch.predispatch import _vmap_decrement_nesting, _vmap_increment_nesting, lazy_load_decompositions
+from torch._ops import _higher_order_ops
 
 # torch 2.13: torch/csrc/functorch/init.cpp and autograd/init.cpp, which have no types.
 _functorch: Any = torch._C._functorch
@@ -40,4 +41,12 @@ __all__ = [
     "VMAP_SWITCHES",
     "autograd_grad_of_level",
     "get_decompositions",
+    "treat_alike",
 ]
+
+
+def treat_alike(mode: type, known: type) -> None:
+    """Of torch 2.13: torch/_ops.py. Ops of higher order look a mode up by its class: give `mode` what `known` has."""
+    for op in list(_higher_order_ops.values()):
+        if known in op.python_key_table:
+            op.python_key_table.setdefault(mode, op.python_key_table[known])

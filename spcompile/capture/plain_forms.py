@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spcompile.capture.gradient_ops import keep_gradient
-from spcompile.capture.strided_views import indexed_view
+from spcompile.capture.strided_views import indexed_view, indexed_write
 from spcompile.diagnostics import CaptureFailed, source_of
 from spcompile.graph.sizes import same
 from spcompile.graph.splice import splice
@@ -160,5 +160,6 @@ _FORMS: dict[Any, Callable[[fx.Node], Found]] = {
     aten.glu.default: _glu,
     aten.view_as_complex.default: _parts_of_copy,
     aten.as_strided.default: indexed_view,
+    aten.as_strided_scatter.default: indexed_write,
     aten.embedding.default: _embedding,
 }

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from spcompile.capture.gradient_ops import keep_gradient
 from spcompile.graph.typed_call import named_arguments
 from spcompile.torch_private import FunctionalTensor, FunctionalTensorMode
+from spcompile.torch_private_func import treat_alike
 
 aten = torch.ops.aten
 SEEN = "spx_seen_by_autograd"  # in meta["custom"] of what a trace runs with gradients among calls without
@@ -32,6 +33,7 @@ class QuietWrites(FunctionalTensorMode):
 
     def __init__(self) -> None:
         super().__init__(pre_dispatch=True, export=True, _allow_token_discovery=True)
+        treat_alike(QuietWrites, FunctionalTensorMode)
         self._seen: Any = WeakTensorKeyDictionary()  # an alias without a gradient -> a call that gives one with it
 
     def __torch_dispatch__(

@@ -50,6 +50,7 @@ class _KeepOrigin(fx.Interpreter):
         self._regions = counter
         self._own_gradients = own_gradients
         self._autocast = Regions()
+        self.at: fx.Node | None = None
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -58,6 +59,7 @@ class _KeepOrigin(fx.Interpreter):
             self._autocast.close()
 
     def run_node(self, n: fx.Node) -> Any:
+        self.at = n
         kept = set_to_itself(n)
         return super().run_node(n) if kept is None else self.env[kept]
 
@@ -85,6 +87,11 @@ class _KeepOrigin(fx.Interpreter):
             return torch.tensor(args[0], dtype=torch.get_default_dtype())
         return super().call_function(target, args, kwargs)
 
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target == "fill_diagonal_" and args[0].ndim == 2:
+            return _fill_diagonal(*args, **kwargs)
+        return super().call_method(target, args, kwargs)
+
     def _checkpointed(self, args: tuple[Any, ...]) -> Any:
         """Inline the child graph of torch.utils.checkpoint; its nodes carry the tags the partitioner reads."""
         child, *operands = args
@@ -93,6 +100,14 @@ class _KeepOrigin(fx.Interpreter):
             node.meta["recompute"] = torch.utils.checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
             node.meta["ac_graph_id"] = self._regions[0]
         return _KeepOrigin(child, self._regions, self._own_gradients).run(*operands)
+
+
+def _fill_diagonal(x: torch.Tensor, fill_value: float, wrap: bool = False) -> torch.Tensor:
+    """X [A, B] with its diagonal overwritten: as a view of x, where torch takes strides."""
+    if wrap and x.shape[0] > x.shape[1] + 1:
+        return x.fill_diagonal_(fill_value, wrap)
+    x.diagonal().fill_(fill_value)
+    return x
 
 
 def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
@@ -121,9 +136,12 @@ def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
             interpreter = _KeepOrigin(without_block_sizes(gm), [0], own_gradients)
             try:
                 outputs = interpreter.run(*wrapped)
-            except torch._subclasses.fake_tensor.DataDependentOutputException as error:
-                node = getattr(interpreter, "current_node", None)
-                raise CaptureFailed(str(error), where=source_of(node) if node is not None else None) from error
+            except RuntimeError as error:
+                is_of_data = isinstance(error, torch._subclasses.fake_tensor.DataDependentOutputException)
+                if not is_of_data and type(error) is not RuntimeError:  # Dynamo's own may ask for another trace
+                    raise
+                where = source_of(interpreter.at) if interpreter.at is not None else None
+                raise CaptureFailed(str(error).partition("While executing")[0].strip(), where=where) from error
             outputs = pytree.tree_map_only(FunctionalTensor, _unwrap, outputs)
             mutated = [_unwrap(w) if isinstance(w, FunctionalTensor) else w for w in wrapped]
         for given, new in zip(args, mutated, strict=True):

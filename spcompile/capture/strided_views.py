@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,32 @@ def indexed_view(node: fx.Node) -> tuple[Callable[..., Tensor], list[Any]]:
         CaptureFailed: sizes that are not known, or elements of memory beyond the operand's own.
     """
     args = named_arguments(node.target, node.args, node.kwargs)
+    order, places = _elements(node)
+    return lambda x: x.permute(order).flatten()[places(x.device)], [args["self"]]
+
+
+def indexed_write(node: fx.Node) -> tuple[Callable[..., Tensor], list[Any]]:
+    """What writes to the elements of an `as_strided`, and what it reads. torch's own has another gradient (2.13).
+
+    Raises:
+        CaptureFailed: as `indexed_view`, and where an element is written to twice.
+    """
+    args = named_arguments(node.target, node.args, node.kwargs)
+    order, places = _elements(node)
+    if len(places("cpu").unique()) < math.prod(args["size"]):
+        raise CaptureFailed("as_strided writes to an element twice", where=source_of(node))
+
+    def form(x: Tensor, new: Tensor) -> Tensor:
+        lying = x.permute(order)
+        written = lying.flatten().index_put([places(x.device).flatten()], new.flatten())
+        return written.reshape(lying.shape).permute([order.index(dim) for dim in range(x.ndim)])
+
+    return form, [args["self"], args["src"]]
+
+
+def _elements(node: fx.Node) -> tuple[list[int], Callable[[Any], Tensor]]:
+    """(the operand's dims as they lie in memory, a function that makes the places of elements on a device)."""
+    args = named_arguments(node.target, node.args, node.kwargs)
     x, sizes, strides = args["self"], args["size"], args["stride"]
     val: Tensor = x.meta["val"]
     start = 0 if args.get("storage_offset") is None else args["storage_offset"] - val.storage_offset()
@@ -37,16 +64,11 @@ def indexed_view(node: fx.Node) -> tuple[Callable[..., Tensor], list[Any]]:
     is_inside = math.prod(sizes) == 0 or (start >= 0 and last < val.numel())
     if not is_inside or not val.permute(order).is_contiguous():
         raise CaptureFailed("as_strided reads memory beside its operand", where=source_of(node))
-    return _of_elements(order, sizes, strides, start), [x]
+    return order, partial(_places, sizes, strides, start)
 
 
-def _of_elements(order: list[int], sizes: Sequence[int], strides: Sequence[int], start: int) -> Callable[..., Tensor]:
-    """order: the operand's dims as they lie in memory."""
-
-    def form(x: Tensor) -> Tensor:
-        places = torch.full([], start, device=x.device)
-        for size, stride in zip(sizes, strides, strict=True):
-            places = places.unsqueeze(-1) + stride * torch.arange(size, device=x.device)
-        return x.permute(order).flatten()[places]
-
-    return form
+def _places(sizes: Sequence[int], strides: Sequence[int], start: int, device: Any) -> Tensor:
+    places = torch.full([], start, device=device)
+    for size, stride in zip(sizes, strides, strict=True):
+        places = places.unsqueeze(-1) + stride * torch.arange(size, device=device)
+    return places

@@ -137,6 +137,12 @@ def an_argument_named_out(inner: nn.Linear, x_BSD: Tensor) -> Tensor:
     return y_BSD
 
 
+@form
+def beside_a_branch(inner: nn.Linear, x_BSD: Tensor) -> Tensor:
+    y_BSD: Tensor = torch.cond(x_BSD.sum() > 0, lambda x: inner(x), lambda x: inner(x) * 2, (x_BSD,))
+    return y_BSD
+
+
 class Written(nn.Module):
     """An attention around one of the forms."""
 

@@ -25,17 +25,41 @@ CASES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _doubled(x: Tensor) -> Tensor:
+    x = x.sin()
+    x.as_strided((8, 3), (3, 25)).mul_(2.0)
+    return x.exp()
+
+
+def _without_diagonal(x: Tensor) -> Tensor:
+    product = x[0] @ x[0].T
+    return product.fill_diagonal_(0.5).square()
+
+
+CASES |= {"written to": _doubled, "a diagonal": _without_diagonal}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_numbers_and_gradients(name: str) -> None:
     x = torch.randn(4, 8, 3, dtype=torch.float64, requires_grad=True)
     gm = captured(CASES[name], x)
     assert_equal(on_one_device(gm, [x]), on_one_device(CASES[name], [x]))
-    assert not gm.graph.find_nodes(op="call_function", target=aten.as_strided.default)
+    assert not {aten.as_strided.default, aten.as_strided_scatter.default} & {node.target for node in gm.graph.nodes}
 
 
 def test_memory_beside_the_operand_is_refused() -> None:
     with pytest.raises(BackendCompilerFailed, match="reads memory beside its operand"):
         captured(lambda x: x.sin()[:, 2:].as_strided((4, 24), (24, 1), 0), torch.randn(4, 8, 3))
+
+
+def test_an_element_that_is_written_to_twice_is_refused() -> None:
+    with pytest.raises(BackendCompilerFailed, match="writes to an element twice"):
+        captured(lambda x: x.sin().as_strided((4, 3), (1, 1)).mul_(2.0), torch.randn(4, 8))
+
+
+def test_strides_of_a_view_that_are_written_to_are_refused() -> None:
+    with pytest.raises(BackendCompilerFailed, match=r"SP302(.|\n)*as_strided(.|\n)*test_strided_views.py"):
+        captured(lambda x: x.sin().T.as_strided((4, 3), (8, 1)).mul_(2.0), torch.randn(4, 8))
 
 
 class Windows(nn.Module):

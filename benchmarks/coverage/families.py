@@ -37,6 +37,8 @@ _COUNTS = {
     ("image_size",): IMAGE,
     ("patch_size",): PATCH,
     ("use_cache",): False,
+    ("vocab_size_per_layer_input",): 96,
+    ("hidden_size_per_layer_input",): 8,
     ("pad_token_id",): 0,
     ("bos_token_id", "decoder_start_token_id"): 1,
     ("eos_token_id",): 2,

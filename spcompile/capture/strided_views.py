@@ -64,10 +64,10 @@ def _elements(node: fx.Node) -> tuple[list[int], Callable[[Any], Tensor]]:
     is_inside = math.prod(sizes) == 0 or (start >= 0 and last < val.numel())
     if not is_inside or not val.permute(order).is_contiguous():
         raise CaptureFailed("as_strided reads memory beside its operand", where=source_of(node))
-    return order, partial(_places, sizes, strides, start)
+    return order, partial(_places_of, sizes, strides, start)
 
 
-def _places(sizes: Sequence[int], strides: Sequence[int], start: int, device: Any) -> Tensor:
+def _places_of(sizes: Sequence[int], strides: Sequence[int], start: int, device: Any) -> Tensor:
     places = torch.full([], start, device=device)
     for size, stride in zip(sizes, strides, strict=True):
         places = places.unsqueeze(-1) + stride * torch.arange(size, device=device)

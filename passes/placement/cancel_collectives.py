@@ -43,6 +43,8 @@ class CancelCollectives(RewritePass):
                 joined = _joined_with_its_operand(node, self.name)
                 if joined is not None:
                     second = Reshard.of(node).x
+                    if node < joined:  # one that was there, for a later reader
+                        node.prepend(joined)
                     node.replace_all_uses_with(joined)
                     gm.graph.erase_node(node)
                     _erase_unread(second)

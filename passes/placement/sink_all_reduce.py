@@ -17,6 +17,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from spcompile.graph.aten_ops import tensor_operands
+from spcompile.graph.dtypes import takes_gradient
 from spcompile.graph.linear import is_zero, linear_groups
 from spcompile.graph.reshard import Reshard, is_reshard
 from spcompile.passes_api import Context, Example, Pass, Stage
@@ -126,7 +127,7 @@ def _run_on_parts(node: fx.Node, group: frozenset[int], sums: dict[fx.Node, fx.N
             return read
         if next(numbers) in group:
             return sums.get(read, read)
-        return reshard_to(read, "tp", "I", "R", origin=origin) if read.meta["val"].is_floating_point() else read
+        return reshard_to(read, "tp", "I", "R", origin=origin) if takes_gradient(read.meta["val"]) else read
 
     node.args = fx.node.map_arg(node.args, given)
     node.kwargs = fx.node.map_arg(node.kwargs, given)

@@ -26,6 +26,7 @@ from spcompile.capture.autocast import autocast_off
 from spcompile.capture.func_transforms import fake_like
 from spcompile.capture.gradient_ops import add_gradient
 from spcompile.diagnostics import CaptureFailed
+from spcompile.graph.dtypes import takes_gradient
 from spcompile.graph.edit import call
 from spcompile.graph.linear import affine_in, linear_in
 
@@ -67,7 +68,7 @@ def with_own_gradient(
     if own is None:
         legal = "a backward that is linear in gradients, or the same computed without torch.autograd.Function"
         raise CaptureFailed("a torch.autograd.Function or a hook whose gradient cannot be sharded", legal=legal)
-    inputs = [x for x in inputs if _takes_gradient(x)]
+    inputs = [x for x in inputs if takes_gradient(x)]
     saved = [s.detach() if isinstance(s, Tensor) else s for s in saved]
     constants = [None] * len(inputs) if own.constants is None else fx.Interpreter(own.constants).run(*saved)
     pairs = enumerate(zip(inputs, constants, strict=True))
@@ -81,7 +82,7 @@ def with_own_gradient(
     for y, term in zip(outputs, terms, strict=True):
         result = y.detach() if isinstance(y, Tensor) else y
         result = result if term is None else result + term
-        for change in alone if _takes_gradient(y) else ():  # without which no gradient would come their way
+        for change in alone if takes_gradient(y) else ():  # without which no gradient would come their way
             result = result + change.sum().to(y.dtype)
         found.append(result)
     return tuple(found)
@@ -108,20 +109,20 @@ def _own_gradient(
     with fake_mode, autocast_off():
         examples = [fake_like(node.meta["example_value"]) for node in backward.graph.find_nodes(op="placeholder")]
         inputs = [fake_like(x.meta["example_value"]) for x in site.args[2:] if isinstance(x, fx.Node)]
-        inputs = [x for x in inputs if _takes_gradient(x)]
+        inputs = [x for x in inputs if takes_gradient(x)]
         with torch.no_grad():  # without writes, through which gradients of gradients do not pass
             own = make_fx(functionalize(fx.Interpreter(backward).run, remove="mutations"))(*examples)
         _write_copies_out(own.graph)
         own.recompile()
         given, saved = examples[: len(outputs)], examples[len(outputs) :]
         adds = _adds_constants(own.graph, len(given), site)
-        if adds is None or (any(adds) and sum(map(_takes_gradient, given)) > 1):
+        if adds is None or (any(adds) and sum(map(takes_gradient, given)) > 1):
             return None  # a backward runs for the sake of any of its outputs
 
         def transpose(*changes_and_saved: Any) -> list[Any]:
             changes, rest = changes_and_saved[: len(inputs)], changes_and_saved[len(inputs) :]
             with torch.enable_grad():
-                gradients = [g.detach().requires_grad_(g.is_floating_point()) for g in given]
+                gradients = [g.detach().requires_grad_(takes_gradient(g)) for g in given]
                 results = _of_floating(_as_sequence(own(*gradients, *rest)), site)
                 pairs = [(r, c) for r, c in zip(results, changes, strict=True) if r is not None]
                 asked = [g for g in gradients if g.requires_grad]
@@ -142,10 +143,6 @@ def _own_gradient(
     return found
 
 
-def _takes_gradient(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
 def _as_sequence(results: Any) -> Sequence[Any]:
     return results if isinstance(results, tuple | list) else (results,)
 
@@ -161,7 +158,7 @@ def _grad(results: Sequence[Tensor], asked: Sequence[Tensor], changes: Sequence[
 def _of_floating(results: Sequence[Any], site: fx.Node) -> list[Any]:
     """What a backward gives for the floating operands of a function; it gives one result for each, sizes among them."""
     values = [x.meta["example_value"] if isinstance(x, fx.Node) else x for x in site.args[2:]]
-    return [result for result, x in zip(results, values, strict=True) if _takes_gradient(x)]
+    return [result for result, x in zip(results, values, strict=True) if takes_gradient(x)]
 
 
 def _write_copies_out(graph: fx.Graph) -> None:

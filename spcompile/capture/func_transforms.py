@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from spcompile.capture.autocast import running_switches
 from spcompile.diagnostics import CaptureFailed, source_of
+from spcompile.graph.dtypes import takes_gradient
 from spcompile.torch_private_func import (
     FORWARD_LEVEL,
     LEVELS,
@@ -89,6 +90,18 @@ def _closed(nodes: Sequence[fx.Node], start: int, end: int) -> int:
     return len(nodes)
 
 
+def _without_gradients(region: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes that compute floating tensors under `no_grad`, as a region itself says."""
+    is_on, found = True, set[fx.Node]()
+    for node in region:
+        if node.target is torch._C._set_grad_enabled:
+            is_on = bool(node.args[0])
+        value = node.meta.get("example_value")
+        if not is_on and takes_gradient(value):
+            found.add(node)
+    return found
+
+
 def _write_out(
     gm: fx.GraphModule, region: Sequence[fx.Node], graph: fx.Graph, copies: dict[fx.Node, fx.Node], fake_mode: Any
 ) -> None:
@@ -105,9 +118,14 @@ def _write_out(
     results = [node for node in region if any(user not in inside for user in node.users)]
     child = fx.Graph()
     own = {node: child.placeholder(node.name) for node in operands}
+    quiet = _without_gradients(region)
+    detached = dict[fx.Node, fx.Node]()  # what a trace below the dispatcher would not tell
     for node in region:
-        own[node] = child.node_copy(node, own.__getitem__)
-    child.output([own[node] for node in results])
+        seen = own if node in quiet else own | detached
+        own[node] = child.node_copy(node, seen.__getitem__)
+        if node in quiet and any(user not in quiet for user in node.users):
+            detached[node] = child.call_method("detach", (own[node],))
+    child.output([detached.get(node, own[node]) for node in results])
     table: Any = get_decompositions(_DERIVATIVES)
     run = fx.Interpreter(fx.GraphModule(gm, child)).run
     with fake_mode, torch.enable_grad(), fx.traceback.preserve_node_meta():

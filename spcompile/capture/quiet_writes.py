@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from spcompile.capture.gradient_ops import keep_gradient
+from spcompile.graph.dtypes import takes_gradient
 from spcompile.graph.typed_call import named_arguments
 from spcompile.torch_private import FunctionalTensor, FunctionalTensorMode
 from spcompile.torch_private_func import treat_alike
@@ -53,7 +54,7 @@ class QuietWrites(FunctionalTensorMode):
         return result
 
     def _is_quiet(self, tensor: Tensor) -> bool:
-        return tensor.is_floating_point() and (not torch.is_grad_enabled() or tensor in self._seen)
+        return takes_gradient(tensor) and (not torch.is_grad_enabled() or tensor in self._seen)
 
     def _note_alias(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Keep how an alias is made: of what has a gradient, that is, and where gradients are."""
@@ -138,7 +139,7 @@ def settle_kept_gradients(graph: fx.Graph) -> None:
         if node.target is not torch.ops.spx.keep_gradient.default:
             is_on_way = node.target is not aten.detach.default and not has_gradient.isdisjoint(node.all_input_nodes)
             value = node.meta.get("val")
-            is_float = not isinstance(value, Tensor) or value.is_floating_point()
+            is_float = not isinstance(value, Tensor) or takes_gradient(value)
             if is_float and (is_on_way or node.meta.get("trainable")) and torch.is_grad_enabled():
                 has_gradient.add(node)
             continue

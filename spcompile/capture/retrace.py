@@ -28,6 +28,7 @@ from spcompile.capture.module_moves import is_list_of_numbers, set_to_itself
 from spcompile.capture.plain_forms import write_in_plain_forms
 from spcompile.capture.quiet_writes import SEEN, QuietWrites, settle_kept_gradients
 from spcompile.diagnostics import CaptureFailed, source_of
+from spcompile.graph.dtypes import takes_gradient
 from spcompile.graph.sizes import same_shape
 from spcompile.torch_private import FunctionalTensor, TracingContext, detect_fake_mode, read_data
 
@@ -308,7 +309,7 @@ def _read_before_writing(graph: fx.Graph) -> None:
     first = next(n for n in graph.nodes if n.op != "placeholder")
     for value in written:
         readers = [user for user in value.users if user.target is not aten.copy_.default]
-        if readers and value.meta["val"].is_floating_point():
+        if readers and takes_gradient(value.meta["val"]):
             with graph.inserting_before(first):
                 copy = graph.call_function(aten.clone.default, (value,))
             copy.meta = {**readers[0].meta, "val": value.meta["val"]}
@@ -341,7 +342,7 @@ def _detach_no_grad_regions(graph: fx.Graph) -> None:
     for node in region:
         value = node.meta.get("val")
         outside = [user for user in node.users if user not in region]
-        if not outside or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        if not outside or not takes_gradient(value):
             continue
         with graph.inserting_after(node):
             detached = graph.call_function(aten.detach.default, (node,))

@@ -8,13 +8,13 @@ between R and I.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 import torch.fx as fx
 
 from spcompile.collectives import COLLECTIVES, Collective, call_arguments
 from spcompile.diagnostics import InvalidGraph, source_of
+from spcompile.graph.dtypes import takes_gradient
 from spcompile.machine.mesh import MeshShape, whole_axis
 
 OWN_PART = "spx_own_part"  # in meta["custom"]: axes on which ranks make their parts from what all of them hold
@@ -79,7 +79,7 @@ def needs_gradient(graph: fx.Graph, trainable: Collection[str] | None = None) ->
     found: set[fx.Node] = set()
     for node in graph.nodes:
         val = node.meta.get("val")
-        carries = any(_is_floating(v) for v in (val if isinstance(val, (tuple, list)) else (val,)))
+        carries = any(takes_gradient(v) for v in (val if isinstance(val, (tuple, list)) else (val,)))
         if not carries or node.target in _WITHOUT_GRADIENT:
             continue
         if node.op == "placeholder":
@@ -193,7 +193,3 @@ def _check_outputs(output: fx.Node, found: Mapping[fx.Node, str], axis: str, leg
 def invalid(node: fx.Node, found: str, legal: str | None = None) -> InvalidGraph:
     """The error that names a node and the user's line that made it."""
     return InvalidGraph(f"{node.name}: {found}", where=source_of(node), legal=legal)
-
-
-def _is_floating(val: Any) -> bool:
-    return isinstance(val, torch.Tensor) and (val.is_floating_point() or val.is_complex())

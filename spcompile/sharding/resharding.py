@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from spcompile.graph.dtypes import takes_gradient
 from spcompile.graph.reshard import Place, Reshard, is_reshard, parse_place, reshard
 from spcompile.graph.sizes import divides, same
 from spcompile.sharding.global_view import part_of_view
@@ -82,7 +83,7 @@ def target_of(use: Use, axis: str, *, runs_sharded: bool) -> str:
     """The state in which a call reads an operand; its present one where that will do."""
     state = state_of(use.value, axis)
     target = str(use.place) if use.place is not None else "R" if runs_sharded else "I"
-    no_gradient = not use.value.meta["val"].is_floating_point()
+    no_gradient = not takes_gradient(use.value.meta["val"])
     return state if use.unread or (state == "I" and target == "R" and no_gradient) else target
 
 

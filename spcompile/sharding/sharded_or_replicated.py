@@ -19,6 +19,7 @@ import torch
 import torch.fx as fx
 
 from spcompile.graph.aten_ops import tensor_operands
+from spcompile.graph.dtypes import takes_gradient
 from spcompile.graph.edit import is_getitem, operand
 from spcompile.graph.reshard import Place
 from spcompile.graph.sizes import hint, numel_hint
@@ -63,7 +64,7 @@ def trained_values(graph: fx.Graph) -> set[fx.Node]:
     """The floating values that depend on an input that requires a gradient."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        floating = any(v.is_floating_point() or v.is_complex() for v in tensor_results(node))
+        floating = any(map(takes_gradient, tensor_results(node)))
         if node.op == "placeholder":
             carries = floating and bool(node.meta.get("trainable"))
         else:

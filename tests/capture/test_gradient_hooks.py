@@ -57,6 +57,12 @@ def in_a_checkpoint(inner: nn.Linear, x_BSD: Tensor) -> Tensor:
     return y
 
 
+def of_complex_numbers(inner: nn.Linear, x_BSD: Tensor) -> Tensor:
+    waves = torch.fft.rfft(inner(x_BSD), dim=-1)
+    waves.register_hook(lambda gradient: gradient * 2)
+    return torch.fft.irfft(waves, n=WIDTH, dim=-1)
+
+
 class Hooked(nn.Module):
     def __init__(self, kind: Kind) -> None:
         super().__init__()
@@ -69,7 +75,15 @@ class Hooked(nn.Module):
         return self.last(y_BSD) + x_BSD
 
 
-KINDS = [scaled, behind_another_reader, reads_a_value, one_after_the_other, of_a_parameter, in_a_checkpoint]
+KINDS = [
+    scaled,
+    behind_another_reader,
+    reads_a_value,
+    one_after_the_other,
+    of_a_parameter,
+    in_a_checkpoint,
+    of_complex_numbers,
+]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)

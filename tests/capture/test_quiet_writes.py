@@ -143,6 +143,15 @@ def beside_a_branch(inner: nn.Linear, x_BSD: Tensor) -> Tensor:
     return y_BSD
 
 
+@form
+def complex_numbers(inner: nn.Linear, x_BSD: Tensor) -> Tensor:
+    waves = torch.fft.rfft(inner(x_BSD), dim=-1)
+    with torch.no_grad():
+        waves.mul_(2.0)
+        scale = torch.fft.rfft(inner(x_BSD).tanh(), dim=-1)
+    return torch.fft.irfft(waves * scale, n=WIDTH, dim=-1)
+
+
 class Written(nn.Module):
     """An attention around one of the forms."""
 

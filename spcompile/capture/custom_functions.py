@@ -23,12 +23,12 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from spcompile.capture.autocast import autocast_off
-from spcompile.capture.func_transforms import fake_like
 from spcompile.capture.gradient_ops import add_gradient
 from spcompile.diagnostics import CaptureFailed
 from spcompile.graph.dtypes import takes_gradient
 from spcompile.graph.edit import call
 from spcompile.graph.linear import affine_in, linear_in
+from spcompile.graph.splice import fake_like
 
 NO_CHANGE = "spx_no_change"  # in meta["custom"] of x - x.detach()
 APPLY = torch.ops.higher_order.autograd_function_apply

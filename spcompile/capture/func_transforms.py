@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from spcompile.capture.autocast import running_switches
 from spcompile.diagnostics import CaptureFailed, source_of
 from spcompile.graph.dtypes import takes_gradient
+from spcompile.graph.splice import fake_like
 from spcompile.torch_private_func import (
     FORWARD_LEVEL,
     LEVELS,
@@ -141,10 +142,3 @@ def _write_out(
             values[node] = graph.node_copy(node, values.__getitem__)
     (output,) = traced.graph.find_nodes(op="output")
     copies.update(zip(results, fx.map_arg(output.args[0], values.__getitem__), strict=True))
-
-
-def fake_like(x: Any) -> Any:
-    """Another fake of the same shape: Dynamo's are of a mode of their own."""
-    if not isinstance(x, torch.Tensor):
-        return x
-    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)

@@ -7,7 +7,7 @@ then the same strides would read other elements, or memory that is no part of it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ def indexed_view(node: fx.Node) -> tuple[Callable[..., Tensor], list[Any]]:
         CaptureFailed: sizes that are not known, or elements of memory beyond the operand's own.
     """
     args = named_arguments(node.target, node.args, node.kwargs)
-    order, places = _elements(node)
+    order, places = _elements(node, args)
     return lambda x: x.permute(order).flatten()[places(x.device)], [args["self"]]
 
 
@@ -37,7 +37,7 @@ def indexed_write(node: fx.Node) -> tuple[Callable[..., Tensor], list[Any]]:
         CaptureFailed: as `indexed_view`, and where an element is written to twice.
     """
     args = named_arguments(node.target, node.args, node.kwargs)
-    order, places = _elements(node)
+    order, places = _elements(node, args)
     if len(places("cpu").unique()) < math.prod(args["size"]):
         raise CaptureFailed("as_strided writes to an element twice", where=source_of(node))
 
@@ -49,9 +49,8 @@ def indexed_write(node: fx.Node) -> tuple[Callable[..., Tensor], list[Any]]:
     return form, [args["self"], args["src"]]
 
 
-def _elements(node: fx.Node) -> tuple[list[int], Callable[[Any], Tensor]]:
+def _elements(node: fx.Node, args: Mapping[str, Any]) -> tuple[list[int], Callable[[Any], Tensor]]:
     """(the operand's dims as they lie in memory, a function that makes the places of elements on a device)."""
-    args = named_arguments(node.target, node.args, node.kwargs)
     x, sizes, strides = args["self"], args["size"], args["stride"]
     val: Tensor = x.meta["val"]
     start = 0 if args.get("storage_offset") is None else args["storage_offset"] - val.storage_offset()

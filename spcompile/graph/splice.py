@@ -75,9 +75,16 @@ def example_in(mode: Any, example: Any) -> Any:
         if x.fake_mode is mode or mode is None:
             return x
         with mode:
-            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+            return fake_like(x)
 
     return pytree.tree_map_only(FakeTensor, moved, example)
+
+
+def fake_like(x: Any) -> Any:
+    """Another tensor of the same shape and strides, a fake under a fake mode; what is no tensor, itself."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device=x.device)
 
 
 def signature_of(args: Sequence[Any]) -> tuple[Any, ...]:

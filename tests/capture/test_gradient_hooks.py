@@ -5,19 +5,14 @@ B batch, S sequence, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-import torch.nn.functional as F
+from around_attention import WIDTH, AroundAttention, Lines
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import spcompile
 from spcompile.diagnostics import CaptureFailed
-
-WIDTH = 8
-Kind = Callable[[nn.Linear, Tensor], Tensor]
 
 
 def scaled(inner: nn.Linear, x_BSD: Tensor) -> Tensor:
@@ -63,18 +58,6 @@ def of_complex_numbers(inner: nn.Linear, x_BSD: Tensor) -> Tensor:
     return torch.fft.irfft(waves, n=WIDTH, dim=-1)
 
 
-class Hooked(nn.Module):
-    def __init__(self, kind: Kind) -> None:
-        super().__init__()
-        self.first, self.inner, self.last = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
-        self.kind = kind
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        x_BSD = self.first(x_BSD)
-        y_BSD = self.kind(self.inner, F.scaled_dot_product_attention(x_BSD, x_BSD, x_BSD, is_causal=True))
-        return self.last(y_BSD) + x_BSD
-
-
 KINDS = [
     scaled,
     behind_another_reader,
@@ -89,9 +72,9 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}], ids=str)
 @pytest.mark.thinned(4)
-def test_every_gradient_is_that_of_the_plain_model(kind: Kind, mesh: dict[str, int]) -> None:
+def test_every_gradient_is_that_of_the_plain_model(kind: Lines, mesh: dict[str, int]) -> None:
     torch.manual_seed(0)
-    report = spcompile.verify(Hooked(kind).double(), (torch.randn(2, 7, WIDTH).double(),), mesh)
+    report = spcompile.verify(AroundAttention(kind).double(), (torch.randn(2, 7, WIDTH).double(),), mesh)
     assert report.ok, report
 
 
@@ -102,7 +85,7 @@ def test_a_hook_that_is_not_linear_is_refused() -> None:
         return y_BSD
 
     with pytest.raises(CaptureFailed, match="a hook whose gradient cannot be sharded"):
-        spcompile.explain(Hooked(clipped), (torch.randn(2, 8, WIDTH),), {"cp": 2})
+        spcompile.explain(AroundAttention(clipped), (torch.randn(2, 8, WIDTH),), {"cp": 2})
 
 
 def test_a_hook_that_reads_its_own_tensor_is_refused() -> None:
@@ -113,4 +96,4 @@ def test_a_hook_that_reads_its_own_tensor_is_refused() -> None:
         return y_BSD
 
     with pytest.raises(CaptureFailed, match="that earlier readers add to"):
-        spcompile.explain(Hooked(gated), (torch.randn(2, 8, WIDTH),), {"cp": 2})
+        spcompile.explain(AroundAttention(gated), (torch.randn(2, 8, WIDTH),), {"cp": 2})

@@ -5,22 +5,21 @@ B batch, S sequence, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.fx as fx
 import torch.nn.functional as F
+from around_attention import WIDTH, AroundAttention, Lines
 from torch import Tensor, nn
 
 import spcompile
 from spcompile.capture.quiet_writes import settle_kept_gradients
 
-WIDTH, LENGTH = 8, 6
-FORMS: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {}
+LENGTH = 6
+FORMS: dict[str, Lines] = {}
 
 
-def form(written: Callable[[nn.Linear, Tensor], Tensor]) -> Callable[[nn.Linear, Tensor], Tensor]:
+def form(written: Lines) -> Lines:
     FORMS[written.__name__] = written
     return written
 
@@ -152,26 +151,12 @@ def complex_numbers(inner: nn.Linear, x_BSD: Tensor) -> Tensor:
     return torch.fft.irfft(waves * scale, n=WIDTH, dim=-1)
 
 
-class Written(nn.Module):
-    """An attention around one of the forms."""
-
-    def __init__(self, written: Callable[[nn.Linear, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.first, self.inner, self.last = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
-        self.written = written
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        x_BSD = self.first(x_BSD)
-        y_BSD = self.written(self.inner, F.scaled_dot_product_attention(x_BSD, x_BSD, x_BSD, is_causal=True))
-        return self.last(y_BSD.sin()) + x_BSD
-
-
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("mesh", [{"cp": 2}, {"tp": 2}, {"dp": 2}], ids="-".join)
 @pytest.mark.thinned(6)
 def test_every_gradient_is_that_of_the_plain_model(name: str, mesh: dict[str, int]) -> None:
     torch.manual_seed(0)
-    report = spcompile.verify(Written(FORMS[name]).double(), (torch.randn(2, LENGTH, WIDTH).double(),), mesh)
+    report = spcompile.verify(AroundAttention(FORMS[name]).double(), (torch.randn(2, LENGTH, WIDTH).double(),), mesh)
     assert report.ok, report
 
 
